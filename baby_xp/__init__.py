@@ -1,0 +1,1 @@
+"""Baby language models from scratch: every forward and backward pass explicit, one text for every backend."""

@@ -1,0 +1,13 @@
+"""Errors that a user can mend: the command line prints them as one line and ends with exit code 2."""
+
+
+class BabyError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+
+
+class BackendUnavailable(BabyError):
+    """A backend cannot work on this machine. `reason` says why, `remedy` what would mend it."""
+
+    def __init__(self, name: str, reason: str, remedy: str):
+        super().__init__(f"backend {name!r} cannot work here: {reason}; {remedy}")
+        self.name, self.reason, self.remedy = name, reason, remedy

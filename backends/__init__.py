@@ -1,0 +1,1 @@
+"""Array libraries behind one protocol, one a file: the only place that imports one."""
