@@ -1,0 +1,227 @@
+"""What a run is made of: frozen dataclasses, validated when they are made.
+
+Every field is a flag of the command line (n_ctx is --n-ctx) and a key of the run's config file. The names are
+The Little Baby's where it has them.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from baby_xp import optim
+from baby_xp.errors import BabyError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT: sizes and the three switches."""
+
+    kind: ClassVar[str] = "gpt"
+
+    n_ctx: int = 64
+    """Context: how many tokens the model can look at."""
+    n_emb: int = 128
+    """Width of the vector of a token."""
+    head_size: int = 128
+    """Width of all attention heads together; n_heads divides it."""
+    n_heads: int = 4
+    """Attention heads in a block."""
+    n_layers: int = 4
+    """Blocks."""
+    dropout: float = 0.0
+    """Share of activations that training sets to zero, from 0 to below 1."""
+    c_sequence: Literal["pre", "post"] = "pre"
+    """Norm before each half of a block, or after it."""
+    c_attention: Literal["mha", "moh"] = "mha"
+    """Multi-head attention, or a mixture of heads."""
+    c_network: Literal["mlp", "moe"] = "mlp"
+    """Feed-forward network, or a dense mixture of four of them."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """Form of GELU: the tanh approximation, or the definition by erf."""
+
+    def __post_init__(self):
+        _whole(self, "n_ctx", "n_emb", "head_size", "n_heads", "n_layers")
+        _choice(self, "c_sequence", "c_attention", "c_network", "gelu")
+        if self.head_size % self.n_heads:
+            raise BabyError(
+                f"n_heads {self.n_heads} does not divide head_size {self.head_size}: "
+                f"choose a head_size that is a multiple of n_heads"
+            )
+        if not 0 <= self.dropout < 1:
+            raise BabyError(f"dropout must be from 0 to below 1, not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class EquationConfig:
+    """The equation model of babyLLM."""
+
+    kind: ClassVar[str] = "equations"
+    dropout: ClassVar[float] = 0.0
+
+    n_ctx: int = 4
+    """Context: "4+4=" is 4 tokens. Fixed: the data is made of such contexts."""
+    n_emb: int = 1
+    """Width of the vector of a token."""
+    n_hidden: int = 64
+    """Neurons in the hidden layer."""
+    activation: Literal["tanh", "gelu"] = "gelu"
+    """Non-linearity of the hidden layer."""
+    embedding_std: float = 0.5
+    """Spread of the first embedding."""
+    hidden_std: float = 0.5
+    """Spread of the first W1."""
+    output_std: float = 0.1
+    """Spread of the first W2."""
+    max_sum: int = 9
+    """Largest sum in the training data, 9 to 18."""
+    held_out: str = "4+4"
+    """The sum that training never sees."""
+
+    def __post_init__(self):
+        _whole(self, "n_ctx", "n_emb", "n_hidden", "max_sum")
+        _choice(self, "activation")
+        _positive(self, "embedding_std", "hidden_std", "output_std")
+        if self.n_ctx != 4:
+            raise BabyError(f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}")
+
+
+ModelConfig = GPTConfig | EquationConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    batch_size: int = 16
+    """Sequences in a step."""
+    num_steps: int | None = None
+    """Steps in all; None: as many as num_epochs needs."""
+    num_epochs: int | None = None
+    """Passes over the training windows, each in a new order; None: windows from random places."""
+    stride: int = 1
+    """Distance between the starts of the windows of an epoch."""
+    lr: float = 1e-3
+    """Learning rate at its highest."""
+    base_batch_size: int | None = None
+    """Batch size that lr was chosen for: if given, the rate grows as batch_size / base_batch_size."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or a half cosine down to min_lr."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises to lr."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.99
+    """Decay of AdamW's mean of squared gradients."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; gains and biases have none."""
+    clip: float = 1.0
+    """Largest global norm of the gradients; 0: no limit."""
+    eval_every: int = 250
+    """Steps between measurements of the validation loss."""
+    seed: int = 0
+    """Seed of weights, order of data, dropout and sampling."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of all numbers."""
+
+    def __post_init__(self):
+        _whole(self, "batch_size", "stride", "eval_every")
+        _whole(self, *(name for name in ("num_steps", "num_epochs", "base_batch_size") if getattr(self, name) is not None))
+        _positive(self, "lr")
+        _choice(self, "schedule", "dtype")
+        _at_least_zero(self, "min_lr", "warmup_steps", "weight_decay", "clip", "seed")
+        if self.num_steps is None and self.num_epochs is None:
+            raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise BabyError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.schedule == "cosine" and self.min_lr > self.peak_lr:
+            raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
+        if self.base_batch_size is None:
+            return self.lr
+        return optim.scaled_rate(self.lr, self.base_batch_size, self.batch_size)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run reads."""
+
+    data: str = "nursery"
+    """A path to a UTF-8 text, or a name: nursery (generated here) or shakespeare (downloaded once)."""
+    tokenizer: Literal["char", "byte"] = "char"
+    """One id a character of the text, or one id a byte of its UTF-8."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration."""
+
+    name: str
+    about: str
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+
+
+CONFIGS = {config.kind: config for config in (GPTConfig, EquationConfig)}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values; a model's with its kind."""
+    kind = {"kind": config.kind} if type(config) in CONFIGS.values() else {}
+    return {**kind, **asdict(config)}
+
+
+def from_dict(kind: type, values: Any, where: str) -> Any:
+    """A config of `kind` from JSON values. Raises BabyError, naming `where`, if they do not fit it."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(values, dict) or not values.keys() <= names:
+        odd = sorted(set(values) - names) if isinstance(values, dict) else values
+        raise BabyError(f"{where}: {odd!r} is not part of a {kind.__name__}; the file is damaged or from elsewhere")
+    try:
+        return kind(**values)
+    except (BabyError, TypeError, ValueError) as error:
+        raise BabyError(f"{where}: {error}") from None
+
+
+def model_from_dict(values: Any, where: str) -> ModelConfig:
+    """The model config that to_dict wrote."""
+    kind = CONFIGS.get(values.get("kind")) if isinstance(values, dict) else None
+    if kind is None:
+        raise BabyError(f"{where}: kind of model is none of {', '.join(CONFIGS)}; the file is damaged or from elsewhere")
+    return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
+
+
+def _whole(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BabyError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        if not (_number(getattr(config, name)) and getattr(config, name) > 0):
+            raise BabyError(f"{name} must be a number above 0, not {getattr(config, name)!r}")
+
+
+def _at_least_zero(config, *names: str) -> None:
+    for name in names:
+        if not (_number(getattr(config, name)) and getattr(config, name) >= 0):
+            raise BabyError(f"{name} must be a number of at least 0, not {getattr(config, name)!r}")
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _choice(config, *names: str) -> None:
+    for name in names:
+        allowed = type(config).__annotations__[name].__args__
+        if getattr(config, name) not in allowed:
+            raise BabyError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")

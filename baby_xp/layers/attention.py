@@ -1,0 +1,39 @@
+"""Multi-head causal self-attention: y = concat(heads(x Wqkv)) Wout + b (Vaswani et al. 2017).
+
+As in The Little Baby, queries, keys and values have no bias, and head_size (S), the width of all heads
+together, is free of n_emb (C).
+"""
+
+from baby_xp.layers import dropout, heads, linear
+from baby_xp.params import scaled
+
+DROPOUTS = 2  # places in one block: attention weights, output
+
+
+def spec(C: int, S: int, H: int, residual_scale: float = 1.0):
+    """qkv (C, 3 S), the three projections side by side, as one product is faster than three; out (S, C)."""
+    return {"qkv": linear.spec(C, 3 * S, bias=False), "out": scaled(linear.spec(S, C), residual_scale)}
+
+
+def forward(xp, p, x, shape, noise=(None, None), past=None):
+    """x (N, C) -> y (N, C). `noise` is that of its two dropouts, `past` as in heads.forward."""
+    qkv, qkv_saved = linear.forward(xp, p["qkv"], x)               # (N, 3 S)
+    y, heads_saved = heads.forward(xp, {}, qkv, shape, noise[0], past)
+    y, out_saved = linear.forward(xp, p["out"], y)                 # (N, C)
+    y, dropout_saved = dropout.forward(xp, {}, y, noise[1])
+    return y, (qkv_saved, heads_saved, out_saved, dropout_saved)
+
+
+def backward(xp, p, saved, dy):
+    """dy (N, C) -> dp, dx (N, C)."""
+    qkv_saved, heads_saved, out_saved, dropout_saved = saved
+    _, dy = dropout.backward(xp, {}, dropout_saved, dy)
+    dout, dy = linear.backward(xp, p["out"], out_saved, dy)        # (N, S)
+    _, dqkv = heads.backward(xp, {}, heads_saved, dy)              # (N, 3 S)
+    dp, dx = linear.backward(xp, p["qkv"], qkv_saved, dqkv)        # (N, C)
+    return {"qkv": dp, "out": dout}, dx
+
+
+def keys_and_values(saved):
+    """The cache for the tokens that follow: keys and values (B, H, t, D) of all tokens so far."""
+    return saved[1][1:3]

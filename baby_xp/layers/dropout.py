@@ -1,0 +1,50 @@
+"""Dropout: in training, each element is zero with probability `rate`, and survivors grow by 1 / (1 - rate).
+
+Srivastava et al. 2014, in the inverted form, which leaves evaluation without a trace of it. Which elements
+survive is decided by a hash of where and when they are (see rng.py), not by a generator with a state.
+"""
+
+from baby_xp import rng
+from baby_xp.namespace import replaceable
+
+
+def spec():
+    """Dropout has no parameters."""
+    return {}
+
+
+def forward(xp, p, x, noise=None):
+    """x, any shape whose first axis is B or N, sample by sample -> y, of the same shape.
+
+    `noise` is (stream (B,) int32, rate), or None where nothing is to be dropped.
+    """
+    if noise is None:
+        return x, None
+    stream, rate = noise
+    y, keep = drop(xp, x, stream, rate)
+    return y, (keep, rate)
+
+
+def backward(xp, p, saved, dy):
+    """dy, shaped as x -> dp, dx."""
+    if saved is None:
+        return {}, dy
+    keep, rate = saved
+    return {}, select(xp, keep, dy, rate)
+
+
+@replaceable
+def drop(xp, x, stream, rate: float):
+    """x and the mask of its survivors, both shaped as x."""
+    B = stream.shape[0]
+    size = 1
+    for length in x.shape:
+        size *= length
+    keep = xp.reshape(rng.keep_mask(xp, stream, size // B, rate), x.shape)
+    return select(xp, keep, x, rate), keep
+
+
+@replaceable
+def select(xp, keep, x, rate: float):
+    """Survivors scaled, the others zero."""
+    return xp.where(keep, x * rng.survivor_scale(rate), xp.zeros_like(x))

@@ -1,0 +1,51 @@
+"""Dense mixture of experts: y = sum over e of gate(x)_e expert_e(x), every expert an MLP of its own.
+
+The Little Baby's `moe`: the gate is a softmax over all experts and none is left out. Then the experts are one
+wide MLP: their weights stand side by side, and the gate scales each expert's hidden channels. Two products of
+matrices do the work of eight.
+"""
+
+from baby_xp.layers import dropout, gelu, linear, softmax
+from baby_xp.params import normal, scaled, zeros
+
+DROPOUTS = 1  # places in one block: output
+EXPANSION, EXPERTS = 4, 4
+
+
+def spec(C: int, residual_scale: float = 1.0):
+    """gate (C, E); up (C, E F), the experts side by side; down (E F, C) and one bias (C,) an expert."""
+    wide = EXPERTS * EXPANSION * C
+    return {
+        "gate": linear.spec(C, EXPERTS, bias=False),
+        "up": linear.spec(C, wide),
+        "down": scaled({"weight": normal(wide, C), "bias": zeros(EXPERTS, C)}, residual_scale),
+    }
+
+
+def forward(xp, p, x, noise=(None,), form: str = "tanh"):
+    """x (N, C) -> y (N, C). `noise` is that of its dropout, `form` that of its GELU."""
+    gate, gate_saved = linear.forward(xp, p["gate"], x)            # (N, E)
+    gate, softmax_saved = softmax.forward(xp, {}, gate)
+    h, up_saved = linear.forward(xp, p["up"], x)                   # (N, E F)
+    h, gelu_saved = gelu.forward(xp, {}, h, form)
+    h = xp.reshape(h, (*gate.shape, -1))                           # (N, E, F)
+    gated = xp.reshape(gate[:, :, None] * h, (x.shape[0], -1))     # (N, E F)
+    y = gated @ p["down"]["weight"] + gate @ p["down"]["bias"]     # (N, C)
+    y, dropout_saved = dropout.forward(xp, {}, y, noise[0])
+    return y, (gate_saved, softmax_saved, up_saved, gelu_saved, h, gated, dropout_saved)
+
+
+def backward(xp, p, saved, dy):
+    """dy (N, C) -> dp, dx (N, C)."""
+    gate_saved, softmax_saved, up_saved, gelu_saved, h, gated, dropout_saved = saved
+    (gate,) = softmax_saved
+    _, dy = dropout.backward(xp, {}, dropout_saved, dy)
+    ddown = {"weight": xp.matrix_transpose(gated) @ dy, "bias": xp.matrix_transpose(gate) @ dy}
+    dgated = xp.reshape(dy @ xp.matrix_transpose(p["down"]["weight"]), h.shape)
+    dgate = xp.sum(dgated * h, axis=-1) + dy @ xp.matrix_transpose(p["down"]["bias"])
+    dh = xp.reshape(gate[:, :, None] * dgated, gated.shape)        # (N, E F)
+    _, dh = gelu.backward(xp, {}, gelu_saved, dh)
+    dup, dx = linear.backward(xp, p["up"], up_saved, dh)
+    _, dgate = softmax.backward(xp, {}, softmax_saved, dgate)
+    dgate, dx_gate = linear.backward(xp, p["gate"], gate_saved, dgate)
+    return {"gate": dgate, "up": dup, "down": ddown}, dx + dx_gate

@@ -1,0 +1,86 @@
+"""GPT: token and position embeddings, blocks, a last norm, a linear head (Radford et al. 2019).
+
+The Little Baby's model: positions are learned, the head has a bias and its own weights, and there is no
+dropout on the embeddings.
+"""
+
+import math
+
+from baby_xp.layers import Shape, block, embedding, layernorm, linear
+from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
+
+
+def parts(config) -> Parts:
+    """What the config's three switches and its form of GELU stand for."""
+    attention, network = ATTENTIONS[config.c_attention], NETWORKS[config.c_network]
+    return Parts(config.c_sequence, attention, network, config.gelu)
+
+
+def spec(config, V: int):
+    """Parameters of a GPT with V token ids."""
+    C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
+    residual_scale = 1 / math.sqrt(2 * L)  # two projections a block write into the residual stream
+    return {
+        "wte": embedding.spec(V, C),
+        "wpe": embedding.spec(config.n_ctx, C),
+        "blocks": {str(i): block.spec(parts(config), C, S, H, residual_scale) for i in range(L)},
+        "ln_f": layernorm.spec(C),
+        "lm_head": linear.spec(C, V),
+    }
+
+
+def dropouts(config) -> int:
+    """Places of dropout in the whole model."""
+    return config.n_layers * parts(config).dropouts
+
+
+def forward(xp, p, ids, config, noise=None, cache=None):
+    """ids (B, T) -> logits (N, V), saved.
+
+    `noise` is rng.Noise in training, None otherwise. `cache` holds the keys and values of the tokens before
+    these ones, as cache_of gives them; then only the new tokens are computed.
+    """
+    B, T = ids.shape
+    t = cache[0][0].shape[2] if cache else 0                       # tokens before these ones
+    shape = Shape(B, T, config.n_heads)
+    tokens, wte_saved = embedding.forward(xp, p["wte"], xp.reshape(ids, (-1,)))
+    places = p["wpe"]["weight"][t : t + T, :]                      # (T, C)
+    x = xp.reshape(xp.reshape(tokens, (B, T, -1)) + places[None, ...], (B * T, -1))
+    blocks_saved = []
+    for i, block_p in enumerate(p["blocks"].values()):
+        past = cache[i] if cache else None
+        x, saved = block.forward(xp, block_p, x, parts(config), shape, block_noise(noise, config, i), past)
+        blocks_saved.append(saved)
+    x, ln_f_saved = layernorm.forward(xp, p["ln_f"], x)
+    logits, head_saved = linear.forward(xp, p["lm_head"], x)       # (N, V)
+    return logits, (shape, wte_saved, blocks_saved, ln_f_saved, head_saved)
+
+
+def backward(xp, p, saved, dlogits, config):
+    """dlogits (N, V) -> dp. Frees what each block saved as soon as it is used: `saved` serves once."""
+    shape, wte_saved, blocks_saved, ln_f_saved, head_saved = saved
+    dlm_head, dx = linear.backward(xp, p["lm_head"], head_saved, dlogits)
+    dln_f, dx = layernorm.backward(xp, p["ln_f"], ln_f_saved, dx)
+    dblocks = {}
+    for i in reversed(p["blocks"]):
+        dblocks[i], dx = block.backward(xp, p["blocks"][i], blocks_saved.pop(), dx, parts(config))
+    dwte = embedding.backward(xp, p["wte"], wte_saved, dx)
+    dwpe = xp.sum(xp.reshape(dx, (shape.B, shape.T, -1)), axis=0)  # (T, C)
+    unused = xp.zeros((config.n_ctx - shape.T, dwpe.shape[1]), dtype=dx.dtype, device=xp.device)
+    dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
+    dblocks = {i: dblocks[i] for i in p["blocks"]}
+    return {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": dln_f, "lm_head": dlm_head}
+
+
+def block_noise(noise, config, i: int):
+    """The noise of block i: one (stream (B,), rate) a dropout place, or None."""
+    if noise is None:
+        return None
+    n = parts(config).dropouts
+    return [(noise.streams[place, :], noise.rate) for place in range(i * n, (i + 1) * n)]
+
+
+def cache_of(saved, config):
+    """Keys and values (B, H, t, D) of every block, from what forward saved: the cache for the next tokens."""
+    attention = parts(config).attention
+    return [attention.keys_and_values(layer_saved) for (_, layer_saved), _ in saved[2]]

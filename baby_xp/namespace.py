@@ -1,0 +1,52 @@
+"""The namespace `xp` that all maths is written against, and the seam behind which a backend may be fast.
+
+`xp` is what array-api-compat resolves for an array library, as an object of its own, so that two
+configurations (float32 on NumPy, float64 on CuPy) can live in one process. A backend speeds it up in two
+ways, and both are tested against what they replace:
+
+- by functions of the Array API with the same names and meaning, laid over the library's own;
+- by whole functions of ours, those marked `@replaceable` below (a softmax, AdamW, the dropout mask).
+"""
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Namespace(types.SimpleNamespace):
+    """All public names of an array library, with `device` for creation calls and `kernels` for our own.
+
+    `kernels` maps the qualified name of a replaceable function ("gelu.tanh_form") to a faster one with the
+    same signature. Attributes are copied once: a lookup costs no more than on the module itself.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        device: Any = None,
+        kernels: Mapping[str, Callable] | None = None,
+        **faster: Callable,
+    ):
+        names = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
+        super().__init__(**{**names, **faster})
+        self.library, self.device, self.kernels = library, device, dict(kernels or {})
+
+    def __repr__(self) -> str:
+        return f"Namespace({getattr(self.library, '__name__', self.library)!s})"
+
+
+REPLACEABLE: dict[str, Callable] = {}
+"""Every function that a backend may replace, in its plain form, by qualified name. Tests walk this table."""
+
+
+def replaceable(function: Callable) -> Callable:
+    """Mark a pure function of (xp, arrays...) that a backend may replace by one of the same meaning."""
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    REPLACEABLE[name] = function
+
+    @functools.wraps(function)
+    def call(xp, *args, **kwargs):
+        return xp.kernels.get(name, function)(xp, *args, **kwargs)
+
+    return call

@@ -1,0 +1,59 @@
+"""One training step, as a pure function: step(state, batch) -> state, metrics."""
+
+from baby_xp import optim, rng
+from baby_xp.layers import cross_entropy
+
+
+def initial_state(backend, model, flat, decays, seed: int):
+    """The state before the first step, on the backend's device.
+
+    flat (P,): first values of the parameters; decays (P,) bool: where weight decay pulls, both host arrays.
+    """
+    params = backend.asarray(flat)
+    zeros = backend.xp.zeros_like
+    return {
+        "params": params,
+        "m": zeros(params),
+        "v": zeros(params),
+        "decays": backend.asarray(decays),
+        "step": backend.integers([0]),
+        "seed": backend.integers([seed]),
+    }
+
+
+def loss_and_gradients(xp, model, params, batch, noise=None):
+    """Mean loss (1,) in nats a token, and its gradients (P,), at params (P,).
+
+    batch: inputs (B, T), targets (B, T) or (B,) for a model of one target a context, samples (B,).
+    """
+    p = model.layout.unpack(xp, params)
+    logits, saved = model.forward(xp, p, batch.inputs, noise)
+    losses, loss_saved = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
+    weight = xp.full_like(losses, 1 / losses.shape[0])
+    _, dlogits = cross_entropy.backward(xp, {}, loss_saved, weight)
+    dp = model.backward(xp, p, saved, dlogits)
+    return xp.reshape(xp.mean(losses), (1,)), model.layout.pack(xp, dp)
+
+
+def total_loss(xp, model, params, batch):
+    """Sum of the losses of all targets (1,) in nats, without dropout: for evaluation."""
+    p = model.layout.unpack(xp, params)
+    logits, _ = model.forward(xp, p, batch.inputs)
+    losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
+    return xp.reshape(xp.sum(losses), (1,))
+
+
+def make_step(xp, model, config):
+    """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead."""
+    rate = model.config.dropout
+
+    def step(state, batch):
+        noise = None
+        if rate > 0:
+            streams = rng.streams(xp, state["seed"], state["step"], batch.samples, model.dropouts)
+            noise = rng.Noise(streams, rate)
+        loss, gradients = loss_and_gradients(xp, model, state["params"], batch, noise)
+        state, metrics = optim.update(xp, state, gradients, config)
+        return state, {"loss": loss, **metrics}
+
+    return step

@@ -1,0 +1,83 @@
+"""Nested dicts of arrays, and the flat buffer that they are views into.
+
+A model's parameters are a tree: {"wte": {"weight": (V, C)}, "blocks": {"0": {...}}}. A leaf's path is its
+keys joined by dots, "blocks.0.attention.qkv.weight": the name under which it is saved.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) of every leaf, in the order of the dicts."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def tree_map(function: Callable, tree: Tree, *others: Tree) -> Tree:
+    """Apply `function` to the leaves at the same path of one or several trees. Raises KeyError if they differ."""
+    if any(other.keys() != tree.keys() for other in others):
+        raise KeyError(f"trees differ: {[sorted(t) for t in (tree, *others)]}")
+    return {
+        key: tree_map(function, value, *(other[key] for other in others))
+        if isinstance(value, dict)
+        else function(value, *(other[key] for other in others))
+        for key, value in tree.items()
+    }
+
+
+def from_leaves(pairs: Any) -> Tree:
+    """Build the nested dict back from (path, leaf) pairs."""
+    tree: Tree = {}
+    for path, leaf in pairs:
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter lies in the flat buffer of all parameters, in the order of the tree."""
+
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Layout":
+        """The layout of a tree whose leaves have a `shape`: arrays or parameter specs."""
+        pairs = list(leaves(tree))
+        return cls(tuple(path for path, _ in pairs), tuple(tuple(leaf.shape) for _, leaf in pairs))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, P."""
+        return sum(self.sizes)
+
+    def pack(self, xp, tree: Tree):
+        """Lay the leaves one after the other: a tree of arrays -> (P,)."""
+        by_path = dict(leaves(tree))
+        if by_path.keys() != set(self.paths):
+            raise KeyError(f"tree does not fit the layout: {sorted(by_path.keys() ^ set(self.paths))}")
+        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths])
+
+    def unpack(self, xp, flat) -> Tree:
+        """The tree of arrays that `flat` (P,) holds; views of it where the library has views."""
+        pairs, start = [], 0
+        for path, shape, size in zip(self.paths, self.shapes, self.sizes, strict=True):
+            pairs.append((path, xp.reshape(flat[start : start + size], shape)))
+            start += size
+        return from_leaves(pairs)
