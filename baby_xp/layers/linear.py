@@ -1,5 +1,6 @@
 """Linear layer: y = x W + b."""
 
+from baby_xp.namespace import replaceable
 from baby_xp.params import normal, zeros
 
 
@@ -9,6 +10,7 @@ def spec(C: int, F: int, bias: bool = True, std: float = 0.02):
     return {**weight, "bias": zeros(F)} if bias else weight
 
 
+@replaceable
 def forward(xp, p, x):
     """x (N, C) -> y (N, F)."""
     y = x @ p["weight"]                                            # (N, F)
@@ -17,6 +19,7 @@ def forward(xp, p, x):
     return y, (x,)
 
 
+@replaceable
 def backward(xp, p, saved, dy):
     """dy (N, F) -> dp, dx (N, C)."""
     (x,) = saved

@@ -16,8 +16,8 @@ from baby_xp.errors import BabyError
 
 # Sets these streams apart from others that are keyed by the same seed, such as that of the weights.
 STREAM = 0x6261746368  # "batch"
-# Tiny sizes need that many until every order is about equally likely; large ones would do with half.
-ROUNDS = 12
+# Sizes of 3 or 4 need that many until every order is about equally likely; large ones would do with half.
+ROUNDS = 10
 
 
 class Batch(NamedTuple):
@@ -54,7 +54,7 @@ class RandomWindows:
 
 
 class EpochWindows:
-    """Every window that starts at a multiple of `stride` in `ids` (n,), once an epoch, in a new order each time.
+    """Each window that starts at a multiple of `stride` in `ids` (n,), once an epoch, in a fresh order.
 
     The last batch of an epoch is smaller where batch_size does not divide the number of windows. The order
     is computed, not stored, so an epoch may hold billions of windows.
@@ -131,10 +131,12 @@ def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     """Where a shuffle of 0 .. n-1, keyed by (seed, epoch), puts these positions; uint64 (B,) to uint64 (B,).
 
     A Feistel network: a number below side * side is a pair of digits, and each round adds a hash of one digit
-    to the other, which can be undone, so the whole is one-to-one. As side is the least with side * side >= n,
-    hardly any number lands at n or above; one that does walks on along its cycle until it is back below n.
+    to the other, which can be undone, so the whole is one-to-one. As side * side is just above n, hardly any
+    number lands at n or above; one that does walks on along its cycle until it is back below n.
     """
-    side = np.uint64(math.isqrt(n - 1) + 1)
+    # Even: were it odd, each round would be an even permutation up to a fixed swap, and half the orders
+    # of a small set could not occur.
+    side = np.uint64((math.isqrt(n - 1) + 2) // 2 * 2)
     keys = _random_bits(seed, epoch, ROUNDS)
     values = _feistel(positions, side, keys)
     while True:
@@ -201,7 +203,7 @@ def _plain(ids: np.ndarray) -> np.ndarray:
     # A view of a memmap as a plain array reads the same pages without the subclass's cost at each indexing.
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise BabyError(f"ids of shape {ids.shape} and type {ids.dtype} are no text; give a 1-D integer array")
+        raise BabyError(f"ids of shape {ids.shape} and type {ids.dtype} are no text; give 1-D integers")
     return ids
 
 

@@ -73,9 +73,9 @@ class Corpus:
 def read_text(path: str | Path, chunk_size: int = CHUNK) -> Iterator[str]:
     """The chunks of a UTF-8 file, read `chunk_size` bytes at a time.
 
-    As in Python's text mode, \\r\\n and \\r become \\n, so that one text gives the same ids everywhere; a byte
-    order mark at the start is dropped. Raises BabyError, when the first chunk is asked for, if there is no
-    such file or it cannot be read; on the way if it is not UTF-8; at the end if it held nothing.
+    As in Python's text mode, \\r\\n and \\r become \\n, so that one text gives the same ids everywhere; a
+    byte order mark at the start is dropped. Raises BabyError, when the first chunk is asked for, if there is
+    no such file or it cannot be read; on the way if it is not UTF-8; at the end if it held nothing.
     """
     return _normalised(_decoded(_read_bytes(path, chunk_size), shown(path)), shown(path))
 
@@ -231,7 +231,7 @@ def _read_bytes(path: str | Path, chunk_size: int) -> Iterator[bytes]:
     except FileNotFoundError:
         raise BabyError(f"there is no file {name}; check the path") from None
     except OSError as error:
-        raise BabyError(f"{name} cannot be read ({_reason(error)}); check its path and permissions") from error
+        raise BabyError(f"{name} cannot be read ({_reason(error)}); check its permissions") from error
 
 
 def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
@@ -252,7 +252,7 @@ def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
 
 
 def _normalised(chunks: Iterator[str], name: str) -> Iterator[str]:
-    """The chunks without byte order mark, \\r and empty chunks. Raises BabyError at the end if none is left."""
+    """The chunks without byte order mark, \\r and empty chunks. Raises BabyError if none is left."""
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     at_start = empty = True
     for chunk in chunks:

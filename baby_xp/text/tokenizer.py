@@ -1,7 +1,7 @@
 """Tokenizers: a text becomes an array of ids and comes back. Ids are int32 arrays of shape (T,)."""
 
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -93,7 +93,7 @@ class CharTokenizer:
         return self._code_point_of[_checked_ids(ids, self.vocab_size)].tobytes().decode("utf-32-le")
 
     def extended(self, characters: Iterable[str]) -> "CharTokenizer":
-        """A tokenizer that knows these characters too: new ones come last, sorted, so old ids keep their meaning."""
+        """A tokenizer that knows these characters too. New ones come last, sorted: old ids stay valid."""
         return CharTokenizer(self.vocab + tuple(sorted(set(characters).difference(self.vocab))))
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,13 +186,9 @@ def _code_points(text: str) -> np.ndarray:
 
 def _characters_in(text: str | Iterable[str]) -> list[str]:
     seen = np.zeros(N_CODE_POINTS, dtype=bool)
-    for chunk in _chunks(text):
+    for chunk in [text] if isinstance(text, str) else text:
         seen[_code_points(chunk)] = True
     return [chr(code_point) for code_point in np.flatnonzero(seen)]
-
-
-def _chunks(text: str | Iterable[str]) -> Iterator[str]:
-    return iter([text] if isinstance(text, str) else text)
 
 
 def _character_at(text: str, index: int, start: Place) -> str:
@@ -229,7 +225,7 @@ def _checked_vocab(vocab: Sequence[Any], where: str) -> tuple[str, ...]:
         if "\ud800" <= entry <= "\udfff":
             raise BabyError(f"{where}: vocab[{index}] is {entry!r}, one half of a surrogate pair; {_REMEDY}")
         if entry in seen:
-            raise BabyError(f"{where}: vocab[{index}], {entry!r} (U+{ord(entry):04X}), is there twice; {_REMEDY}")
+            raise BabyError(f"{where}: vocab[{index}], {entry!r} (U+{ord(entry):04X}) is a repeat; {_REMEDY}")
         seen.add(entry)
     return tuple(vocab)
 

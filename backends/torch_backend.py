@@ -1,0 +1,47 @@
+"""PyTorch, as an array library alone: no autograd, no modules. It checks the maths, and its GPU can run it."""
+
+from baby_xp.errors import BackendUnavailable
+from baby_xp.namespace import Namespace
+
+
+class TorchBackend:
+    """Arrays of PyTorch, on "cpu", "cuda" or any device that it knows."""
+
+    name = "torch"
+
+    def __init__(self, device: str | None = None, dtype: str = "float32"):
+        try:
+            import array_api_compat.torch as library
+            import torch
+        except ImportError as error:
+            raise BackendUnavailable("torch", f"PyTorch cannot be imported ({error})", "pip install 'baby_xp[torch]'") from None
+        self._torch, self.dtype = torch, dtype
+        try:
+            self._device = torch.zeros(1, device=device or "cpu").device
+        except (RuntimeError, AssertionError) as error:
+            reason = f"no device {device!r} ({' '.join(str(error).split('.')[0].split())})"
+            raise BackendUnavailable("torch", reason, "leave out --device, or install a PyTorch built for it") from None
+        self.xp = Namespace(library, device=self._device, take_along_axis=self._take_along_axis)
+        self.version, self.device = f"torch {torch.__version__}", str(self._device)
+
+    def _take_along_axis(self, x, indices, *, axis=-1):
+        # PyTorch gathers by int64 alone
+        return self._torch.take_along_dim(x, indices.long(), dim=axis)
+
+    def asarray(self, host):
+        dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
+        return self._torch.tensor(host, dtype=getattr(self._torch, dtype), device=self._device)
+
+    def integers(self, values):
+        signed = [(value + 2**31) % 2**32 - 2**31 for value in values]
+        return self._torch.tensor(signed, dtype=self._torch.int32, device=self._device)
+
+    def to_numpy(self, array):
+        return array.cpu().numpy()
+
+    def compile(self, function):
+        return function
+
+    def synchronize(self):
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize(self._device)

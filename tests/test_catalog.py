@@ -1,0 +1,172 @@
+"""The catalog: names, files that are given, and downloads from a server on this machine."""
+
+import hashlib
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pooch
+import pytest
+from baby_xp_data import catalog
+
+from baby_xp.errors import BabyError
+
+TEXT = "Good night, moon. Good night, caf\u00e9.\n".encode() * 50
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.paths.append(self.path)
+        self.send_response(200 if self.path != "/missing.txt" else 404)
+        body = TEXT[:100] if self.path == "/cut.txt" else TEXT
+        self.send_header("Content-Length", str(len(TEXT)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.paths = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, not there yet, and no folder of the user's own."""
+    folder = tmp_path / "cache" / "baby_xp"
+    monkeypatch.delenv(catalog.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(pooch, "os_cache", lambda project: folder.parent / project)
+    return folder
+
+
+@pytest.fixture
+def add(monkeypatch):
+    def add(url, content=TEXT):
+        entry = catalog.Entry("moon", url, hashlib.sha256(content).hexdigest(), "moon.txt", "a test", "none")
+        monkeypatch.setitem(catalog.TEXTS, "moon", entry)
+    return add
+
+
+def url(server, path="/moon.txt"):
+    return f"http://127.0.0.1:{server.server_port}{path}"
+
+
+def failure(name="moon"):
+    with pytest.raises(BabyError) as caught:
+        catalog.find(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_names():
+    assert catalog.names() == ["nursery", "equations", "shakespeare"]
+    for name, entry in catalog.TEXTS.items():
+        assert entry.name == name
+        assert entry.url.startswith("https://")
+        assert len(bytes.fromhex(entry.sha256)) == 32
+        assert entry.about
+        assert entry.licence
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    assert failure("homer") == "no text is called 'homer'; the names are nursery, equations, shakespeare"
+
+
+@pytest.mark.parametrize("name", catalog.BUILT_IN)
+def test_generated_texts_have_no_file(name):
+    assert "is generated" in failure(name)
+
+
+def test_download_once(server, cache, add, capfd):
+    add(url(server))
+    path = catalog.find("moon")
+    assert path == cache / "moon.txt"
+    assert path.read_bytes() == TEXT
+    assert catalog.find("moon") == path
+    assert server.paths == ["/moon.txt"]
+    assert [p.name for p in cache.iterdir()] == ["moon.txt"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_downloaded_file_needs_no_network(server, cache, add):
+    add(url(server))
+    catalog.find("moon")
+    add("http://127.0.0.1:9/moon.txt")
+    assert catalog.find("moon").read_bytes() == TEXT
+
+
+def test_a_spoilt_file_in_the_cache_is_downloaded_again(server, cache, add):
+    add(url(server))
+    catalog.find("moon").write_bytes(TEXT[:-1])
+    assert catalog.find("moon").read_bytes() == TEXT
+    assert len(server.paths) == 2
+
+
+def test_the_logger_of_pooch_is_left_as_it_was(server, cache, add):
+    add(url(server))
+    before = pooch.get_logger().level
+    catalog.find("moon")
+    assert pooch.get_logger().level == before
+
+
+@pytest.mark.parametrize(("path", "content", "reason"), [
+    ("/moon.txt", b"another text", "what came is not the expected text"),
+    ("/missing.txt", TEXT, "the server answered 404"),
+    ("/cut.txt", TEXT, "("),
+])
+def test_a_failed_download(server, cache, add, capfd, path, content, reason):
+    add(url(server, path), content)
+    message = failure()
+    assert message.startswith("moon could not be downloaded (")
+    assert reason in message
+    assert f"download {url(server, path)} to {cache / 'moon.txt'}, or " in message
+    assert "--data" in message
+    assert "set BABY_XP_DATA to a folder that holds moon.txt" in message
+    assert list(cache.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_refused_connection(cache, add, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as taken:  # bound but not listening: a connection is refused
+        taken.bind(("127.0.0.1", 0))
+        add(f"http://127.0.0.1:{taken.getsockname()[1]}/moon.txt")
+        assert "moon could not be downloaded (ConnectionError): " in failure()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made(server, cache, add):
+    cache.parent.parent.mkdir(exist_ok=True)
+    cache.parent.write_text("a file where the folder should be")
+    add(url(server))
+    assert "could not be downloaded" in failure()
+    assert server.paths == []
+
+
+def test_the_folder_of_the_user_comes_first(server, cache, add, tmp_path, monkeypatch):
+    add(url(server))
+    monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))
+    assert catalog.find("moon") == cache / "moon.txt"  # the folder does not hold it
+    (tmp_path / "moon.txt").write_bytes(TEXT)
+    assert catalog.find("moon") == tmp_path / "moon.txt"
+    assert len(server.paths) == 1
+
+
+def test_a_wrong_file_in_the_folder_of_the_user(server, cache, add, tmp_path, monkeypatch):
+    add(url(server))
+    monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "moon.txt").write_bytes(TEXT + b"!")
+    message = failure()
+    assert message.startswith(f"{tmp_path / 'moon.txt'} is not the expected moon (its SHA-256 differs)")
+    assert server.paths == []
