@@ -11,3 +11,18 @@ Axis letters, the same in every comment and docstring of this package:
 """
 
 __version__ = "0.1.0"
+
+_PUBLIC = {"train": "api", "load": "api", "Run": "api", "BabyError": "errors"}
+
+
+def __getattr__(name: str):
+    # on demand, so that `import baby_xp` costs nothing but this file
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(f"baby_xp.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -64,14 +64,10 @@ class EquationConfig:
     """Width of the vector of a token."""
     n_hidden: int = 64
     """Neurons in the hidden layer."""
-    activation: Literal["tanh", "gelu"] = "gelu"
+    activation: Literal["tanh", "gelu"] = "tanh"
     """Non-linearity of the hidden layer."""
-    embedding_std: float = 0.5
-    """Spread of the first embedding."""
-    hidden_std: float = 0.5
-    """Spread of the first W1."""
-    output_std: float = 0.1
-    """Spread of the first W2."""
+    std: float = 0.1
+    """Spread of the first weights."""
     max_sum: int = 9
     """Largest sum in the training data, 9 to 18."""
     held_out: str = "4+4"
@@ -80,7 +76,7 @@ class EquationConfig:
     def __post_init__(self):
         _whole(self, "n_ctx", "n_emb", "n_hidden", "max_sum")
         _choice(self, "activation")
-        _positive(self, "embedding_std", "hidden_std", "output_std")
+        _positive(self, "std")
         if self.n_ctx != 4:
             raise BabyError(f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}")
 

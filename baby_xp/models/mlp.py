@@ -12,9 +12,9 @@ ACTIVATIONS = {"tanh": tanh, "gelu": gelu}
 def spec(config, V: int):
     """Parameters of an equation model with V token ids."""
     return {
-        "embedding": embedding.spec(V, config.n_emb, config.embedding_std),
-        "hidden": linear.spec(config.n_ctx * config.n_emb, config.n_hidden, std=config.hidden_std),
-        "output": linear.spec(config.n_hidden, V, std=config.output_std),
+        "embedding": embedding.spec(V, config.n_emb, config.std),
+        "hidden": linear.spec(config.n_ctx * config.n_emb, config.n_hidden, std=config.std),
+        "output": linear.spec(config.n_hidden, V, std=config.std),
     }
 
 

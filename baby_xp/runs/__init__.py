@@ -1,1 +1,1 @@
-
+"""Runs on disk: the files that belong to one GUID."""

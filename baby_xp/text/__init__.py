@@ -1,1 +1,1 @@
-"""Texts on the host: characters to ids and back, corpora of memory-mapped ids, batches of windows."""
+"""Texts as token ids: tokenizers, corpora, batches."""

@@ -1,1 +1,1 @@
-
+"""Training: the pure step, the loop around it, evaluation, workers."""

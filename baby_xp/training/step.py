@@ -21,18 +21,20 @@ def initial_state(backend, model, flat, decays, seed: int):
     }
 
 
-def loss_and_gradients(xp, model, params, batch, noise=None):
+def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None):
     """Mean loss (1,) in nats a token, and its gradients (P,), at params (P,).
 
-    batch: inputs (B, T), targets (B, T) or (B,) for a model of one target a context, samples (B,).
+    batch: inputs (B, T), targets (B, T) or (B,) for a model of one target a context, samples (B,). Where the
+    batch is a share of a larger one, `n_targets` is the number of targets of the whole: the shares' losses
+    and gradients then add up to those of the whole.
     """
     p = model.layout.unpack(xp, params)
     logits, saved = model.forward(xp, p, batch.inputs, noise)
     losses, loss_saved = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
-    weight = xp.full_like(losses, 1 / losses.shape[0])
+    weight = xp.full_like(losses, 1 / (n_targets or losses.shape[0]))
     _, dlogits = cross_entropy.backward(xp, {}, loss_saved, weight)
     dp = model.backward(xp, p, saved, dlogits)
-    return xp.reshape(xp.mean(losses), (1,)), model.layout.pack(xp, dp)
+    return xp.reshape(xp.sum(losses * weight), (1,)), model.layout.pack(xp, dp)
 
 
 def total_loss(xp, model, params, batch):
@@ -43,16 +45,28 @@ def total_loss(xp, model, params, batch):
     return xp.reshape(xp.sum(losses), (1,))
 
 
-def make_step(xp, model, config):
-    """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead."""
+def step_noise(xp, model, seed, step, batch):
+    """The dropout of a step, for the samples of `batch`: seed (1,), step (1,) int32 -> rng.Noise or None."""
     rate = model.config.dropout
+    if rate == 0:
+        return None
+    return rng.Noise(rng.streams(xp, seed, step, batch.samples, model.dropouts), rate)
+
+
+def noisy_loss_and_gradients(xp, model, state, batch):
+    """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`."""
+    noise = step_noise(xp, model, state["seed"], state["step"], batch)
+    return loss_and_gradients(xp, model, state["params"], batch, noise)
+
+
+def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
+    """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
+
+    `loss_and_gradients` has the signature of noisy_loss_and_gradients: workers put theirs in its place.
+    """
 
     def step(state, batch):
-        noise = None
-        if rate > 0:
-            streams = rng.streams(xp, state["seed"], state["step"], batch.samples, model.dropouts)
-            noise = rng.Noise(streams, rate)
-        loss, gradients = loss_and_gradients(xp, model, state["params"], batch, noise)
+        loss, gradients = loss_and_gradients(xp, model, state, batch)
         state, metrics = optim.update(xp, state, gradients, config)
         return state, {"loss": loss, **metrics}
 

@@ -1,0 +1,75 @@
+"""Named configurations, each with the reason for its numbers."""
+
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, Preset, TrainConfig
+from baby_xp.errors import BabyError
+
+
+def _age(months: int, n_ctx: int, says: str) -> Preset:
+    # The Little Baby's ages are one model with a growing context. Its rate is constant and it warms up over
+    # no step; decay and moments are those of its optimizer. Clipping is ours: 16 layers without it can burst.
+    return Preset(
+        f"{months}-months",
+        f"The Little Baby at {months} months: {says}",
+        GPTConfig(n_ctx=n_ctx, n_emb=128, head_size=128, n_heads=16, n_layers=16, dropout=0.1),
+        TrainConfig(
+            batch_size=16, num_epochs=1, lr=1e-3, base_batch_size=16, schedule="constant", warmup_steps=0,
+            beta2=0.999, weight_decay=0.01, clip=1.0, eval_every=1000,
+        ),
+        DataConfig(data="shakespeare"),
+    )  # fmt: skip
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
+        # no download, and its exact entropy says how good a loss can be.
+        Preset(
+            "baby",
+            "babbles nursery stories after about a minute on two cores",
+            GPTConfig(n_ctx=64, n_emb=64, head_size=64, n_heads=4, n_layers=3, dropout=0.0),
+            TrainConfig(batch_size=16, num_steps=2500, lr=3e-3, min_lr=3e-4, warmup_steps=100, eval_every=250),
+            DataConfig(data="nursery"),
+        ),
+        # What mattered, in a study of 300 seeds: an embedding of one number, so that digits can only lie on
+        # a line, and small first weights, so that they come to lie there in order. tanh did better than GELU.
+        Preset(
+            "equations",
+            "babyLLM: sums of two digits, and the answer of 4+4, which it never saw",
+            EquationConfig(n_emb=1, n_hidden=64, activation="tanh"),
+            TrainConfig(
+                batch_size=1024, num_steps=1500, lr=1e-2, min_lr=0.0, warmup_steps=100, weight_decay=0.1,
+                clip=0.0, eval_every=250,
+            ),
+            DataConfig(data="equations"),
+        ),
+        # nanoGPT's Shakespeare run for a laptop: its README reports a validation loss of 1.88.
+        Preset(
+            "nanogpt-cpu",
+            "nanoGPT's Shakespeare run for a laptop",
+            GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4, dropout=0.0),
+            TrainConfig(batch_size=12, num_steps=2000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250),
+            DataConfig(data="shakespeare"),
+        ),
+        # nanoGPT's Shakespeare run for a GPU: its README reports a best validation loss of 1.4697.
+        Preset(
+            "nanogpt-gpu",
+            "nanoGPT's Shakespeare run for a GPU",
+            GPTConfig(n_ctx=256, n_emb=384, head_size=384, n_heads=6, n_layers=6, dropout=0.2),
+            TrainConfig(batch_size=64, num_steps=5000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250),
+            DataConfig(data="shakespeare"),
+        ),
+        _age(3, 8, "coos and gurgles"),
+        _age(6, 16, "loud, random cries"),
+        _age(12, 32, "joyful noise with hints of intention"),
+        _age(24, 64, "words arrive"),
+        _age(48, 128, "stories and opinions"),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises BabyError for an unknown one."""
+    if name not in PRESETS:
+        raise BabyError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

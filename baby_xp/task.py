@@ -1,0 +1,101 @@
+"""What a run learns from: a tokenizer, batches to train on, and batches to be measured on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from baby_xp_data import catalog, equations, nursery
+
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, ModelConfig, TrainConfig
+from baby_xp.errors import BabyError
+from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
+from baby_xp.text.corpus import Corpus, check_length
+from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
+
+NURSERY_CHARACTERS, NURSERY_SEED = 1_000_000, 0
+
+
+class Batches(Protocol):
+    """Batches by the number of the step alone, so that a run can go on where another stopped."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that training asks of the data."""
+
+    name: str
+    tokenizer: Tokenizer
+    batches: Batches
+    num_steps: int
+    validation: Callable[[], Iterator[Batch]]
+    n_validation: int
+    """Number of targets in all validation batches."""
+    facts: dict[str, Any]
+    """What a report tells of the data: numbers of tokens, hash, the exact entropy where it is known."""
+
+
+def prepare(data: DataConfig, model: ModelConfig, train: TrainConfig, cache_folder: Path | None) -> Task:
+    """Find the text, make ids of it and lay out its batches. Raises BabyError if it cannot serve."""
+    if isinstance(model, EquationConfig):
+        return _equations(data, model, train)
+    return _text(read_corpus(data, cache_folder), model, train)
+
+
+def read_corpus(data: DataConfig, cache_folder: Path | None) -> Corpus:
+    """The text that `--data` names, as ids: a built-in one, one of the catalog, or a file."""
+    if data.data == "nursery":
+        text = nursery.generate(NURSERY_CHARACTERS, NURSERY_SEED)
+        return Corpus.from_text(text, "nursery", data.tokenizer)
+    if data.data == "equations":
+        raise BabyError("equations are for the equation model: train equations, or give a text with --data")
+    path = catalog.find(data.data) if data.data in catalog.TEXTS else Path(data.data)
+    if cache_folder is None:
+        raise ValueError("a text from a file needs a folder for its ids")
+    try:
+        return Corpus.from_file(path, data.tokenizer, cache_folder)
+    except BabyError as error:
+        if data.data.isidentifier() and not path.exists():  # it was meant as a name, perhaps
+            raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
+        raise
+
+
+def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
+    check_length(corpus, model.n_ctx)
+    if train.num_epochs is None:
+        batches = RandomWindows(corpus.train, model.n_ctx, train.batch_size, train.seed)
+        num_steps = train.num_steps
+    else:
+        batches = EpochWindows(corpus.train, model.n_ctx, train.batch_size, train.stride, train.seed)
+        num_steps = train.num_steps or train.num_epochs * batches.steps_per_epoch
+    facts = {
+        "characters": corpus.n_characters,
+        "vocabulary": corpus.tokenizer.vocab_size,
+        "training tokens": len(corpus.train),
+        "validation tokens": len(corpus.validation),
+        "sha256": corpus.sha256,
+    }
+    if corpus.name == "nursery":
+        facts["entropy, nats per character"] = nursery.entropy_per_character()
+
+    def validation() -> Iterator[Batch]:
+        return consecutive_windows(corpus.validation, model.n_ctx, train.batch_size)
+
+    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, len(corpus.validation) - 1, facts)
+
+
+def _equations(data: DataConfig, model: EquationConfig, train: TrainConfig) -> Task:
+    if data.data != "equations":
+        raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
+    contexts, targets = equations.training_pairs(model.max_sum, model.held_out)
+    batches = PairBatches(contexts, targets, train.batch_size, train.seed)
+    held_out = PairBatches(*equations.held_out_pairs(model.max_sum, model.held_out))
+    num_steps = train.num_steps or train.num_epochs * -(-len(targets) // train.batch_size)
+    facts = {"training contexts": len(targets), "held out": model.held_out, "largest sum": model.max_sum}
+    tokenizer = CharTokenizer(tuple(equations.VOCABULARY))
+    validation = held_out.batch(0)
+    return Task(
+        "equations", tokenizer, batches, num_steps, lambda: iter([validation]), len(validation.targets), facts
+    )

@@ -1,0 +1,18 @@
+"""Validation loss: over all of the validation part, or over a sample of it while training goes on."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from baby_xp.text.batches import Batch
+
+
+def mean_loss(total_loss: Callable[[Batch], float], batches: Iterable[Batch], every: int = 1) -> float:
+    """Mean loss in nats a target.
+
+    `total_loss` gives the sum of the losses of a host batch. `every`: only each so many-th batch.
+    """
+    total, count = 0.0, 0
+    for batch in islice(batches, 0, None, every):
+        total += total_loss(batch)
+        count += batch.targets.size
+    return total / count
