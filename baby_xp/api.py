@@ -1,10 +1,10 @@
 """The program from Python: train a preset, load a run, generate.
 
-    import baby_xp
+import baby_xp
 
-    run = baby_xp.train("baby", num_steps=500)
-    print(run.generate("This is ", num_tokens=200))
-    print(baby_xp.load("last").generate("Here comes "))
+run = baby_xp.train("baby", num_steps=500)
+print(run.generate("This is ", num_tokens=200))
+print(baby_xp.load("last").generate("Here comes "))
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from baby_xp import __version__, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.backend import Backend
-from baby_xp.config import DataConfig, EquationConfig, ModelConfig, Preset, TrainConfig
+from baby_xp.config import EquationConfig, ModelConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.generate import Sampling, generate
 from baby_xp.models import Model
@@ -37,7 +37,9 @@ SAMPLE_TOKENS = 500
 class Silent:
     """A listener that keeps quiet."""
 
-    def started(self, model: Model, backend: Backend, workers: int, task: task.Task, files: RunFiles) -> None: ...
+    def started(
+        self, model: Model, backend: Backend, workers: int, task: task.Task, files: RunFiles
+    ) -> None: ...
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None: ...
 
@@ -62,14 +64,18 @@ class Run:
         """The run's GUID."""
         return self.files.guid
 
-    def generate(self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any) -> str:
+    def generate(
+        self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> str:
         """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
 
         Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
         """
         return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
 
-    def stream(self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> Iterator[str]:
         """The continuation, piece by piece as it is generated."""
         if num_tokens < 1:
             raise BabyError(f"num_tokens must be at least 1, not {num_tokens}")
@@ -155,7 +161,10 @@ def load(
         raise BabyError(f"{where} is not the config of a run; the file is damaged or from elsewhere")
     tokenizer = tokenizer_from_dict(store.read_json(files.tokenizer), str(files.tokenizer))
     if tokenizer.vocab_size != config["vocab_size"]:
-        raise BabyError(f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {config['vocab_size']!r}: they do not belong together")
+        raise BabyError(
+            f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {config['vocab_size']!r}: "
+            "they do not belong together"
+        )
     model = Model(configs.model_from_dict(config["model"], where), tokenizer.vocab_size)
     train_config = configs.from_dict(TrainConfig, config["train"], where)
     flat = checkpoint.load_weights(files.model, model.layout)
@@ -179,11 +188,21 @@ def _number_of_workers(asked: int | None, backend: Backend, model: Model, batch_
     if asked < 1:
         raise BabyError(f"workers must be at least 1, not {asked}")
     if asked > 1 and backend.name != "numpy":
-        raise BabyError(f"workers are processes of the numpy backend; with {backend.name} leave out --workers")
+        raise BabyError(
+            f"workers are processes of the numpy backend; with {backend.name} leave out --workers"
+        )
     return min(asked, batch_size)
 
 
-def _keep(files: RunFiles, chosen: Preset, model: Model, learned: task.Task, backend: Backend, workers: int, result: Result) -> Run:
+def _keep(
+    files: RunFiles,
+    chosen: Preset,
+    model: Model,
+    learned: task.Task,
+    backend: Backend,
+    workers: int,
+    result: Result,
+) -> Run:
     """Write the files of a finished run."""
     last = result.records[-1]
     config = {
@@ -224,5 +243,3 @@ def sample_of(run: Run, model: ModelConfig, seed: int) -> str:
     if isinstance(model, EquationConfig):
         return run.generate(f"{model.held_out}=", num_tokens=1, greedy=True)
     return run.generate(num_tokens=SAMPLE_TOKENS, seed=seed)
-
-

@@ -6,6 +6,7 @@ Input that cannot be used ends in one line on stderr and exit code 2.
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except BabyError as error:
         print(f"baby_xp: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "an array did not fit"
+        print(f"baby_xp: not enough memory ({reason}); choose a smaller model or batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("baby_xp: interrupted", file=sys.stderr)
@@ -140,19 +145,27 @@ class _Screen:
             why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
         processes = f", {workers} processes" if workers > 1 else ""
         print(f"{model.n_parameters:,} parameters on {backend.version}, {backend.device}{processes}{why}")
-        facts = {"training tokens": "training", "validation tokens": "validation", "training contexts": "contexts"}
+        facts = {
+            "training tokens": "training",
+            "validation tokens": "validation",
+            "training contexts": "contexts",
+        }
         shown = [f"{task.facts[name]:,} {short}" for name, short in facts.items() if name in task.facts]
         print(f"{task.name}: {task.tokenizer.vocab_size} different tokens, {' and '.join(shown)}", flush=True)
         self.entropy = task.facts.get("entropy, nats per character")
-        self.bar = tqdm(total=task.num_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=task.num_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        train_loss = "" if record["train_loss"] is None else f"train {record['train_loss']:.4f}, "
-        line = f"step {record['step']:>6}: {train_loss}validation {record['val_loss']:.4f}, {record['seconds']:.0f} s"
+        line = f"step {record['step']:>6}: "
+        if record["train_loss"] is not None:
+            line += f"train {record['train_loss']:.4f}, "
+        line += f"validation {record['val_loss']:.4f}, {record['seconds']:.0f} s"
         if record["whole_validation"]:
             self.bar.close()
             if self.entropy is not None:
@@ -279,7 +292,9 @@ def _first_message(box: str) -> str:
         if line.startswith("──"):
             break
         message.append(line)
-    return " ".join(" ".join(message).split()) or " ".join(box.split())
+    text = " ".join(" ".join(message).split()) or " ".join(box.split())
+    # our own checks name the field; tyro puts the part of the config before it
+    return re.sub(r"^Error parsing (model|train|data|place): ", "", text)
 
 
 def _path_flag(path: str) -> str:

@@ -78,7 +78,9 @@ class EquationConfig:
         _choice(self, "activation")
         _positive(self, "std")
         if self.n_ctx != 4:
-            raise BabyError(f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}")
+            raise BabyError(
+                f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}"
+            )
 
 
 ModelConfig = GPTConfig | EquationConfig
@@ -123,7 +125,14 @@ class TrainConfig:
 
     def __post_init__(self):
         _whole(self, "batch_size", "stride", "eval_every")
-        _whole(self, *(name for name in ("num_steps", "num_epochs", "base_batch_size") if getattr(self, name) is not None))
+        _whole(
+            self,
+            *(
+                name
+                for name in ("num_steps", "num_epochs", "base_batch_size")
+                if getattr(self, name) is not None
+            ),
+        )
         _positive(self, "lr")
         _choice(self, "schedule", "dtype")
         _at_least_zero(self, "min_lr", "warmup_steps", "weight_decay", "clip", "seed")
@@ -178,7 +187,9 @@ def from_dict(kind: type, values: Any, where: str) -> Any:
     names = {field.name for field in fields(kind)}
     if not isinstance(values, dict) or not values.keys() <= names:
         odd = sorted(set(values) - names) if isinstance(values, dict) else values
-        raise BabyError(f"{where}: {odd!r} is not part of a {kind.__name__}; the file is damaged or from elsewhere")
+        raise BabyError(
+            f"{where}: {odd!r} is not part of a {kind.__name__}; the file is damaged or from elsewhere"
+        )
     try:
         return kind(**values)
     except (BabyError, TypeError, ValueError) as error:
@@ -189,7 +200,9 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
     """The model config that to_dict wrote."""
     kind = CONFIGS.get(values.get("kind")) if isinstance(values, dict) else None
     if kind is None:
-        raise BabyError(f"{where}: kind of model is none of {', '.join(CONFIGS)}; the file is damaged or from elsewhere")
+        raise BabyError(
+            f"{where}: kind of model is none of {', '.join(CONFIGS)}; the file is damaged or from elsewhere"
+        )
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
 

@@ -30,7 +30,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 < self.temperature < np.inf:
-            raise BabyError(f"temperature must be above 0, not {self.temperature}; for the likeliest token say --greedy")
+            raise BabyError(
+                f"temperature must be above 0, not {self.temperature}; for the likeliest token say --greedy"
+            )
         if self.top_k < 0:
             raise BabyError(f"top_k must be at least 1, or 0 for all tokens, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -43,7 +45,9 @@ def window_start(length: int, n_ctx: int) -> int:
     return -(-max(0, length - n_ctx) // hop) * hop
 
 
-def generate(backend, model, params, prompt, num_tokens: int, sampling: Sampling, use_cache: bool = True) -> Iterator[int]:
+def generate(
+    backend, model, params, prompt, num_tokens: int, sampling: Sampling, use_cache: bool = True
+) -> Iterator[int]:
     """Yield `num_tokens` ids, one by one. params (P,) on the backend; prompt: ids, at least one."""
     p = model.layout.unpack(backend.xp, params)
     ids = [int(token) for token in prompt]
@@ -75,7 +79,7 @@ class Logits:
 
     def _forward(self, new: list[int]):
         xp, config = self.backend.xp, self.model.config
-        if not hasattr(self.model.module, "cache_of"):             # a fixed context: filled up on the left
+        if not hasattr(self.model.module, "cache_of"):  # a fixed context: filled up on the left
             new = [0] * (config.n_ctx - len(new)) + new
         ids = self.backend.asarray(np.array([new], dtype=np.int32))
         if not self.use_cache:

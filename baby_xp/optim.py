@@ -8,46 +8,47 @@ EPS = 1e-8
 
 
 @replaceable
-def adamw(xp, w, g, m, v, decays, lr, bias1, bias2, beta1: float, beta2: float, weight_decay: float):
+def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: float, weight_decay: float):
     """One step of AdamW with decoupled decay (Loshchilov and Hutter 2019), element by element.
 
-    w, g, m, v (P,): parameters, gradients, first and second moments. decays (P,) bool: where weight decay
-    pulls. lr, bias1, bias2 (1,): learning rate, 1 - beta1^t, 1 - beta2^t. -> new w, m, v.
+    w, g, m, v (P,): parameters, gradients, first and second moments. decays (P,): 1 where weight decay
+    pulls, else 0. scale, lr, bias1, bias2 (1,): what clipping leaves of the gradients, learning rate,
+    1 - beta1^t, 1 - beta2^t. -> new w, m, v.
     """
+    g = scale * g
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     step = (m / bias1) / (xp.sqrt(v / bias2) + EPS)
-    pull = weight_decay * w * xp.astype(decays, w.dtype)
-    return w - lr * (step + pull), m, v
+    return w - lr * (step + weight_decay * decays * w), m, v
 
 
 def update(xp, state, gradients, config):
-    """A new state after one step, and the metrics of it.
+    """A new state after one step, and the metrics of it; the gradient norm is that before clipping.
 
-    state: params, m, v (P,), decays (P,) bool, step (1,) int32. `config` is a TrainConfig.
+    state: params, m, v (P,), decays (P,), step (1,) int32. `config` is a TrainConfig.
     """
-    gradients, norm = clip(xp, gradients, config.clip)
+    norm = global_norm(xp, gradients)
+    scale = clip_scale(xp, norm, config.clip)
     lr = learning_rate(xp, state["step"], config, gradients.dtype)
     t = xp.astype(state["step"] + 1, gradients.dtype)
     # -expm1(t log(beta)) is 1 - beta^t without the cancellation that costs float32 its digits at small t
     bias1, bias2 = (-xp.expm1(t * math.log(beta)) for beta in (config.beta1, config.beta2))
     w, m, v = adamw(
-        xp, state["params"], gradients, state["m"], state["v"], state["decays"], lr, bias1, bias2,
+        xp, state["params"], gradients, state["m"], state["v"], state["decays"], scale, lr, bias1, bias2,
         config.beta1, config.beta2, config.weight_decay,
     )  # fmt: skip
     state = {**state, "params": w, "m": m, "v": v, "step": state["step"] + 1}
     return state, {"grad_norm": norm, "lr": lr}
 
 
-def clip(xp, gradients, limit: float):
-    """Scale gradients (P,) down to a global norm of at most `limit` (0: leave them) -> gradients, norm (1,).
+def clip_scale(xp, norm, limit: float):
+    """What brings gradients of this global norm (1,) down to `limit` at most (0: no limit) -> (1,).
 
-    Pascanu et al. 2013. The norm is the one before clipping.
+    Pascanu et al. 2013.
     """
-    norm = global_norm(xp, gradients)
-    if limit > 0:
-        gradients = gradients * xp.minimum(limit / (norm + 1e-6), xp.ones_like(norm))
-    return gradients, norm
+    if limit == 0:
+        return xp.ones_like(norm)
+    return xp.minimum(limit / (norm + 1e-6), xp.ones_like(norm))
 
 
 @replaceable

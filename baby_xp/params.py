@@ -64,8 +64,8 @@ def draw_one(spec: Spec, seed: int, path: str) -> np.ndarray:
 
 
 def decay_mask(spec: Tree) -> np.ndarray:
-    """For each place of the flat buffer, whether weight decay pulls at it: (P,) bool."""
-    return np.concatenate([np.full(size, one.decays) for (_, one), size in _sized(spec)])
+    """For each place of the flat buffer, 1 if weight decay pulls at it, else 0: (P,)."""
+    return np.concatenate([np.full(size, float(one.decays), "float32") for (_, one), size in _sized(spec)])
 
 
 def count(spec: Tree) -> int:

@@ -28,7 +28,9 @@ PRESETS = {
             "baby",
             "babbles nursery stories after about a minute on two cores",
             GPTConfig(n_ctx=64, n_emb=64, head_size=64, n_heads=4, n_layers=3, dropout=0.0),
-            TrainConfig(batch_size=16, num_steps=2500, lr=3e-3, min_lr=3e-4, warmup_steps=100, eval_every=250),
+            TrainConfig(
+                batch_size=16, num_steps=2500, lr=3e-3, min_lr=3e-4, warmup_steps=100, eval_every=250
+            ),
             DataConfig(data="nursery"),
         ),
         # What mattered, in a study of 300 seeds: an embedding of one number, so that digits can only lie on
@@ -38,8 +40,14 @@ PRESETS = {
             "babyLLM: sums of two digits, and the answer of 4+4, which it never saw",
             EquationConfig(n_emb=1, n_hidden=64, activation="tanh"),
             TrainConfig(
-                batch_size=1024, num_steps=1500, lr=1e-2, min_lr=0.0, warmup_steps=100, weight_decay=0.1,
-                clip=0.0, eval_every=250,
+                batch_size=1024,
+                num_steps=1500,
+                lr=1e-2,
+                min_lr=0.0,
+                warmup_steps=100,
+                weight_decay=0.1,
+                clip=0.0,
+                eval_every=250,
             ),
             DataConfig(data="equations"),
         ),
@@ -48,7 +56,9 @@ PRESETS = {
             "nanogpt-cpu",
             "nanoGPT's Shakespeare run for a laptop",
             GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4, dropout=0.0),
-            TrainConfig(batch_size=12, num_steps=2000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250),
+            TrainConfig(
+                batch_size=12, num_steps=2000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250
+            ),
             DataConfig(data="shakespeare"),
         ),
         # nanoGPT's Shakespeare run for a GPU: its README reports a best validation loss of 1.4697.
@@ -56,7 +66,9 @@ PRESETS = {
             "nanogpt-gpu",
             "nanoGPT's Shakespeare run for a GPU",
             GPTConfig(n_ctx=256, n_emb=384, head_size=384, n_heads=6, n_layers=6, dropout=0.2),
-            TrainConfig(batch_size=64, num_steps=5000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250),
+            TrainConfig(
+                batch_size=64, num_steps=5000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250
+            ),
             DataConfig(data="shakespeare"),
         ),
         _age(3, 8, "coos and gurgles"),

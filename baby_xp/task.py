@@ -83,7 +83,9 @@ def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
     def validation() -> Iterator[Batch]:
         return consecutive_windows(corpus.validation, model.n_ctx, train.batch_size)
 
-    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, len(corpus.validation) - 1, facts)
+    return Task(
+        corpus.name, corpus.tokenizer, batches, num_steps, validation, len(corpus.validation) - 1, facts
+    )
 
 
 def _equations(data: DataConfig, model: EquationConfig, train: TrainConfig) -> Task:

@@ -31,7 +31,9 @@ class CupyBackend:
         return self._cupy.asarray(np.asarray(host, dtype=dtype))
 
     def integers(self, values):
-        return self._cupy.asarray(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
+        return self._cupy.asarray(
+            np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32)
+        )
 
     def to_numpy(self, array):
         return self._cupy.asnumpy(array)
@@ -56,7 +58,9 @@ def import_cupy():
         raise BackendUnavailable("cupy", "no NVIDIA driver was found", NO_DRIVER)
     if driver // 1000 < wheel // 1000:
         reason = f"the driver is for CUDA {driver // 1000}, this CuPy for CUDA {wheel // 1000}"
-        raise BackendUnavailable("cupy", reason, f"install cupy-cuda{driver // 1000}x in its place, or a newer driver")
+        raise BackendUnavailable(
+            "cupy", reason, f"install cupy-cuda{driver // 1000}x in its place, or a newer driver"
+        )
     return cupy
 
 
@@ -83,7 +87,9 @@ def prove(cupy) -> None:
         remedy = f"install CUDA's libraries beside CuPy: pip install '{wheel}[ctk]'"
         raise BackendUnavailable("cupy", f"the GPU cannot compute ({_one_line(error)})", remedy) from None
     if total != 128:
-        raise BackendUnavailable("cupy", f"the GPU adds up to {total}, not to 128", "check the card and its driver")
+        raise BackendUnavailable(
+            "cupy", f"the GPU adds up to {total}, not to 128", "check the card and its driver"
+        )
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,9 @@ class JaxBackend:
             import jax
             import jax.numpy as library
         except ImportError as error:
-            raise BackendUnavailable("jax", f"JAX cannot be imported ({error})", "pip install 'baby_xp[jax]'") from None
+            raise BackendUnavailable(
+                "jax", f"JAX cannot be imported ({error})", "pip install 'baby_xp[jax]'"
+            ) from None
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)  # for the whole process: float32 arrays stay float32
         self._jax, self.dtype = jax, dtype
@@ -25,7 +27,9 @@ class JaxBackend:
             self._device = jax.devices(kind or None)[int(index or 0)]
         except (RuntimeError, IndexError, ValueError) as error:
             reason = f"no device {device!r} ({' '.join(str(error).split())})"
-            raise BackendUnavailable("jax", reason, "leave out --device, or install a JAX built for it") from None
+            raise BackendUnavailable(
+                "jax", reason, "leave out --device, or install a JAX built for it"
+            ) from None
         # under jit the device is where the arguments are; outside it, uncommitted arrays follow them
         self.xp = Namespace(library, device=None if device is None else self._device)
         self.version, self.device = f"jax {jax.__version__}", str(self._device)
@@ -35,7 +39,9 @@ class JaxBackend:
         return self._jax.device_put(np.asarray(host, dtype=dtype), self._device)
 
     def integers(self, values):
-        return self._jax.device_put(np.array([v % 2**32 for v in values], dtype=np.uint32).view(np.int32), self._device)
+        return self._jax.device_put(
+            np.array([v % 2**32 for v in values], dtype=np.uint32).view(np.int32), self._device
+        )
 
     def to_numpy(self, array):
         return np.asarray(array)

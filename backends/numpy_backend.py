@@ -5,10 +5,10 @@ import functools
 
 import array_api_compat.numpy as library
 import numpy as np
+from baby_xp_backends.numpy_kernels import KERNELS
 
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
-from baby_xp_backends.numpy_kernels import KERNELS
 
 
 class NumpyBackend:
@@ -18,7 +18,9 @@ class NumpyBackend:
 
     def __init__(self, device: str | None = None, dtype: str = "float32"):
         if device not in (None, "cpu"):
-            raise BackendUnavailable("numpy", f"it has no device {device!r}", "leave out --device or say --device cpu")
+            raise BackendUnavailable(
+                "numpy", f"it has no device {device!r}", "leave out --device or say --device cpu"
+            )
         keep_freed_memory()
         self.dtype = dtype
         self.xp = Namespace(library, device="cpu", kernels=KERNELS)

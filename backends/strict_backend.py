@@ -20,12 +20,16 @@ class StrictBackend:
             import array_api_strict as library
         except ImportError as error:
             raise BackendUnavailable(
-                "array-api-strict", f"array-api-strict cannot be imported ({error})", "pip install array-api-strict"
+                "array-api-strict",
+                f"array-api-strict cannot be imported ({error})",
+                "pip install array-api-strict",
             ) from None
         self._library, self.dtype = library, dtype
         known = {str(d).split("'")[1]: d for d in library.__array_namespace_info__().devices()}
         if device is not None and device not in known:
-            raise BackendUnavailable("array-api-strict", f"no device {device!r}", f"choose one of {', '.join(known)}")
+            raise BackendUnavailable(
+                "array-api-strict", f"no device {device!r}", f"choose one of {', '.join(known)}"
+            )
         self._device = known[device] if device else library.__array_namespace_info__().default_device()
         self.xp = Namespace(library, device=self._device)
         self.version, self.device = f"array-api-strict {library.__version__}", device or next(iter(known))

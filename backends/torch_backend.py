@@ -14,13 +14,17 @@ class TorchBackend:
             import array_api_compat.torch as library
             import torch
         except ImportError as error:
-            raise BackendUnavailable("torch", f"PyTorch cannot be imported ({error})", "pip install 'baby_xp[torch]'") from None
+            raise BackendUnavailable(
+                "torch", f"PyTorch cannot be imported ({error})", "pip install 'baby_xp[torch]'"
+            ) from None
         self._torch, self.dtype = torch, dtype
         try:
             self._device = torch.zeros(1, device=device or "cpu").device
         except (RuntimeError, AssertionError) as error:
             reason = f"no device {device!r} ({' '.join(str(error).split('.')[0].split())})"
-            raise BackendUnavailable("torch", reason, "leave out --device, or install a PyTorch built for it") from None
+            raise BackendUnavailable(
+                "torch", reason, "leave out --device, or install a PyTorch built for it"
+            ) from None
         self.xp = Namespace(library, device=self._device, take_along_axis=self._take_along_axis)
         self.version, self.device = f"torch {torch.__version__}", str(self._device)
 

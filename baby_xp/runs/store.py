@@ -109,15 +109,26 @@ def find(folder: str | Path, name: str) -> RunFiles:
     fitting = [guid for guid in found if guid.startswith(name)]
     if len(fitting) != 1:
         known = f"{len(fitting)} runs begin with" if fitting else f"no run in {shown(folder)} begins with"
-        raise BabyError(f"{known} {name!r}; give more of the GUID" if fitting else f"{known} {name!r}; the last is {found[0]}")
+        raise BabyError(
+            f"{known} {name!r}; give more of the GUID"
+            if fitting
+            else f"{known} {name!r}; the last is {found[0]}"
+        )
     return RunFiles(folder, fitting[0])
 
 
 def guids(folder: Path) -> list[str]:
     """GUIDs of all runs that have a config and a model, newest first."""
     with suppress(OSError):
-        names = [(path.stat().st_mtime_ns, path.stem.removeprefix("config_")) for path in (folder / "configs").glob("config_*.json")]
-        return [guid for _, guid in sorted(names, reverse=True) if GUID.fullmatch(guid) and RunFiles(folder, guid).model.exists()]
+        names = [
+            (path.stat().st_mtime_ns, path.stem.removeprefix("config_"))
+            for path in (folder / "configs").glob("config_*.json")
+        ]
+        return [
+            guid
+            for _, guid in sorted(names, reverse=True)
+            if GUID.fullmatch(guid) and RunFiles(folder, guid).model.exists()
+        ]
     return []
 
 
@@ -193,4 +204,6 @@ def _try_to_write(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> BabyError:
-    return BabyError(f"{shown(path)} cannot be written ({error.strerror or error}); name another folder with --path")
+    return BabyError(
+        f"{shown(path)} cannot be written ({error.strerror or error}); name another folder with --path"
+    )

@@ -3,7 +3,6 @@
 import functools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,7 +63,9 @@ def fit(backend, model, config, task, listener: Listener, workers=None) -> Resul
     if run.step:
         run.evaluate(state, whole=True)
     host = {name: backend.to_numpy(state[name]) for name in ("params", "m", "v", "step")}
-    return Result(host, run.records, run.seconds, run.tokens / max(run.training_seconds, 1e-9), run.interrupted)
+    return Result(
+        host, run.records, run.seconds, run.tokens / max(run.training_seconds, 1e-9), run.interrupted
+    )
 
 
 class _Run:
@@ -105,7 +106,9 @@ class _Run:
         self._unread = []
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise BabyError(f"the loss became {loss} at step {first + i}: lower --lr, or raise --warmup-steps")
+                raise BabyError(
+                    f"the loss became {loss} at step {first + i}: lower --lr, or raise --warmup-steps"
+                )
         self._since_evaluation += losses
         now, (then, tokens) = time.perf_counter(), self._mark
         self.training_seconds += now - then

@@ -7,7 +7,7 @@ from baby_xp.layers import cross_entropy
 def initial_state(backend, model, flat, decays, seed: int):
     """The state before the first step, on the backend's device.
 
-    flat (P,): first values of the parameters; decays (P,) bool: where weight decay pulls, both host arrays.
+    flat (P,): first values of the parameters; decays (P,): params.decay_mask, both host arrays.
     """
     params = backend.asarray(flat)
     zeros = backend.xp.zeros_like

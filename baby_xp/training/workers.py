@@ -45,7 +45,9 @@ def suitable_number(backend, model: Model, batch_size: int) -> int:
     tokens = batch_size * model.config.n_ctx
     if backend.name != "numpy" or 6 * model.n_parameters * tokens < WORTH_SPLITTING:
         return 1
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, batch_size)
+    return min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, batch_size
+    )
 
 
 class Arena:
@@ -55,7 +57,7 @@ class Arena:
         n_ctx, size = model.config.n_ctx, model.n_parameters
         shapes = {
             "params": ((size,), dtype),
-            "gradients": ((number - 1, size), dtype),              # the main process keeps its own
+            "gradients": ((number - 1, size), dtype),  # the main process keeps its own
             "losses": ((number - 1,), "float64"),
             "inputs": ((batch_size * n_ctx,), "int32"),
             "targets": ((batch_size * n_ctx,), "int32"),
@@ -194,7 +196,9 @@ class Workers:
         self.arena.params[:] = params
         self.arena.inputs[: B * T] = batch.inputs.reshape(-1)
         self.arena.targets[: batch.targets.size] = batch.targets.reshape(-1)
-        bounds = [-(-B * rank // self.number) for rank in range(self.number + 1)]  # the first share is never empty
+        bounds = [
+            -(-B * rank // self.number) for rank in range(self.number + 1)
+        ]  # the first share is never empty
         self._asked = [rank for rank in range(1, self.number) if bounds[rank] < bounds[rank + 1]]
         for rank in self._asked:
             shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
