@@ -1,0 +1,144 @@
+"""The `backend` fixture: every law runs on every array library that is there, and a table says what ran."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from baby_xp import backend as backends
+from baby_xp.errors import BackendUnavailable
+from baby_xp.namespace import Namespace
+
+VARIANTS = {
+    "numpy": ("numpy", None),
+    "numpy readonly": ("numpy", None),  # writes in place then raise
+    "numpy plain": ("numpy", None),
+    "strict": ("array-api-strict", None),
+    "strict device1": ("array-api-strict", "device1"),
+    "strict device2": ("array-api-strict", "device2"),
+    "torch": ("torch", None),
+    "jax": ("jax", None),
+    "jax jit": ("jax", None),
+    "cupy": ("cupy", None),
+}
+
+
+class Case:
+    """A backend as a test uses it: in one precision, with its variant's way to hand arrays over."""
+
+    def __init__(self, variant: str, dtype: str):
+        name, device = VARIANTS[variant]
+        self.variant, self.dtype = variant, dtype
+        self.backend = backends.load(name, device, dtype)
+        self.to_numpy, self.integers = self.backend.to_numpy, self.backend.integers
+        self.xp = self.backend.xp
+        if variant == "numpy plain":  # the text itself, with none of the faster functions
+            self.xp = Namespace(self.xp.library, self.xp.device)
+
+    def asarray(self, host: np.ndarray):
+        array = self.backend.asarray(np.asarray(host))
+        if self.variant == "numpy readonly":  # a write in place then raises
+            array.flags.writeable = False
+        return array
+
+    def compile(self, function):
+        return self.backend.compile(function) if self.variant == "jax jit" else function
+
+
+_cases: dict[tuple[str, str], Case | str] = {}
+_outcomes: dict[str, Counter] = {}
+
+
+def case_of(variant: str, dtype: str = "float64") -> Case:
+    """The variant in this precision; skips the test with the reason where it is absent."""
+    if (variant, dtype) not in _cases:
+        try:
+            _cases[variant, dtype] = Case(variant, dtype)
+        except BackendUnavailable as error:
+            _cases[variant, dtype] = f"{error.name}: {error.reason}"
+    case = _cases[variant, dtype]
+    if isinstance(case, str):
+        pytest.skip(case)
+    return case
+
+
+def _parameters():
+    return [pytest.param(v, marks=pytest.mark.gpu if v == "cupy" else ()) for v in VARIANTS]
+
+
+@pytest.fixture(params=_parameters())
+def backend(request) -> Case:
+    """Every variant in float64."""
+    return case_of(request.param)
+
+
+@pytest.fixture(params=_parameters())
+def backend32(request) -> Case:
+    """Every variant in float32."""
+    return case_of(request.param, "float32")
+
+
+def _not_op_by_op(variant: str):
+    if variant == "jax":
+        pytest.skip("JAX compiles every operation for every shape: too slow here, and `jax jit` runs the same")
+    return variant
+
+
+@pytest.fixture(params=_parameters())
+def quick_backend(request) -> Case:
+    """Every variant in float64 but for JAX operation by operation, for tests of many steps."""
+    return case_of(_not_op_by_op(request.param))
+
+
+@pytest.fixture(params=_parameters())
+def quick_backend32(request) -> Case:
+    """Every variant in float32 but for JAX operation by operation."""
+    return case_of(_not_op_by_op(request.param), "float32")
+
+
+@pytest.fixture
+def plain() -> Case:
+    """NumPy in float64 without faster functions: what the others are compared with."""
+    return case_of("numpy plain")
+
+
+def _folder(variable: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set: it names the folder with these files")
+    return Path(folder)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """Texts that are not part of the project."""
+    return _folder("BABY_XP_DATA")
+
+
+@pytest.fixture
+def reference_folder() -> Path:
+    """Results of the original Little Baby."""
+    return _folder("BABY_XP_REFERENCE") / "littlebaby"
+
+
+def pytest_runtest_logreport(report):
+    if report.when != "call" and report.outcome == "passed":
+        return
+    named = set(report.nodeid.partition("[")[2].rstrip("]").split("-"))
+    for variant in named & VARIANTS.keys():
+        _outcomes.setdefault(variant, Counter())[report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _outcomes:
+        return
+    terminalreporter.section("backends")
+    for variant in VARIANTS:
+        counts = _outcomes.get(variant, Counter())
+        reason = next((c for (v, _), c in _cases.items() if v == variant and isinstance(c, str)), "")
+        told = ", ".join(
+            f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome]
+        )
+        terminalreporter.line(f"{variant:<16} {told or 'not run'}{'  ' + reason if reason else ''}")

@@ -1,0 +1,77 @@
+"""The key-value cache: its logits are those of the whole text computed at once, at every position."""
+
+import numpy as np
+import pytest
+from conftest import case_of
+from test_training import SWITCHES
+
+from baby_xp import params
+from baby_xp.config import GPTConfig
+from baby_xp.generate import Logits, window_start
+from baby_xp.models import Model, gpt
+
+N_CTX, V = 7, 11
+IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
+ALL_SWITCHES = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+
+
+def model_and_weights(case, switches):
+    model = Model(GPTConfig(n_ctx=N_CTX, n_emb=8, head_size=12, n_heads=3, n_layers=2, dropout=0.3, **switches), V)
+    flat = params.draw(model.spec, 0, "float64")
+    flat = flat + np.random.default_rng(1).normal(0, 0.3, flat.shape)
+    return model, model.layout.unpack(case.xp, case.asarray(flat))
+
+
+@ALL_SWITCHES
+def test_token_by_token_gives_the_logits_of_the_whole(backend, switches):
+    if backend.variant == "jax jit" or (backend.variant == "jax" and switches != SWITCHES[0]):
+        pytest.skip("generation is not compiled, and JAX operation by operation is slow: one combination serves")
+    model, p = model_and_weights(backend, switches)
+    whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
+    whole, cache = backend.to_numpy(whole), None
+    for t in range(N_CTX):
+        logits, saved = gpt.forward(
+            backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
+        )
+        cache = gpt.cache_of(saved, model.config)
+        np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+@ALL_SWITCHES
+def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
+    case = case_of(kind)
+    model, p = model_and_weights(case, switches)
+    whole, _ = model.forward(case.xp, p, IDS[None, :N_CTX])
+    for cut in range(1, N_CTX):
+        _, saved = gpt.forward(case.xp, p, IDS[None, :cut], model.config)
+        cache = gpt.cache_of(saved, model.config)
+        logits, _ = gpt.forward(case.xp, p, IDS[None, cut:N_CTX], model.config, cache=cache)
+        np.testing.assert_allclose(logits, whole[cut:], atol=1e-12)
+
+
+@ALL_SWITCHES
+def test_past_the_context_cached_and_uncached_logits_stay_equal(switches):
+    """And both are those of the window, computed at once."""
+    case = case_of("numpy")
+    model, p = model_and_weights(case, switches)
+    cached, uncached = Logits(case.backend, model, p, True), Logits(case.backend, model, p, False)
+    for length in range(1, len(IDS) + 1):
+        ids = [int(i) for i in IDS[:length]]
+        window = IDS[None, window_start(length, N_CTX) : length]
+        expected, _ = model.forward(case.xp, p, window)
+        np.testing.assert_allclose(uncached.next(ids), expected[-1], atol=1e-12)
+        np.testing.assert_allclose(cached.next(ids), expected[-1], atol=1e-12)
+
+
+def test_decoding_computes_the_new_token_alone(monkeypatch):
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    lengths, forward = [], gpt.forward
+    monkeypatch.setattr(
+        gpt, "forward", lambda xp, p, ids, *a, **k: lengths.append(ids.shape[1]) or forward(xp, p, ids, *a, **k)
+    )
+    logits = Logits(case.backend, model, p, True)
+    for length in range(3, 10):
+        logits.next([int(i) for i in IDS[:length]])
+    assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token

@@ -1,0 +1,80 @@
+"""What the house promises of itself: who imports what, and that the code is tidy."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MATHS = [*(ROOT / "baby_xp/layers").glob("*.py"), *(ROOT / "baby_xp/models").glob("*.py")]
+MATHS += [ROOT / "baby_xp" / name for name in ("optim.py", "rng.py", "training/step.py")]
+ARRAYS = {"numpy", "cupy", "cupyx", "torch", "jax", "jaxlib", "scipy", "array_api_compat", "array_api_strict"}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", MATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_maths_imports_no_array_library(path):
+    assert not imported(path) & ARRAYS
+
+
+def test_only_backends_import_an_array_library_other_than_numpy():
+    for path in (ROOT / "baby_xp").rglob("*.py"):
+        assert not imported(path) & (ARRAYS - {"numpy"}), path
+
+
+def test_each_backend_file_imports_its_own_library_alone():
+    known = {"numpy": {"numpy"}, "cupy": {"numpy", "cupy"}, "torch": {"torch"}}
+    known |= {"jax": {"numpy", "jax"}, "strict": {"numpy", "array_api_strict"}}
+    for name, libraries in known.items():
+        found = imported(ROOT / f"backends/{name}_backend.py") & ARRAYS
+        assert found <= libraries | {"array_api_compat"}, name
+
+
+LAYERS = {"layers": 0, "models": 1, "training": 2, "generate": 2, "runs": 3, "api": 4, "cli": 5}
+
+
+def test_imports_run_one_way():
+    """layers <- models <- training, generate <- runs <- cli."""
+    for part, rank in LAYERS.items():
+        paths = [ROOT / f"baby_xp/{part}.py"] if (ROOT / f"baby_xp/{part}.py").exists() else []
+        for path in [*paths, *(ROOT / "baby_xp" / part).glob("*.py")]:
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                other = module.removeprefix("baby_xp.").partition(".")[0]
+                if module.startswith("baby_xp.") and other in LAYERS:
+                    assert LAYERS[other] <= rank, f"{path} imports {module}"
+
+
+def test_import_needs_nothing_but_the_standard_library():
+    code = "import sys, baby_xp; print([m for m in ('numpy', 'torch', 'jax', 'tyro', 'tqdm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_training_imports_no_library_of_another_backend():
+    code = (
+        "import sys; from baby_xp import api, backend; backend.load('numpy');"
+        "print([m for m in ('torch', 'jax', 'cupy', 'array_api_strict', 'tyro', 'pooch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_ruff_is_clean():
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    done = subprocess.run([ruff, "check", "--no-cache", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,111 @@
+"""NumPy's faster functions: each gives what the plain function gives that it replaces."""
+
+import numpy as np
+import pytest
+from baby_xp_backends import numpy_kernels
+from conftest import case_of
+from layer_table import TABLE, numbers_for
+
+from baby_xp import layers, models, optim, rng  # noqa: F401  (importing them registers what is replaceable)
+from baby_xp.layers import Shape, dropout, gelu, heads, layernorm
+from baby_xp.namespace import REPLACEABLE
+
+FAST, PLAIN = case_of("numpy"), case_of("numpy plain")
+
+
+def test_every_faster_function_replaces_one_that_exists():
+    assert set(numpy_kernels.KERNELS) <= set(REPLACEABLE)
+
+
+def test_the_layer_table_and_this_file_reach_every_faster_function(monkeypatch):
+    reached = set()
+    kernels = {
+        name: lambda xp, *arguments, _name=name, _function=function: (
+            reached.add(_name) or _function(xp, *arguments)
+        )
+        for name, function in FAST.xp.kernels.items()
+    }
+    monkeypatch.setattr(FAST.xp, "kernels", kernels)
+    for entry in TABLE:
+        numbers = numbers_for(entry)
+        p = numbers.layout.unpack(FAST.xp, numbers.flat)
+        y, saved = entry.forward(FAST.xp, p, numbers.x, numbers.streams)
+        entry.backward(FAST.xp, p, saved, numbers.dy(y.shape))
+    assert reached | {"optim.adamw", "optim.global_norm"} == set(kernels)
+
+
+@pytest.mark.parametrize("size", [5, 1000, 3 * numpy_kernels.PIECE + 17])
+def test_adamw_in_pieces_is_adamw(size):
+    rng_ = np.random.default_rng(0)
+    w, g, m = (rng_.normal(size=size) for _ in range(3))
+    v, decays = rng_.uniform(size=size), rng_.integers(0, 2, size).astype(float)
+    scalars = [np.array([x]) for x in (0.7, 1e-2, 0.3, 0.05)]
+    arguments = (w, g, m, v, decays, *scalars, 0.9, 0.99, 0.1)
+    for found, expected in zip(optim.adamw(FAST.xp, *arguments), optim.adamw(PLAIN.xp, *arguments), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_the_global_norm_is_the_global_norm():
+    g = np.random.default_rng(0).normal(size=1000)
+    np.testing.assert_allclose(optim.global_norm(FAST.xp, g), optim.global_norm(PLAIN.xp, g), rtol=1e-14)
+    assert optim.global_norm(FAST.xp, g).shape == optim.global_norm(PLAIN.xp, g).shape == (1,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 2 * numpy_kernels.PIECE + 33])
+def test_masks_in_pieces_are_the_masks(size):
+    stream = np.array([0, 1, -1, 2**31 - 1], dtype=np.int32)
+    assert np.array_equal(rng.keep_mask(FAST.xp, stream, size, 0.3), rng.keep_mask(PLAIN.xp, stream, size, 0.3))
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+def test_layer_norm_in_pieces_is_layer_norm(rows):
+    draw = np.random.default_rng(0).normal
+    x, dy, p = draw(3, 2, (rows, 200)), draw(size=(rows, 200)), {"gain": draw(size=200), "bias": draw(size=200)}
+    results = []
+    for xp in (FAST.xp, PLAIN.xp):
+        y, saved = layernorm.forward(xp, p, x)
+        dp, dx = layernorm.backward(xp, p, saved, dy)
+        results.append([y, dp["gain"], dp["bias"], dx])
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_gelu_holds_far_from_zero():
+    x = np.array([-1e4, -200.0, -40.0, -10.0, 0.0, 10.0, 1e4])
+    for found, expected in zip(gelu.tanh_form(FAST.xp, x), gelu.tanh_form(PLAIN.xp, x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_attention_holds_for_scores_that_lie_far_apart(spread, dtype):
+    """The block's largest score is far above some rows' scores: their softmax must not underflow to 0 / 0."""
+    B, T, H, D = 2, 9, 3, 4
+    qkv = np.random.default_rng(0).normal(0, spread, (B * T, 3 * H * D)).astype(dtype)
+    found, saved = heads.forward(FAST.xp, {}, qkv, Shape(B, T, H))
+    expected, saved0 = heads.forward(PLAIN.xp, {}, qkv, Shape(B, T, H))
+    tolerance = {"float32": 1e-3, "float64": 1e-10}[dtype] * spread
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    np.testing.assert_allclose(saved[3].sum(axis=-1), 1, rtol=1e-5)
+    dy = np.ones_like(found)
+    _, dqkv = heads.backward(FAST.xp, {}, saved, dy)
+    _, dqkv0 = heads.backward(PLAIN.xp, {}, saved0, dy)
+    np.testing.assert_allclose(dqkv, dqkv0, atol=tolerance * spread)
+
+
+def test_large_attention_in_blocks_is_attention():
+    B, T, H, D = 2, 300, 3, 4
+    qkv = np.random.default_rng(0).normal(size=(B * T, 3 * H * D))
+    noise = (np.array([5, 6], dtype=np.int32), 0.2)
+    found, saved = heads.forward(FAST.xp, {}, qkv, Shape(B, T, H), noise)
+    expected, saved0 = heads.forward(PLAIN.xp, {}, qkv, Shape(B, T, H), noise)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    dy = np.random.default_rng(1).normal(size=found.shape)
+    np.testing.assert_allclose(
+        heads.backward(FAST.xp, {}, saved, dy)[1], heads.backward(PLAIN.xp, {}, saved0, dy)[1], atol=1e-12
+    )
+
+
+def test_dropout_selects_alike():
+    x, keep = np.array([1.0, -2.0, 3.0]), np.array([True, False, True])
+    np.testing.assert_allclose(dropout.select(FAST.xp, keep, x, 0.3), dropout.select(PLAIN.xp, keep, x, 0.3))
