@@ -11,6 +11,8 @@ things, as the forward and the backward of a layer are replaced together. What m
 
 import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -261,30 +263,47 @@ def dropout_select(xp, keep, x, rate: float):
 
 
 def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-    kind = w.dtype.type
-    rate, root, eps = kind(lr[0] / bias1[0]), kind(1 / math.sqrt(bias2[0])), kind(EPS)
-    new_w, new_m, new_v = np.empty_like(w), np.empty_like(w), np.empty_like(w)
-    scratch = np.empty(min(PIECE, len(w)), w.dtype)
-    for s in pieces(len(w), 1):
-        a, n_m, n_v = scratch[: s.stop - s.start], new_m[s], new_v[s]
-        np.multiply(g[s], kind((1 - beta1) * scale[0]), out=a)
-        np.multiply(m[s], kind(beta1), out=n_m)
-        n_m += a
-        np.multiply(g[s], g[s], out=a)
-        a *= kind((1 - beta2) * scale[0] ** 2)
-        np.multiply(v[s], kind(beta2), out=n_v)
-        n_v += a
-        np.sqrt(n_v, out=a)
-        a *= root
-        a += eps
-        np.divide(n_m, a, out=a)
-        a *= rate
-        np.subtract(w[s], a, out=new_w[s])
-        if weight_decay:
-            np.multiply(w[s], decays[s], out=a)
-            a *= kind(lr[0] * weight_decay)
-            new_w[s] -= a
-    return new_w, new_m, new_v
+    new = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+    constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
+
+    def piece(s):
+        _adamw_piece(*(array[s] for array in (w, g, m, v, decays, *new)), *constants)
+
+    # workers wait while the optimizer runs: the pieces are large enough for threads to have their cores
+    for _ in _threads().map(piece, pieces(len(w), 1)) if len(w) > 2 * PIECE else map(piece, pieces(len(w), 1)):
+        pass
+    return new
+
+
+def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+    first = kind((1 - beta1) * scale[0]), kind(beta1)
+    second = kind((1 - beta2) * scale[0] ** 2), kind(beta2)
+    rate, pull = kind(lr[0] / bias1[0]), kind(lr[0] * weight_decay)
+    return *first, *second, kind(1 / math.sqrt(bias2[0])), kind(EPS), rate, pull
+
+
+def _adamw_piece(w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2, root, eps, rate, pull):
+    a = g * in1
+    np.multiply(m, keep1, out=new_m)
+    new_m += a
+    np.multiply(g, g, out=a)
+    a *= in2
+    np.multiply(v, keep2, out=new_v)
+    new_v += a
+    np.sqrt(new_v, out=a)
+    a *= root
+    a += eps
+    np.divide(new_m, a, out=a)
+    a *= rate
+    np.subtract(w, a, out=new_w)
+    np.multiply(w, decays, out=a)
+    a *= pull
+    new_w -= a
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="adamw")
 
 
 def global_norm(xp, gradients):
