@@ -134,7 +134,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
         return heads.forward.__wrapped__(xp, p, qkv, shape, noise, past)
     q, k, v = heads.split(xp, qkv, shape)
     B, H, T, D = q.shape
-    q = q * qkv.dtype.type(1 / math.sqrt(D))                       # scaled once, not the (T, T) scores
+    scale = qkv.dtype.type(1 / math.sqrt(D))
     weights = np.empty((B, H, T, T), qkv.dtype)
     y = np.empty((B, T, H, D), qkv.dtype)
     keep, rate = None, 0.0
@@ -142,7 +142,8 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
         rate = noise[1]
         keep = rng.keep_mask(xp, noise[0], H * T * T, rate).reshape(weights.shape)
     for b, h in _blocks(B, H, T):
-        w = np.matmul(q[b, h], k[b, h].swapaxes(-1, -2), out=weights[b, h])
+        # scaled before the product: (T, D) has fewer elements than (T, T)
+        w = np.matmul(q[b, h] * scale, k[b, h].swapaxes(-1, -2), out=weights[b, h])
         _causal_softmax(w)
         if keep is not None:
             w = w * keep[b, h]
@@ -172,10 +173,10 @@ def heads_backward(xp, p, saved, dy):
             dropped = w * keep[b, h]
         np.matmul(dropped.swapaxes(-1, -2), dy[b, h], out=dv[b, h])
         dw -= along[b, h]
-        dw *= w                                                    # dscores, for scaled queries
+        dw *= w                                                    # dscores, but for the scale
         np.matmul(dw, k[b, h], out=dq[b, h])
         np.matmul(dw.swapaxes(-1, -2), q[b, h], out=dk[b, h])
-    dq *= dy.dtype.type(1 / math.sqrt(D))
+    dqkv[:, :, :2] *= dy.dtype.type(1 / math.sqrt(D))              # dq and dk
     return {}, dqkv.reshape(B * T, 3 * H * D)
 
 

@@ -1,0 +1,82 @@
+"""What a child process of the benchmarks does: one task, told as JSON on its input, answered on its output."""
+
+import itertools
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from baby_xp.errors import BabyError
+from bench.workloads import WORKLOADS
+
+RATE_SECONDS = 1.5
+"""How long the matrix product is repeated."""
+
+
+def train(name: str, workload: str, steps: int, warmup: int, dropout: float, **options) -> dict:
+    """Train a contender -> its Outcome, and `ms`: milliseconds a step, of each step after the warm-up.
+
+    One more step is done than is asked for, as a step's time ends where the next begins. Where Python runs
+    ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
+    """
+    from bench.contenders import CONTENDERS, Clock, steps_to_a_reading
+
+    every = steps_to_a_reading(options.get("backend", "numpy"))
+    warmup, steps = (-(-number // every) * every for number in (warmup, steps))
+    chosen = WORKLOADS[workload]
+    clock = Clock(chosen.batches(warmup + steps + 1))
+    outcome = CONTENDERS[name](chosen, dropout, clock, **options)
+    pairs = itertools.pairwise(clock.marks[warmup::every])
+    return {**asdict(outcome), "ms": [1e3 * (end - begin) / every for begin, end in pairs]}
+
+
+def losses(name: str, workload: str, **options) -> dict:
+    """The loss before and after one step without dropout, both of the first batch: nats a token."""
+    from bench.contenders import CONTENDERS, Clock
+
+    chosen = WORKLOADS[workload]
+    outcome = CONTENDERS[name](chosen, 0.0, Clock(chosen.batches(1)), **options)
+    return {"losses": outcome.losses}
+
+
+def rate(M: int = 768, C: int = 128, F: int = 512) -> dict:
+    """Speed of a float32 product (M, C) @ (C, F) on one thread, in Gflop/s: over a while, and of the best one.
+
+    The best tells what kernel and processor can do; the mean also tells what other programs took.
+    """
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    draw = np.random.default_rng(0).standard_normal
+    x, weight = draw((M, C), np.float32), draw((C, F), np.float32)
+    marks = [time.perf_counter()]
+    with threadpool_limits(1):
+        while marks[-1] < marks[0] + RATE_SECONDS:
+            x @ weight
+            marks.append(time.perf_counter())
+    work, seconds = 2e-9 * M * C * F, np.diff(marks)
+    return {"mean": work / float(np.mean(seconds)), "best": work / float(np.min(seconds))}
+
+
+def footprint(**request) -> dict:
+    """Memory tasks, see bench.footprint."""
+    from bench import footprint
+
+    return footprint.TASKS[request.pop("what")](**request)
+
+
+TASKS = {"train": train, "losses": losses, "rate": rate, "footprint": footprint}
+
+
+def main() -> None:
+    """Read a request, do it, write the answer."""
+    request = json.load(sys.stdin)
+    try:
+        result = TASKS[request.pop("task")](**request)
+    except BabyError as error:
+        raise SystemExit(f"bench: {error}") from None
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

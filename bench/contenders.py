@@ -1,0 +1,156 @@
+"""Who is measured: baby_xp and its peers. Each trains for some steps and tells when each step began.
+
+    contender(workload, dropout, batches, **options) -> Outcome
+
+`batches` is a Clock: a contender asks it for the batch of each step, and it notes the time. All train on the
+same batches from the same first weights by the same rule, then measure the loss of the first batch once more.
+"""
+
+import importlib.util
+import platform
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import baby_xp
+from baby_xp import backend as backends
+from baby_xp import params, tree
+from baby_xp.api import Silent
+from baby_xp.task import Task
+from baby_xp.text.batches import Batch
+from baby_xp.training.loop import READ_EVERY, fit
+from baby_xp.training.workers import Workers, suitable_number
+from bench import processes
+from bench.workloads import Workload
+
+SEED = 0
+
+
+class Clock:
+    """Batches that were drawn before, and the time in seconds at which each was asked for."""
+
+    def __init__(self, batches: list[Batch]):
+        self.batches, self.marks = batches, []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; called once a step, at its beginning."""
+        self.marks.append(time.perf_counter())
+        return self.batches[step]
+
+
+@dataclass
+class Outcome:
+    """What a contender did."""
+
+    losses: list[float]
+    """Nats a token: the last mean that training showed, and that of the first batch after the last step."""
+    about: dict[str, str]
+    """Versions, threads or workers, BLAS kernel: what a reader must know to read the time."""
+    memory: list[dict[str, int]] = field(default_factory=list)
+    """What processes.memory told while all of its processes lived."""
+
+
+def train_baby_xp(
+    workload: Workload, dropout: float, batches: Clock, backend: str = "numpy", workers: int | None = None
+) -> Outcome:
+    """What the command `train` does between reading the text and writing the files: training.loop.fit.
+
+    workers: None for the number that `train` would choose.
+    """
+    loaded, model = backends.load(backend), workload.model(dropout)
+    number = workers or suitable_number(loaded, model, workload.batch_size)
+    task = _task(batches)
+    pool = Workers(loaded, model, workload.batch_size, number) if number > 1 else nullcontext()
+    with pool as running:
+        result = fit(loaded, model, workload.training(len(batches)), task, Silent(), running)
+        memory = processes.memory([child.pid for child in running.children] if running else [])
+    last = result.records[-1]
+    about = {
+        "baby_xp": baby_xp.__version__, "backend": loaded.version, "device": loaded.device,
+        "workers": str(number), "blas": processes.blas(),
+    }  # fmt: skip
+    losses = [last["train_loss"], last["val_loss"]]
+    return Outcome(losses, about, memory)
+
+
+def _task(batches: Clock) -> Task:
+    """Train on the batches, be measured on the first of them. No tokenizer: there is no text."""
+    first = batches.batches[0]
+    return Task("bench", None, batches, len(batches), lambda: iter([first]), first.targets.size, {})
+
+
+def train_torch(workload: Workload, dropout: float, batches: Clock, backend: str = "numpy") -> Outcome:
+    """PyTorch in eager mode, on all cores, or on the GPU where baby_xp is on it."""
+    import torch
+
+    from bench import torch_gpt
+
+    device = torch.device("cuda" if backend == "cupy" else "cpu")
+    torch.set_num_threads(processes.cores())
+    config, spec = workload.training(len(batches)), workload.model(dropout)
+    model = torch_gpt.GPT(spec.config, workload.vocab_size)
+    torch_gpt.load_weights(model, tree.leaves(first_weights(spec)))
+    optimizer = torch_gpt.optimizer(model.to(device), config)
+    unread, shown = [], 0.0
+    for step in range(len(batches)):
+        loss = model(*_on_device(torch, batches.batch(step), device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        unread.append(loss.detach())
+        if len(unread) == READ_EVERY or step + 1 == len(batches):
+            shown, unread = torch.stack(unread).mean().item(), []
+    with torch.no_grad():
+        last = model.eval()(*_on_device(torch, batches.batches[0], device)).item()
+    about = {
+        "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
+        "blas": _torch_blas(torch),
+    }  # fmt: skip
+    return Outcome([shown, last], about, processes.memory([]))
+
+
+def first_weights(model) -> dict:
+    """The tree of first weights that baby_xp's fit draws, host arrays."""
+    return model.layout.unpack(np, params.draw(model.spec, SEED))
+
+
+def _on_device(torch, batch: Batch, device):
+    return (torch.from_numpy(part).to(device, torch.int64) for part in (batch.inputs, batch.targets))
+
+
+def _torch_blas(torch) -> str:
+    """PyTorch links its BLAS in, where threadpoolctl cannot see it: what PyTorch itself says."""
+    library = "MKL" if torch.backends.mkl.is_available() else "BLAS of its build"
+    return f"{library}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+PEERS = {"torch": train_torch}
+CONTENDERS = {"baby_xp": train_baby_xp, **PEERS}
+
+
+def missing(peer: str, backend: str) -> str | None:
+    """Why a peer cannot be measured here, or None."""
+    if importlib.util.find_spec(peer) is None:
+        return f"{peer} is not installed: baby_xp is measured alone (pip install {peer})"
+    if backend == "cupy":
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"this {peer} sees no GPU: baby_xp is measured alone"
+    return None
+
+
+def steps_to_a_reading(backend: str) -> int:
+    """Steps between two moments at which training waits for its device: 1 where every call waits."""
+    return 1 if backend in ("numpy", "torch", "array-api-strict") else READ_EVERY
+
+
+def versions() -> dict[str, str]:
+    """What all contenders share."""
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}

@@ -1,0 +1,95 @@
+"""Child processes, what memory they take, and what machine they run on."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from threadpoolctl import threadpool_info
+
+ROOT = Path(__file__).parents[1]
+
+# These pin a BLAS kernel or a number of threads. Somebody's setting for another program would decide the
+# race, so no contender gets them.
+REMOVED = (
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+)  # fmt: skip
+
+
+def start(task: str, **request) -> subprocess.Popen:
+    """Begin a task of bench.child in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in REMOVED}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bench.child"], cwd=ROOT, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    child.stdin.write(json.dumps({"task": task, **request}))
+    child.stdin.close()
+    return child
+
+
+def answer(child: subprocess.Popen) -> dict:
+    """What the task found. Ends the program if the child failed: its traceback is on the screen by then."""
+    with child:
+        text = child.stdout.read()
+    if child.returncode:
+        raise SystemExit(f"bench: a child process ended with exit code {child.returncode}")
+    return json.loads(text)
+
+
+def ask(task: str, **request) -> dict:
+    """Do a task of bench.child in a process of its own and wait for what it found."""
+    return answer(start(task, **request))
+
+
+def memory(workers: list[int]) -> list[dict[str, int]]:
+    """Bytes of this process and of its workers, in this order; [] without /proc.
+
+    peak    the process's highest resident memory. VmHWM and not ru_maxrss, which may begin with the peak of
+            the parent: Linux carries that over into the child
+    shared  what of it others may share, libraries and mapped files, at present
+    """
+    try:
+        found = [_status(name) for name in ("self", *map(str, workers))]
+    except OSError:
+        return []
+    return [{"peak": one["VmHWM"], "shared": one["RssFile"] + one["RssShmem"]} for one in found]
+
+
+def together(memory: list[dict[str, int]]) -> int | None:
+    """Bytes that the processes take together, shared pages counted once: an upper bound of the peak.
+
+    An upper bound, as the peaks of the processes need not fall together. None where nothing is known.
+    """
+    if not memory:
+        return None
+    return memory[0]["peak"] + sum(one["peak"] - one["shared"] for one in memory[1:])
+
+
+def _status(pid: str) -> dict[str, int]:
+    """The sizes in /proc/<pid>/status, in bytes."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
+
+
+def blas() -> str:
+    """BLAS libraries of this process and the kernel that each has chosen for this processor."""
+    found = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    parts = {f"{i['internal_api']} {i['version']} {i.get('architecture', '')}".strip() for i in found}
+    return ", ".join(sorted(parts)) or "unknown"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

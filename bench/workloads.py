@@ -1,0 +1,78 @@
+"""What is measured: four GPTs, and the batches that they are trained on."""
+
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+
+import numpy as np
+
+from baby_xp.config import GPTConfig, TrainConfig
+from baby_xp.models import Model
+from baby_xp.text.batches import Batch, RandomWindows
+
+N_IDS = 100_000
+"""Length of the text of random ids: no step's time depends on what the ids are."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a model and of its batch, and how many steps make a measurement."""
+
+    name: str
+    about: str
+    vocab_size: int
+    n_ctx: int
+    n_emb: int
+    n_heads: int
+    n_layers: int
+    batch_size: int
+    dropout: float
+    steps: int
+    """Steps measured in a round, unless --steps says otherwise."""
+    warmup: int
+    """Steps before them: caches, thread pools and memory of the process settle in these."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch_size * self.n_ctx
+
+    def model(self, dropout: float) -> Model:
+        """The model with that rate of dropout."""
+        config = GPTConfig(
+            n_ctx=self.n_ctx, n_emb=self.n_emb, head_size=self.n_emb, n_heads=self.n_heads,
+            n_layers=self.n_layers, dropout=dropout,
+        )  # fmt: skip
+        return Model(config, self.vocab_size)
+
+    def training(self, num_steps: int) -> TrainConfig:
+        """How every contender trains: AdamW at a constant rate, clipped, float32."""
+        return TrainConfig(
+            batch_size=self.batch_size, num_steps=num_steps, lr=1e-3, schedule="constant", warmup_steps=0,
+            beta1=0.9, beta2=0.99, weight_decay=0.1, clip=1.0, eval_every=num_steps + 1,
+        )  # fmt: skip
+
+    def batches(self, count: int) -> list[Batch]:
+        """The first `count` batches: the same for every contender."""
+        ids = np.random.default_rng(0).integers(0, self.vocab_size, N_IDS, dtype=np.int32)
+        windows = RandomWindows(ids, self.n_ctx, self.batch_size, seed=0)
+        return [windows.batch(step) for step in range(count)]
+
+
+# Warm-up and steps: so many that a round of one contender takes some seconds on two cores, not minutes.
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("W1", "nanoGPT's Shakespeare run for a laptop", 65, 64, 128, 4, 4, 12, 0.0, 100, 10),
+        Workload("W2", "The Little Baby's table, n_ctx 64, 4 layers", 65, 64, 128, 16, 4, 16, 0.1, 60, 10),
+        Workload("W3", "The Little Baby's table, n_ctx 128, 16 layers", 65, 128, 128, 16, 16, 16, 0.1, 15, 3),
+        Workload("W4", "nanoGPT's Shakespeare run for a GPU", 65, 256, 384, 6, 6, 64, 0.2, 3, 1),
+    )
+}
+
+
+def chosen(names: str) -> list[Workload]:
+    """The workloads of a list such as "W1,W2". For argparse: its error names an unknown one."""
+    unknown = [name for name in names.split(",") if name not in WORKLOADS]
+    if unknown:
+        raise ArgumentTypeError(f"unknown workload {unknown[0]!r}: choose from {', '.join(WORKLOADS)}")
+    return [WORKLOADS[name] for name in names.split(",")]
