@@ -7,6 +7,7 @@ print(run.generate("This is ", num_tokens=200))
 print(baby_xp.load("last").generate("Here comes "))
 """
 
+import codecs
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -32,6 +33,8 @@ from baby_xp.training.loop import Result, fit
 from baby_xp.training.workers import Workers, suitable_number
 
 SAMPLE_TOKENS = 500
+MOST_PARAMETERS = 2**40
+"""More than any machine holds, and few enough that all sizes in bytes can be computed with."""
 
 
 class Silent:
@@ -86,15 +89,15 @@ class Run:
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         """Decode ids as they come; bytes wait until their character is whole."""
-        waiting: list[int] = []
+        if self.tokenizer.kind != "byte":
+            yield from (self.tokenizer.decode([token]) for token in tokens)
+            return
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
-            waiting.append(token)
-            text = self.tokenizer.decode(waiting)
-            if not text.endswith("\ufffd") or len(waiting) == 4:
-                yield text
-                waiting = []
-        if waiting:
-            yield self.tokenizer.decode(waiting)
+            if piece := decoder.decode(bytes([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
 
     def first_ids(self) -> np.ndarray:
         """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
@@ -117,7 +120,7 @@ def train(
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
     workers: processes that share each step, None for a number that suits. Raises BabyError for input that
-    cannot be used; nothing is then left under `path`.
+    cannot be used, and if the loss stops being a number; nothing is then left under `path`.
     """
     chosen = override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
     listener = listener or Silent()
@@ -125,16 +128,17 @@ def train(
         loaded = backends.load(backend, device, chosen.train.dtype)
         learned = task.prepare(chosen.data, chosen.model, chosen.train, files.folder / "corpora")
         model = Model(chosen.model, learned.tokenizer.vocab_size)
+        _check_size(model)
         number = _number_of_workers(workers, loaded, model, chosen.train.batch_size)
         pool = Workers(loaded, model, chosen.train.batch_size, number) if number > 1 else nullcontext()
         config = replace(chosen.train, num_steps=learned.num_steps)
-    listener.started(model, loaded, number, learned, files)
-    recorder = _Recorder(listener, files)
-    with pool as running:
-        result = fit(loaded, model, config, learned, recorder, running)
-    if result.step == 0:
-        raise BabyError("interrupted before the first step was done; nothing was trained")
-    return _keep(files, replace(chosen, train=config), model, learned, loaded, number, result)
+        listener.started(model, loaded, number, learned, files)
+        recorder = _Recorder(listener, files)
+        with pool as running:
+            result = fit(loaded, model, config, learned, recorder, running)
+        if result.step == 0:
+            raise BabyError("interrupted before the first step was done; nothing was trained")
+        return _keep(files, replace(chosen, train=config), model, learned, loaded, number, result)
 
 
 def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
@@ -180,6 +184,11 @@ class _Recorder:
     def evaluated(self, record: dict[str, Any]) -> None:
         store.append_line(self.files.metrics, record)
         self.listener.evaluated(record)
+
+
+def _check_size(model: Model) -> None:
+    if model.n_parameters > MOST_PARAMETERS:
+        raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
 
 
 def _number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:

@@ -87,6 +87,10 @@ def choose(device: str | None = None, dtype: str = "float32") -> tuple[Backend, 
         if device not in (None, "cpu"):
             raise
         return load("numpy", device, dtype), f"no GPU to use ({error.reason})"
+    except Exception as error:  # what is broken must not stand in the way of what works
+        if device not in (None, "cpu"):
+            raise BackendUnavailable("cupy", _told(error), "reinstall CuPy, or use --backend numpy") from None
+        return load("numpy", device, dtype), f"no GPU to use ({_told(error)})"
 
 
 def states() -> list[State]:
@@ -101,5 +105,8 @@ def _state(name: str) -> State:
     except BackendUnavailable as error:
         return State(name, False, "", "", error.reason, error.remedy)
     except Exception as error:  # a backend of another package, or a broken library: say so, and list the rest
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        return State(name, False, "", "", reason, "reinstall the library it needs")
+        return State(name, False, "", "", _told(error), "reinstall the library it needs")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

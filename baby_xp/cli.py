@@ -7,10 +7,11 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 from baby_xp import __version__
@@ -221,7 +222,9 @@ def generate(arguments: list[str]) -> None:
         print(piece, end="", flush=True)
         text += piece
     print()
-    completion = run.files.completion(datetime.now())
+    when = datetime.now()
+    while (completion := run.files.completion(when)).exists():  # two in one second: the first one stays
+        when += timedelta(seconds=1)
     store.write(completion, text + "\n")
     print(f"kept in {completion}", file=sys.stderr)
 
@@ -298,7 +301,7 @@ def _first_message(box: str) -> str:
 
 
 def _path_flag(path: str) -> str:
-    return "" if path == "runs" else f" --path {path}"
+    return "" if path == "runs" else f" --path {shlex.quote(path)}"
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

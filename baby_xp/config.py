@@ -4,12 +4,15 @@ Every field is a flag of the command line (n_ctx is --n-ctx) and a key of the ru
 The Little Baby's where it has them.
 """
 
-import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from baby_xp import optim
 from baby_xp.errors import BabyError
+
+LARGEST = 2**31 - 1
+"""The largest whole number of a config: sizes and steps are counted in int32."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class GPTConfig:
                 f"n_heads {self.n_heads} does not divide head_size {self.head_size}: "
                 f"choose a head_size that is a multiple of n_heads"
             )
-        if not 0 <= self.dropout < 1:
-            raise BabyError(f"dropout must be from 0 to below 1, not {self.dropout}")
+        if not (_number(self.dropout) and 0 <= self.dropout < 1):
+            raise BabyError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class EquationConfig:
         _whole(self, "n_ctx", "n_emb", "n_hidden", "max_sum")
         _choice(self, "activation")
         _positive(self, "std")
+        if not isinstance(self.held_out, str):
+            raise BabyError(f"held_out must be a sum such as 4+4, not {self.held_out!r}")
         if self.n_ctx != 4:
             raise BabyError(
                 f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}"
@@ -135,12 +140,14 @@ class TrainConfig:
         )
         _positive(self, "lr")
         _choice(self, "schedule", "dtype")
-        _at_least_zero(self, "min_lr", "warmup_steps", "weight_decay", "clip", "seed")
+        _at_least_zero(self, "min_lr", "weight_decay", "clip")
+        _whole(self, "warmup_steps", least=0)
+        _whole(self, "seed", least=0, most=2**64 - 1)
         if self.num_steps is None and self.num_epochs is None:
             raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
         for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise BabyError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+            if not (_number(getattr(self, name)) and 0 < getattr(self, name) < 1):
+                raise BabyError(f"{name} must lie between 0 and 1, not {getattr(self, name)!r}")
         if self.schedule == "cosine" and self.min_lr > self.peak_lr:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
@@ -160,6 +167,11 @@ class DataConfig:
     """A path to a UTF-8 text, or a name: nursery (generated here) or shakespeare (downloaded once)."""
     tokenizer: Literal["char", "byte"] = "char"
     """One id a character of the text, or one id a byte of its UTF-8."""
+
+    def __post_init__(self):
+        if not isinstance(self.data, str):
+            raise BabyError(f"data must be a path or the name of a text, not {self.data!r}")
+        _choice(self, "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,8 @@ def from_dict(kind: type, values: Any, where: str) -> Any:
 
 def model_from_dict(values: Any, where: str) -> ModelConfig:
     """The model config that to_dict wrote."""
-    kind = CONFIGS.get(values.get("kind")) if isinstance(values, dict) else None
+    name = values.get("kind") if isinstance(values, dict) else None
+    kind = CONFIGS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise BabyError(
             f"{where}: kind of model is none of {', '.join(CONFIGS)}; the file is damaged or from elsewhere"
@@ -206,11 +219,13 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
 
-def _whole(config, *names: str) -> None:
+def _whole(config, *names: str, least: int = 1, most: int = LARGEST) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BabyError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BabyError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if value > most:
+            raise BabyError(f"{name} must be a whole number of at most {most}")
 
 
 def _positive(config, *names: str) -> None:
@@ -226,7 +241,9 @@ def _at_least_zero(config, *names: str) -> None:
 
 
 def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number. (math.isfinite raises for a whole number that no float can hold.)"""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _choice(config, *names: str) -> None:

@@ -3,7 +3,7 @@
 The window policy, for a text longer than the context: while it fits, the model sees all of it. When the
 context is full, the older half is dropped and the rest is computed anew at positions from 0 on. So the window
 depends on the length of the text alone, and generation with the key-value cache and without it sees the same
-tokens at the same positions: the logits are equal.
+tokens at the same positions: the logits are equal. A model of a fixed context sees the last n_ctx tokens.
 """
 
 from collections.abc import Iterator
@@ -65,21 +65,26 @@ class Logits:
 
     def __init__(self, backend, model, p, use_cache: bool = True):
         self.backend, self.model, self.p = backend, model, p
-        self.use_cache = use_cache and hasattr(model.module, "cache_of")
+        self.fixed_context = not hasattr(model.module, "cache_of")
+        self.use_cache = use_cache and not self.fixed_context
         self.start, self.cache, self.cached = 0, None, 0
 
     def next(self, ids: list[int]) -> np.ndarray:
         """ids: the whole text so far -> logits (V,) in float64 on the host."""
-        start = window_start(len(ids), self.model.config.n_ctx)
+        n_ctx = self.model.config.n_ctx
+        start = max(0, len(ids) - n_ctx) if self.fixed_context else window_start(len(ids), n_ctx)
         if start != self.start or not self.use_cache:
             self.start, self.cache, self.cached = start, None, 0
         new = ids[start + self.cached :]
-        rows = self.backend.to_numpy(self._forward(new))
-        return rows[-1].astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # the check below speaks for it
+            last = self.backend.to_numpy(self._forward(new))[-1].astype(np.float64)
+        if not np.isfinite(last).all():
+            raise BabyError("the model computes numbers that are not finite: its weights are damaged or burst")
+        return last
 
     def _forward(self, new: list[int]):
         xp, config = self.backend.xp, self.model.config
-        if not hasattr(self.model.module, "cache_of"):  # a fixed context: filled up on the left
+        if self.fixed_context:  # filled up on the left
             new = [0] * (config.n_ctx - len(new)) + new
         ids = self.backend.asarray(np.array([new], dtype=np.int32))
         if not self.use_cache:
@@ -94,7 +99,7 @@ def sample(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     if sampling.greedy:
         return int(np.argmax(logits))
     probabilities = distribution(logits, sampling)
-    key = [sampling.seed % 2**64, position]
+    key = np.array([sampling.seed % 2**64, position], dtype=np.uint64)  # a list would go by way of float64
     u = np.random.Generator(np.random.Philox(key=key)).random()
     cumulative = np.cumsum(probabilities)
     return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
@@ -106,8 +111,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     top_p is nucleus sampling (Holtzman et al. 2020): the likeliest token is always kept. Of equally likely
     tokens at the cut, those with the smaller ids are kept.
     """
-    scaled = logits / sampling.temperature
-    probabilities = np.exp(scaled - np.max(scaled))
+    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of all but the largest: share 0
+        probabilities = np.exp((logits - np.max(logits)) / sampling.temperature)
     order = np.argsort(-probabilities, kind="stable")
     kept = len(order) if sampling.top_k == 0 else min(sampling.top_k, len(order))
     if sampling.top_p < 1:

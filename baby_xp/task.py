@@ -1,5 +1,6 @@
 """What a run learns from: a tokenizer, batches to train on, and batches to be measured on."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_corpus(data: DataConfig, cache_folder: Path | None) -> Corpus:
     try:
         return Corpus.from_file(path, data.tokenizer, cache_folder)
     except BabyError as error:
-        if data.data.isidentifier() and not path.exists():  # it was meant as a name, perhaps
+        if data.data.isidentifier() and not os.path.exists(path):  # it was meant as a name, perhaps
             raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
         raise
 

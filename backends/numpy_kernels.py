@@ -11,8 +11,6 @@ things, as the forward and the backward of a layer are replaced together. What m
 
 import functools
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -266,13 +264,9 @@ def dropout_select(xp, keep, x, rate: float):
 def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
     new = np.empty_like(w), np.empty_like(w), np.empty_like(w)
     constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
-
-    def piece(s):
-        _adamw_piece(*(array[s] for array in (w, g, m, v, decays, *new)), *constants)
-
-    # workers wait while the optimizer runs: the pieces are large enough for threads to have their cores
-    for _ in _threads().map(piece, pieces(len(w), 1)) if len(w) > 2 * PIECE else map(piece, pieces(len(w), 1)):
-        pass
+    scratch = np.empty(min(PIECE, len(w)), w.dtype)
+    for s in pieces(len(w), 1):
+        _adamw_piece(scratch[: s.stop - s.start], *(array[s] for array in (w, g, m, v, decays, *new)), *constants)
     return new
 
 
@@ -283,8 +277,8 @@ def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
     return *first, *second, kind(1 / math.sqrt(bias2[0])), kind(EPS), rate, pull
 
 
-def _adamw_piece(w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2, root, eps, rate, pull):
-    a = g * in1
+def _adamw_piece(a, w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2, root, eps, rate, pull):
+    np.multiply(g, in1, out=a)
     np.multiply(m, keep1, out=new_m)
     new_m += a
     np.multiply(g, g, out=a)
@@ -300,11 +294,6 @@ def _adamw_piece(w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2
     np.multiply(w, decays, out=a)
     a *= pull
     new_w -= a
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="adamw")
 
 
 def global_norm(xp, gradients):

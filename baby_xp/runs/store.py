@@ -63,6 +63,12 @@ class RunFiles:
     def metrics(self) -> Path:
         return self.folder / "outputs" / f"metrics_{self.guid}.jsonl"
 
+    @property
+    def of_training(self) -> tuple[Path, ...]:
+        """What training writes, the config first: while it is there, the run can be found."""
+        metrics = self.metrics
+        return self.config, self.tokenizer, self.model, self.state, self.report, metrics, self.completion()
+
     def completion(self, when: datetime | None = None) -> Path:
         """The text from the end of training, or of the generation at `when`."""
         stamp = f"_{when:%Y%m%d%H%M%S}" if when else ""
@@ -71,22 +77,24 @@ class RunFiles:
 
 @contextmanager
 def new_run(folder: str | Path) -> Iterator[RunFiles]:
-    """The files of a new run, its folders made. If the block fails, all that it left there goes again.
+    """The files of a new run, its folders made. If the block fails, all that it left there goes again:
+    no run, no file, no folder.
 
-    The block is for what may go wrong before training: no run, no folder. Raises BabyError if the folder
-    cannot be written.
+    Raises BabyError if the folder cannot be written.
     """
-    folder = Path(folder)
+    files = RunFiles(Path(folder), str(uuid.uuid4()))
+    folder = files.folder
     made: list[Path] = []
     corpora = set(_corpora(folder))
     try:
         for path in (folder, *(folder / name for name in FOLDERS)):
             _make(path, made)
             _try_to_write(path)
-        yield RunFiles(folder, str(uuid.uuid4()))
+        yield files
     except BaseException:
-        for path in set(_corpora(folder)) - corpora:
-            path.unlink(missing_ok=True)
+        for path in (*files.of_training, *(set(_corpora(folder)) - corpora)):
+            with suppress(OSError):  # it was not written yet; or, on Windows, is still mapped
+                path.unlink()
         for path in reversed(made):
             with suppress(OSError):  # something of another run may have come to lie in it
                 path.rmdir()
@@ -178,7 +186,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 
 def _make(path: Path, made: list[Path]) -> None:
     """Make a folder with its parents, and note those that were made."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+    missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # Path.exists may raise
     for p in reversed(missing):
         try:
             p.mkdir()
@@ -189,8 +197,11 @@ def _make(path: Path, made: list[Path]) -> None:
         made.append(p)
 
 
-def _corpora(folder: Path) -> Iterator[Path]:
-    return (folder / "corpora").glob("*.ids")
+def _corpora(folder: Path) -> list[Path]:
+    try:
+        return [path for path in (folder / "corpora").iterdir() if path.suffix == ".ids"]
+    except OSError:  # it is not there, or not to be read: then nothing comes to lie there either
+        return []
 
 
 def _try_to_write(folder: Path) -> None:

@@ -53,15 +53,18 @@ def fit(backend, model, config, task, listener: Listener, workers=None) -> Resul
     flat = params.draw(model.spec, config.seed, config.dtype)
     state = initial_state(backend, model, flat, params.decay_mask(model.spec), config.seed)
     run = _Run(backend, model, config, task, listener, workers)
-    try:
-        while run.step < task.num_steps:
-            state = run.advance(state)
-            if run.step % config.eval_every == 0 and run.step < task.num_steps:
-                run.evaluate(state, whole=False)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    if run.step:
-        run.evaluate(state, whole=True)
+    with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
+        try:
+            while run.step < task.num_steps:
+                state = run.advance(state)
+                run.read_now_and_then()
+                if run.step % config.eval_every == 0 and run.step < task.num_steps:
+                    run.evaluate(state, whole=False)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            run.go_back_to(int(backend.to_numpy(state["step"])[0]))
+        if run.step:
+            run.evaluate(state, whole=True)
     host = {name: backend.to_numpy(state[name]) for name in ("params", "m", "v", "step")}
     return Result(
         host, run.records, run.seconds, run.tokens / max(run.training_seconds, 1e-9), run.interrupted
@@ -89,15 +92,23 @@ class _Run:
         return time.perf_counter() - self.begin
 
     def advance(self, state):
-        """One step; reads the losses every few steps."""
+        """One step."""
         batch = self.task.batches.batch(self.step)
         state, metrics = self._step(state, type(batch)(*(self.backend.asarray(part) for part in batch)))
         self.step += 1
         self.tokens += batch.inputs.size
         self._unread.append(metrics)
+        return state
+
+    def read_now_and_then(self):
+        """Read the losses every few steps."""
         if len(self._unread) == READ_EVERY or self.step == self.task.num_steps:
             self._read()
-        return state
+
+    def go_back_to(self, step: int):
+        """Forget a step that Ctrl-C cut short: its state was not kept."""
+        if step < self.step:
+            self.step, self._unread = step, self._unread[:-1]
 
     def _read(self):
         losses = [float(self.backend.to_numpy(metrics["loss"])[0]) for metrics in self._unread]
@@ -106,9 +117,7 @@ class _Run:
         self._unread = []
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise BabyError(
-                    f"the loss became {loss} at step {first + i}: lower --lr, or raise --warmup-steps"
-                )
+                raise _burst(f"loss became {loss} at step {first + i}")
         self._since_evaluation += losses
         now, (then, tokens) = time.perf_counter(), self._mark
         self.training_seconds += now - then
@@ -122,6 +131,8 @@ class _Run:
             self._read()
         every = 1 if whole else max(1, self.task.n_validation // EVALUATION_TOKENS)
         loss = mean_loss(lambda batch: self._sum(state, batch), self.task.validation(), every)
+        if not math.isfinite(loss):
+            raise _burst(f"validation loss became {loss} after step {self.step}")
         trained = self._since_evaluation
         record = {
             "step": self.step,
@@ -139,3 +150,7 @@ class _Run:
     def _sum(self, state, batch) -> float:
         device_batch = type(batch)(*(self.backend.asarray(part) for part in batch))
         return float(self.backend.to_numpy(self._total(state["params"], device_batch))[0])
+
+
+def _burst(what: str) -> BabyError:
+    return BabyError(f"the {what}: lower --lr, or raise --warmup-steps")

@@ -12,11 +12,11 @@ A worker is a Python process of its own, not a fork and not `multiprocessing`: i
 macOS and Windows, in notebooks, and in scripts without a guarded main.
 """
 
+import io
 import itertools
 import json
 import math
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -32,10 +32,19 @@ from baby_xp import config as configs
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import loss_and_gradients, step_noise, total_loss
+from baby_xp.training.step import loss_and_gradients, loss_and_tree, step_noise, total_loss
+from baby_xp.tree import leaves
 
-COMMAND = struct.Struct("<c7q")  # what to do; first and last sample, B, T, targets a sample, seed, step
-GRADIENTS, TOTAL, DONE = b"g", b"t", b"."
+COMMAND = struct.Struct("<c8q")
+"""What to do; the number of the command, first and last sample, B, T, targets a sample, seed, step."""
+ANSWER = struct.Struct("<q")
+"""The number of the command that is done; 0: the worker is ready."""
+PROGRAM = """import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
+from baby_xp.training.workers import serve
+serve()
+"""
+GRADIENTS, TOTAL = b"g", b"t"
 WORTH_SPLITTING = 3e8
 """Floating-point operations of a step below which passing arrays around costs more than it gains."""
 
@@ -96,6 +105,7 @@ class Workers:
         self.backend, self.model, self.number, self.batch_size = backend, model, number, batch_size
         self.children: list[subprocess.Popen] = []
         self.path = ""
+        self._number = 0  # of the last command
 
     def __enter__(self) -> "Workers":
         self._limits = threadpool_limits(1)
@@ -128,7 +138,7 @@ class Workers:
                 self.children.append(self._child(rank))
             for rank in range(1, self.number):
                 self._wait(rank)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise BabyError(f"workers cannot be started ({error}); try --workers 1") from None
         if os.name != "nt":
             self._unlink()
@@ -142,7 +152,7 @@ class Workers:
                 os.close(handle)
                 self.arena = Arena(self.path, *shape, create=True)
                 return
-            except OSError:
+            except (OSError, OverflowError):  # overflow: more bytes than a file can have
                 self._unlink()
                 if folder is None:
                     raise
@@ -154,9 +164,11 @@ class Workers:
             "dtype": self.backend.dtype,
         }  # fmt: skip
         child = subprocess.Popen(
-            [sys.executable, "-c", "from baby_xp.training.workers import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={
+                **os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a script may have added to it
+            },
         )  # fmt: skip
         child.stdin.write(json.dumps(setup).encode() + b"\n")
         child.stdin.flush()
@@ -193,6 +205,7 @@ class Workers:
     def _send(self, what: bytes, params, batch: Batch, seed: int, step: int) -> tuple[int, int]:
         """Hand the batch and its shares out -> the share of this process."""
         B, T = batch.inputs.shape
+        self._number += 1
         self.arena.params[:] = params
         self.arena.inputs[: B * T] = batch.inputs.reshape(-1)
         self.arena.targets[: batch.targets.size] = batch.targets.reshape(-1)
@@ -203,15 +216,20 @@ class Workers:
         for rank in self._asked:
             shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
             try:
-                self.children[rank - 1].stdin.write(COMMAND.pack(what, *shape, seed, step))
+                self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *shape, seed, step))
                 self.children[rank - 1].stdin.flush()
             except OSError:
                 raise self._lost(rank) from None
         return 0, bounds[1]
 
     def _wait(self, rank: int) -> None:
-        if self.children[rank - 1].stdout.read(1) != DONE:
-            raise self._lost(rank)
+        """Wait for the answer to the last command; those to commands that Ctrl-C cut short are passed over."""
+        while True:
+            answer = self.children[rank - 1].stdout.read(ANSWER.size)
+            if len(answer) < ANSWER.size:
+                raise self._lost(rank)
+            if ANSWER.unpack(answer)[0] == self._number:
+                return
 
     def _lost(self, rank: int) -> BabyError:
         code = self.children[rank - 1].wait()
@@ -221,20 +239,20 @@ class Workers:
 
 def serve() -> None:
     """What a worker process does until its input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
-    commands, answers = sys.stdin.buffer, sys.stdout.buffer
+    # answers go out unbuffered: nothing is left to flush, at the end, to a main process that is gone
+    commands, answers = sys.stdin.buffer, io.FileIO(sys.stdout.fileno(), "w", closefd=False)
     setup = json.loads(commands.readline())
     rank, dtype = setup["rank"], setup["dtype"]
     model = Model(configs.model_from_dict(setup["config"], "worker"), setup["vocab_size"])
     backend = backends.load("numpy", dtype=dtype)
     arena = Arena(setup["path"], model, dtype, setup["batch_size"], setup["number"], create=False)
-    with threadpool_limits(1), suppress(BrokenPipeError):
-        answers.write(DONE)
-        answers.flush()
+    # numbers that are not finite show in the loss, and the main process says so
+    with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):
+        answers.write(ANSWER.pack(0))
         while len(command := commands.read(COMMAND.size)) == COMMAND.size:
-            _obey(backend, model, arena, rank, *COMMAND.unpack(command))
-            answers.write(DONE)
-            answers.flush()
+            what, number, *rest = COMMAND.unpack(command)
+            _obey(backend, model, arena, rank, what, *rest)
+            answers.write(ANSWER.pack(number))
 
 
 def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, seed, step) -> None:
@@ -243,5 +261,8 @@ def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, seed
         arena.losses[rank - 1] = total_loss(xp, model, arena.params, batch)[0]
         return
     noise = step_noise(xp, model, backend.integers([seed]), backend.integers([step]), batch)
-    loss, gradients = loss_and_gradients(xp, model, arena.params, batch, noise, B * per_sample)
-    arena.losses[rank - 1], arena.gradients[rank - 1] = loss[0], gradients
+    loss, dp = loss_and_tree(xp, model, arena.params, batch, noise, B * per_sample)
+    arena.losses[rank - 1] = loss[0]
+    # packed where the main process reads it, in the order of the layout: one copy less
+    gradients = dict(leaves(dp))
+    np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=arena.gradients[rank - 1])

@@ -1,0 +1,205 @@
+"""Configs: every field is checked when a config is made, and a config survives the way to JSON and back."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baby_xp import config as configs
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, TrainConfig
+from baby_xp.errors import BabyError
+from baby_xp.presets import PRESETS, preset
+
+NAN, INFINITY = float("nan"), float("inf")
+# More digits than a float has: math.isfinite would raise OverflowError.
+HUGE = 10**400
+
+BAD = [
+    (GPTConfig, "n_ctx", [0, -1, 1.5, "8", True, None, 2**31, HUGE]),
+    (GPTConfig, "n_emb", [0, -1, 2.0, None, [8]]),
+    (GPTConfig, "head_size", [0, -4, "128", {}]),
+    (GPTConfig, "n_heads", [0, 3, 5, 256]),
+    (GPTConfig, "n_layers", [0, -1, False]),
+    (GPTConfig, "dropout", [1, 1.0, -0.1, NAN, INFINITY, "0.1", None, HUGE, True]),
+    (GPTConfig, "c_sequence", ["middle", "", None, [], 0]),
+    (GPTConfig, "c_attention", ["mhb", "MHA", {}]),
+    (GPTConfig, "c_network", ["mlp ", 1]),
+    (GPTConfig, "gelu", ["relu", True]),
+    (EquationConfig, "n_ctx", [3, 5, 0]),
+    (EquationConfig, "n_hidden", [0, 1.0]),
+    (EquationConfig, "activation", ["relu", None]),
+    (EquationConfig, "std", [0, -1, NAN, INFINITY, "1", HUGE]),
+    (EquationConfig, "max_sum", [0, "9"]),
+    (EquationConfig, "held_out", [44, None, ["4+4"]]),
+    (TrainConfig, "batch_size", [0, -1, 1.0, "16", 2**31]),
+    (TrainConfig, "num_steps", [0, -1, 2.5, HUGE]),
+    (TrainConfig, "num_epochs", [0, -1, 0.5]),
+    (TrainConfig, "stride", [0, -1]),
+    (TrainConfig, "lr", [0, -1e-3, NAN, INFINITY, "1e-3", None, HUGE]),
+    (TrainConfig, "base_batch_size", [0, -1, 8.0]),
+    (TrainConfig, "schedule", ["linear", None, ["cosine"]]),
+    (TrainConfig, "min_lr", [-1e-9, NAN, 1.0]),
+    (TrainConfig, "warmup_steps", [-1, 1.5, INFINITY]),
+    (TrainConfig, "beta1", [0, 1, -0.9, NAN, "0.9", None]),
+    (TrainConfig, "beta2", [0, 1, 1.1, []]),
+    (TrainConfig, "weight_decay", [-0.1, NAN, "0"]),
+    (TrainConfig, "clip", [-1, INFINITY]),
+    (TrainConfig, "eval_every", [0, -1]),
+    (TrainConfig, "seed", [-1, 0.5, 2**64, NAN]),
+    (TrainConfig, "dtype", ["float16", 32]),
+    (DataConfig, "data", [1, None, ["a.txt"]]),
+    (DataConfig, "tokenizer", ["bpe", 1, None]),
+]  # fmt: skip
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**320), 10**320) | st.floats() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=8), values, max_size=3),
+    max_leaves=6,
+)
+
+
+def made(kind, **values):
+    return kind(**{"num_steps": 10, **values} if kind is TrainConfig else values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), [(kind, name, value) for kind, name, values in BAD for value in values]
+)
+def test_a_bad_value_is_named_in_one_line(kind, name, value):
+    with pytest.raises(BabyError, match=name) as caught:
+        made(kind, **{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_above_has_every_field():
+    tested = {(kind, name) for kind, name, _ in BAD}
+    for kind in (GPTConfig, EquationConfig, TrainConfig, DataConfig):
+        names = {(kind, field.name) for field in fields(kind)}
+        assert names - tested <= {(EquationConfig, "n_emb")}  # checked in the same line as n_hidden
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (GPTConfig, {"dropout": 0}),
+        (GPTConfig, {"dropout": 0.999}),
+        (GPTConfig, {"n_ctx": 1, "n_emb": 1, "head_size": 1, "n_heads": 1, "n_layers": 1}),
+        (TrainConfig, {"lr": 1, "min_lr": 1}),
+        (TrainConfig, {"min_lr": 5.0, "schedule": "constant"}),
+        (TrainConfig, {"warmup_steps": 0, "weight_decay": 0, "clip": 0}),
+        (TrainConfig, {"seed": 2**64 - 1}),
+        (TrainConfig, {"num_steps": None, "num_epochs": 1}),
+        (TrainConfig, {"num_steps": 2**31 - 1}),
+    ],
+)
+def test_values_at_the_edge_are_taken(kind, values):
+    config = made(kind, **values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_training_must_end_somewhere():
+    with pytest.raises(BabyError, match="num_steps nor num_epochs"):
+        TrainConfig()
+
+
+def test_the_cosine_does_not_rise():
+    with pytest.raises(BabyError, match=r"min_lr 0\.1 is above lr 0\.01"):
+        TrainConfig(num_steps=1, lr=0.01, min_lr=0.1)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        GPTConfig().n_ctx = 3
+
+
+# the rate and the batch size ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "base", "expected"), [(16, None, 1e-3), (16, 16, 1e-3), (64, 16, 4e-3), (4, 16, 2.5e-4)]
+)
+def test_the_rate_grows_with_the_batch_only_where_a_base_is_given(batch_size, base, expected):
+    config = TrainConfig(num_steps=1, lr=1e-3, batch_size=batch_size, base_batch_size=base)
+    assert config.peak_lr == pytest.approx(expected, rel=1e-15)
+
+
+def test_the_lowest_rate_is_compared_with_the_rate_after_the_rule():
+    with pytest.raises(BabyError, match="min_lr"):
+        TrainConfig(num_steps=1, lr=1e-3, min_lr=5e-4, batch_size=4, base_batch_size=16)
+    TrainConfig(num_steps=1, lr=1e-3, min_lr=2e-3, batch_size=64, base_batch_size=16)
+
+
+# to JSON and back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name):
+    chosen = preset(name)
+    model, train, data = (
+        json.loads(json.dumps(configs.to_dict(part))) for part in (chosen.model, chosen.train, chosen.data)
+    )
+    assert configs.model_from_dict(model, "here") == chosen.model
+    assert type(configs.model_from_dict(model, "here")) is type(chosen.model)
+    assert configs.from_dict(TrainConfig, train, "here") == chosen.train
+    assert configs.from_dict(DataConfig, data, "here") == chosen.data
+
+
+def test_a_model_says_its_kind_and_a_training_has_none():
+    assert configs.to_dict(GPTConfig())["kind"] == "gpt"
+    assert configs.to_dict(EquationConfig())["kind"] == "equations"
+    assert "kind" not in configs.to_dict(TrainConfig(num_steps=1))
+
+
+@pytest.mark.parametrize("values", [{"kind": "gpt", "n_ctxx": 8}, {"kind": "gpt", "n_hidden": 8}])
+def test_an_unknown_field_names_the_file_and_the_field(values):
+    odd = next(name for name in values if name != "kind")
+    with pytest.raises(BabyError, match=rf"some\.json: \['{odd}'\] is not part of a GPTConfig"):
+        configs.model_from_dict(values, "some.json")
+
+
+@pytest.mark.parametrize("values", [None, [], "gpt", 3, {}, {"kind": "rnn"}, {"kind": ["gpt"]}, {"kind": {}}])
+def test_an_unknown_kind_of_model_names_the_file(values):
+    with pytest.raises(BabyError, match=r"some\.json: kind of model is none of gpt, equations"):
+        configs.model_from_dict(values, "some.json")
+
+
+@pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_damaged_json_raises_nothing_but_BabyError(kind, data):
+    names = st.sampled_from([field.name for field in fields(kind)])
+    values = {**({"num_steps": 9} if kind is TrainConfig else {}), data.draw(names): data.draw(JSON)}
+    message = ""
+    try:
+        configs.from_dict(kind, values, "some.json")
+    except BabyError as error:
+        message = str(error)
+    assert not message or message.startswith("some.json: ")
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_json_that_is_no_config_raises_nothing_but_BabyError(value):
+    for kind in (GPTConfig, TrainConfig):
+        try:
+            assert configs.from_dict(kind, value, "some.json") == made(kind)
+        except BabyError:
+            continue
+    with pytest.raises(BabyError):
+        configs.model_from_dict(value, "some.json")
+
+
+# presets ------------------------------------------------------------------------------------------------
+
+
+def test_the_presets_are_known_by_their_names():
+    assert list(PRESETS) == [chosen.name for chosen in PRESETS.values()]
+    assert {"baby", "equations", "nanogpt-cpu", "nanogpt-gpu", "3-months", "48-months"} <= PRESETS.keys()
+    assert all(chosen.about for chosen in PRESETS.values())
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(BabyError, match="unknown preset 'nope': choose one of baby, equations, "):
+        preset("nope")

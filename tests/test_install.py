@@ -1,0 +1,133 @@
+"""An installation that is a copy works from anywhere, the checkout's own folder included."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+WHERE = "import baby_xp, baby_xp_backends, baby_xp_data; print(baby_xp.__file__, *baby_xp_backends.__path__)"
+# Libraries that take long to import are made missing: test_cli.py shows them.
+LIST_BACKENDS = """import sys
+sys.modules["torch"] = sys.modules["jax"] = None
+from baby_xp.cli import main
+sys.exit(main(["backends"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds an installation, built without a network from a copy of the sources."""
+    setuptools = importlib.metadata.version("setuptools") if _has("setuptools") else "0"
+    if not _has("pip") or int(setuptools.split(".")[0]) < 77:
+        pytest.skip(f"building needs pip and setuptools 77; setuptools here: {setuptools}")
+    folder = tmp_path_factory.mktemp("install")
+    sources, target = folder / "sources", folder / "target"
+    sources.mkdir()
+    # a build writes into the folder of the sources; links keep it out of the checkout
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "baby_xp", "backends", "data"):
+        if (CHECKOUT / name).exists():
+            (sources / name).symlink_to(CHECKOUT / name)
+    command = ["pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    built = subprocess.run(
+        [sys.executable, "-m", *command, "--quiet", "--target", target, sources],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    return target
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["elsewhere", "checkout"])
+def python(request, installed, tmp_path):
+    """Run Python with that installation, from some folder."""
+    cwd = tmp_path if request.param == "elsewhere" else CHECKOUT
+
+    def run(*arguments) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.cwd = cwd
+    return run
+
+
+def test_the_copy_is_what_is_imported_unless_the_checkout_is_the_current_folder(python, installed):
+    package, backends = python("-c", WHERE).split()
+    expected = installed if python.cwd != CHECKOUT else CHECKOUT  # `python -c` looks here first
+    assert Path(package) == expected / "baby_xp" / "__init__.py"
+    assert Path(backends) == installed / "baby_xp_backends"  # the checkout has no folder of that name
+
+
+def test_the_backends_are_found(python):
+    lines = python("-c", LIST_BACKENDS).splitlines()
+    states = {line.split()[0]: line.split()[1] for line in lines[:-1]}
+    assert states.keys() == {"numpy", "cupy", "torch", "jax", "array-api-strict"}
+    assert states["numpy"] == "works"
+    assert lines[-1].startswith("auto takes ")
+
+
+def test_it_trains_and_generates(python, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 40)
+    sizes = "--n-ctx=8 --n-emb=8 --head-size=8 --n-heads=2 --n-layers=1 --batch-size=4 --num-steps=2"
+    place = [f"--path={tmp_path / 'runs'}", "--backend=numpy"]
+    out = python("-m", "baby_xp", "train", *place, f"--data={text}", "--workers=2", *sizes.split())
+    assert "step      2" in out
+    out = python("-m", "baby_xp", "generate", "last", *place, "--prompt=the cat", "--num-tokens=5")
+    assert out.startswith("the cat")
+    assert len(out) == len("the cat") + 5 + 1
+
+
+def test_every_package_is_in_the_installation(installed):
+    for name, source in (("baby_xp", "baby_xp"), ("baby_xp_backends", "backends"), ("baby_xp_data", "data")):
+        here = {path.relative_to(CHECKOUT / source) for path in (CHECKOUT / source).rglob("*.py")}
+        assert here == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
+
+
+def test_the_entry_points_lead_somewhere(installed):
+    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
+    by_group = {}
+    for point in found.entry_points:
+        by_group.setdefault(point.group, {})[point.name] = point.value
+    assert by_group["console_scripts"] == {"baby_xp": "baby_xp.cli:main"}
+    assert by_group["baby_xp.backends"].keys() == {"numpy", "cupy", "torch", "jax", "array-api-strict"}
+    for value in by_group["baby_xp.backends"].values():
+        module, name = value.split(":")
+        source = installed / (module.replace(".", "/") + ".py")
+        assert f"class {name}" in source.read_text(encoding="utf-8")
+
+
+def test_the_licence_and_the_notice_are_in_the_installation(installed):
+    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
+    assert "Apache-2.0" in (found.metadata["License-Expression"], found.metadata["License"])
+    assert set(found.metadata.get_all("License-File")) == {"LICENSE", "NOTICE"}
+
+
+def test_the_script_runs(installed):
+    script = installed / "bin" / "baby_xp"
+    if not script.exists():
+        pytest.skip("pip makes no script in bin here")
+    done = subprocess.run(
+        [sys.executable, script, "--version"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"baby_xp {found_version(installed)}\n")
+
+
+def found_version(installed) -> str:
+    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
+    return found.version

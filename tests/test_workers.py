@@ -1,0 +1,401 @@
+"""Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import baby_xp.api
+from baby_xp import backend as backends
+from baby_xp import params
+from baby_xp.cli import main
+from baby_xp.config import EquationConfig, GPTConfig
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.text.batches import Batch, RandomWindows
+from baby_xp.training import workers as workers_module
+from baby_xp.training.step import initial_state, noisy_loss_and_gradients, total_loss
+from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
+
+TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
+BATCH = 7
+IDS = np.random.default_rng(0).integers(0, 11, 300)
+TINY = {
+    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 6,
+    "eval_every": 2, "dropout": 0.1,
+}  # fmt: skip
+FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+SHARED = Path("/dev/shm")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+class Setting:
+    """A model with dropout, its state at some step, and a batch."""
+
+    def __init__(self, dtype: str, config=None):
+        self.backend = backends.load("numpy", dtype=dtype)
+        config = config or GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_heads=2, n_layers=2, dropout=0.3)
+        self.model = Model(config, 11)
+        flat = params.draw(self.model.spec, 0, dtype) * 5
+        self.state = initial_state(self.backend, self.model, flat, params.decay_mask(self.model.spec), 2**31 + 5)
+        self.state["step"] = self.backend.integers([3])
+        self.batch = RandomWindows(IDS, 8, BATCH, 0).batch(0)
+
+    @property
+    def xp(self):
+        return self.backend.xp
+
+    def alone(self, batch: Batch):
+        return noisy_loss_and_gradients(self.xp, self.model, self.state, batch)
+
+    def pool(self, number: int) -> Workers:
+        return Workers(self.backend, self.model, BATCH, number)
+
+
+@pytest.fixture(scope="module", params=[(n, d) for d in TOLERANCE for n in (1, 2, 3)], ids=str)
+def together(request):
+    """A setting and its running workers."""
+    number, dtype = request.param
+    setting = Setting(dtype)
+    with setting.pool(number) as pool:
+        yield setting, pool
+
+
+@pytest.fixture
+def arenas(monkeypatch) -> list[Path]:
+    """The arena files that were made."""
+    made, mkstemp = [], tempfile.mkstemp
+
+    def recorded(*args, **kwargs):
+        handle, path = mkstemp(*args, **kwargs)
+        made.append(Path(path))
+        return handle, path
+
+    monkeypatch.setattr(tempfile, "mkstemp", recorded)
+    return made
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 40)
+    return path
+
+
+def first(batch: Batch, n: int) -> Batch:
+    return Batch(*(part[:n] for part in batch))
+
+
+# what they compute --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [BATCH, 3, 2, 1])
+def test_loss_and_gradients_are_those_of_one_process(together, size):
+    """Also for a batch with fewer samples than there are workers."""
+    setting, pool = together
+    batch = first(setting.batch, size)
+    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
+    expected_loss, expected = setting.alone(batch)
+    tolerance = TOLERANCE[setting.backend.dtype]
+    assert loss.dtype == gradients.dtype == expected.dtype
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_dropout_was_on_in_the_test_above(together):
+    setting, _ = together
+    other = {**setting.state, "step": setting.backend.integers([4])}
+    assert setting.alone(setting.batch)[0] != noisy_loss_and_gradients(
+        setting.xp, setting.model, other, setting.batch
+    )[0]
+
+
+@pytest.mark.parametrize("size", [BATCH, 2, 1])
+def test_the_total_loss_is_that_of_one_process(together, size):
+    setting, pool = together
+    batch = first(setting.batch, size)
+    found = pool.total_loss(setting.state["params"], batch)
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_a_shorter_window_is_evaluated_too(together):
+    setting, pool = together
+    batch = Batch(setting.batch.inputs[:3, :5], setting.batch.targets[:3, :5], setting.batch.samples[:3])
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
+    found = pool.total_loss(setting.state["params"], batch)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_a_repetition_is_the_same_bit_for_bit(together):
+    setting, pool = together
+    runs = [pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch) for _ in range(2)]
+    with setting.pool(pool.number) as fresh:
+        runs.append(fresh.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch))
+    assert len({(loss.tobytes(), gradients.tobytes()) for loss, gradients in runs}) == 1
+
+
+def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
+    """Ctrl-C may come between a command and its answers; the loss is then measured by the same workers."""
+    setting, pool = together
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
+    for _ in range(5):
+        pool._send(GRADIENTS, setting.state["params"], setting.batch, 0, 0)
+        found = pool.total_loss(setting.state["params"], setting.batch)
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_the_equation_model_with_one_target_a_context():
+    setting = Setting("float64", EquationConfig(n_hidden=8))
+    batch = Batch(setting.batch.inputs[:, :4], setting.batch.targets[:, 3], setting.batch.samples)
+    with setting.pool(2) as pool:
+        loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
+    expected_loss, expected = setting.alone(batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    np.testing.assert_allclose(gradients, expected, atol=1e-12)
+
+
+def train(tmp_path, text_file, workers: int):
+    return baby_xp.api.train(
+        "baby", path=tmp_path / "runs", backend="numpy", workers=workers, data=str(text_file), **TINY
+    )
+
+
+def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_path, text_file):
+    alone, *two = (train(tmp_path, text_file, workers) for workers in (1, 2, 2))
+    assert two[0].params.tobytes() == two[1].params.tobytes()
+    np.testing.assert_allclose(two[0].params, alone.params, atol=1e-5)
+    assert two[0].config["machine"]["workers"] == 2
+    assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
+
+
+# how many -----------------------------------------------------------------------------------------------
+
+
+def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    numpy_backend = backends.load("numpy")
+    small, large = Model(GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_layers=1), 11), Model(GPTConfig(), 65)
+    assert suitable_number(numpy_backend, small, 16) == 1
+    assert suitable_number(numpy_backend, large, 16) == 8
+    assert suitable_number(numpy_backend, large, 5) == 5
+
+    class Elsewhere:
+        name = "cupy"
+
+    assert suitable_number(Elsewhere(), large, 16) == 1
+
+
+def test_there_are_no_more_workers_than_samples():
+    setting = Setting("float32")
+    for asked, given in ((1, 1), (4, 4), (50, BATCH)):
+        assert baby_xp.api._number_of_workers(asked, setting.backend, setting.model, BATCH) == given
+
+
+# what stays behind --------------------------------------------------------------------------------------
+
+
+def test_leaving_ends_all_processes_and_the_file_is_gone_while_they_work(arenas):
+    setting = Setting("float32")
+    with setting.pool(3) as pool:
+        children = list(pool.children)
+        assert len(children) == 2
+        assert all(child.poll() is None for child in children)
+        if os.name != "nt":
+            assert len(arenas) == 1
+            assert not arenas[0].exists()
+    assert [child.returncode for child in children] == [0, 0]
+    assert not any(path.exists() for path in arenas)
+
+
+def test_threads_of_the_array_library_are_as_before_afterwards():
+    from threadpoolctl import threadpool_info
+
+    before = threadpool_info()
+    with Setting("float32").pool(2):
+        assert all(library["num_threads"] == 1 for library in threadpool_info())
+    assert threadpool_info() == before
+
+
+class Killer(baby_xp.api.Silent):
+    """A listener that kills a worker after an evaluation."""
+
+    def __init__(self, pools):
+        self.pools = pools
+
+    def evaluated(self, record):
+        os.kill(self.pools[0].children[0].pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def pools(monkeypatch) -> list[Workers]:
+    """The workers that were started."""
+    started, enter = [], Workers.__enter__
+    monkeypatch.setattr(Workers, "__enter__", lambda self: started.append(self) or enter(self))
+    return started
+
+
+@pytest.fixture
+def children(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that were started."""
+    started, popen = [], subprocess.Popen
+
+    def recorded(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    return started
+
+
+@needs_signals
+def test_a_worker_that_is_killed_ends_training_in_one_line(
+    tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
+):
+    killer = Killer(pools)
+    monkeypatch.setattr("baby_xp.cli._Screen", lambda asked: killer)
+    code = main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, "--workers", "3"])
+    assert code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["baby_xp: worker 1 of 3 was killed by signal 9; train with fewer --workers, or --workers 1"]
+    assert len(children) == 2
+    assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
+    assert len(arenas) == 1
+    assert not arenas[0].exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_worker_that_cannot_start_ends_training_in_one_line(arenas, children, monkeypatch):
+    monkeypatch.setattr(workers_module, "PROGRAM", "raise SystemExit(3)")
+    with pytest.raises(BabyError, match=r"worker 1 of 3 ended with exit code 3|workers cannot be started"):
+        Setting("float32").pool(3).__enter__()
+    assert all(child.returncode == 3 for child in children)
+    assert not any(path.exists() for path in arenas)
+
+
+def test_python_that_cannot_be_found_ends_training_in_one_line(arenas, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1"):
+        Setting("float32").pool(2).__enter__()
+    assert not any(path.exists() for path in arenas)
+
+
+def test_workers_find_modules_where_this_process_finds_them(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Setting("float32").pool(2):
+        assert (tmp_path / "seen").exists()
+
+
+fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room")
+
+
+@fallocate
+@pytest.mark.skipif(not SHARED.is_dir(), reason="there is no /dev/shm")
+def test_a_full_shared_memory_falls_back_to_the_folder_for_temporary_files(arenas, monkeypatch):
+    reserve, failed = os.posix_fallocate, []
+
+    def full_once(*args):
+        if not failed:
+            failed.append(args)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return reserve(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_once)
+    setting = Setting("float64")
+    with setting.pool(2) as pool:
+        loss, _ = pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
+    np.testing.assert_allclose(loss, setting.alone(setting.batch)[0], rtol=1e-12)
+    assert [path.parent for path in arenas] == [SHARED, Path(tempfile.gettempdir())]
+    assert not any(path.exists() for path in arenas)
+
+
+@fallocate
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OverflowError("too large")])
+def test_without_room_anywhere_no_worker_starts(arenas, children, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BabyError, match=r"workers cannot be started \(.*; try --workers 1"):
+        Setting("float32").pool(2).__enter__()
+    assert children == []
+    assert not any(path.exists() for path in arenas)
+
+
+# a program that is ended from outside -------------------------------------------------------------------
+
+
+def wait_until(condition, seconds: float = 20.0):
+    """What the condition gives once it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.02)
+    return value
+
+
+def parent_and_state(pid: str) -> tuple[int, str]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[1]), fields[0]
+    except (OSError, IndexError):
+        return 0, "gone"
+
+
+def children_of(pid: int) -> list[str]:
+    return [path.name for path in Path("/proc").glob("[0-9]*") if parent_and_state(path.name)[0] == pid]
+
+
+def shared_files() -> set[str]:
+    return {path.name for path in SHARED.glob("baby_xp_*")} if SHARED.is_dir() else set()
+
+
+@pytest.fixture
+def training(tmp_path, text_file):
+    """A program that trains with two workers beside itself, past its first evaluation."""
+    arguments = [*FLAGS, "--num-steps", "100000000", "--workers", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "baby_xp", "train", "--path", "runs", "--data", str(text_file), *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: any((tmp_path / "runs").glob("outputs/metrics_*")))
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@needs_proc
+@needs_signals
+def test_the_main_process_killed_leaves_no_worker_and_no_file(training):
+    workers = children_of(training.pid)
+    assert len(workers) == 2
+    before = shared_files()
+    training.kill()
+    training.wait()
+    # where nobody waits for orphans they stay as zombies, which hold nothing
+    wait_until(lambda: all(parent_and_state(pid)[1] in ("gone", "Z") for pid in workers), 5)
+    wait_until(lambda: not shared_files() - before, 5)
+    assert training.stderr.read() == b""
+
+
+@needs_signals
+def test_ctrl_c_in_a_terminal_keeps_the_run(training, tmp_path):
+    os.killpg(training.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    out, err = training.communicate(timeout=20)
+    assert (training.returncode, err) == (0, b"")
+    (config,) = (tmp_path / "runs" / "configs").iterdir()
+    result = json.loads(config.read_text())["result"]
+    assert result["state"] == "stopped"
+    assert f"the run was stopped after step {result['steps']} and kept".encode() in out
