@@ -37,7 +37,7 @@ def needed(workload: str) -> dict[str, int]:
     chosen = WORKLOADS[workload]
     backend, model, (batch,) = backends.load("numpy"), chosen.model(chosen.dropout), chosen.batches(1)
     xp, flat = backend.xp, params.draw(model.spec, SEED)
-    state = initial_state(backend, model, flat, params.decay_mask(model.spec), SEED)
+    state = initial_state(backend, flat, params.decay_mask(model.spec), SEED)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
     logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
     _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))

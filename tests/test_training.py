@@ -30,7 +30,7 @@ def on_device(case, batch: Batch) -> Batch:
 
 def train(case, model, config, batches, steps):
     """Losses of some training steps, and the parameters after them."""
-    state = initial_state(case, model, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
+    state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
     step, losses = case.compile(make_step(case.xp, model, config)), []
     for i in range(steps):
         state, metrics = step(state, on_device(case, batches.batch(i)))

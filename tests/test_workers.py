@@ -46,7 +46,7 @@ class Setting:
         config = config or GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_heads=2, n_layers=2, dropout=0.3)
         self.model = Model(config, 11)
         flat = params.draw(self.model.spec, 0, dtype) * 5
-        self.state = initial_state(self.backend, self.model, flat, params.decay_mask(self.model.spec), 2**31 + 5)
+        self.state = initial_state(self.backend, flat, params.decay_mask(self.model.spec), 2**31 + 5)
         self.state["step"] = self.backend.integers([3])
         self.batch = RandomWindows(IDS, 8, BATCH, 0).batch(0)
 

@@ -50,8 +50,9 @@ def fit(backend, model, config, task, listener: Listener, workers=None) -> Resul
 
     Raises BabyError if the loss stops being a number. Ctrl-C ends it after the last whole step.
     """
-    flat = params.draw(model.spec, config.seed, config.dtype)
-    state = initial_state(backend, model, flat, params.decay_mask(model.spec), config.seed)
+    weights = params.draw(model.spec, config.seed, config.dtype), params.decay_mask(model.spec)
+    state = initial_state(backend, *weights, config.seed)
+    del weights  # the state has copies
     run = _Run(backend, model, config, task, listener, workers)
     with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
         try:

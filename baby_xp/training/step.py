@@ -4,7 +4,7 @@ from baby_xp import optim, rng
 from baby_xp.layers import cross_entropy
 
 
-def initial_state(backend, model, flat, decays, seed: int):
+def initial_state(backend, flat, decays, seed: int):
     """The state before the first step, on the backend's device.
 
     flat (P,): first values of the parameters; decays (P,): params.decay_mask, both host arrays.
