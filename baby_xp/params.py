@@ -59,7 +59,7 @@ def draw_one(spec: Spec, seed: int, path: str) -> np.ndarray:
     """First value of the parameter at `path`, in float64."""
     if spec.std == 0:
         return np.full(spec.shape, spec.mean)
-    key = [seed % 2**64, zlib.crc32(path.encode())]
+    key = np.array([seed % 2**64, zlib.crc32(path.encode())], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).normal(spec.mean, spec.std, spec.shape)
 
 
