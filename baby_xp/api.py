@@ -1,110 +1,61 @@
-"""The program from Python: train a preset, load a run, generate.
+"""The program from Python: train a preset, load a run, finetune it, go on with it, measure it, generate.
 
 import baby_xp
 
 run = baby_xp.train("baby", num_steps=500)
 print(run.generate("This is ", num_tokens=200))
 print(baby_xp.load("last").generate("Here comes "))
+tuned = baby_xp.finetune("last", data="my.txt")
+print(tuned.evaluate())
 """
 
-import codecs
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 
-from baby_xp import __version__, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
+from baby_xp import params, task
 from baby_xp.backend import Backend
-from baby_xp.config import EquationConfig, ModelConfig, Preset, TrainConfig
+from baby_xp.config import DataConfig, EquationConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError
-from baby_xp.generate import Sampling, generate
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
-from baby_xp.runs import checkpoint, report, store
-from baby_xp.runs.store import RunFiles
-from baby_xp.text.tokenizer import Tokenizer, tokenizer_from_dict
-from baby_xp.training.loop import Result, fit
-from baby_xp.training.workers import Workers, suitable_number
+from baby_xp.run import Run
+from baby_xp.runs import checkpoint as arrays
+from baby_xp.runs import store, table
+from baby_xp.runs.store import NewRun, RunFiles
+from baby_xp.runs.table import Summary
+from baby_xp.sitting import Sitting, belonging
+from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
+from baby_xp.training import checkpoint
+from baby_xp.training.workers import suitable_number
 
-SAMPLE_TOKENS = 500
 MOST_PARAMETERS = 2**40
 """More than any machine holds, and few enough that all sizes in bytes can be computed with."""
+FINETUNE_STEPS = 500
+RESUMABLE = (
+    "num_steps", "lr", "min_lr", "clip", "eval_every", "sample_tokens", "patience", "max_minutes",
+    "checkpoint_every", "checkpoint_minutes",
+)  # fmt: skip
+"""Settings that may be changed when a run is resumed."""
 
 
 class Silent:
-    """A listener that keeps quiet."""
+    """A listener that keeps quiet. Others are made like it."""
 
-    def started(
-        self, model: Model, backend: Backend, workers: int, task: task.Task, files: RunFiles
-    ) -> None: ...
+    def started(self, sitting: Sitting, step: int) -> None:
+        """Called before the first step of a sitting; `step`: steps that were done before."""
 
-    def progress(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Called every few steps with the mean loss since the last call."""
 
-    def evaluated(self, record: dict[str, Any]) -> None: ...
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """Called with the record of each evaluation, a line of the metrics file."""
 
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with its tokenizer and its files."""
-
-    files: RunFiles
-    model: Model
-    tokenizer: Tokenizer
-    params: np.ndarray
-    """The parameters (P,), on the host."""
-    config: dict[str, Any]
-    """The run's config file."""
-    backend: Backend
-
-    @property
-    def guid(self) -> str:
-        """The run's GUID."""
-        return self.files.guid
-
-    def generate(
-        self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any
-    ) -> str:
-        """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
-
-        Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
-        """
-        return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
-
-    def stream(
-        self, prompt: str = "", num_tokens: int = SAMPLE_TOKENS, use_cache: bool = True, **sampling: Any
-    ) -> Iterator[str]:
-        """The continuation, piece by piece as it is generated."""
-        if num_tokens < 1:
-            raise BabyError(f"num_tokens must be at least 1, not {num_tokens}")
-        settings = Sampling(**sampling)
-        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
-        params = self.backend.asarray(self.params)
-        return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
-
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        """Decode ids as they come; bytes wait until their character is whole."""
-        if self.tokenizer.kind != "byte":
-            yield from (self.tokenizer.decode([token]) for token in tokens)
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            if piece := decoder.decode(bytes([token])):
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
-
-    def first_ids(self) -> np.ndarray:
-        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
-        try:
-            return self.tokenizer.encode("\n", "prompt")
-        except BabyError:
-            return np.zeros(1, np.int32)
+    def note(self, text: str) -> None:
+        """Called with what the user should know meanwhile."""
 
 
 def train(
@@ -119,26 +70,124 @@ def train(
 ) -> Run:
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
-    workers: processes that share each step, None for a number that suits. Raises BabyError for input that
-    cannot be used, and if the loss stops being a number; nothing is then left under `path`.
+    workers: processes that share each step, None for a number that suits. Ctrl-C and SIGTERM end it after the
+    step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes on with it.
+    Raises BabyError for input that cannot be used, and if the loss stops being a number: the last checkpoint
+    is then kept, if there was one after the start, and otherwise nothing.
     """
     chosen = override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
-    listener = listener or Silent()
-    with store.new_run(path) as files:
+    with store.new_run(path) as new:
         loaded = backends.load(backend, device, chosen.train.dtype)
-        learned = task.prepare(chosen.data, chosen.model, chosen.train, files.folder / "corpora")
+        learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         model = Model(chosen.model, learned.tokenizer.vocab_size)
         _check_size(model)
-        number = _number_of_workers(workers, loaded, model, chosen.train.batch_size)
-        pool = Workers(loaded, model, chosen.train.batch_size, number) if number > 1 else nullcontext()
-        config = replace(chosen.train, num_steps=learned.num_steps)
-        listener.started(model, loaded, number, learned, files)
-        recorder = _Recorder(listener, files)
-        with pool as running:
-            result = fit(loaded, model, config, learned, recorder, running)
-        if result.step == 0:
-            raise BabyError("interrupted before the first step was done; nothing was trained")
-        return _keep(files, replace(chosen, train=config), model, learned, loaded, number, result)
+        start = checkpoint.first(model, chosen.train)
+        return _sit(new, chosen, model, learned, loaded, device, workers, listener, start)
+
+
+def finetune(
+    name: str = "last",
+    *,
+    data: str,
+    path: str | Path = "runs",
+    backend: str = "auto",
+    device: str | None = None,
+    workers: int | None = None,
+    listener: Any = None,
+    **overrides: Any,
+) -> Run:
+    """Train the best weights of a run on another text, as a new run: <guid>_finetuned.
+
+    Characters that the run did not know get new ids after the old ones, with embeddings drawn as at the start.
+    The text is measured before the first step too. overrides: fields of TrainConfig, and dropout; the others
+    are `finetuning` of the run's. Raises BabyError as `train` does, and for a run of the equation model.
+    """
+    base = load(name, path=path, backend="numpy")
+    chosen = override(finetuning(base), {**overrides, "data": data})
+    if _sizes(chosen.model) != _sizes(base.model.config):
+        raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
+    with store.new_run(path, base=base.guid) as new:
+        loaded = backends.load(backend, device, chosen.train.dtype)
+        learned = task.prepare(
+            chosen.data, chosen.model, chosen.train, new.files.folder / "corpora", _extending(base.tokenizer)
+        )
+        model = Model(chosen.model, learned.tokenizer.vocab_size)
+        flat = params.grown(model.spec, chosen.train.seed, base.model.layout, base.params)
+        start = checkpoint.first(model, chosen.train, flat)
+        return _sit(new, chosen, model, learned, loaded, device, workers, listener, start, base.guid)
+
+
+def resume(
+    name: str = "last",
+    *,
+    path: str | Path = "runs",
+    backend: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    data: str | None = None,
+    listener: Any = None,
+    **overrides: Any,
+) -> Run:
+    """Go on with a run from its last checkpoint, as if it had never stopped.
+
+    On the same backend and number of workers, as it does unless others are given, the end is the same bit for
+    bit. data: where the text lies now; it must be the same text. overrides: those of RESUMABLE.
+    Raises BabyError if there is nothing to go on with, or the text is another one.
+    """
+    files = store.find(path, name)
+    with store.hold(files):
+        config, tokenizer, chosen = _read(files)
+        place = config["place"]
+        _check_resumable(files, config, overrides)
+        chosen = override(chosen, overrides)
+        model = Model(chosen.model, tokenizer.vocab_size)
+        start, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
+        _check_belongs(files.state, metadata, files, chosen, tokenizer)
+        moved = config["data"]["file"] and not Path(chosen.data.data).is_file()
+        where = data or (config["data"]["file"] if moved else chosen.data.data)
+        chosen = replace(chosen, data=replace(chosen.data, data=where))
+        loaded = backends.load(backend or place["backend"], device or place["device"], chosen.train.dtype)
+        learned = task.prepare(
+            chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, config["data"]["sha256"]
+        )
+        number = workers or (place["workers"] if loaded.name == place["backend"] else None)
+        return _sit(
+            NewRun(files), chosen, model, learned, loaded, device or place["device"], number, listener, start,
+            config["base"], config["started"],
+        )  # fmt: skip
+
+
+def load(
+    name: str = "last",
+    *,
+    path: str | Path = "runs",
+    backend: str = "auto",
+    device: str | None = None,
+    weights: Literal["best", "last"] = "best",
+) -> Run:
+    """A run by its GUID, an unambiguous beginning of it, or "last".
+
+    weights: those with the best validation loss, or those of the last checkpoint. Raises BabyError if the run
+    cannot be loaded, or its files do not belong together.
+    """
+    if weights not in ("best", "last"):
+        raise BabyError(f"weights must be best or last, not {weights!r}")
+    files = store.find(path, name)
+    config, tokenizer, chosen = _read(files)
+    model = Model(chosen.model, tokenizer.vocab_size)
+    if weights == "best":
+        flat, metadata = arrays.load_weights(files.model, model.layout)
+        _check_belongs(files.model, metadata, files, chosen, tokenizer)
+    else:
+        last, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
+        _check_belongs(files.state, metadata, files, chosen, tokenizer)
+        flat = last.state["params"]
+    return Run(files, model, tokenizer, flat, config, backends.load(backend, device, chosen.train.dtype))
+
+
+def runs(path: str | Path = "runs") -> list[Summary]:
+    """All runs under `path`, the one last trained first."""
+    return table.summaries(path)
 
 
 def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
@@ -154,36 +203,103 @@ def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
     return replace(chosen, **parts)
 
 
-def load(
-    name: str = "last", *, path: str | Path = "runs", backend: str = "auto", device: str | None = None,
-) -> Run:  # fmt: skip
-    """A run by its GUID, an unambiguous beginning of it, or "last". Raises BabyError if it cannot be loaded."""
-    files = store.find(path, name)
-    config = store.read_json(files.config)
-    where = str(files.config)
-    if not isinstance(config, dict) or not {"model", "train", "data", "vocab_size"} <= config.keys():
-        raise BabyError(f"{where} is not the config of a run; the file is damaged or from elsewhere")
+def finetuning(base: Run) -> Preset:
+    """The settings with which a run is finetuned where nothing else is said: its own, but shorter and gentler."""
+    chosen = settings_of(base.config, str(base.files.config))
+    if isinstance(chosen.model, EquationConfig):
+        raise BabyError("the equation model cannot be finetuned: its vocabulary and data are fixed")
+    peak = chosen.train.peak_lr / 2
+    train = replace(
+        chosen.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
+        schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
+    )  # fmt: skip
+    return replace(chosen, train=train, data=DataConfig(tokenizer=base.tokenizer.kind))
+
+
+def settings_of(config: dict[str, Any], where: str) -> Preset:
+    """The settings that a run's config holds. Raises BabyError, naming `where`, if they make no sense."""
+    data = {name: config["data"].get(name) for name in ("data", "tokenizer")}
+    return Preset(
+        str(config["preset"]),
+        "a run",
+        configs.model_from_dict(config["model"], where),
+        configs.from_dict(TrainConfig, config["train"], where),
+        configs.from_dict(DataConfig, data, where),
+    )
+
+
+def _read(files: RunFiles) -> tuple[dict[str, Any], Tokenizer, Preset]:
+    """Config, tokenizer and settings of a run, if they belong together."""
+    config = store.read_sealed(files.config)
+    expected = {"guid", "preset", "base", "started", "model", "train", "data", "place", "result", "vocab_size"}
+    if not expected <= config.keys() or config["guid"] != files.guid:
+        raise BabyError(f"{files.config} is not the config of run {files.guid}; the file is from elsewhere")
     tokenizer = tokenizer_from_dict(store.read_json(files.tokenizer), str(files.tokenizer))
     if tokenizer.vocab_size != config["vocab_size"]:
         raise BabyError(
             f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {config['vocab_size']!r}: "
             "they do not belong together"
         )
-    model = Model(configs.model_from_dict(config["model"], where), tokenizer.vocab_size)
-    train_config = configs.from_dict(TrainConfig, config["train"], where)
-    flat = checkpoint.load_weights(files.model, model.layout)
-    return Run(files, model, tokenizer, flat, config, backends.load(backend, device, train_config.dtype))
+    return config, tokenizer, settings_of(config, str(files.config))
 
 
-class _Recorder:
-    """Passes what happens on to a listener, and keeps the evaluations in the metrics file."""
+def _check_belongs(path: Path, metadata: dict[str, str], files: RunFiles, chosen: Preset, tokenizer) -> None:
+    """Raises BabyError unless the arrays at `path` were written for this run, model and tokenizer."""
+    for name, value in belonging(files.guid, chosen.model, tokenizer).items():
+        if metadata.get(name) != value:
+            raise BabyError(f"{path} was written with another {name}: the files of run {files.guid} were mixed up")
 
-    def __init__(self, listener: Any, files: RunFiles):
-        self.progress, self.listener, self.files = listener.progress, listener, files
 
-    def evaluated(self, record: dict[str, Any]) -> None:
-        store.append_line(self.files.metrics, record)
-        self.listener.evaluated(record)
+def _check_resumable(files: RunFiles, config: dict[str, Any], overrides: dict[str, Any]) -> None:
+    for name in overrides:
+        if name not in RESUMABLE:
+            raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")
+    result, asked = config["result"], overrides.get("num_steps", 0)
+    if result["state"] == "done" and result["reason"] == "patience" and "patience" not in overrides:
+        raise BabyError(
+            f"run {files.guid} ended as its validation loss no longer fell; to go on give another --patience"
+        )
+    if result["state"] == "done" and result["reason"] == "steps" and asked <= result["steps"]:
+        raise BabyError(
+            f"run {files.guid} is done with all its {result['steps']} steps; to go on give more --num-steps"
+        )
+
+
+def _sit(
+    new: NewRun,
+    chosen: Preset,
+    model: Model,
+    learned: task.Task,
+    backend: Backend,
+    device: str | None,
+    workers: int | None,
+    listener: Any,
+    start: checkpoint.Checkpoint,
+    base: str | None = None,
+    started: str = "",
+) -> Run:
+    """One sitting of a run: a new one's first, or one that goes on."""
+
+    def keep() -> None:
+        new.keep = True
+
+    number = _number_of_workers(workers, backend, model, chosen.train.batch_size)
+    chosen = replace(chosen, train=replace(chosen.train, num_steps=learned.num_steps))
+    sitting = Sitting(
+        new.files, chosen, model, learned, backend, device, number, listener or Silent(), base, started, keep
+    )
+    return sitting.run(start)
+
+
+def _extending(tokenizer: Tokenizer) -> Any:
+    """Makes of a text's chunks the tokenizer that knows its characters too."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return tokenizer
+    return lambda chunks: tokenizer.extended(CharTokenizer.from_text(chunks).vocab)
+
+
+def _sizes(config: Any) -> Any:
+    return replace(config, dropout=0.0)
 
 
 def _check_size(model: Model) -> None:
@@ -201,54 +317,3 @@ def _number_of_workers(asked: int | None, backend: Backend, model: Model, batch_
             f"workers are processes of the numpy backend; with {backend.name} leave out --workers"
         )
     return min(asked, batch_size)
-
-
-def _keep(
-    files: RunFiles,
-    chosen: Preset,
-    model: Model,
-    learned: task.Task,
-    backend: Backend,
-    workers: int,
-    result: Result,
-) -> Run:
-    """Write the files of a finished run."""
-    last = result.records[-1]
-    config = {
-        "guid": files.guid,
-        "baby_xp": __version__,
-        "preset": chosen.name,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": configs.to_dict(chosen.model),
-        "vocab_size": model.vocab_size,
-        "parameters": model.n_parameters,
-        "train": configs.to_dict(chosen.train),
-        "data": {**configs.to_dict(chosen.data), "sha256": learned.facts.get("sha256")},
-        "machine": {
-            "machine": report.machine(), "backend": backend.version, "device": backend.device, "workers": workers,
-        },
-        "result": {
-            "state": "stopped" if result.interrupted else "done",
-            "steps": result.step,
-            "train_loss": last["train_loss"],
-            "val_loss": last["val_loss"],
-            "seconds": round(result.seconds, 1),
-            "tokens_per_second": round(result.tokens_per_second),
-        },
-    }  # fmt: skip
-    run = Run(files, model, learned.tokenizer, result.state["params"], config, backend)
-    sample = sample_of(run, chosen.model, chosen.train.seed)
-    store.write_json(files.tokenizer, learned.tokenizer.to_dict())
-    checkpoint.save_state(files.state, result.state)
-    checkpoint.save_weights(files.model, model.layout, run.params, {"guid": files.guid})
-    store.write(files.completion(), sample + "\n")
-    store.write(files.report, report.text(config, result.records, learned.facts, sample))
-    store.write_json(files.config, config)  # last: a run that can be found is whole
-    return run
-
-
-def sample_of(run: Run, model: ModelConfig, seed: int) -> str:
-    """What a run shows of itself at its end: a text, or the answer that it was never told."""
-    if isinstance(model, EquationConfig):
-        return run.generate(f"{model.held_out}=", num_tokens=1, greedy=True)
-    return run.generate(num_tokens=SAMPLE_TOKENS, seed=seed)

@@ -3,7 +3,9 @@
 Input that cannot be used ends in one line on stderr and exit code 2.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -12,22 +14,27 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 from baby_xp import __version__
 from baby_xp.errors import BabyError
-
-if TYPE_CHECKING:
-    from baby_xp.config import Preset
+from baby_xp.screen import Screen
 
 USAGE = f"""baby_xp {__version__}: train baby language models from scratch
 
 usage: python -m baby_xp COMMAND [options]
 
-  train [PRESET]      train a model; without a preset, the baby
-  generate [RUN]      let a trained model go on from a prompt (also called inference)
-  presets             what can be trained, and how big it is
-  backends            which array libraries work here, and what the others lack
+  train [PRESET]        train a model; without a preset, the baby
+  finetune RUN --data   train a run on, on another text
+  resume [RUN]          go on with a run that was stopped or killed, as if nothing had happened
+  generate [RUN]        let a trained model go on from a prompt (also called inference)
+  evaluate [RUN]        measure a run: loss, perplexity, words, copies
+  estimate [PRESET]     how large, how long and how much memory, before a run
+  runs                  all runs, newest first
+  presets               what can be trained, and how big it is
+  backends              which array libraries work here, and what the others lack
+  import littlebaby     make a run of a model of the original Little Baby
+  export littlebaby     write a run as the original Little Baby's files
 
 RUN is a GUID, the beginning of one, or last. COMMAND --help tells its options.
 """
@@ -100,79 +107,151 @@ def train(arguments: list[str]) -> None:
 
     name, rest = _positional(arguments, "baby")
     chosen = preset(name)
-    settings, place = _parse_preset(chosen, rest)
+    default = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
+    about = f"{chosen.name}: {chosen.about}."
+    asked, place = _parse_settings(default, about, f"baby_xp train {chosen.name}", rest)
     from baby_xp import api
 
-    run = api.train(
-        settings,
-        path=place.path, backend=place.backend, device=place.device, workers=place.workers,
-        listener=_Screen(place.backend),
-    )  # fmt: skip
-    print(f"\n{_sample(run)}\n")
-    result = run.config["result"]
-    if result["state"] == "stopped":
-        print(f"interrupted: the run was stopped after step {result['steps']} and kept as it was then")
-    print(f"validation loss {result['val_loss']:.4f} nats a token, over the whole validation part")
-    print(f"run {run.guid}")
-    print(f"report {run.files.report}")
-    print(f"more: python -m baby_xp generate{_path_flag(place.path)} {run.guid[:8]}")
+    run = api.train(replace(chosen, **asked), listener=Screen(place.backend), **_place(place))
+    _show_end(run, place.path)
 
 
-def _parse_preset(chosen: "Preset", arguments: list[str]) -> tuple["Preset", TrainPlace]:
-    """The preset with its fields replaced by flags, and the place."""
+@dataclass(frozen=True)
+class Changes:
+    """What finetuning may change of the model."""
+
+    dropout: float
+    """Share of activations that training sets to zero, from 0 to below 1."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What finetuning reads."""
+
+    data: str
+    """A path to a UTF-8 text, or a name: nursery or shakespeare."""
+
+
+def finetune(arguments: list[str]) -> None:
+    """Train a run on, on another text: finetune [RUN] --data TEXT, and the flags of train."""
+    from baby_xp import api
+
+    name, rest = _positional(arguments, "last")
+    base = api.load(name, path=_path_of(rest), backend="numpy")
+    chosen = api.finetuning(base)
+    default = {"model": Changes(chosen.model.dropout), "train": chosen.train, "data": Text("")}
+    about = f"Finetune run {base.guid} on another text."
+    asked, place = _parse_settings(default, about, "baby_xp finetune RUN", rest)
+    if not asked["data"].data:
+        raise BabyError("finetuning needs a text: name it with --data")
+    settings = {
+        field.name: getattr(part, field.name) for part in asked.values() for field in dataclasses.fields(part)
+    }
+    run = api.finetune(base.guid, listener=Screen(place.backend), **_place(place), **settings)
+    _show_end(run, place.path)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Go on with a run from its last checkpoint. What is not given stays as it was."""
+
+    backend: str | None = None
+    """numpy, cupy, torch, jax or array-api-strict."""
+    device: str | None = None
+    """Device of the backend, such as cuda:1."""
+    path: str = "runs"
+    """Folder of the runs."""
+    workers: int | None = None
+    """Processes that share each step; another number gives the same up to rounding only."""
+    data: str | None = None
+    """Where the text lies now; it must be the same text."""
+    num_steps: int | None = None
+    """Steps in all: more of them, to go on with a run that is done."""
+    lr: float | None = None
+    """Learning rate at its highest."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine."""
+    clip: float | None = None
+    """Largest global norm of the gradients; 0: no limit."""
+    eval_every: int | None = None
+    """Steps between measurements of the validation loss."""
+    sample_tokens: int | None = None
+    """Tokens of the text that is shown with each measurement; 0: none."""
+    patience: int | None = None
+    """Measurements in a row without a better validation loss after which training ends; 0: never."""
+    max_minutes: float | None = None
+    """Minutes after which this sitting stops; 0: no limit."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0: by time alone."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints; 0: by steps alone."""
+
+
+def resume(arguments: list[str]) -> None:
+    """Go on with a run from its last checkpoint."""
+    name, rest = _positional(arguments, "last")
+    asked = _tyro(Resumption, "baby_xp resume [RUN]", rest, Resumption())
+    from baby_xp import api
+
+    given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+    run = api.resume(name, listener=Screen(asked.backend or ""), **given)
+    _show_end(run, asked.path)
+
+
+def _parse_settings(
+    parts: dict[str, Any], about: str, program: str, arguments: list[str]
+) -> tuple[dict[str, Any], TrainPlace]:
+    """Configs with their fields replaced by flags, and the place."""
     import tyro
 
-    default = {"model": chosen.model, "train": chosen.train, "data": chosen.data, "place": TrainPlace()}
+    default = {**parts, "place": TrainPlace()}
     # one flat set of flags; which there are depends on the kind of model
     fields = [(name, Annotated[type(value), tyro.conf.OmitArgPrefixes]) for name, value in default.items()]
     settings = make_dataclass("Settings", fields, frozen=True)
-    settings.__doc__ = f"{chosen.name}: {chosen.about}."
-    asked = _tyro(settings, f"baby_xp train {chosen.name}", arguments, settings(**default))
-    return replace(chosen, model=asked.model, train=asked.train, data=asked.data), asked.place
+    settings.__doc__ = about
+    asked = _tyro(settings, program, arguments, settings(**default))
+    return {name: getattr(asked, name) for name in parts}, asked.place
 
 
-class _Screen:
-    """Shows how training goes: a bar on a terminal, a line an evaluation elsewhere."""
+def _place(place: TrainPlace) -> dict[str, Any]:
+    return {
+        "path": place.path, "backend": place.backend, "device": place.device, "workers": place.workers,
+    }  # fmt: skip
 
-    def __init__(self, asked_backend: str):
-        self.asked = asked_backend
-        self.bar = None
 
-    def started(self, model, backend, workers, task, files) -> None:
-        from tqdm import tqdm
+def _path_of(arguments: list[str]) -> str:
+    """The value of --path, which is needed before the other flags are known."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--path", default="runs")
+    try:
+        return parser.parse_known_args(arguments)[0].path
+    except argparse.ArgumentError:
+        return "runs"  # what is wrong with it, the whole command line will tell
 
-        why = ""
-        if self.asked == "auto":
-            why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
-        processes = f", {workers} processes" if workers > 1 else ""
-        print(f"{model.n_parameters:,} parameters on {backend.version}, {backend.device}{processes}{why}")
-        facts = {
-            "training tokens": "training",
-            "validation tokens": "validation",
-            "training contexts": "contexts",
-        }
-        shown = [f"{task.facts[name]:,} {short}" for name, short in facts.items() if name in task.facts]
-        print(f"{task.name}: {task.tokenizer.vocab_size} different tokens, {' and '.join(shown)}", flush=True)
-        self.entropy = task.facts.get("entropy, nats per character")
-        self.bar = tqdm(
-            total=task.num_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
 
-    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self.bar.update(step - self.bar.n)
+def _show_end(run: Any, path: str) -> None:
+    """How a sitting ended. Raises Interrupted if Ctrl-C ended it."""
+    result = run.config["result"]
+    resuming = f"python -m baby_xp resume{_path_flag(path)} {_short(run.guid)}"
+    if result["reason"] == "interrupted":
+        print(f"stopped after step {result['steps']}, with a checkpoint; to go on: {resuming}")
+        raise KeyboardInterrupt
+    print(f"\n{_sample(run)}\n")
+    if result["reason"] == "time":
+        print(f"the time is up: stopped after step {result['steps']}; to go on: {resuming}")
+    if result["reason"] == "patience":
+        print(f"ended after step {result['steps']}: the validation loss no longer falls")
+    if result["best_step"] != result["steps"]:
+        print(f"kept the weights of step {result['best_step']}, the best")
+    print(f"validation loss {result['val_loss']:.4f} nats a token, over the whole validation part")
+    print(f"run {run.guid}")
+    print(f"report {run.files.report}")
+    print(f"more: python -m baby_xp generate{_path_flag(path)} {_short(run.guid)}")
 
-    def evaluated(self, record: dict[str, Any]) -> None:
-        line = f"step {record['step']:>6}: "
-        if record["train_loss"] is not None:
-            line += f"train {record['train_loss']:.4f}, "
-        line += f"validation {record['val_loss']:.4f}, {record['seconds']:.0f} s"
-        if record["whole_validation"]:
-            self.bar.close()
-            if self.entropy is not None:
-                line += f" (no model can go below {self.entropy:.4f})"
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+
+def _short(guid: str) -> str:
+    """Enough of a GUID to find its run, as a rule."""
+    return guid[:8] + guid[36:]
 
 
 def _sample(run: Any) -> str:
@@ -202,6 +281,8 @@ class Generation(Place):
     """Seed of the draws."""
     cache: bool = True
     """Keep keys and values of earlier tokens; the text is the same without, only slower."""
+    weights: Literal["best", "last"] = "best"
+    """Those with the best validation loss, or those of the last checkpoint."""
 
 
 def generate(arguments: list[str]) -> None:
@@ -211,7 +292,9 @@ def generate(arguments: list[str]) -> None:
     from baby_xp import api
     from baby_xp.runs import store
 
-    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device)
+    run = api.load(
+        name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights
+    )
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
@@ -227,6 +310,35 @@ def generate(arguments: list[str]) -> None:
         when += timedelta(seconds=1)
     store.write(completion, text + "\n")
     print(f"kept in {completion}", file=sys.stderr)
+
+
+# runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folder:
+    """All runs, the one last trained first."""
+
+    path: str = "runs"
+    """Folder of the runs."""
+
+
+def runs(arguments: list[str]) -> None:
+    """List all runs, the one last trained first."""
+    asked = _tyro(Folder, "baby_xp runs", arguments, Folder())
+    from baby_xp import api
+
+    found = api.runs(asked.path)
+    if not found:
+        print(f"no runs in {asked.path} yet")
+        return
+    width = max(len(_short(run.guid)) for run in found)
+    print(f"{'run':<{width}}  {'state':<8} {'preset':<12} {'steps':>15}  {'val loss':>8}  {'started':<16}  data")
+    for run in found:
+        steps = f"{run.steps:,} of {run.num_steps:,}" if run.num_steps else ""
+        loss = "" if run.val_loss is None else f"{run.val_loss:.4f}"
+        line = f"{_short(run.guid):<{width}}  {run.state:<8} {run.preset:<12} {steps:>15}  {loss:>8}  "
+        print(f"{line}{run.started[:16].replace('T', ' '):<16}  {run.data}".rstrip())
 
 
 # lists --------------------------------------------------------------------------------------------------
@@ -306,8 +418,11 @@ def _path_flag(path: str) -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "finetune": finetune,
+    "resume": resume,
     "generate": generate,
     "inference": generate,
+    "runs": runs,
     "presets": presets,
     "backends": backends,
 }

@@ -96,7 +96,9 @@ class TrainConfig:
     """How a model is trained."""
 
     batch_size: int = 16
-    """Sequences in a step."""
+    """Sequences computed together."""
+    accumulate: int = 1
+    """Batches whose gradients add up to one step: a large step in the memory of a small one."""
     num_steps: int | None = None
     """Steps in all; None: as many as num_epochs needs."""
     num_epochs: int | None = None
@@ -123,13 +125,23 @@ class TrainConfig:
     """Largest global norm of the gradients; 0: no limit."""
     eval_every: int = 250
     """Steps between measurements of the validation loss."""
+    sample_tokens: int = 80
+    """Tokens of the text that is shown with each measurement; 0: none."""
+    patience: int = 0
+    """Measurements in a row without a better validation loss after which training ends; 0: never."""
+    max_minutes: float = 0.0
+    """Minutes after which this sitting stops, to be resumed some time; 0: no limit."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: by time alone."""
+    checkpoint_minutes: float = 1.0
+    """Minutes between checkpoints; 0: by steps alone. There is always one at the end."""
     seed: int = 0
     """Seed of weights, order of data, dropout and sampling."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of all numbers."""
 
     def __post_init__(self):
-        _whole(self, "batch_size", "stride", "eval_every")
+        _whole(self, "batch_size", "accumulate", "stride", "eval_every")
         _whole(
             self,
             *(
@@ -141,7 +153,10 @@ class TrainConfig:
         _positive(self, "lr")
         _choice(self, "schedule", "dtype")
         _at_least_zero(self, "min_lr", "weight_decay", "clip")
-        _whole(self, "warmup_steps", least=0)
+        _at_least_zero(self, "max_minutes", "checkpoint_minutes")
+        _whole(self, "warmup_steps", "sample_tokens", "patience", "checkpoint_every", least=0)
+        if self.step_size > LARGEST:
+            raise BabyError(f"a step of {self.batch_size} x {self.accumulate} sequences is too large")
         _whole(self, "seed", least=0, most=2**64 - 1)
         if self.num_steps is None and self.num_epochs is None:
             raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
@@ -152,11 +167,16 @@ class TrainConfig:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
     @property
+    def step_size(self) -> int:
+        """Sequences in one step."""
+        return self.batch_size * self.accumulate
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
         if self.base_batch_size is None:
             return self.lr
-        return optim.scaled_rate(self.lr, self.base_batch_size, self.batch_size)
+        return optim.scaled_rate(self.lr, self.base_batch_size, self.step_size)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,18 @@ def draw_one(spec: Spec, seed: int, path: str) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).normal(spec.mean, spec.std, spec.shape)
 
 
+def grown(spec: Tree, seed: int, old_layout: Layout, old: np.ndarray) -> np.ndarray:
+    """First values (P,) of a model that is larger than an old one (old P,) of the same parameters.
+
+    What the old one has stays, in the leading rows and columns; the rest is drawn as at the start.
+    """
+    fresh, layout = draw(spec, seed, str(old.dtype)), Layout.of(spec)
+    before = dict(leaves(old_layout.unpack(np, old)))
+    for path, now in leaves(layout.unpack(np, fresh)):  # views of `fresh`
+        now[tuple(slice(length) for length in before[path].shape)] = before[path]
+    return fresh
+
+
 def decay_mask(spec: Tree) -> np.ndarray:
     """For each place of the flat buffer, 1 if weight decay pulls at it, else 0: (P,)."""
     return np.concatenate([np.full(size, float(one.decays), "float32") for (_, one), size in _sized(spec)])

@@ -11,7 +11,7 @@ from baby_xp_data import catalog, equations, nursery
 from baby_xp.config import DataConfig, EquationConfig, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
-from baby_xp.text.corpus import Corpus, check_length
+from baby_xp.text.corpus import Corpus, Making, check_length
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
 
 NURSERY_CHARACTERS, NURSERY_SEED = 1_000_000, 0
@@ -38,25 +38,43 @@ class Task:
     """What a report tells of the data: numbers of tokens, hash, the exact entropy where it is known."""
 
 
-def prepare(data: DataConfig, model: ModelConfig, train: TrainConfig, cache_folder: Path | None) -> Task:
-    """Find the text, make ids of it and lay out its batches. Raises BabyError if it cannot serve."""
+def prepare(
+    data: DataConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    cache_folder: Path,
+    tokenizer: Tokenizer | Making | None = None,
+    sha256: str | None = None,
+) -> Task:
+    """Find the text, make ids of it and lay out its batches. tokenizer, sha256: as for `read_corpus`.
+
+    Raises BabyError if the text cannot serve.
+    """
     if isinstance(model, EquationConfig):
         return _equations(data, model, train)
-    return _text(read_corpus(data, cache_folder), model, train)
+    return _text(read_corpus(data, cache_folder, tokenizer, sha256), model, train)
 
 
-def read_corpus(data: DataConfig, cache_folder: Path | None) -> Corpus:
-    """The text that `--data` names, as ids: a built-in one, one of the catalog, or a file."""
+def read_corpus(
+    data: DataConfig,
+    cache_folder: Path,
+    tokenizer: Tokenizer | Making | None = None,
+    sha256: str | None = None,
+) -> Corpus:
+    """The text that `--data` names, as ids: a built-in one, one of the catalog, or a file.
+
+    tokenizer: that of an earlier run, or what makes one; None: one of the kind that `data` names. sha256: what
+    the text must hash to, where it is known. Raises BabyError if there is no such text, or it is another one.
+    """
+    tokenizer = tokenizer or data.tokenizer
     if data.data == "nursery":
         text = nursery.generate(NURSERY_CHARACTERS, NURSERY_SEED)
-        return Corpus.from_text(text, "nursery", data.tokenizer)
+        return Corpus.from_text(text, "nursery", tokenizer, sha256=sha256)
     if data.data == "equations":
         raise BabyError("equations are for the equation model: train equations, or give a text with --data")
     path = catalog.find(data.data) if data.data in catalog.TEXTS else Path(data.data)
-    if cache_folder is None:
-        raise ValueError("a text from a file needs a folder for its ids")
     try:
-        return Corpus.from_file(path, data.tokenizer, cache_folder)
+        return Corpus.from_file(path, tokenizer, cache_folder, sha256)
     except BabyError as error:
         if data.data.isidentifier() and not os.path.exists(path):  # it was meant as a name, perhaps
             raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
@@ -66,10 +84,10 @@ def read_corpus(data: DataConfig, cache_folder: Path | None) -> Corpus:
 def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
     check_length(corpus, model.n_ctx)
     if train.num_epochs is None:
-        batches = RandomWindows(corpus.train, model.n_ctx, train.batch_size, train.seed)
+        batches = RandomWindows(corpus.train, model.n_ctx, train.step_size, train.seed)
         num_steps = train.num_steps
     else:
-        batches = EpochWindows(corpus.train, model.n_ctx, train.batch_size, train.stride, train.seed)
+        batches = EpochWindows(corpus.train, model.n_ctx, train.step_size, train.stride, train.seed)
         num_steps = train.num_steps or train.num_epochs * batches.steps_per_epoch
     facts = {
         "characters": corpus.n_characters,
@@ -93,9 +111,9 @@ def _equations(data: DataConfig, model: EquationConfig, train: TrainConfig) -> T
     if data.data != "equations":
         raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
     contexts, targets = equations.training_pairs(model.max_sum, model.held_out)
-    batches = PairBatches(contexts, targets, train.batch_size, train.seed)
+    batches = PairBatches(contexts, targets, train.step_size, train.seed)
     held_out = PairBatches(*equations.held_out_pairs(model.max_sum, model.held_out))
-    num_steps = train.num_steps or train.num_epochs * -(-len(targets) // train.batch_size)
+    num_steps = train.num_steps or train.num_epochs * -(-len(targets) // train.step_size)
     facts = {"training contexts": len(targets), "held out": model.held_out, "largest sum": model.max_sum}
     tokenizer = CharTokenizer(tuple(equations.VOCABULARY))
     validation = held_out.batch(0)

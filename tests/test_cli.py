@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import baby_xp.api
+import baby_xp.sitting
 from baby_xp import backend as backends
 from baby_xp import params, task
 from baby_xp.cli import COMMANDS, main
@@ -56,7 +56,7 @@ def work(tmp_path, monkeypatch) -> Path:
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         # what a run shows of itself at its end takes longer than the training here
-        patch.setattr(baby_xp.api, "SAMPLE_TOKENS", 60)
+        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 60)
         # tyro reads the docstrings of fields from the sources, anew for each command
         patch.setattr(inspect, "findsource", functools.cache(inspect.findsource))
         yield

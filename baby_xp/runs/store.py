@@ -2,17 +2,21 @@
 
     configs/config_<guid>.json            what was asked for, and how it ended
     tokenizers/tokenizer_<guid>.json      characters in id order
-    models/model_<guid>.safetensors       weights
-    models/state_<guid>.safetensors       moments of the optimizer and the step: what resuming needs
+    models/model_<guid>.safetensors       weights: the best so far by validation loss
+    models/state_<guid>.safetensors       the last checkpoint: all that resuming needs
     outputs/report_<guid>.txt             what a person would want to read
     outputs/metrics_<guid>.jsonl          losses, one JSON object a line
     outputs/completion_<guid>.txt         the text generated at the end of training
     outputs/completion_<guid>_<yyyymmddhhmmss>.txt    a later generation
     corpora/<sha256>.ids                  token ids of a text, shared by the runs that read it
 
-The layout is The Little Baby's.
+The layout is The Little Baby's. A run that was finetuned from another has that one's GUID with _finetuned after
+it, a second one _finetuned-2, one that was finetuned from the first _finetuned_finetuned.
 """
 
+import glob
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,15 +30,20 @@ from pathlib import Path
 from typing import Any
 
 from baby_xp.errors import BabyError
+from baby_xp.runs.lock import Lock
 from baby_xp.text.corpus import shown
 
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
-GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(_finetuned(-[1-9][0-9]*)?)*")
+"""A run's GUID, with what finetuning put after it."""
+
+
+SEAL = "checksum"
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where the files of one run lie. `guid` is checked: it can hold no path."""
+    """Where the files of one run lie. `guid` can hold no path: it was made here, or checked by `find`."""
 
     folder: Path
     guid: str
@@ -64,6 +73,10 @@ class RunFiles:
         return self.folder / "outputs" / f"metrics_{self.guid}.jsonl"
 
     @property
+    def lock(self) -> Path:
+        return self.folder / "configs" / f".config_{self.guid}.lock"
+
+    @property
     def of_training(self) -> tuple[Path, ...]:
         """What training writes, the config first: while it is there, the run can be found."""
         metrics = self.metrics
@@ -75,36 +88,91 @@ class RunFiles:
         return self.folder / "outputs" / f"completion_{self.guid}{stamp}.txt"
 
 
-@contextmanager
-def new_run(folder: str | Path) -> Iterator[RunFiles]:
-    """The files of a new run, its folders made. If the block fails, all that it left there goes again:
-    no run, no file, no folder.
+@dataclass
+class NewRun:
+    """A run that is being made. Set `keep` as soon as there is something worth keeping."""
 
+    files: RunFiles
+    keep: bool = False
+
+
+@contextmanager
+def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
+    """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
+    there goes again: no run, no file, no folder.
+
+    base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
     Raises BabyError if the folder cannot be written.
     """
-    files = RunFiles(Path(folder), str(uuid.uuid4()))
-    folder = files.folder
+    folder = Path(folder)
     made: list[Path] = []
     corpora = set(_corpora(folder))
+    new = None
     try:
         for path in (folder, *(folder / name for name in FOLDERS)):
             _make(path, made)
             _try_to_write(path)
-        yield files
+        for name in [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base):
+            with hold(files := RunFiles(folder, name)):
+                if any(os.path.lexists(path) for path in files.of_training):
+                    if base is None:
+                        raise BabyError(f"there is a run {name} in {shown(folder)} already")
+                    continue
+                new = NewRun(files)
+                yield new
+                return
     except BaseException:
-        for path in (*files.of_training, *(set(_corpora(folder)) - corpora)):
-            with suppress(OSError):  # it was not written yet; or, on Windows, is still mapped
-                path.unlink()
-        for path in reversed(made):
-            with suppress(OSError):  # something of another run may have come to lie in it
-                path.rmdir()
+        if new is None or not new.keep:
+            files = new.files.of_training if new else ()
+            for path in (*files, *(set(_corpora(folder)) - corpora)):
+                with suppress(OSError):  # it was not written yet; or, on Windows, is still mapped
+                    path.unlink()
+            for path in reversed(made):
+                with suppress(OSError):  # something of another run may have come to lie in it
+                    path.rmdir()
         raise
+
+
+def _finetuned_names(base: str) -> Iterator[str]:
+    yield f"{base}_finetuned"
+    for number in itertools.count(2):
+        yield f"{base}_finetuned-{number}"
+
+
+@contextmanager
+def hold(files: RunFiles) -> Iterator[None]:
+    """Keep other processes from training this run. Raises BabyError if one does already."""
+    lock = Lock(files.lock)
+    try:
+        held = lock.acquire()
+    except OSError as error:
+        raise _cannot_write(files.lock, error) from None
+    if not held:
+        raise BabyError(f"run {files.guid} is being trained by another process; wait for it, or stop it")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(files: RunFiles) -> bool:
+    """Whether a process trains this run at present."""
+    return Lock(files.lock).is_held()
+
+
+def sweep(files: RunFiles) -> None:
+    """Remove what a process that was killed while it wrote a file of this run left behind. Hold the run first."""
+    for path in files.of_training:
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def find(folder: str | Path, name: str) -> RunFiles:
     """The run called `name`: a GUID, an unambiguous beginning of one, or "last".
 
-    Raises BabyError if there is none, or several.
+    What finetuning put after a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such run, or
+    several.
     """
     folder = Path(folder)
     found = guids(folder)
@@ -112,9 +180,10 @@ def find(folder: str | Path, name: str) -> RunFiles:
         raise BabyError(f"there are no runs in {shown(folder)}; train one, or name their folder with --path")
     if name == "last":
         return RunFiles(folder, found[0])
-    if not re.fullmatch(r"[0-9a-f-]{1,36}", name):
+    beginning, mark, suffix = name.partition("_")
+    if not re.fullmatch(r"[0-9a-f-]{1,36}(_finetuned(-[1-9][0-9]{0,8})?){0,9}", name):
         raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last")
-    fitting = [guid for guid in found if guid.startswith(name)]
+    fitting = [guid for guid in found if guid.startswith(beginning) and guid[36:] == mark + suffix]
     if len(fitting) != 1:
         known = f"{len(fitting)} runs begin with" if fitting else f"no run in {shown(folder)} begins with"
         raise BabyError(
@@ -126,17 +195,13 @@ def find(folder: str | Path, name: str) -> RunFiles:
 
 
 def guids(folder: Path) -> list[str]:
-    """GUIDs of all runs that have a config and a model, newest first."""
+    """GUIDs of all runs that have a config, the one last trained first."""
     with suppress(OSError):
         names = [
             (path.stat().st_mtime_ns, path.stem.removeprefix("config_"))
             for path in (folder / "configs").glob("config_*.json")
         ]
-        return [
-            guid
-            for _, guid in sorted(names, reverse=True)
-            if GUID.fullmatch(guid) and RunFiles(folder, guid).model.exists()
-        ]
+        return [guid for _, guid in sorted(names, reverse=True) if GUID.fullmatch(guid)]
     return []
 
 
@@ -165,6 +230,16 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as `write_json` does, with a checksum: a file that was damaged or changed is noticed."""
+    write_json(path, {**value, SEAL: digest(value)})
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises BabyError if it is missing or no JSON."""
     try:
@@ -173,6 +248,17 @@ def read_json(path: Path) -> Any:
         raise BabyError(f"{shown(path)} cannot be read ({error.strerror}); the run is incomplete") from None
     except (ValueError, RecursionError):
         raise BabyError(f"{shown(path)} is not JSON; the file is damaged or from elsewhere") from None
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises BabyError if it is missing, or not as it was written."""
+    value = read_json(path)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if seal is None:
+        raise BabyError(f"{shown(path)} is no file of a run (it has no checksum); it is damaged or from elsewhere")
+    if seal != digest(value):
+        raise BabyError(f"{shown(path)} is not as it was written (its checksum differs); bring the old file back")
+    return value
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

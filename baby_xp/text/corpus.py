@@ -17,6 +17,8 @@ import numpy as np
 from baby_xp.errors import BabyError
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
+Making = Callable[[Iterator[str]], Tokenizer]
+"""Makes a tokenizer of the chunks of a text."""
 CHUNK = 1 << 18  # a chunk and what is made of it stay in cache: faster than 1 MiB, in a quarter of the memory
 TRAIN_SHARE = 0.9
 
@@ -48,26 +50,39 @@ class Corpus:
         return self.ids[int(TRAIN_SHARE * len(self.ids)) :]
 
     @classmethod
-    def from_file(cls, path: str | Path, tokenizer: str | Tokenizer, cache_folder: str | Path) -> "Corpus":
+    def from_file(
+        cls,
+        path: str | Path,
+        tokenizer: str | Tokenizer | Making,
+        cache_folder: str | Path,
+        sha256: str | None = None,
+    ) -> "Corpus":
         """The corpus of a UTF-8 file of any size, its ids memory-mapped from a file in `cache_folder`.
 
-        `tokenizer` is a kind to make from this text ("char", "byte"), or a tokenizer to use. The text is read
-        in chunks, twice: for its characters and hash, then for its ids. A later call finds the ids there.
-        Raises BabyError if the file cannot be read, is not UTF-8, is empty, holds a character that the
-        tokenizer does not know, or if the folder cannot be written; nothing is then left behind.
+        `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
+        makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
+        hash, then for its ids. A later call finds the ids there.
+        Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`,
+        holds a character that the tokenizer does not know, or if the folder cannot be written; nothing is
+        then left behind.
         """
-        return _build(lambda: read_text(path), shown(path), tokenizer, cache_folder)
+        return _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
 
     @classmethod
     def from_text(
-        cls, text: str, name: str, tokenizer: str | Tokenizer, cache_folder: str | Path | None = None
+        cls,
+        text: str,
+        name: str,
+        tokenizer: str | Tokenizer | Making,
+        cache_folder: str | Path | None = None,
+        sha256: str | None = None,
     ) -> "Corpus":
         """The corpus of a text; its ids stay in memory unless there is a folder. Otherwise as `from_file`."""
 
         def chunks():
             return _normalised((text[i : i + CHUNK] for i in range(0, len(text), CHUNK)), name)
 
-        return _build(chunks, name, tokenizer, cache_folder)
+        return _build(chunks, name, tokenizer, cache_folder, sha256)
 
 
 def read_text(path: str | Path, chunk_size: int = CHUNK) -> Iterator[str]:
@@ -122,15 +137,23 @@ class _Tally:
 def _build(
     open_chunks: Callable[[], Iterator[str]],
     name: str,
-    tokenizer: str | Tokenizer,
+    tokenizer: str | Tokenizer | Making,
     cache_folder: str | Path | None,
+    sha256: str | None,
 ) -> Corpus:
     tally = _Tally(name)
     chunks = tally.over(open_chunks())
     if isinstance(tokenizer, str):
         tokenizer = create(tokenizer, chunks)
+    elif callable(tokenizer):
+        tokenizer = tokenizer(chunks)
     for _ in chunks:  # those that making the tokenizer left: all of them, or none
         pass
+    if sha256 not in (None, tally.sha256):
+        raise BabyError(
+            f"{name} is no longer the text that the run was trained on: its SHA-256 was {sha256[:12]}... and is "
+            f"now {tally.sha256[:12]}...; bring the old text back, name it with --data, or finetune on the new one"
+        )
     encoded = _encoded(open_chunks(), tokenizer, name, tally.sha256)
     if cache_folder is None:
         ids = np.concatenate(list(encoded))

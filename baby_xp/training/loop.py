@@ -1,20 +1,21 @@
-"""The loop around the pure step: batches in, losses out, the weights at the end."""
+"""The loop around the pure step: batches in, losses out, checkpoints on the way, and the reason of the end."""
 
 import functools
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from baby_xp import params
-from baby_xp.errors import BabyError
+from baby_xp.training.checkpoint import Checkpoint, on_device, to_host
 from baby_xp.training.evaluate import mean_loss
-from baby_xp.training.step import initial_state, make_step, total_loss
+from baby_xp.training.step import make_step, total_loss
+from baby_xp.training.stop import Stop
 
-READ_EVERY = 10
-"""Steps between readings of the loss: each reading waits for the device."""
+READ_EVERY, READ_SECONDS = 10, 1.0
+"""Steps, or seconds, between readings of the loss: each reading waits for the device."""
 EVALUATION_TOKENS = 20_000
 """Validation tokens of a measurement on the way, about; the last one takes them all."""
 
@@ -26,132 +27,258 @@ class Listener(Protocol):
         """Called every few steps with the mean loss since the last call."""
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """Called with the record of each evaluation: step, train_loss, val_loss, lr, seconds."""
+        """Called with the record of each evaluation: step, train_loss, val_loss, lr, grad_norm, seconds."""
+
+
+class Diverged(Exception):
+    """A number that should be finite is not."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(what, step)
+        self.what, self.step = what, step
 
 
 @dataclass
 class Result:
-    """How training ended. `params`, `m`, `v` (P,) and `step` (1,) are host arrays."""
+    """How a sitting ended. `checkpoint` is its last moment.
 
-    state: dict[str, np.ndarray]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def step(self) -> int:
-        """Steps that were done."""
-        return int(self.state["step"][0])
-
-
-def fit(backend, model, config, task, listener: Listener, workers=None) -> Result:
-    """Train from first weights. `config` is a TrainConfig, `task` a Task, `workers` a Workers or None.
-
-    Raises BabyError if the loss stops being a number. Ctrl-C ends it after the last whole step.
+    reason: "steps", "patience", "time" or "interrupted". final: the record of the evaluation of the best model
+    over the whole validation part, None after an interrupt.
     """
-    weights = params.draw(model.spec, config.seed, config.dtype), params.decay_mask(model.spec)
-    state = initial_state(backend, *weights, config.seed)
-    del weights  # the state has copies
-    run = _Run(backend, model, config, task, listener, workers)
+
+    checkpoint: Checkpoint
+    reason: str
+    final: dict[str, Any] | None
+    tokens_per_second: float
+
+
+def fit(
+    backend,
+    model,
+    config,
+    task,
+    start: Checkpoint,
+    listener: Listener,
+    keep: Callable[[Checkpoint], None],
+    stop: Stop,
+    workers=None,
+    sample: Callable[[Any], str] | None = None,
+    evaluate_first: bool = False,
+) -> Result:
+    """Train on from `start`.
+
+    `config` is a TrainConfig, `task` a Task, `workers` a Workers or None. `keep` gets a checkpoint now and then,
+    and at the end. `sample` makes a text of parameters (P,) on the device. `stop` may ask for an early end: the
+    step at hand is finished. A KeyboardInterrupt gives that step up.
+    Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
+    """
+    run = _Run(backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first)
+    del start  # its arrays are on the device now
     with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
         try:
-            while run.step < task.num_steps:
-                state = run.advance(state)
-                run.read_now_and_then()
-                if run.step % config.eval_every == 0 and run.step < task.num_steps:
-                    run.evaluate(state, whole=False)
+            reason = run.until_the_end()
         except KeyboardInterrupt:
-            run.interrupted = True
-            run.go_back_to(int(backend.to_numpy(state["step"])[0]))
-        if run.step:
-            run.evaluate(state, whole=True)
-    host = {name: backend.to_numpy(state[name]) for name in ("params", "m", "v", "step")}
-    return Result(
-        host, run.records, run.seconds, run.tokens / max(run.training_seconds, 1e-9), run.interrupted
-    )
+            reason = "interrupted"
+            run.go_back()
+        run.keep_checkpoint()
+        final = None
+        if reason != "interrupted":
+            try:
+                final = run.measure_the_best()
+            except KeyboardInterrupt:
+                reason = "interrupted"
+    rate = run.progress["tokens"] / max(run.progress["training_seconds"], 1e-9)
+    return Result(run.checkpoint(), reason, final, rate)
 
 
 class _Run:
-    """What the loop remembers between steps, beside the state."""
+    """What the loop remembers between steps: the state on the device, and the progress of a checkpoint."""
 
-    def __init__(self, backend, model, config, task, listener, workers):
-        self.backend, self.task, self.listener, self.config = backend, task, listener, config
+    def __init__(
+        self, backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first
+    ):
+        self.backend, self.config, self.task = backend, config, task
+        self.listener, self._keep, self.stop, self.sample = listener, keep, stop, sample
+        self.evaluate_first = evaluate_first
         xp = backend.xp
         gradients = {} if workers is None else {"loss_and_gradients": workers.loss_and_gradients}
         self._step = backend.compile(make_step(xp, model, config, **gradients))
         total = functools.partial(total_loss, xp, model) if workers is None else workers.total_loss
         self._total = backend.compile(total)
-        self.step, self.tokens, self.records, self.interrupted = 0, 0, [], False
-        self.begin = time.perf_counter()
-        self.training_seconds = 0.0
-        self._unread, self._since_evaluation, self._lr = [], [], 0.0
-        self._mark = self.begin, 0
+        self.state = on_device(backend, model, config, start)
+        self.step, self.progress = start.step, start.progress
+        self._best = self.state["params"] if start.best is None else backend.asarray(start.best)
+        self._unread = []  # step, metrics and number of tokens of each
+        self._seconds_before, self.begin = self.progress["seconds"], time.perf_counter()
+        self._read_at, self._tokens_at = self.begin, self.progress["tokens"]
+        self._kept_at, self._kept = self.begin, self._moment()
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begin
+    # the end -------------------------------------------------------------------------------------------
 
-    def advance(self, state):
-        """One step."""
+    def until_the_end(self) -> str:
+        """Steps, evaluations and checkpoints, each where it is due -> the reason of the end.
+
+        What is due follows from the step and the progress alone, so that a run that is resumed between any two
+        of them goes on as it would have.
+        """
+        while True:
+            if self._evaluation_is_due():
+                self._evaluate()
+            if reason := self._reason_to_end():
+                return reason
+            if self._checkpoint_is_due():
+                self.keep_checkpoint()
+            self._advance()
+            waited = time.perf_counter() - self._read_at
+            if len(self._unread) >= READ_EVERY or waited > READ_SECONDS or self.step == self.task.num_steps:
+                self._read()
+
+    def _reason_to_end(self) -> str | None:
+        if self.step >= self.task.num_steps:
+            return "steps"
+        if self.config.patience and evaluations_since_best(self.progress) >= self.config.patience:
+            return "patience"
+        if self.stop.asked:
+            return "interrupted"
+        minutes = (time.perf_counter() - self.begin) / 60
+        return "time" if self.config.max_minutes and minutes >= self.config.max_minutes else None
+
+    def go_back(self) -> None:
+        """Forget a step that a KeyboardInterrupt cut short: its state was not kept."""
+        self.step = int(self.backend.to_numpy(self.state["step"])[0])
+        self._unread = [one for one in self._unread if one[0] < self.step]
+
+    # steps ---------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
         batch = self.task.batches.batch(self.step)
-        state, metrics = self._step(state, type(batch)(*(self.backend.asarray(part) for part in batch)))
+        on_device = type(batch)(*(self.backend.asarray(part) for part in batch))
+        state, metrics = self._step(self.state, on_device)
+        self._unread.append((self.step, metrics, batch.inputs.size))
         self.step += 1
-        self.tokens += batch.inputs.size
-        self._unread.append(metrics)
-        return state
+        self.state = state
 
-    def read_now_and_then(self):
-        """Read the losses every few steps."""
-        if len(self._unread) == READ_EVERY or self.step == self.task.num_steps:
-            self._read()
-
-    def go_back_to(self, step: int):
-        """Forget a step that Ctrl-C cut short: its state was not kept."""
-        if step < self.step:
-            self.step, self._unread = step, self._unread[:-1]
-
-    def _read(self):
-        losses = [float(self.backend.to_numpy(metrics["loss"])[0]) for metrics in self._unread]
-        self._lr = float(self.backend.to_numpy(self._unread[-1]["lr"])[0])
-        first = self.step - len(losses) + 1
-        self._unread = []
-        for i, loss in enumerate(losses):
+    def _read(self) -> None:
+        """Read the losses of the steps since the last reading."""
+        if not self._unread:
+            return
+        number = lambda metrics, name: float(self.backend.to_numpy(metrics[name])[0])  # noqa: E731
+        losses = [number(metrics, "loss") for _, metrics, _ in self._unread]
+        for (step, *_), loss in zip(self._unread, losses, strict=True):
             if not math.isfinite(loss):
-                raise _burst(f"loss became {loss} at step {first + i}")
-        self._since_evaluation += losses
-        now, (then, tokens) = time.perf_counter(), self._mark
-        self.training_seconds += now - then
-        rate = (self.tokens - tokens) / max(now - then, 1e-9)
-        self._mark = now, self.tokens
+                raise Diverged(f"loss became {loss}", step + 1)
+        now, progress = time.perf_counter(), dict(self.progress)
+        progress |= {name: number(self._unread[-1][1], name) for name in ("lr", "grad_norm")}
+        for loss in losses:  # one by one: the sum must not depend on how many are read at once
+            progress["total"] += loss
+        progress["count"] += len(losses)
+        progress["tokens"] += sum(tokens for _, _, tokens in self._unread)
+        progress["training_seconds"] += now - self._read_at
+        self.progress, self._unread = progress, []
+        rate = (progress["tokens"] - self._tokens_at) / max(now - self._read_at, 1e-9)
+        self._read_at, self._tokens_at = now, progress["tokens"]
         self.listener.progress(self.step, sum(losses) / len(losses), rate)
 
-    def evaluate(self, state, whole: bool):
-        """Measure the validation loss and tell the listener."""
-        if self._unread:
-            self._read()
-        every = 1 if whole else max(1, self.task.n_validation // EVALUATION_TOKENS)
-        loss = mean_loss(lambda batch: self._sum(state, batch), self.task.validation(), every)
-        if not math.isfinite(loss):
-            raise _burst(f"validation loss became {loss} after step {self.step}")
-        trained = self._since_evaluation
+    # evaluations ---------------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self) -> bool:
+        records = self.progress["records"]
+        if records and records[-1]["step"] == self.step:
+            return False
+        if self.step == 0:
+            return self.evaluate_first
+        return self.step % self.config.eval_every == 0 or self.step == self.task.num_steps
+
+    def _evaluate(self) -> None:
+        """Measure the validation loss on a sample of the validation part, and remember the best model."""
+        self._read()
+        every = max(1, self.task.n_validation // EVALUATION_TOKENS)
+        loss = self._validation_loss(self.state["params"], every)
+        progress = self.progress
         record = {
             "step": self.step,
-            "train_loss": sum(trained) / len(trained) if trained else None,
+            "train_loss": progress["total"] / progress["count"] if progress["count"] else None,
             "val_loss": loss,
-            "whole_validation": whole,
-            "lr": self._lr,
-            "seconds": round(self.seconds, 3),
+            "whole_validation": False,
+            **self._figures(),
         }
-        self._since_evaluation = []
-        self.records.append(record)
-        self._mark = time.perf_counter(), self.tokens
+        if self.sample:
+            record["sample"] = self.sample(self.state["params"])
+        best = progress["best"]
+        if best is None or loss < best["val_loss"]:
+            best, self._best = {"step": self.step, "val_loss": loss}, self.state["params"]
+        records = [*progress["records"], record]
+        self.progress = {**progress, "records": records, "best": best, "total": 0.0, "count": 0}
         self.listener.evaluated(record)
+        self._read_at = time.perf_counter()
 
-    def _sum(self, state, batch) -> float:
+    def measure_the_best(self) -> dict[str, Any]:
+        """The validation loss of the best model over the whole validation part: the last record."""
+        best = self.progress["best"]
+        at = best["step"] if best else self.step
+        loss = self._validation_loss(self._best if best else self.state["params"], 1)
+        record = {"step": at, "train_loss": None, "val_loss": loss, "whole_validation": True}
+        record |= self._figures()
+        self.listener.evaluated(record)
+        return record
+
+    def _figures(self) -> dict[str, float]:
+        """What a record tells of the last step, and how long the run has taken."""
+        figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
+        return {**figures, "seconds": round(self._seconds(), 3)}
+
+    def _validation_loss(self, params, every: int) -> float:
+        loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.task.validation()), every)
+        if not math.isfinite(loss):
+            raise Diverged(f"validation loss became {loss}", self.step)
+        return loss
+
+    def _sum(self, params, batch) -> float:
         device_batch = type(batch)(*(self.backend.asarray(part) for part in batch))
-        return float(self.backend.to_numpy(self._total(state["params"], device_batch))[0])
+        return float(self.backend.to_numpy(self._total(params, device_batch))[0])
+
+    # checkpoints ---------------------------------------------------------------------------------------
+
+    def _checkpoint_is_due(self) -> bool:
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        if self._moment() == self._kept:
+            return False
+        if every and self.step % every == 0:
+            return True
+        return bool(minutes) and time.perf_counter() - self._kept_at > 60 * minutes
+
+    def checkpoint(self) -> Checkpoint:
+        """The present moment, on the host."""
+        best = self.progress["best"]
+        elsewhere = best is not None and best["step"] != self.step
+        return Checkpoint(
+            to_host(self.backend, self.state),
+            self.backend.to_numpy(self._best) if elsewhere else None,
+            {**self.progress, "seconds": self._seconds()},
+        )
+
+    def keep_checkpoint(self) -> None:
+        """Hand the present moment to `keep`, unless that has it already."""
+        self._read()
+        if self._moment() == self._kept:
+            return
+        checkpoint = self.checkpoint()
+        if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
+            raise Diverged("parameters became numbers that are not finite", self.step)
+        self._keep(checkpoint)
+        self._kept, self._kept_at = self._moment(), time.perf_counter()
+        self._read_at = self._kept_at
+
+    def _moment(self) -> tuple[int, int]:
+        """Tells two moments apart: an evaluation comes after the step that it measures."""
+        return self.step, len(self.progress["records"])
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self.begin
 
 
-def _burst(what: str) -> BabyError:
-    return BabyError(f"the {what}: lower --lr, or raise --warmup-steps")
+def evaluations_since_best(progress: dict[str, Any]) -> int:
+    """Evaluations after the best one."""
+    best = progress["best"]
+    return sum(best is not None and record["step"] > best["step"] for record in progress["records"])
+

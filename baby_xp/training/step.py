@@ -1,5 +1,7 @@
 """One training step, as a pure function: step(state, batch) -> state, metrics."""
 
+import math
+
 from baby_xp import optim, rng
 from baby_xp.layers import cross_entropy
 
@@ -59,10 +61,29 @@ def step_noise(xp, model, seed, step, batch):
     return rng.Noise(rng.streams(xp, seed, step, batch.samples, model.dropouts), rate)
 
 
-def noisy_loss_and_gradients(xp, model, state, batch):
+def noisy_loss_and_gradients(xp, model, state, batch, n_targets: int | None = None):
     """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`."""
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
-    return loss_and_gradients(xp, model, state["params"], batch, noise)
+    return loss_and_gradients(xp, model, state["params"], batch, noise, n_targets)
+
+
+def accumulated(loss_and_gradients, batch_size: int):
+    """A function like noisy_loss_and_gradients that takes a batch in parts of `batch_size` samples.
+
+    Loss and gradients are those of the whole, up to rounding; the memory is that of a part.
+    """
+
+    def of_whole(xp, model, state, batch):
+        starts = range(0, batch.inputs.shape[0], batch_size)
+        parts = [type(batch)(*(array[i : i + batch_size, ...] for array in batch)) for i in starts]
+        n_targets = math.prod(batch.targets.shape)
+        loss, gradients = loss_and_gradients(xp, model, state, parts[0], n_targets)
+        for part in parts[1:]:
+            more_loss, more_gradients = loss_and_gradients(xp, model, state, part, n_targets)
+            loss, gradients = loss + more_loss, gradients + more_gradients
+        return loss, gradients
+
+    return of_whole
 
 
 def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
@@ -70,6 +91,8 @@ def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
 
     `loss_and_gradients` has the signature of noisy_loss_and_gradients: workers put theirs in its place.
     """
+    if config.accumulate > 1:
+        loss_and_gradients = accumulated(loss_and_gradients, config.batch_size)
 
     def step(state, batch):
         loss, gradients = loss_and_gradients(xp, model, state, batch)

@@ -35,8 +35,9 @@ from baby_xp.text.batches import Batch
 from baby_xp.training.step import loss_and_gradients, loss_and_tree, step_noise, total_loss
 from baby_xp.tree import leaves
 
-COMMAND = struct.Struct("<c8q")
-"""What to do; the number of the command, first and last sample, B, T, targets a sample, seed, step."""
+COMMAND = struct.Struct("<c9q")
+"""What to do; the number of the command, first and last sample, B, T, targets a sample, targets of the whole
+step, seed, step."""
 ANSWER = struct.Struct("<q")
 """The number of the command that is done; 0: the worker is ready."""
 PROGRAM = """import signal
@@ -70,6 +71,7 @@ class Arena:
             "losses": ((number - 1,), "float64"),
             "inputs": ((batch_size * n_ctx,), "int32"),
             "targets": ((batch_size * n_ctx,), "int32"),
+            "samples": ((batch_size,), "int32"),
         }
         lengths = [math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values()]
         begins = [0, *itertools.accumulate(-(-length // 64) * 64 for length in lengths)]
@@ -83,7 +85,7 @@ class Arena:
         """Samples first to last of the batch that lies in the arena."""
         inputs = self.inputs[first * T : last * T].reshape(-1, T)
         targets = self.targets[first * per_sample : last * per_sample]
-        return Batch(inputs, targets, np.arange(first, last, dtype=np.int32))
+        return Batch(inputs, targets, self.samples[first:last])
 
 
 def _reserve(path: str, length: int) -> None:
@@ -180,13 +182,16 @@ class Workers:
                 os.unlink(self.path)
             self.path = ""
 
-    def loss_and_gradients(self, xp, model: Model, state: dict[str, Any], batch: Batch):
+    def loss_and_gradients(
+        self, xp, model: Model, state: dict[str, Any], batch: Batch, n_targets: int | None = None
+    ):
         """As step.noisy_loss_and_gradients, by all processes together."""
         seed, step = int(state["seed"][0]), int(state["step"][0])
-        first, last = self._send(GRADIENTS, state["params"], batch, seed, step)
+        n_targets = n_targets or batch.targets.size
+        first, last = self._send(GRADIENTS, state["params"], batch, n_targets, seed, step)
         share = Batch(*(part[first:last] for part in batch))
         noise = step_noise(xp, model, state["seed"], state["step"], share)
-        loss, gradients = loss_and_gradients(xp, model, state["params"], share, noise, batch.targets.size)
+        loss, gradients = loss_and_gradients(xp, model, state["params"], share, noise, n_targets)
         for rank in self._asked:
             self._wait(rank)
             loss = loss + loss.dtype.type(self.arena.losses[rank - 1])
@@ -195,26 +200,27 @@ class Workers:
 
     def total_loss(self, params, batch: Batch):
         """As step.total_loss, by all processes together."""
-        first, last = self._send(TOTAL, params, batch, 0, 0)
+        first, last = self._send(TOTAL, params, batch, 0, 0, 0)
         total = total_loss(self.backend.xp, self.model, params, Batch(*(part[first:last] for part in batch)))
         for rank in self._asked:
             self._wait(rank)
             total = total + total.dtype.type(self.arena.losses[rank - 1])
         return total
 
-    def _send(self, what: bytes, params, batch: Batch, seed: int, step: int) -> tuple[int, int]:
+    def _send(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int) -> tuple[int, int]:
         """Hand the batch and its shares out -> the share of this process."""
         B, T = batch.inputs.shape
         self._number += 1
         self.arena.params[:] = params
         self.arena.inputs[: B * T] = batch.inputs.reshape(-1)
         self.arena.targets[: batch.targets.size] = batch.targets.reshape(-1)
+        self.arena.samples[:B] = batch.samples
         bounds = [
             -(-B * rank // self.number) for rank in range(self.number + 1)
         ]  # the first share is never empty
         self._asked = [rank for rank in range(1, self.number) if bounds[rank] < bounds[rank + 1]]
         for rank in self._asked:
-            shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
+            shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B, n_targets
             try:
                 self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *shape, seed, step))
                 self.children[rank - 1].stdin.flush()
@@ -255,13 +261,13 @@ def serve() -> None:
             answers.write(ANSWER.pack(number))
 
 
-def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, seed, step) -> None:
+def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, n_targets, seed, step) -> None:
     xp, batch = backend.xp, arena.batch(first, last, T, per_sample)
     if what == TOTAL:
         arena.losses[rank - 1] = total_loss(xp, model, arena.params, batch)[0]
         return
     noise = step_noise(xp, model, backend.integers([seed]), backend.integers([step]), batch)
-    loss, dp = loss_and_tree(xp, model, arena.params, batch, noise, B * per_sample)
+    loss, dp = loss_and_tree(xp, model, arena.params, batch, noise, n_targets)
     arena.losses[rank - 1] = loss[0]
     # packed where the main process reads it, in the order of the layout: one copy less
     gradients = dict(leaves(dp))

@@ -1,0 +1,76 @@
+"""A run in memory: a trained model that generates."""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from baby_xp.backend import Backend
+from baby_xp.errors import BabyError
+from baby_xp.generate import Sampling, generate
+from baby_xp.models import Model
+from baby_xp.runs.store import RunFiles
+from baby_xp.text.tokenizer import Tokenizer
+
+NUM_TOKENS = 500
+"""Tokens to generate where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with its tokenizer and its files."""
+
+    files: RunFiles
+    model: Model
+    tokenizer: Tokenizer
+    params: np.ndarray
+    """The parameters (P,), on the host."""
+    config: dict[str, Any]
+    """The run's config file."""
+    backend: Backend
+
+    @property
+    def guid(self) -> str:
+        """The run's GUID."""
+        return self.files.guid
+
+    def generate(
+        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> str:
+        """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
+
+        Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
+        """
+        return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
+
+    def stream(
+        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> Iterator[str]:
+        """The continuation, piece by piece as it is generated."""
+        if num_tokens < 1:
+            raise BabyError(f"num_tokens must be at least 1, not {num_tokens}")
+        settings = Sampling(**sampling)
+        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
+        params = self.backend.asarray(self.params)
+        return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Decode ids as they come; bytes wait until their character is whole."""
+        if self.tokenizer.kind != "byte":
+            yield from (self.tokenizer.decode([token]) for token in tokens)
+            return
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            if piece := decoder.decode(bytes([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def first_ids(self) -> np.ndarray:
+        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
+        try:
+            return self.tokenizer.encode("\n", "prompt")
+        except BabyError:
+            return np.zeros(1, np.int32)

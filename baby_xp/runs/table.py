@@ -1,0 +1,58 @@
+"""All runs of a folder, each in a line."""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from baby_xp.errors import BabyError
+from baby_xp.runs import checkpoint, store
+from baby_xp.runs.store import RunFiles
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run at a glance. `state`: running, done, stopped, failed, imported; or damaged, with nothing else known.
+
+    steps: done so far, as of the last checkpoint; num_steps: of all. val_loss: nats a token.
+    """
+
+    guid: str
+    state: str
+    preset: str = ""
+    data: str = ""
+    started: str = ""
+    steps: int = 0
+    num_steps: int = 0
+    val_loss: float | None = None
+
+
+def summaries(folder: str | Path) -> list[Summary]:
+    """The runs under `folder`, the one last trained first. A damaged one is in the list like any other."""
+    return [_summary(RunFiles(Path(folder), guid)) for guid in store.guids(Path(folder))]
+
+
+def _summary(files: RunFiles) -> Summary:
+    try:
+        config = store.read_sealed(files.config)
+        result = config["result"]
+        kept = checkpoint.read_metadata(files.state)  # of a run that goes on, it knows more than the config
+        steps, num_steps = (int(kept.get(name, 0)) for name in ("step", "num_steps"))
+        val_loss = result["val_loss"]
+        state = result["state"]
+        if state == "running":
+            val_loss = _last_loss(files)
+            if not store.is_held(files):
+                state = "stopped"  # it was killed
+        return Summary(
+            files.guid, state, config["preset"], config["data"]["data"], config["started"], steps, num_steps, val_loss
+        )
+    except (BabyError, KeyError, TypeError, ValueError):
+        return Summary(files.guid, "damaged")
+
+
+def _last_loss(files: RunFiles) -> float | None:
+    """The validation loss of the last line of the metrics."""
+    with suppress(OSError, ValueError, IndexError, KeyError, TypeError):
+        return json.loads(files.metrics.read_bytes().splitlines()[-1])["val_loss"]
+    return None

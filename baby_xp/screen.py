@@ -1,0 +1,66 @@
+"""What the command line shows while a run trains."""
+
+import sys
+from typing import Any
+
+
+class Screen:
+    """A bar on a terminal, a line an evaluation everywhere."""
+
+    def __init__(self, asked_backend: str):
+        self.asked = asked_backend
+        self.bar = None
+
+    def started(self, sitting, step: int) -> None:
+        """Say what will be done, and where."""
+        from tqdm import tqdm
+
+        why, backend, learned = "", sitting.backend, sitting.learned
+        if self.asked == "auto":
+            why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
+        processes = f", {sitting.workers} processes" if sitting.workers > 1 else ""
+        print(f"{sitting.model.n_parameters:,} parameters on {backend.version}, {backend.device}{processes}{why}")
+        facts = {
+            "training tokens": "training",
+            "validation tokens": "validation",
+            "training contexts": "contexts",
+        }
+        shown = [f"{learned.facts[name]:,} {short}" for name, short in facts.items() if name in learned.facts]
+        vocabulary = learned.tokenizer.vocab_size
+        print(f"{learned.name}: {vocabulary} different tokens, {' and '.join(shown)}", flush=True)
+        if sitting.base:
+            print(f"finetuned from run {sitting.base}", flush=True)
+        if step:
+            print(f"going on with run {sitting.files.guid} after step {step}", flush=True)
+        self.entropy = learned.facts.get("entropy, nats per character")
+        self.bar = tqdm(
+            total=learned.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Move the bar."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """A line for an evaluation, and what the baby says by then."""
+        line = f"step {record['step']:>6}: "
+        if record["train_loss"] is not None:
+            line += f"train {record['train_loss']:.4f}, "
+        line += f"validation {record['val_loss']:.4f}, {record['seconds']:.0f} s"
+        if record["whole_validation"]:
+            self.bar.close()
+            line += " (whole validation part)"
+            if self.entropy is not None:
+                line = f"{line[:-1]}; no model can go below {self.entropy:.4f})"
+        if sample := " ".join(record.get("sample", "").split()):
+            line += f"  {sample}"
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        if self.bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(text, file=sys.stderr)

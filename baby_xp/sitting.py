@@ -1,0 +1,249 @@
+"""One sitting of a run: from a checkpoint through the loop to the files. Training, finetuning and resuming all
+come down to it.
+
+The order of writing is what makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
+follow it; the config says last how it ended. A run whose config says "running" while no process holds its lock
+was killed, and goes on from its checkpoint.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from baby_xp import __version__
+from baby_xp import config as configs
+from baby_xp.backend import Backend
+from baby_xp.config import EquationConfig, ModelConfig, Preset
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.run import Run
+from baby_xp.runs import checkpoint as arrays
+from baby_xp.runs import report, store
+from baby_xp.runs.store import RunFiles
+from baby_xp.task import Task
+from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.training.checkpoint import Checkpoint
+from baby_xp.training.diagnosis import largest_gradient
+from baby_xp.training.loop import Diverged, Result, fit
+from baby_xp.training.stop import Stop
+from baby_xp.training.workers import Workers
+
+SAMPLE_TOKENS = 500
+"""Tokens of the text at the end of training."""
+
+
+@dataclass
+class Sitting:
+    """What one sitting needs. `on_kept` is called when a checkpoint of a step is on disk."""
+
+    files: RunFiles
+    chosen: Preset
+    model: Model
+    learned: Task
+    backend: Backend
+    device: str | None
+    """As it was asked for; None: the backend's default."""
+    workers: int
+    listener: Any
+    base: str | None = None
+    """GUID of the run that this one is finetuned from."""
+    started: str = ""
+    """When the run began, if that was in an earlier sitting."""
+    on_kept: Callable[[], None] = lambda: None
+
+    def run(self, start: Checkpoint) -> Run:
+        """Train from `start` to an end. Raises BabyError if the run bursts or a file cannot be written: what
+        the last checkpoint holds is then kept."""
+        self.started = self.started or _now()
+        self._begin(start)
+        try:
+            pool = nullcontext()
+            if self.workers > 1:
+                pool = Workers(self.backend, self.model, self.chosen.train.batch_size, self.workers)
+            with Stop(self._told_to_stop) as stop, pool as workers:
+                self.listener.started(self, start.step)
+                try:
+                    result = self._fit(start, stop, workers)
+                except Diverged as diverged:
+                    raise self._burst(diverged, workers) from None
+            return self._finish(result)
+        except Exception as error:
+            self._failed(error)
+            raise
+
+    def _fit(self, start: Checkpoint, stop: Stop, workers: Workers | None) -> Result:
+        train = self.chosen.train
+        return fit(
+            self.backend, self.model, train, self.learned, start, self, self.keep, stop, workers,
+            sample=self._sample if train.sample_tokens else None, evaluate_first=self.base is not None,
+        )  # fmt: skip
+
+    # what the loop calls -------------------------------------------------------------------------------
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Pass it on."""
+        self.listener.progress(step, loss, tokens_per_second)
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """Keep a line in the metrics, and pass it on."""
+        store.append_line(self.files.metrics, record)
+        self.listener.evaluated(record)
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and the best weights so far where they are others than before."""
+        belongs = belonging(self.files.guid, self.chosen.model, self.learned.tokenizer)
+        steps = {"step": str(checkpoint.step), "num_steps": str(self.learned.num_steps)}
+        arrays.save_state(self.files.state, checkpoint, {**belongs, **steps})
+        self._last = _without_arrays(checkpoint)
+        best = checkpoint.progress["best"]
+        step = best["step"] if best else checkpoint.step
+        if step != self._model_step:
+            metadata = {**belongs, "step": str(step)}
+            arrays.save_weights(self.files.model, self.model.layout, checkpoint.best_params, metadata)
+            self._model_step = step
+        if checkpoint.step:
+            self.on_kept()
+
+    # files ---------------------------------------------------------------------------------------------
+
+    def _begin(self, start: Checkpoint) -> None:
+        """The files as of the start: from now on the run can be found, and goes on from there."""
+        store.sweep(self.files)
+        if self.files.metrics.exists():  # with lines of after the checkpoint, perhaps
+            lines = (json.dumps(record) + "\n" for record in start.progress["records"])
+            store.write(self.files.metrics, "".join(lines))
+        self._last, self._model_step = _without_arrays(start), None
+        if not self.files.state.exists():
+            store.write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
+            self.keep(start)
+        store.write_sealed(self.files.config, self._config(self._result("running")))
+
+    def _result(self, state: str, **more: Any) -> dict[str, Any]:
+        """How the run stands, as of its last checkpoint."""
+        progress = self._last.progress
+        records, best = progress["records"], progress["best"]
+        trained = [record["train_loss"] for record in records if record["train_loss"] is not None]
+        return {
+            "state": state,
+            "steps": self._last.step,
+            "best_step": best["step"] if best else None,
+            "train_loss": trained[-1] if trained else None,
+            "val_loss": records[-1]["val_loss"] if records else None,
+            "seconds": round(progress["seconds"], 1),
+            "tokens_per_second": round(progress["tokens"] / max(progress["training_seconds"], 1e-9)),
+            **more,
+        }
+
+    def _config(self, result: dict[str, Any]) -> dict[str, Any]:
+        """What the config file holds."""
+        chosen, sha256 = self.chosen, self.learned.facts.get("sha256")
+        path = Path(chosen.data.data)
+        file = str(path.resolve()) if sha256 and path.is_file() else None
+        return {
+            "guid": self.files.guid,
+            "baby_xp": __version__,
+            "preset": chosen.name,
+            "base": self.base,
+            "started": self.started,
+            "written": _now(),
+            "model": configs.to_dict(chosen.model),
+            "vocab_size": self.model.vocab_size,
+            "parameters": self.model.n_parameters,
+            "train": configs.to_dict(chosen.train),
+            "data": {**configs.to_dict(chosen.data), "file": file, "sha256": sha256},
+            "place": {"backend": self.backend.name, "device": self.device, "workers": self.workers},
+            "machine": {
+                "machine": report.machine(), "backend": self.backend.version, "device": self.backend.device,
+                "workers": self.workers,
+            },
+            "result": result,
+        }  # fmt: skip
+
+    def _finish(self, result: Result) -> Run:
+        """Write the files of a sitting that ended well."""
+        checkpoint, final = result.checkpoint, result.final
+        if result.reason == "interrupted" and checkpoint.step == 0:
+            raise BabyError("interrupted before the first step was done; nothing was trained")
+        self._last = _without_arrays(checkpoint)
+        told = self._result("done" if result.reason in ("steps", "patience") else "stopped", reason=result.reason)
+        run, sample = self._as_run(checkpoint.best_params), ""
+        if final:
+            told["val_loss"] = final["val_loss"]
+            sample = sample_of(run, self.chosen.train.seed)
+            store.write(self.files.completion(), sample + "\n")
+        return replace(run, config=self._tell(told, [final] if final else [], sample))
+
+    def _tell(self, result: dict[str, Any], more: list[dict[str, Any]], sample: str) -> dict[str, Any]:
+        """Write the report and, last of all, the config -> the config."""
+        config = self._config(result)
+        records = [*self._last.progress["records"], *more]
+        store.write(self.files.report, report.text(config, records, self.learned.facts, sample))
+        store.write_sealed(self.files.config, config)
+        return config
+
+    def _as_run(self, params: Any) -> Run:
+        config = self._config(self._result("running"))
+        return Run(self.files, self.model, self.learned.tokenizer, params, config, self.backend)
+
+    def _sample(self, params: Any) -> str:
+        train = self.chosen.train
+        return sample_of(self._as_run(self.backend.to_numpy(params)), train.seed, train.sample_tokens)
+
+    # trouble -------------------------------------------------------------------------------------------
+
+    def _told_to_stop(self) -> None:
+        self.listener.note("stopping after this step, with a checkpoint; once more: at once")
+
+    def _burst(self, diverged: Diverged, workers: Workers | None) -> BabyError:
+        """What the user is told of a loss that is no number."""
+        train, what = self.chosen.train, f"the {diverged.what} at step {diverged.step}"
+        self.listener.note(f"{what}; looking for its cause from step {self._last.step} on")
+        good, _ = arrays.load_state(self.files.state, self.model.n_parameters, train.dtype)
+        found = largest_gradient(self.backend, self.model, train, self.learned, good, diverged.step, workers)
+        parts = [what]
+        if found:
+            norm = f"norm {found.norm:.3g} in step {found.step}"
+            parts.append(f"the largest gradient was that of {found.parameter}, {norm}")
+        if good.step:
+            parts.append(f"the last good checkpoint, of step {good.step}, is kept in run {self.files.guid}")
+        causes = [f"too high a learning rate (lower --lr, which was {train.lr:g})"]
+        if train.warmup_steps < 100:
+            causes.append(f"too short a warm-up (raise --warmup-steps, {train.warmup_steps})")
+        if train.clip == 0:
+            causes.append("gradients that are not clipped (--clip 1)")
+        return BabyError("; ".join([*parts, f"what usually causes it: {', '.join(causes)}"]))
+
+    def _failed(self, error: Exception) -> None:
+        """Say in the files that the run failed, where that can still be written."""
+        if self._last.step:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            with suppress(BabyError):
+                self._tell(self._result("failed", reason=reason), [], "")
+
+
+def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> str:
+    """What a run shows of itself: a text, or the answer that it was never told."""
+    if isinstance(run.model.config, EquationConfig):
+        return run.generate(f"{run.model.config.held_out}=", num_tokens=1, greedy=True)
+    return run.generate(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
+
+
+def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """What binds a file of arrays to its run, model and tokenizer: metadata of the file."""
+    return {
+        "guid": guid,
+        "model": json.dumps(configs.to_dict(model_config), sort_keys=True),
+        "tokenizer": store.digest(tokenizer.to_dict()),
+    }
+
+
+def _without_arrays(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, state={"step": checkpoint.state["step"]}, best=None)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

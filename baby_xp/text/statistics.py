@@ -1,0 +1,56 @@
+"""What a text is made of, counted chunk by chunk: paragraphs, sentences, words, characters."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PARAGRAPH = re.compile(r"\S.*")  # a line from its first character that is not whitespace; "." matches no newline
+END = re.compile(r"[.!?]+")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The counts of a text. A line ends at \\n alone, whitespace is what `str.isspace` says.
+
+    paragraphs  lines that hold something other than whitespace.
+    sentences   ends of sentences: runs of the marks . ! ? without anything between them, so that "What?!" and
+                "Well..." end one each, and so do "Mr." and the point of "3.14"; a sentence without a mark at
+                its end does not count.
+    words       longest runs of characters that are not whitespace, as `str.split` finds them.
+    characters  all characters but newlines.
+    newlines    how many \\n there are; with the characters, the length of the text.
+
+    The first four give what the original Little Baby says of its Shakespeare: 32777, 12519, 202651, 1075394.
+    It does not say how it counted. In that text no two marks stand side by side, so a count of the single
+    marks would give the same number of sentences; the two part at the first "...".
+    """
+
+    paragraphs: int
+    sentences: int
+    words: int
+    characters: int
+    newlines: int
+
+
+def count(chunks: Iterable[str]) -> Statistics:
+    """The statistics of a text given in chunks, whose sizes change nothing, in the memory of one chunk."""
+    paragraphs = sentences = words = length = newlines = 0
+    # What the text so far ends in. Its number is counted already, though the next chunk may go on with it.
+    in_paragraph = in_end = in_word = False
+    for chunk in chunks:
+        if not chunk:
+            continue
+        line, newline, _ = chunk.partition("\n")
+        paragraphs += len(PARAGRAPH.findall(chunk)) - (in_paragraph and _holds_text(line))
+        sentences += len(END.findall(chunk)) - (in_end and chunk[0] in ".!?")
+        words += len(chunk.split()) - (in_word and not chunk[0].isspace())
+        length += len(chunk)
+        newlines += chunk.count("\n")
+        in_paragraph = _holds_text(chunk[chunk.rfind("\n") + 1 :]) or (in_paragraph and not newline)
+        in_end = chunk[-1] in ".!?"
+        in_word = not chunk[-1].isspace()
+    return Statistics(paragraphs, sentences, words, length - newlines, newlines)
+
+
+def _holds_text(piece: str) -> bool:
+    return piece != "" and not piece.isspace()
