@@ -13,12 +13,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-
 from baby_xp import backend as backends
-from baby_xp import config as configs
 from baby_xp import params, task
 from baby_xp.backend import Backend
-from baby_xp.config import DataConfig, EquationConfig, Preset, TrainConfig
+from baby_xp.config import DataConfig, EquationConfig, Preset, TrainConfig, settings_of
+from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
@@ -27,7 +26,7 @@ from baby_xp.runs import checkpoint as arrays
 from baby_xp.runs import store, table
 from baby_xp.runs.store import NewRun, RunFiles
 from baby_xp.runs.table import Summary
-from baby_xp.sitting import Sitting, belonging
+from baby_xp.sitting import Sitting, belonging, keep_imported
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 from baby_xp.training import checkpoint
 from baby_xp.training.workers import suitable_number
@@ -185,6 +184,39 @@ def load(
     return Run(files, model, tokenizer, flat, config, backends.load(backend, device, chosen.train.dtype))
 
 
+def import_littlebaby(
+    model: str | Path,
+    *,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    path: str | Path = "runs",
+    dtype: Literal["float64", "float32"] = "float64",
+) -> Run:
+    """Make a run of a model of the original Little Baby: its model_<guid>.json, config and tokenizer.
+
+    config, tokenizer: where they are, if not beside the model or in the original's folders. The run keeps the
+    original's GUID, where its files are named by one. It generates and can be finetuned; there is nothing to
+    resume. dtype: the original computes in float64. Raises BabyError if the files do not hold one whole model.
+    """
+    found = littlebaby.read(Path(model), *(one and Path(one) for one in (config, tokenizer)))
+    # the original's rate is constant and without warm-up; decay and moments are those of its optimizer
+    settings = {"num_epochs": 1, "schedule": "constant", "warmup_steps": 0, "beta2": 0.999, "weight_decay": 0.01}
+    train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
+    chosen = Preset("littlebaby", "a model of the original", found.config, train_config, DataConfig(str(model)))
+    own = Model(found.config, found.tokenizer.vocab_size)
+    with store.new_run(path, guid=found.guid) as new:
+        return keep_imported(new.files, chosen, own, found.tokenizer, found.params.astype(dtype))
+
+
+def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:
+    """Write a run as files of the original Little Baby, in the folders where its notebook looks -> the files.
+
+    Raises BabyError for a model that the original cannot hold, and if such a file is there already.
+    """
+    chosen = settings_of(run.config, str(run.files.config))
+    return littlebaby.write(Path(folder), run.guid, chosen.model, run.tokenizer, run.params, chosen.train)
+
+
 def runs(path: str | Path = "runs") -> list[Summary]:
     """All runs under `path`, the one last trained first."""
     return table.summaries(path)
@@ -204,28 +236,16 @@ def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
 
 
 def finetuning(base: Run) -> Preset:
-    """The settings with which a run is finetuned where nothing else is said: its own, but shorter and gentler."""
+    """The settings with which a run is finetuned where nothing else is said: its own, for fewer steps."""
     chosen = settings_of(base.config, str(base.files.config))
     if isinstance(chosen.model, EquationConfig):
         raise BabyError("the equation model cannot be finetuned: its vocabulary and data are fixed")
-    peak = chosen.train.peak_lr / 2
+    peak = chosen.train.peak_lr
     train = replace(
         chosen.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
         schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
     )  # fmt: skip
     return replace(chosen, train=train, data=DataConfig(tokenizer=base.tokenizer.kind))
-
-
-def settings_of(config: dict[str, Any], where: str) -> Preset:
-    """The settings that a run's config holds. Raises BabyError, naming `where`, if they make no sense."""
-    data = {name: config["data"].get(name) for name in ("data", "tokenizer")}
-    return Preset(
-        str(config["preset"]),
-        "a run",
-        configs.model_from_dict(config["model"], where),
-        configs.from_dict(TrainConfig, config["train"], where),
-        configs.from_dict(DataConfig, data, where),
-    )
 
 
 def _read(files: RunFiles) -> tuple[dict[str, Any], Tokenizer, Preset]:
@@ -255,6 +275,8 @@ def _check_resumable(files: RunFiles, config: dict[str, Any], overrides: dict[st
         if name not in RESUMABLE:
             raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")
     result, asked = config["result"], overrides.get("num_steps", 0)
+    if result["state"] == "imported":
+        raise BabyError(f"run {files.guid} was imported, there is nothing to go on with; finetune it on a text")
     if result["state"] == "done" and result["reason"] == "patience" and "patience" not in overrides:
         raise BabyError(
             f"run {files.guid} ended as its validation loss no longer fell; to go on give another --patience"
@@ -313,7 +335,5 @@ def _number_of_workers(asked: int | None, backend: Backend, model: Model, batch_
     if asked < 1:
         raise BabyError(f"workers must be at least 1, not {asked}")
     if asked > 1 and backend.name != "numpy":
-        raise BabyError(
-            f"workers are processes of the numpy backend; with {backend.name} leave out --workers"
-        )
+        raise BabyError(f"workers are processes of the numpy backend; with {backend.name} leave out --workers")
     return min(asked, batch_size)

@@ -292,9 +292,7 @@ def generate(arguments: list[str]) -> None:
     from baby_xp import api
     from baby_xp.runs import store
 
-    run = api.load(
-        name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights
-    )
+    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
@@ -310,6 +308,98 @@ def generate(arguments: list[str]) -> None:
         when += timedelta(seconds=1)
     store.write(completion, text + "\n")
     print(f"kept in {completion}", file=sys.stderr)
+
+
+# other programs' files ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Make a run of a model of the original Little Baby: its model_<guid>.json, with config and tokenizer."""
+
+    config: str | None = None
+    """The config file; none: beside the model, or in ../configs."""
+    tokenizer: str | None = None
+    """The tokenizer file; none: beside the model, or in ../tokenizers."""
+    path: str = "runs"
+    """Folder of the runs."""
+    dtype: Literal["float64", "float32"] = "float64"
+    """Precision; the original computes in float64, float32 is faster."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Write a run as files of the original Little Baby."""
+
+    to: str = "littlebaby"
+    """Folder of the original's notebook: the files go to its configs, tokenizers and models."""
+    path: str = "runs"
+    """Folder of the runs."""
+    weights: Literal["best", "last"] = "best"
+    """Those with the best validation loss, or those of the last checkpoint."""
+
+
+def import_(arguments: list[str]) -> None:
+    """import littlebaby MODEL.json: make a run of a model of the original Little Baby."""
+    model, rest = _positional(_of_littlebaby("import", arguments), "")
+    asked = _tyro(Imported, "baby_xp import littlebaby MODEL.json", rest, Imported())
+    if not model:
+        raise BabyError("name the model to import: import littlebaby models/model_<guid>.json")
+    from baby_xp import api
+
+    run = api.import_littlebaby(
+        model, config=asked.config, tokenizer=asked.tokenizer, path=asked.path, dtype=asked.dtype
+    )
+    print(f"{run.model.n_parameters:,} parameters, {run.tokenizer.vocab_size} different tokens")
+    print(f"run {run.guid}")
+    print(f"more: python -m baby_xp generate{_path_flag(asked.path)} {_short(run.guid)}")
+
+
+def export(arguments: list[str]) -> None:
+    """export littlebaby [RUN] --to FOLDER: write a run as files of the original Little Baby."""
+    name, rest = _positional(_of_littlebaby("export", arguments), "last")
+    asked = _tyro(Exported, "baby_xp export littlebaby [RUN]", rest, Exported())
+    from baby_xp import api
+
+    run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
+    for file in api.export_littlebaby(run, asked.to):
+        print(file)
+
+
+def _of_littlebaby(command: str, arguments: list[str]) -> list[str]:
+    """The arguments after the name of the other program; there is one so far."""
+    program, rest = _positional(arguments, "")
+    if program != "littlebaby" and not {"-h", "--help"} & set(arguments):
+        raise BabyError(f"say whose files to {command}: {command} littlebaby ...")
+    return rest
+
+
+# evaluate -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement(Place):
+    """Measure a run over the whole validation part of its text."""
+
+    data: str | None = None
+    """Another text to measure it on; none: its own."""
+    num_tokens: int = 2000
+    """Tokens to generate, for the shares of known words and of copied sequences."""
+    seed: int = 0
+    """Seed of the generated text."""
+    weights: Literal["best", "last"] = "best"
+    """Those with the best validation loss, or those of the last checkpoint."""
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure a run."""
+    name, rest = _positional(arguments, "last")
+    asked = _tyro(Measurement, "baby_xp evaluate [RUN]", rest, Measurement())
+    from baby_xp import api
+
+    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    print(f"run {run.guid}, the {asked.weights} weights")
+    print("\n".join(run.evaluate(asked.data, asked.num_tokens, asked.seed).lines()))
 
 
 # runs ---------------------------------------------------------------------------------------------------
@@ -422,6 +512,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": resume,
     "generate": generate,
     "inference": generate,
+    "evaluate": evaluate,
+    "import": import_,
+    "export": export,
     "runs": runs,
     "presets": presets,
     "backends": backends,

@@ -239,6 +239,18 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
 
+def settings_of(config: dict[str, Any], where: str) -> Preset:
+    """The settings that a run's config holds. Raises BabyError, naming `where`, if they make no sense."""
+    data = {name: config["data"].get(name) for name in ("data", "tokenizer")}
+    return Preset(
+        str(config["preset"]),
+        "a run",
+        model_from_dict(config["model"], where),
+        from_dict(TrainConfig, config["train"], where),
+        from_dict(DataConfig, data, where),
+    )
+
+
 def _whole(config, *names: str, least: int = 1, most: int = LARGEST) -> None:
     for name in names:
         value = getattr(config, name)

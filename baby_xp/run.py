@@ -2,17 +2,22 @@
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from baby_xp.backend import Backend
+from baby_xp.config import settings_of
 from baby_xp.errors import BabyError
 from baby_xp.generate import Sampling, generate
 from baby_xp.models import Model
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from baby_xp.evaluation import Evaluation
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -55,6 +60,23 @@ class Run:
         ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
         params = self.backend.asarray(self.params)
         return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
+
+    def evaluate(self, data: str | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
+        """Measure the run over the whole validation part of its text, or of another one (`data`).
+
+        num_tokens are generated, with `seed`, and compared with the training part of that text.
+        Raises BabyError if the run's text is no longer there or is another one by now, or if a text has
+        characters that the run does not know.
+        """
+        from baby_xp import evaluation  # it needs much that generating does not
+
+        chosen = settings_of(self.config, str(self.files.config))
+        known = self.config["data"]
+        if data is None and self.config["result"]["state"] == "imported":
+            raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
+        where = data or (known["file"] if known["file"] and not Path(known["data"]).is_file() else known["data"])
+        chosen = replace(chosen, data=replace(chosen.data, data=where))
+        return evaluation.evaluate(self, chosen, None if data else known["sha256"], num_tokens, seed)
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         """Decode ids as they come; bytes wait until their character is whole."""

@@ -14,7 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from baby_xp import __version__
+from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.backend import Backend
 from baby_xp.config import EquationConfig, ModelConfig, Preset
@@ -120,7 +123,7 @@ class Sitting:
         if not self.files.state.exists():
             store.write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
             self.keep(start)
-        store.write_sealed(self.files.config, self._config(self._result("running")))
+        store.write_sealed(self.files.config, self.config(self._result("running")))
 
     def _result(self, state: str, **more: Any) -> dict[str, Any]:
         """How the run stands, as of its last checkpoint."""
@@ -138,7 +141,7 @@ class Sitting:
             **more,
         }
 
-    def _config(self, result: dict[str, Any]) -> dict[str, Any]:
+    def config(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the config file holds."""
         chosen, sha256 = self.chosen, self.learned.facts.get("sha256")
         path = Path(chosen.data.data)
@@ -179,14 +182,14 @@ class Sitting:
 
     def _tell(self, result: dict[str, Any], more: list[dict[str, Any]], sample: str) -> dict[str, Any]:
         """Write the report and, last of all, the config -> the config."""
-        config = self._config(result)
+        config = self.config(result)
         records = [*self._last.progress["records"], *more]
         store.write(self.files.report, report.text(config, records, self.learned.facts, sample))
         store.write_sealed(self.files.config, config)
         return config
 
     def _as_run(self, params: Any) -> Run:
-        config = self._config(self._result("running"))
+        config = self.config(self._result("running"))
         return Run(self.files, self.model, self.learned.tokenizer, params, config, self.backend)
 
     def _sample(self, params: Any) -> str:
@@ -223,6 +226,20 @@ class Sitting:
             reason = " ".join(str(error).split()) or type(error).__name__
             with suppress(BabyError):
                 self._tell(self._result("failed", reason=reason), [], "")
+
+
+def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Tokenizer, params: np.ndarray) -> Run:
+    """Write the files of a run that was trained elsewhere: no state, as there is nothing to resume."""
+    backend = backends.load("numpy", dtype=chosen.train.dtype)
+    learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
+    sitting = Sitting(files, chosen, model, learned, backend, None, 1, None, started=_now())
+    store.write_json(files.tokenizer, tokenizer.to_dict())
+    belongs = belonging(files.guid, chosen.model, tokenizer)
+    arrays.save_weights(files.model, model.layout, params, {**belongs, "step": "0"})
+    result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
+    config = sitting.config(result)
+    store.write_sealed(files.config, config)
+    return Run(files, model, tokenizer, params, config, backend)
 
 
 def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,8 @@ class Task:
     """Number of targets in all validation batches."""
     facts: dict[str, Any]
     """What a report tells of the data: numbers of tokens, hash, the exact entropy where it is known."""
+    corpus: Corpus | None = None
+    """The text, where there is one."""
 
 
 def prepare(
@@ -90,7 +92,7 @@ def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
         batches = EpochWindows(corpus.train, model.n_ctx, train.step_size, train.stride, train.seed)
         num_steps = train.num_steps or train.num_epochs * batches.steps_per_epoch
     facts = {
-        "characters": corpus.n_characters,
+        **asdict(corpus.statistics),
         "vocabulary": corpus.tokenizer.vocab_size,
         "training tokens": len(corpus.train),
         "validation tokens": len(corpus.validation),
@@ -102,9 +104,8 @@ def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
     def validation() -> Iterator[Batch]:
         return consecutive_windows(corpus.validation, model.n_ctx, train.batch_size)
 
-    return Task(
-        corpus.name, corpus.tokenizer, batches, num_steps, validation, len(corpus.validation) - 1, facts
-    )
+    n_validation = len(corpus.validation) - 1
+    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus)
 
 
 def _equations(data: DataConfig, model: EquationConfig, train: TrainConfig) -> Task:

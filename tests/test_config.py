@@ -34,6 +34,7 @@ BAD = [
     (EquationConfig, "max_sum", [0, "9"]),
     (EquationConfig, "held_out", [44, None, ["4+4"]]),
     (TrainConfig, "batch_size", [0, -1, 1.0, "16", 2**31]),
+    (TrainConfig, "accumulate", [0, -1, 1.0, True, 2**31]),
     (TrainConfig, "num_steps", [0, -1, 2.5, HUGE]),
     (TrainConfig, "num_epochs", [0, -1, 0.5]),
     (TrainConfig, "stride", [0, -1]),
@@ -47,6 +48,11 @@ BAD = [
     (TrainConfig, "weight_decay", [-0.1, NAN, "0"]),
     (TrainConfig, "clip", [-1, INFINITY]),
     (TrainConfig, "eval_every", [0, -1]),
+    (TrainConfig, "sample_tokens", [-1, 1.5, None, 2**31]),
+    (TrainConfig, "patience", [-1, 0.5, True]),
+    (TrainConfig, "max_minutes", [-1, NAN, INFINITY, "5", None, HUGE]),
+    (TrainConfig, "checkpoint_every", [-1, 2.0, None]),
+    (TrainConfig, "checkpoint_minutes", [-0.5, NAN, INFINITY, True]),
     (TrainConfig, "seed", [-1, 0.5, 2**64, NAN]),
     (TrainConfig, "dtype", ["float16", 32]),
     (DataConfig, "data", [1, None, ["a.txt"]]),
@@ -92,6 +98,10 @@ def test_the_table_above_has_every_field():
         (TrainConfig, {"seed": 2**64 - 1}),
         (TrainConfig, {"num_steps": None, "num_epochs": 1}),
         (TrainConfig, {"num_steps": 2**31 - 1}),
+        (TrainConfig, {"sample_tokens": 0, "patience": 0, "checkpoint_every": 0}),
+        (TrainConfig, {"max_minutes": 0, "checkpoint_minutes": 0}),
+        (TrainConfig, {"max_minutes": 1e-3, "checkpoint_minutes": 0.5}),
+        (TrainConfig, {"batch_size": 2**16, "accumulate": 2**15 - 1}),
     ],
 )
 def test_values_at_the_edge_are_taken(kind, values):
@@ -123,6 +133,26 @@ def test_a_config_cannot_be_changed():
 def test_the_rate_grows_with_the_batch_only_where_a_base_is_given(batch_size, base, expected):
     config = TrainConfig(num_steps=1, lr=1e-3, batch_size=batch_size, base_batch_size=base)
     assert config.peak_lr == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_step_has_as_many_sequences_as_its_batches_together():
+    assert TrainConfig(num_steps=1, batch_size=3).step_size == 3
+    assert TrainConfig(num_steps=1, batch_size=3, accumulate=4).step_size == 12
+
+
+def test_the_rate_grows_with_the_whole_step():
+    """What a step learns from decides, not in how many parts it is computed."""
+    rates = {
+        TrainConfig(num_steps=1, batch_size=size, accumulate=parts, base_batch_size=4).peak_lr
+        for size, parts in ((12, 1), (3, 4), (1, 12))
+    }
+    assert rates == {3e-3}
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2**16, 2**15), (2**31 - 1, 2), (2**30, 2**30)])
+def test_a_step_that_no_int32_counts_is_too_large(batch_size, accumulate):
+    with pytest.raises(BabyError, match=f"a step of {batch_size} x {accumulate} sequences is too large"):
+        TrainConfig(num_steps=1, batch_size=batch_size, accumulate=accumulate)
 
 
 def test_the_lowest_rate_is_compared_with_the_rate_after_the_rule():

@@ -1,9 +1,11 @@
-"""Runs on disk: a file is whole or as before, a name finds the run that is meant, a failed run leaves nothing."""
+"""Runs on disk: a file is whole or as before, a name finds the run that is meant, a failed run leaves nothing but
+what was to be kept, and what was changed by hand is noticed."""
 
 import ast
 import errno
 import json
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -130,9 +132,7 @@ def test_json_goes_there_and_back_in_plain_ascii(tmp_path):
     assert (tmp_path / "a.json").read_bytes().isascii()
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b"9" * 5000, b"\xff"]
-)
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b"9" * 5000, b"\xff"])
 def test_a_file_that_is_no_json_is_named(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(BabyError, match=r"a\.json is not JSON; the file is damaged"):
@@ -144,6 +144,82 @@ def test_json_that_cannot_be_read_is_named(tmp_path, make):
     make(tmp_path / "a.json")
     with pytest.raises(BabyError, match=r"a\.json cannot be read .*; the run is incomplete"):
         store.read_json(tmp_path / "a.json")
+
+
+# sealed files -------------------------------------------------------------------------------------------
+
+VALUE = {"b": {"d": 1.5e-7, "c": [True, None]}, "a": "caf\u00e9", "n": 2**60}
+
+
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+    store.write_sealed(tmp_path / "a.json", VALUE)
+    return tmp_path / "a.json"
+
+
+def test_a_sealed_file_comes_back_without_its_seal(sealed):
+    assert store.read_sealed(sealed) == VALUE
+    assert list(store.read_sealed(sealed)) == list(VALUE)  # people read it in this order
+    assert json.loads(sealed.read_text()) == {**VALUE, "checksum": store.digest(VALUE)}
+
+
+def test_the_digest_asks_neither_order_nor_space():
+    assert store.digest({"a": 1, "b": [2]}) == store.digest(json.loads('{ "b":[2],\n"a":1}'))
+    assert len({store.digest(value) for value in (None, {}, [], "", 0, False, "0", 0.0, {"a": None})}) == 9
+    assert re.fullmatch("[0-9a-f]{64}", store.digest(VALUE))
+
+
+def test_a_sealed_file_may_be_laid_out_anew(sealed):
+    sealed.write_text(json.dumps(json.loads(sealed.read_text()), sort_keys=True))
+    assert store.read_sealed(sealed) == VALUE
+
+
+def test_each_change_of_a_byte_is_noticed_or_changes_nothing(sealed):
+    data = sealed.read_bytes()
+    for place in range(len(data)):
+        for other in (data[place] ^ 1, ord(" "), ord("9")):
+            sealed.write_bytes(data[:place] + bytes([other]) + data[place + 1 :])
+            try:
+                found, message = store.read_sealed(sealed), "a.json"
+            except BabyError as error:
+                found, message = VALUE, str(error)
+            assert found == VALUE
+            assert "a.json" in message
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, -3])
+def test_a_sealed_file_that_was_cut_is_noticed(sealed, length):
+    sealed.write_bytes(sealed.read_bytes()[:length])
+    with pytest.raises(BabyError, match=r"a\.json is not JSON"):
+        store.read_sealed(sealed)
+
+
+@pytest.mark.parametrize("change", [{"n": 3}, {"new": None}, {"a": "cafe"}, {"b": {}}, {"checksum": "0" * 64},
+                                    {"checksum": 5}, {"checksum": []}, {"checksum": ""}], ids=str)  # fmt: skip
+def test_a_change_without_a_new_seal_is_an_error(sealed, change):
+    sealed.write_text(json.dumps({**json.loads(sealed.read_text()), **change}))
+    with pytest.raises(BabyError, match=r"a\.json is not as it was written \(its checksum differs\)"):
+        store.read_sealed(sealed)
+
+
+@pytest.mark.parametrize("data", ["{}", "[]", "null", "3", '"checksum"', json.dumps(VALUE), '{"checksum": null}'])
+def test_a_file_without_a_seal_is_no_file_of_a_run(sealed, data):
+    sealed.write_text(data)
+    with pytest.raises(BabyError, match=r"a\.json is no file of a run \(it has no checksum\)"):
+        store.read_sealed(sealed)
+
+
+def test_a_sealed_file_that_is_missing_leaves_the_run_incomplete(tmp_path):
+    with pytest.raises(BabyError, match=r"a\.json cannot be read .*; the run is incomplete"):
+        store.read_sealed(tmp_path / "a.json")
+
+
+def test_sealing_again_is_a_change_that_is_taken(sealed):
+    store.write_sealed(sealed, {**store.read_sealed(sealed), "n": 3})
+    assert store.read_sealed(sealed) == {**VALUE, "n": 3}
+
+
+# lines --------------------------------------------------------------------------------------------------
 
 
 def test_lines_are_appended(tmp_path):
@@ -186,9 +262,12 @@ def test_a_beginning_that_fits_none_names_the_last(runs):
         store.find(runs, "abc")
 
 
-@pytest.mark.parametrize(
-    "name", ["", "../x", "a/b", "a\\b", ".", "..", "/etc", "*", "A" * 8, "aaaa\n", "a" * 37, "Last", "\x00", "g"]
-)
+@pytest.mark.parametrize("name", [
+    "", "../x", "a/b", "a\\b", ".", "..", "/etc", "*", "A" * 8, "aaaa\n", "a" * 37, "Last", "\x00", "g",
+    "_finetuned", "c_", "c_fine", "c_tuned", "c_finetuned-", "c_finetuned-0", "c_finetuned-02", "c_finetuned--2",
+    "c_finetuned-x", "c_finetuned2", "c_finetuned/..", "c_finetuned_", "c_Finetuned", "c_finetuned-\u0662",
+    "c" + "_finetuned" * 10, "c_finetuned\n",
+])  # fmt: skip
 def test_a_name_that_could_be_a_path_or_a_pattern_is_refused(runs, name):
     with pytest.raises(BabyError, match="is not a run: give a GUID, the beginning of one, or last"):
         store.find(runs, name)
@@ -202,9 +281,11 @@ def test_a_folder_without_runs_says_so(tmp_path, kind):
         store.find(folder, "last")
 
 
-def test_a_config_without_a_model_is_no_run(runs):
+def test_a_config_is_all_that_makes_a_run(runs):
+    """What else of it is missing, reading it tells."""
     RunFiles(runs, GUIDS[2]).model.unlink()
-    assert store.find(runs, "last").guid == GUIDS[1]
+    assert store.find(runs, "last").guid == GUIDS[2]
+    assert store.guids(runs) == GUIDS[::-1]
 
 
 def test_a_model_or_metrics_without_a_config_is_no_run(runs):
@@ -216,13 +297,54 @@ def test_a_model_or_metrics_without_a_config_is_no_run(runs):
 
 
 @pytest.mark.parametrize("name", [
-    "config_.json", "config_x.json", "config_..json", "config_aaaaaaaa-1111.json",
-    f"config_{GUIDS[0]}_finetuned.json", f"config_{GUIDS[0].upper()}.json", f".config_{GUIDS[0]}.json.tmp",
-    "notes.txt",
+    "config_.json", "config_x.json", "config_..json", "config_aaaaaaaa-1111.json", "notes.txt",
+    f"config_{GUIDS[0]}_finetune.json", f"config_{GUIDS[0]}_finetuned-0.json",
+    f"config_{GUIDS[0]}_finetuned-.json", f"config_{GUIDS[0]}_finetuned_x.json", f"config_{GUIDS[0]}_.json",
+    "config_aaaaaaaa_finetuned.json", f"config_{GUIDS[0].upper()}.json", f".config_{GUIDS[0]}.json.tmp",
+    f".config_{GUIDS[0]}.lock",
 ])  # fmt: skip
 def test_other_files_among_the_configs_are_passed_over(runs, name):
     (runs / "configs" / name).write_text("{}")
     assert store.guids(runs) == GUIDS[::-1]
+
+
+SUFFIXES = ["", "_finetuned", "_finetuned-2", "_finetuned-11", "_finetuned_finetuned", "_finetuned-2_finetuned-3"]
+
+
+@pytest.fixture
+def tuned(runs) -> Path:
+    """The last of the three runs was finetuned, again and again; the others were not."""
+    for age, suffix in enumerate(SUFFIXES):
+        files = RunFiles(runs, GUIDS[2] + suffix)
+        files.config.write_text("{}")
+        os.utime(files.config, ns=(0, 10**18 + 10 + age))
+    return runs
+
+
+def test_finetuned_runs_are_runs(tuned):
+    assert store.guids(tuned) == [*(GUIDS[2] + suffix for suffix in SUFFIXES[::-1]), GUIDS[1], GUIDS[0]]
+    assert store.find(tuned, "last").guid == GUIDS[2] + SUFFIXES[-1]
+
+
+@pytest.mark.parametrize("beginning", ["c", "cccccccc", "cccccccc-33", GUIDS[2]])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_beginning_and_what_finetuning_put_behind_find_their_run(tuned, beginning, suffix):
+    assert store.find(tuned, beginning + suffix) == RunFiles(tuned, GUIDS[2] + suffix)
+
+
+@pytest.mark.parametrize("name", ["c_finetuned-3", "c_finetuned-1", "a_finetuned", "aaaab_finetuned",
+                                  "c_finetuned_finetuned_finetuned"])  # fmt: skip
+def test_what_finetuning_put_behind_must_fit_wholly(tuned, name):
+    with pytest.raises(BabyError, match=f"no run in .* begins with '{name}'"):
+        store.find(tuned, name)
+
+
+def test_finetuned_runs_of_two_bases_are_ambiguous_as_their_bases_are(tuned):
+    for guid in GUIDS[:2]:
+        RunFiles(tuned, f"{guid}_finetuned").config.write_text("{}")
+    with pytest.raises(BabyError, match="2 runs begin with 'aaaa_finetuned'; give more of the GUID"):
+        store.find(tuned, "aaaa_finetuned")
+    assert store.find(tuned, "aaaab_finetuned").guid == f"{GUIDS[1]}_finetuned"
 
 
 # files of a run -----------------------------------------------------------------------------------------
@@ -237,31 +359,119 @@ def test_the_names_are_those_of_the_layout():
     assert len(set(files.of_training)) == 7
 
 
-def test_a_new_run_makes_all_folders_and_no_file(tmp_path):
-    with store.new_run(tmp_path / "a" / "b") as files:
-        assert store.GUID.fullmatch(files.guid)
-    assert all_of(tmp_path / "a" / "b") == set(store.FOLDERS)
+def test_the_config_is_the_first_of_the_files_to_go():
+    """While it is there a run can be found, so that it goes first."""
+    files = RunFiles(Path("runs"), GUIDS[0])
+    assert files.of_training[0] == files.config
+    assert files.state in files.of_training
+    assert files.lock not in files.of_training
+
+
+def lock_name(guid: str) -> str:
+    return f"configs/.config_{guid}.lock"
+
+
+def test_a_new_run_makes_all_folders_and_no_file_but_its_lock(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with store.new_run(folder) as new:
+        assert store.GUID.fullmatch(new.files.guid)
+        assert not new.keep
+        assert all_of(folder) == {*store.FOLDERS, lock_name(new.files.guid)}
+        assert store.is_held(new.files)
+    assert all_of(folder) == set(store.FOLDERS)
+    assert not store.is_held(new.files)
 
 
 def test_two_runs_have_different_guids(tmp_path):
     with store.new_run(tmp_path) as first, store.new_run(tmp_path) as second:
-        assert first.guid != second.guid
+        assert first.files.guid != second.files.guid
 
 
-def fail(folder: Path, error: BaseException | None = None, meanwhile=lambda: None) -> None:
+def test_a_guid_that_is_asked_for_is_taken(tmp_path):
+    with store.new_run(tmp_path, guid=GUIDS[0]) as new:
+        assert new.files == RunFiles(tmp_path, GUIDS[0])
+
+
+def test_a_guid_that_is_taken_already_is_refused(runs):
+    before = all_of(runs)
+    with pytest.raises(BabyError, match=f"there is a run {GUIDS[0]} in .* already"):
+        store.new_run(runs, guid=GUIDS[0]).__enter__()
+    assert all_of(runs) == before
+
+
+def test_a_guid_whose_run_left_no_more_than_its_weights_is_refused(tmp_path):
+    files = RunFiles(tmp_path, GUIDS[0])
+    files.model.parent.mkdir()
+    files.model.write_text("x")
+    with pytest.raises(BabyError, match=f"there is a run {GUIDS[0]} in .* already"):
+        store.new_run(tmp_path, guid=GUIDS[0]).__enter__()
+    assert all_of(tmp_path) == {"models", f"models/{files.model.name}"}
+
+
+def test_a_guid_that_another_process_makes_is_refused(tmp_path):
+    with store.new_run(tmp_path, guid=GUIDS[0]) as new:
+        before = all_of(tmp_path)
+        with pytest.raises(BabyError, match=f"run {GUIDS[0]} is being trained by another process"):
+            store.new_run(tmp_path, guid=GUIDS[0]).__enter__()
+        assert all_of(tmp_path) == before
+        assert store.is_held(new.files)
+
+
+def test_a_finetuned_run_is_called_after_its_base_and_counted(runs):
+    names = []
+    for _ in range(3):
+        with store.new_run(runs, base=GUIDS[1]) as new:
+            names.append(new.files.guid)
+            new.files.config.write_text("{}")
+    with store.new_run(runs, base=names[1]) as new:
+        names.append(new.files.guid)
+    suffixes = ["_finetuned", "_finetuned-2", "_finetuned-3", "_finetuned-2_finetuned"]
+    assert names == [GUIDS[1] + suffix for suffix in suffixes]
+    assert all(store.GUID.fullmatch(name) for name in names)
+
+
+def test_a_finetuning_that_failed_gives_its_name_back(runs):
+    for _ in range(2):
+        fail(runs, base=GUIDS[1])
+    with store.new_run(runs, base=GUIDS[1]) as new:
+        assert new.files.guid == f"{GUIDS[1]}_finetuned"
+
+
+def test_a_name_whose_run_left_anything_is_not_taken_for_another(runs):
+    RunFiles(runs, f"{GUIDS[1]}_finetuned").model.write_text("x")
+    with store.new_run(runs, base=GUIDS[1]) as new:
+        assert new.files.guid == f"{GUIDS[1]}_finetuned-2"
+
+
+def test_two_finetunings_of_a_run_at_once_have_two_names(runs):
+    """Whether the first has written a file yet or not."""
+    with store.new_run(runs, base=GUIDS[1]) as first, store.new_run(runs, base=GUIDS[1]) as second:
+        first.files.config.write_text("{}")
+        with store.new_run(runs, base=GUIDS[1]) as third:
+            names = [new.files.guid for new in (first, second, third)]
+    assert names == [f"{GUIDS[1]}_finetuned{more}" for more in ("", "-2", "-3")]
+
+
+def fail(
+    folder: Path, error: BaseException | None = None, meanwhile=lambda: None, keep: bool = False, **how
+) -> RunFiles:
     """A run that fails after all of its files were written."""
     error = error or BabyError("no")
+    seen = []
 
     def run():
-        with store.new_run(folder) as files:
+        with store.new_run(folder, **how) as new:
+            seen.append(new.files)
             meanwhile()
-            for path in files.of_training:
+            for path in new.files.of_training:
                 path.write_text("x")
             (folder / "corpora" / "new.ids").write_bytes(b"x")
+            new.keep = keep
             raise error
 
     with pytest.raises(type(error)):
         run()
+    return seen[0]
 
 
 @pytest.mark.parametrize("error", [BabyError("no"), RuntimeError("no"), KeyboardInterrupt(), MemoryError()])
@@ -279,6 +489,30 @@ def test_a_run_that_fails_leaves_what_was_there(runs):
     assert all_of(runs) == before
 
 
+@pytest.mark.parametrize("error", [BabyError("no"), KeyboardInterrupt()])
+def test_a_run_that_fails_after_something_worth_keeping_leaves_all_of_it_but_its_lock(tmp_path, error):
+    folder = tmp_path / "a" / "runs"
+    files = fail(folder, error, keep=True)
+    expected = {str(path.relative_to(folder)) for path in files.of_training}
+    assert all_of(folder) == {*store.FOLDERS, "corpora/new.ids", *expected}
+    assert not store.is_held(files)
+    assert store.guids(folder) == [files.guid]
+
+
+def test_a_run_that_fails_leaves_the_corpora_that_were_there(tmp_path):
+    fail(tmp_path / "runs", keep=True)
+    (tmp_path / "runs" / "corpora" / "new.ids").rename(tmp_path / "runs" / "corpora" / "old.ids")
+    before = all_of(tmp_path)
+    fail(tmp_path / "runs")
+    assert all_of(tmp_path) == before
+
+
+def test_a_run_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path):
+    with pytest.raises(BabyError, match="no"), store.new_run(tmp_path / "runs"):
+        raise BabyError("no")
+    assert all_of(tmp_path) == set()
+
+
 def test_a_run_that_fails_leaves_what_another_run_put_there_meanwhile(tmp_path):
     other = RunFiles(tmp_path / "runs", GUIDS[0])
     fail(tmp_path / "runs", meanwhile=lambda: other.config.write_text("{}"))
@@ -286,9 +520,9 @@ def test_a_run_that_fails_leaves_what_another_run_put_there_meanwhile(tmp_path):
 
 
 def test_a_run_that_ends_well_leaves_no_trial_file(tmp_path):
-    with store.new_run(tmp_path / "runs") as files:
-        files.config.write_text("{}")
-    assert all_of(tmp_path / "runs") == {*store.FOLDERS, f"configs/{files.config.name}"}
+    with store.new_run(tmp_path / "runs") as new:
+        new.files.config.write_text("{}")
+    assert all_of(tmp_path / "runs") == {*store.FOLDERS, f"configs/{new.files.config.name}"}
 
 
 @pytest.mark.parametrize("inside", ["", "/runs", "/a/b"])
@@ -317,6 +551,73 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
     with pytest.raises(BabyError, match=r"cannot be written \(No space left on device\)"):
         store.new_run(tmp_path / "runs").__enter__()
     assert all_of(tmp_path) == set()
+
+
+# a run that is held -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_held_by_one_at_a_time(runs):
+    files = RunFiles(runs, GUIDS[0])
+    with store.hold(files):
+        with pytest.raises(BabyError, match=f"run {GUIDS[0]} is being trained by another process; wait for it"):
+            store.hold(files).__enter__()
+        assert store.is_held(files)
+        assert not store.is_held(RunFiles(runs, GUIDS[1]))
+    assert not store.is_held(files)
+    with store.hold(files):
+        assert store.is_held(files)
+
+
+@pytest.mark.parametrize("error", [BabyError, KeyboardInterrupt])
+def test_a_run_is_let_go_whatever_happens(runs, error):
+    files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
+    with pytest.raises(error), store.hold(files):
+        raise error
+    assert all_of(runs) == before
+    assert not store.is_held(files)
+
+
+def test_a_lock_that_cannot_be_written_is_an_error(runs):
+    files = RunFiles(runs, GUIDS[0])
+    files.lock.mkdir()
+    with pytest.raises(BabyError, match=r"\.lock cannot be written \(.*\); name another folder with --path"):
+        store.hold(files).__enter__()
+    with pytest.raises(BabyError, match="cannot be written"):
+        store.hold(RunFiles(runs / "gone", GUIDS[0])).__enter__()
+
+
+def test_asking_whether_a_run_is_held_leaves_nothing(runs):
+    before = all_of(runs)
+    assert not store.is_held(RunFiles(runs, GUIDS[0]))
+    assert not store.is_held(RunFiles(runs / "gone", GUIDS[0]))
+    assert all_of(runs) == before
+
+
+def test_sweeping_takes_away_the_halves_of_this_run_alone(runs):
+    (runs / "outputs").mkdir()
+    (runs / "tokenizers").mkdir()
+    mine, other = RunFiles(runs, GUIDS[0]), RunFiles(runs, GUIDS[1])
+    tuned = RunFiles(runs, f"{GUIDS[0]}_finetuned")
+    half = lambda path: path.with_name(f".{path.name}.0a1b2c3d.tmp")  # noqa: E731
+    for path in (*other.of_training, *tuned.of_training):
+        half(path).write_text("x")
+    (runs / "models" / "mine.tmp").write_text("x")
+    before = all_of(runs)
+    for path in mine.of_training:
+        half(path).write_text("x")
+    store.sweep(mine)
+    assert all_of(runs) == before
+
+
+def test_what_a_write_that_was_killed_leaves_is_swept(runs, monkeypatch):
+    files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the tidying took place
+        patch.setattr(Path, "unlink", lambda path: None)
+        store.write(files.model, b"x" * 100)
+    assert len(all_of(runs) - before) == 1
+    store.sweep(files)
+    assert all_of(runs) == before
 
 
 # no code in files ---------------------------------------------------------------------------------------

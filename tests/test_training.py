@@ -10,8 +10,11 @@ from conftest import case_of
 from baby_xp import optim, params
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.models import Model
-from baby_xp.text.batches import Batch, PairBatches, RandomWindows
-from baby_xp.training.step import initial_state, loss_and_gradients, make_step, total_loss
+from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
+from baby_xp.training.step import (
+    accumulated, initial_state, loss_and_gradients, make_step, noisy_loss_and_gradients, total_loss,
+)  # fmt: skip
+from baby_xp.training.workers import Workers
 from baby_xp.tree import from_leaves, leaves
 
 SWITCHES = [
@@ -106,6 +109,91 @@ def test_shares_of_a_batch_add_up_to_the_batch(plain):
     ]
     for i in range(2):
         np.testing.assert_allclose(sum(share[i] for share in shares), whole[i], rtol=1e-10, atol=1e-14)
+
+
+# accumulated gradients ----------------------------------------------------------------------------------
+
+
+def steps_in_parts(case, batch_size, accumulate, dropout=0.2, epochs=False, workers=None, steps=4):
+    """Losses, gradient norms and last parameters of steps of 12 samples, `batch_size` of them at a time."""
+    model = Model(GPTConfig(**SMALL, dropout=dropout), 17)
+    config = TrainConfig(
+        num_steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=1, lr=1e-2, min_lr=1e-3
+    )
+    assert config.step_size == 12
+    # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
+    batches = EpochWindows(TEXT[:163], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
+    state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
+    more = {} if workers is None else {"loss_and_gradients": workers(model).loss_and_gradients}
+    step = case.compile(make_step(case.xp, model, config, **more))
+    figures, sizes = [], []
+    for i in range(steps):
+        batch = batches.batch(i)
+        state, metrics = step(state, on_device(case, batch))
+        sizes.append(len(batch.samples))
+        figures.append([float(case.to_numpy(metrics[name])[0]) for name in ("loss", "grad_norm")])
+    assert sizes == ([12, 7, 12, 7] if epochs else [12] * 4)[:steps]
+    return np.array(figures), case.to_numpy(state["params"])
+
+
+def check_parts(case, expected, **how):
+    figures, weights = steps_in_parts(case, **how)
+    np.testing.assert_allclose(figures, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(weights, expected[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+def test_a_step_in_four_parts_is_the_step(quick_backend, epochs):
+    """With dropout on, and where an epoch ends in a smaller step."""
+    expected = steps_in_parts(quick_backend, 12, 1, epochs=epochs)
+    check_parts(quick_backend, expected, batch_size=3, accumulate=4, epochs=epochs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 12), (2, 6), (4, 3), (6, 2)])
+def test_in_however_many_parts_a_step_is_the_step(batch_size, accumulate, dropout, epochs):
+    case = case_of("numpy")
+    expected = steps_in_parts(case, 12, 1, dropout, epochs)
+    check_parts(case, expected, batch_size=batch_size, accumulate=accumulate, dropout=dropout, epochs=epochs)
+
+
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):
+    case = case_of("numpy")
+    expected = steps_in_parts(case, 12, 1, dropout, epochs)
+    with Workers(case.backend, Model(GPTConfig(**SMALL, dropout=dropout), 17), 3, 2) as pool:
+        how = {"dropout": dropout, "epochs": epochs, "workers": lambda model: pool}
+        check_parts(case, expected, batch_size=3, accumulate=4, **how)
+    with Workers(case.backend, Model(GPTConfig(**SMALL, dropout=dropout), 17), 12, 2) as pool:
+        check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": lambda model: pool})
+
+
+def test_the_equation_model_in_parts_is_the_whole_too():
+    case, model, draw = case_of("numpy"), Model(EquationConfig(n_hidden=8), 13), np.random.default_rng(0).integers
+    batch = PairBatches(draw(0, 13, (40, 4)), draw(0, 13, 40), 12, 0).batch(0)
+    state = initial_state(case, params.draw(model.spec, 0, "float64") * 3, params.decay_mask(model.spec), 0)
+    whole = noisy_loss_and_gradients(case.xp, model, state, batch)
+    parts = accumulated(noisy_loss_and_gradients, 5)(case.xp, model, state, batch)
+    for one, other in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_no_more_than_a_part_is_computed_at_a_time():
+    """What accumulating is for: the memory of a step is that of its part."""
+    case, model, sizes = case_of("numpy"), Model(GPTConfig(**SMALL), 17), []
+
+    def noted(xp, model, state, batch, n_targets=None):
+        sizes.append((batch.inputs.shape, batch.targets.shape, batch.samples.tolist(), n_targets))
+        return noisy_loss_and_gradients(xp, model, state, batch, n_targets)
+
+    config = TrainConfig(num_steps=1, batch_size=3, accumulate=3)
+    state = initial_state(case, params.draw(model.spec, 0, "float64"), params.decay_mask(model.spec), 0)
+    make_step(case.xp, model, config, noted)(state, RandomWindows(TEXT, 8, 7, 0).batch(0))
+    parts = [[0, 1, 2], [3, 4, 5], [6]]
+    assert sizes == [((len(part), 8), (len(part), 8), part, 56) for part in parts]
 
 
 # optimizer ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
 
 import errno
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -30,7 +30,7 @@ BATCH = 7
 IDS = np.random.default_rng(0).integers(0, 11, 300)
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 6,
-    "eval_every": 2, "dropout": 0.1,
+    "eval_every": 2, "dropout": 0.1, "sample_tokens": 0,
 }  # fmt: skip
 FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 SHARED = Path("/dev/shm")
@@ -111,12 +111,40 @@ def test_loss_and_gradients_are_those_of_one_process(together, size):
     np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("bounds", [(0, 2, 3, BATCH), (0, 5, BATCH)], ids=str)
+def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bounds):
+    """As gradients are accumulated: a part's dropout is that which its samples have in the whole."""
+    setting, pool = together
+    n_targets, state = setting.batch.targets.size, setting.state
+    expected_loss, expected = setting.alone(setting.batch)
+    loss, gradients = 0, np.zeros_like(expected)
+    for first_sample, last in itertools.pairwise(bounds):
+        part = Batch(*(array[first_sample:last] for array in setting.batch))
+        more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
+        loss, gradients = loss + more, gradients + of_part
+    tolerance = 3 * TOLERANCE[setting.backend.dtype]  # more sums, more roundings
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
+    setting, pool = together
+    numbered = Batch(*setting.batch[:2], setting.batch.samples[::-1] + 5)
+    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, numbered)
+    expected_loss, expected = setting.alone(numbered)
+    assert expected_loss != setting.alone(setting.batch)[0]
+    tolerance = TOLERANCE[setting.backend.dtype]
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
 def test_dropout_was_on_in_the_test_above(together):
     setting, _ = together
     other = {**setting.state, "step": setting.backend.integers([4])}
-    assert setting.alone(setting.batch)[0] != noisy_loss_and_gradients(
-        setting.xp, setting.model, other, setting.batch
-    )[0]
+    assert (
+        setting.alone(setting.batch)[0]
+        != noisy_loss_and_gradients(setting.xp, setting.model, other, setting.batch)[0]
+    )
 
 
 @pytest.mark.parametrize("size", [BATCH, 2, 1])
@@ -149,7 +177,7 @@ def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
     setting, pool = together
     expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
     for _ in range(5):
-        pool._send(GRADIENTS, setting.state["params"], setting.batch, 0, 0)
+        pool._send(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
         found = pool.total_loss(setting.state["params"], setting.batch)
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
@@ -257,21 +285,42 @@ def children(monkeypatch) -> list[subprocess.Popen]:
     return started
 
 
+KILLED = "worker 1 of 3 was killed by signal 9; train with fewer --workers, or --workers 1"
+
+
+def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -> int:
+    monkeypatch.setattr("baby_xp.cli.Screen", lambda asked: Killer(pools))
+    return main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, *more])
+
+
 @needs_signals
 def test_a_worker_that_is_killed_ends_training_in_one_line(
     tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
 ):
-    killer = Killer(pools)
-    monkeypatch.setattr("baby_xp.cli._Screen", lambda asked: killer)
-    code = main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, "--workers", "3"])
+    code = main_with_killer(["--workers", "3"], tmp_path, text_file, pools, monkeypatch)
     assert code == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert lines == ["baby_xp: worker 1 of 3 was killed by signal 9; train with fewer --workers, or --workers 1"]
+    assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
     assert len(children) == 2
     assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
     assert len(arenas) == 1
     assert not arenas[0].exists()
     assert not (tmp_path / "runs").exists()
+
+
+@needs_signals
+def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
+    tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
+):
+    more = ["--workers", "3", "--checkpoint-every", "1"]
+    assert main_with_killer(more, tmp_path, text_file, pools, monkeypatch) == 2
+    assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
+    assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
+    assert not arenas[0].exists()
+    (summary,) = baby_xp.api.runs(tmp_path / "runs")
+    assert (summary.state, summary.steps) == ("failed", 2)  # the worker was killed after the evaluation of step 2
+    run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
+    assert run.config["result"]["reason"] == KILLED
+    assert len(run.generate(num_tokens=3)) == 3
 
 
 def test_a_worker_that_cannot_start_ends_training_in_one_line(arenas, children, monkeypatch):
@@ -391,11 +440,20 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training):
 
 
 @needs_signals
-def test_ctrl_c_in_a_terminal_keeps_the_run(training, tmp_path):
-    os.killpg(training.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    out, err = training.communicate(timeout=20)
-    assert (training.returncode, err) == (0, b"")
-    (config,) = (tmp_path / "runs" / "configs").iterdir()
-    result = json.loads(config.read_text())["result"]
-    assert result["state"] == "stopped"
-    assert f"the run was stopped after step {result['steps']} and kept".encode() in out
+@pytest.mark.parametrize(("number", "group"), [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True)])
+def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, tmp_path, number, group):
+    """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
+    (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
+    out, err = (text.decode() for text in training.communicate(timeout=20))
+    assert training.returncode == 130
+    assert err == "stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted\n"
+    (summary,) = baby_xp.api.runs(tmp_path / "runs")
+    assert (summary.state, summary.num_steps) == ("stopped", 100_000_000)
+    run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
+    result = run.config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", summary.steps)
+    assert f"stopped after step {result['steps']}, with a checkpoint; to go on: python -m baby_xp resume" in out
+    assert "whole validation part" not in out
+    assert not run.files.completion().exists()
+    assert not run.files.lock.exists()
+    assert not list((tmp_path / "runs").rglob("*.tmp"))

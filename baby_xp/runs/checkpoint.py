@@ -37,15 +37,11 @@ def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]
     arrays, metadata = _load(path)
     if arrays.keys() != set(layout.paths):
         odd = sorted(arrays.keys() ^ set(layout.paths))
-        raise BabyError(
-            f"{shown(path)} does not belong to this model: {len(odd)} arrays differ, first {odd[0]!r}"
-        )
+        raise BabyError(f"{shown(path)} does not belong to this model: {len(odd)} arrays differ, first {odd[0]!r}")
     for name, shape in zip(layout.paths, layout.shapes, strict=True):
         if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
             found = f"{arrays[name].dtype} {arrays[name].shape}"
-            raise BabyError(
-                f"{shown(path)} does not belong to this model: {name} is {found}, not float {shape}"
-            )
+            raise BabyError(f"{shown(path)} does not belong to this model: {name} is {found}, not float {shape}")
     return np.concatenate([arrays[name].reshape(-1) for name in layout.paths]), metadata
 
 

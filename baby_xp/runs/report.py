@@ -11,9 +11,7 @@ def machine() -> str:
     """The machine and the Python of this process, in one line."""
     import os
 
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
-    )
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
 
 
 def text(config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], sample: str) -> str:

@@ -187,9 +187,7 @@ def find(folder: str | Path, name: str) -> RunFiles:
     if len(fitting) != 1:
         known = f"{len(fitting)} runs begin with" if fitting else f"no run in {shown(folder)} begins with"
         raise BabyError(
-            f"{known} {name!r}; give more of the GUID"
-            if fitting
-            else f"{known} {name!r}; the last is {found[0]}"
+            f"{known} {name!r}; give more of the GUID" if fitting else f"{known} {name!r}; the last is {found[0]}"
         )
     return RunFiles(folder, fitting[0])
 

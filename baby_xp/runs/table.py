@@ -44,9 +44,8 @@ def _summary(files: RunFiles) -> Summary:
             val_loss = _last_loss(files)
             if not store.is_held(files):
                 state = "stopped"  # it was killed
-        return Summary(
-            files.guid, state, config["preset"], config["data"]["data"], config["started"], steps, num_steps, val_loss
-        )
+        asked = config["preset"], config["data"]["data"], config["started"]
+        return Summary(files.guid, state, *asked, steps, num_steps, val_loss)
     except (BabyError, KeyError, TypeError, ValueError):
         return Summary(files.guid, "damaged")
 

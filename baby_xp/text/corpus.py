@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from baby_xp.errors import BabyError
+from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
 Making = Callable[[Iterator[str]], Tokenizer]
@@ -31,6 +32,7 @@ class Corpus:
     sha256        hex digest of the text in UTF-8, after newlines became \\n and a byte order mark went.
     name          what to call the text when talking to the user.
     n_characters  length of the text; the ids may be more, as with bytes.
+    statistics    paragraphs, sentences, words, characters.
     """
 
     ids: np.ndarray
@@ -38,6 +40,7 @@ class Corpus:
     sha256: str
     name: str
     n_characters: int
+    statistics: Statistics
 
     @property
     def train(self) -> np.ndarray:
@@ -141,8 +144,8 @@ def _build(
     cache_folder: str | Path | None,
     sha256: str | None,
 ) -> Corpus:
-    tally = _Tally(name)
-    chunks = tally.over(open_chunks())
+    tally, counter = _Tally(name), Counter()
+    chunks = counter.over(tally.over(open_chunks()))
     if isinstance(tokenizer, str):
         tokenizer = create(tokenizer, chunks)
     elif callable(tokenizer):
@@ -163,7 +166,7 @@ def _build(
         n_tokens = tally.n_bytes if tokenizer.kind == "byte" else tally.place.index
         path = Path(cache_folder) / _file_name(tally.sha256, tokenizer)
         ids = _cached(encoded, n_tokens, _dtype(tokenizer), path)
-    return Corpus(ids, tokenizer, tally.sha256, name, tally.place.index)
+    return Corpus(ids, tokenizer, tally.sha256, name, tally.place.index, counter.statistics)
 
 
 def _encoded(chunks: Iterator[str], tokenizer: Tokenizer, name: str, sha256: str) -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
 """What a text is made of, counted chunk by chunk: paragraphs, sentences, words, characters."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PARAGRAPH = re.compile(r"\S.*")  # a line from its first character that is not whitespace; "." matches no newline
@@ -32,24 +32,47 @@ class Statistics:
     newlines: int
 
 
-def count(chunks: Iterable[str]) -> Statistics:
-    """The statistics of a text given in chunks, whose sizes change nothing, in the memory of one chunk."""
-    paragraphs = sentences = words = length = newlines = 0
-    # What the text so far ends in. Its number is counted already, though the next chunk may go on with it.
-    in_paragraph = in_end = in_word = False
-    for chunk in chunks:
+class Counter:
+    """Counts a text chunk by chunk, in the memory of one chunk; how it is cut changes nothing."""
+
+    def __init__(self):
+        self.paragraphs = self.sentences = self.words = self.length = self.newlines = 0
+        # What the text so far ends in. Its number is counted already, though the next chunk may go on with it.
+        self.in_paragraph = self.in_end = self.in_word = False
+
+    def over(self, chunks: Iterable[str]) -> Iterator[str]:
+        """The chunks, counted as they pass."""
+        for chunk in chunks:
+            self.add(chunk)
+            yield chunk
+
+    def add(self, chunk: str) -> None:
+        """Count one more chunk."""
         if not chunk:
-            continue
+            return
         line, newline, _ = chunk.partition("\n")
-        paragraphs += len(PARAGRAPH.findall(chunk)) - (in_paragraph and _holds_text(line))
-        sentences += len(END.findall(chunk)) - (in_end and chunk[0] in ".!?")
-        words += len(chunk.split()) - (in_word and not chunk[0].isspace())
-        length += len(chunk)
-        newlines += chunk.count("\n")
-        in_paragraph = _holds_text(chunk[chunk.rfind("\n") + 1 :]) or (in_paragraph and not newline)
-        in_end = chunk[-1] in ".!?"
-        in_word = not chunk[-1].isspace()
-    return Statistics(paragraphs, sentences, words, length - newlines, newlines)
+        self.paragraphs += len(PARAGRAPH.findall(chunk)) - (self.in_paragraph and _holds_text(line))
+        self.sentences += len(END.findall(chunk)) - (self.in_end and chunk[0] in ".!?")
+        self.words += len(chunk.split()) - (self.in_word and not chunk[0].isspace())
+        self.length += len(chunk)
+        self.newlines += chunk.count("\n")
+        self.in_paragraph = _holds_text(chunk[chunk.rfind("\n") + 1 :]) or (self.in_paragraph and not newline)
+        self.in_end = chunk[-1] in ".!?"
+        self.in_word = not chunk[-1].isspace()
+
+    @property
+    def statistics(self) -> Statistics:
+        """The counts so far."""
+        characters = self.length - self.newlines
+        return Statistics(self.paragraphs, self.sentences, self.words, characters, self.newlines)
+
+
+def count(chunks: Iterable[str]) -> Statistics:
+    """The statistics of a text given in chunks."""
+    counter = Counter()
+    for chunk in chunks:
+        counter.add(chunk)
+    return counter.statistics
 
 
 def _holds_text(piece: str) -> bool:

@@ -94,9 +94,7 @@ def fit(
 class _Run:
     """What the loop remembers between steps: the state on the device, and the progress of a checkpoint."""
 
-    def __init__(
-        self, backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first
-    ):
+    def __init__(self, backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first):
         self.backend, self.config, self.task = backend, config, task
         self.listener, self._keep, self.stop, self.sample = listener, keep, stop, sample
         self.evaluate_first = evaluate_first
@@ -281,4 +279,3 @@ def evaluations_since_best(progress: dict[str, Any]) -> int:
     """Evaluations after the best one."""
     best = progress["best"]
     return sum(best is not None and record["step"] > best["step"] for record in progress["records"])
-

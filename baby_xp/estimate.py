@@ -1,0 +1,531 @@
+"""What a run will take, before it is begun: counts that are exact, and a trial that is measured.
+
+Sizes, floating-point operations and the bytes of arrays follow from shapes alone, and tests count them where
+they really happen. Time and the memory of whole processes do not: libraries, copies while a checkpoint is
+written, what the allocator keeps. So a trial trains with the very settings for a few seconds in a process of
+its own, evaluates, shows a sample and writes a checkpoint, in a folder that goes again.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from baby_xp import api, memory, task
+from baby_xp import backend as backends
+from baby_xp import config as configs
+from baby_xp.config import LARGEST, EquationConfig, GPTConfig, ModelConfig, Preset
+from baby_xp.errors import BabyError
+from baby_xp.layers import mixture_of_experts, mlp
+from baby_xp.models import Model
+from baby_xp.presets import preset as find_preset
+from baby_xp.sitting import SAMPLE_TOKENS
+from baby_xp.task import Task
+from baby_xp.text.batches import EpochWindows
+from baby_xp.training.loop import EVALUATION_TOKENS
+from baby_xp.tree import leaves
+
+SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
+"""How long the trial trains after its first reading of the loss, and how often it reads; and at most."""
+GENERATED = 64
+"""Tokens that the trial generates."""
+TOKENS_A_PARAMETER = (20, 40)
+"""The Little Baby's rule for the tokens to train on."""
+MIB = 2**20
+PROGRAM = "from baby_xp.estimate import serve; serve()"
+KINDS = {
+    "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
+    "attention": "attention", "network": "network", "lm_head": "head",
+    "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
+}  # fmt: skip
+"""What a parameter belongs to, by its name in the tree."""
+
+
+# exact counts -------------------------------------------------------------------------------------------
+
+
+def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Number of parameters, by kind."""
+    found: dict[str, int] = {}
+    for path, spec in leaves(Model(config, vocab_size).spec):
+        kind = KINDS[_part(path)]
+        found[kind] = found.get(kind, 0) + math.prod(spec.shape)
+    return found
+
+
+def formula_parameters(config: ModelConfig, vocab_size: int) -> int | None:
+    """The Little Baby's P = V H + L (4 H^2 + 4 H F) with H = n_emb and F = 4 H; None for the equation model.
+
+    It is a rule of thumb: an MLP has 2 H F weights and not 4 (and four experts have 8), and positions, norms,
+    biases and the head are left out.
+    """
+    if isinstance(config, EquationConfig):
+        return None
+    H, L = config.n_emb, config.n_layers
+    return vocab_size * H + L * (4 * H**2 + 4 * H * mlp.EXPANSION * H)
+
+
+def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of a forward pass: 2 M K N for (M, K) @ (K, N).
+
+    Every weight matrix is multiplied once with each row that passes it. Scores are computed for all T x T
+    pairs of tokens, those included that the causal mask then hides.
+    """
+    N = batch_size * config.n_ctx
+    weights = sum(
+        math.prod(spec.shape)
+        for path, spec in leaves(Model(config, vocab_size).spec)
+        if len(spec.shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
+    )
+    if isinstance(config, EquationConfig):
+        return 2 * batch_size * weights  # one row a context, not a token
+    attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
+    return 2 * N * weights + config.n_layers * attention
+
+
+def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of a training step on `batch_size` sequences.
+
+    Backward makes two products of each one of forward: for the gradients of both its factors. One more is the
+    gradient of the embeddings, a product with one-hot rows.
+    """
+    one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
+    return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
+
+
+def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+    """Bytes of the arrays that a forward pass with dropout keeps for backward, loss included, on NumPy.
+
+    Other backends keep nearly the same; one that compiles the step decides for itself.
+    """
+    B, T, V, C = batch_size, config.n_ctx, vocab_size, config.n_emb
+    if isinstance(config, EquationConfig):
+        hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its slope too
+        return itemsize * B * (T * C + hidden + V)
+    norm = C + 1                                                   # normed channels, one deviation a token
+    a_token = norm + C + V                                         # the last norm, the head's input, the loss
+    a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
+    return B * (T * a_token * itemsize + config.n_layers * _masks(config))
+
+
+def _attention_saved(config: GPTConfig) -> int:
+    """Elements a token: queries, keys and values, a row of weights a head, the heads' outputs; gate and sum."""
+    S, H = config.head_size, config.n_heads
+    return 3 * S + H * config.n_ctx + S + (H + S // H if config.c_attention == "moh" else 0)
+
+
+def _network_saved(config: GPTConfig) -> int:
+    """Elements a token: the slope of GELU and its output; of experts also the gate and the gated output."""
+    if config.c_network == "mlp":
+        return 2 * mlp.EXPANSION * config.n_emb
+    experts = mixture_of_experts
+    return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
+
+
+def _masks(config: GPTConfig) -> int:
+    """Bytes of a block's dropout masks for one sequence, which are made two elements at a time."""
+    if not config.dropout:
+        return 0
+    T = config.n_ctx
+    sizes = (config.n_heads * T * T, T * config.n_emb, T * config.n_emb)
+    return sum(size + size % 2 for size in sizes)
+
+
+def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
+    """Bytes of the keys and values that generation keeps when its context is full."""
+    if isinstance(config, EquationConfig):
+        return 0
+    return itemsize * config.n_layers * 2 * config.n_ctx * config.head_size
+
+
+def arrays(
+    config: ModelConfig, vocab_size: int, batch_size: int, workers: int = 1, itemsize: int = 4
+) -> dict[str, int]:
+    """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences computed together.
+
+    A worker computes its share of them and passes its gradients through the exchange, where it also finds the
+    weights.
+    """
+    flat = itemsize * sum(parameters(config, vocab_size).values())
+    shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
+    kept = sum(saved_bytes(config, vocab_size, share, itemsize) for share in shares)
+    exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
+    return {
+        "weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept, **exchange
+    }  # fmt: skip
+
+
+def _part(path: str) -> str:
+    """The part of the model that a parameter belongs to: "blocks.0.norm1.gain" -> "norm1"."""
+    first, *rest = path.split(".")
+    return rest[1] if first == "blocks" else first
+
+
+# the estimate -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run once its text was read."""
+
+    backend: str
+    workers: int
+    vocab_size: int
+    num_steps: int
+    step_size: int
+    """Sequences in a step; in the last one of an epoch there may be fewer."""
+    sequences: int
+    """Sequences in the whole run."""
+    n_validation: int
+    corpus_bytes: int
+    """Length of the file of ids."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short run with the same settings took."""
+
+    ms_a_step: float
+    """Median over the readings after the first."""
+    tokens_per_second: float
+    evaluation_seconds: float
+    """Of one batch of the validation part."""
+    token_seconds: float
+    """Of a token that is generated."""
+    checkpoint_seconds: float
+    start_seconds: float
+    memory: int | None
+    """Bytes that all processes took at their peak, less those of a bare interpreter each; None without /proc."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take. Counts are exact; what comes of `trial`, None if nothing was measured, is about."""
+
+    preset: Preset
+    facts: Facts
+    trial: Trial | None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters by kind."""
+        return parameters(self.preset.model, self.facts.vocab_size)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run trains on, each as often as it comes."""
+        return self.facts.sequences * self.preset.model.n_ctx
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of all training steps."""
+        return step_flops(self.preset.model, self.facts.vocab_size, self.facts.sequences)
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Bytes of the arrays of training by kind."""
+        together = min(self.preset.train.batch_size, self.facts.step_size)
+        return arrays(self.preset.model, self.facts.vocab_size, together, self.facts.workers, self._itemsize)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the key-value cache of generation at full context."""
+        return cache_bytes(self.preset.model, self._itemsize)
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the run's processes take at their peak, less a bare interpreter's; None if not measured."""
+        return self.trial and self.trial.memory
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the files: the text's ids, the best weights, and a checkpoint with weights, moments and the
+        best weights once more."""
+        return self.facts.corpus_bytes + 5 * self._itemsize * self.n_parameters
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """Of the whole run, by what it does; None if nothing was measured."""
+        return _seconds(self.preset, self.facts, self.trial) if self.trial else None
+
+    @property
+    def _itemsize(self) -> int:
+        return {"float32": 4, "float64": 8}[self.preset.train.dtype]
+
+
+def estimate(
+    preset: str | Preset = "baby",
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    workers: int | None = None,
+    measure: bool = True,
+    **overrides: Any,
+) -> Estimate:
+    """What `train` with the same arguments will take. measure: also try it, which takes some seconds.
+
+    Nothing is left behind. Raises BabyError for what `train` would not take either, or if the trial fails.
+    """
+    chosen = api.override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
+    with tempfile.TemporaryDirectory(prefix="baby_xp_", ignore_cleanup_errors=True) as folder:
+        if measure:
+            facts, trial = _tried(chosen, backend, device, workers, folder)
+        else:
+            facts, trial = _looked_up(chosen, backend, device, workers, Path(folder)), None
+    return Estimate(replace(chosen, train=replace(chosen.train, num_steps=facts.num_steps)), facts, trial)
+
+
+def _looked_up(chosen: Preset, backend: str, device: str | None, workers: int | None, folder: Path) -> Facts:
+    """The facts without a trial, in the same order of checks as `train`."""
+    loaded = backends.load(backend, device, chosen.train.dtype)
+    learned = task.prepare(chosen.data, chosen.model, chosen.train, folder / "corpora")
+    model = Model(chosen.model, learned.tokenizer.vocab_size)
+    api._check_size(model)
+    number = api._number_of_workers(workers, loaded, model, chosen.train.batch_size)
+    return _facts(learned, loaded.name, number, folder)
+
+
+def _facts(learned: Task, backend: str, workers: int, folder: Path) -> Facts:
+    batches, n = learned.batches, learned.num_steps
+    sequences = n * batches.batch_size
+    if isinstance(batches, EpochWindows):  # the last batch of an epoch may be smaller
+        epochs, rest = divmod(n, batches.steps_per_epoch)
+        sequences = epochs * batches.n_windows + rest * batches.batch_size
+    corpus_bytes = sum(path.stat().st_size for path in (folder / "corpora").glob("*.ids"))
+    return Facts(
+        backend, workers, learned.tokenizer.vocab_size, n, batches.batch_size, sequences, learned.n_validation,
+        corpus_bytes,
+    )  # fmt: skip
+
+
+def _seconds(preset: Preset, facts: Facts, trial: Trial) -> dict[str, float]:
+    train, context = preset.train, 1 if isinstance(preset.model, EquationConfig) else preset.model.n_ctx
+    training = facts.num_steps * trial.ms_a_step / 1e3
+    whole = trial.evaluation_seconds * max(1.0, facts.n_validation / (train.batch_size * context))
+    evaluations = -(-facts.num_steps // train.eval_every)
+    sample = SAMPLE_TOKENS + evaluations * train.sample_tokens
+    checkpoints = facts.num_steps // train.checkpoint_every if train.checkpoint_every else 0
+    if train.checkpoint_minutes:
+        checkpoints += training / 60 / train.checkpoint_minutes
+    every = max(1, facts.n_validation // EVALUATION_TOKENS)
+    return {
+        "training": training,
+        "evaluations": whole + evaluations * max(trial.evaluation_seconds, whole / every),
+        "samples": trial.token_seconds * (1 if isinstance(preset.model, EquationConfig) else sample),
+        "start and checkpoints": trial.start_seconds + (1 + checkpoints) * trial.checkpoint_seconds,
+    }
+
+
+# the trial ----------------------------------------------------------------------------------------------
+
+
+def _tried(
+    chosen: Preset, backend: str, device: str | None, workers: int | None, folder: str
+) -> tuple[Facts, Trial]:
+    """Try the run in a process of its own: only there can a peak of memory be the run's alone."""
+    request = {
+        "preset": {"name": chosen.name, "about": chosen.about},
+        "configs": {part: configs.to_dict(getattr(chosen, part)) for part in ("model", "train", "data")},
+        "backend": backend, "device": device, "workers": workers, "path": folder,
+        "seconds": SECONDS, "most_seconds": MOST_SECONDS,
+    }  # fmt: skip
+    # a script may have added to the path
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
+        encoding="utf-8", env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        code = done.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise BabyError(f"the trial {how}: the memory may be too small for this run; try a smaller model or batch")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise BabyError(found["error"])
+    idle, sizes = memory.of_interpreter(environment), found["trial"].pop("sizes")
+    taken = memory.growth(sizes, idle) if idle and sizes else None
+    return Facts(**found["facts"]), Trial(**found["trial"], memory=taken)
+
+
+def serve() -> None:
+    """What the process of a trial does: a request on its input, an answer as the last line of its output."""
+    import tqdm  # noqa: F401
+    import tyro  # noqa: F401  # the command line of the real run has them, and they take room too
+
+    request = json.load(sys.stdin)
+    try:
+        answer = _try(**request)
+    except BabyError as error:
+        answer = {"error": " ".join(str(error).split())}
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "an array did not fit"
+        answer = {"error": f"not enough memory ({reason}); choose a smaller model or batch"}
+    print(json.dumps(answer))
+
+
+def _try(
+    preset: dict[str, str],
+    configs: dict[str, Any],
+    backend: str,
+    device: str | None,
+    workers: int | None,
+    path: str,
+    seconds: float,
+    most_seconds: float,
+) -> dict[str, Any]:
+    """Train as the request says, until enough was seen -> facts and trial, as plain JSON values."""
+    chosen = _preset_of(preset, configs)
+    # neither may end the trial before its time
+    chosen = replace(chosen, train=replace(chosen.train, max_minutes=0.0, patience=0))
+    watch, begin = _Watch(seconds, most_seconds), time.perf_counter()
+    run = api.train(chosen, path=path, backend=backend, device=device, workers=workers, listener=watch)
+    written = time.perf_counter()
+    run.generate(num_tokens=GENERATED)
+    generated = time.perf_counter()
+    rates = watch.rates[1:] or watch.rates
+    facts = _facts(watch.learned, run.backend.name, watch.workers, Path(path))
+    tokens, rate = facts.step_size * chosen.model.n_ctx, statistics.median(rates)
+    trial = {
+        "ms_a_step": 1e3 * tokens / rate,
+        "tokens_per_second": rate,
+        "evaluation_seconds": min(watch.evaluations),
+        "token_seconds": (generated - written) / GENERATED,
+        "checkpoint_seconds": written - watch.ended,
+        "start_seconds": watch.began - begin,
+        "sizes": memory.taken() and [*memory.taken(), *watch.sizes],
+    }
+    return {"facts": asdict(facts), "trial": trial}
+
+
+def _preset_of(preset: dict[str, str], parts: dict[str, Any]) -> Preset:
+    return Preset(
+        **preset,
+        model=configs.model_from_dict(parts["model"], "trial"),
+        train=configs.from_dict(configs.TrainConfig, parts["train"], "trial"),
+        data=configs.from_dict(configs.DataConfig, parts["data"], "trial"),
+    )
+
+
+class _Watch(api.Silent):
+    """Ends a run when enough was seen of it: readings of the speed, then an evaluation with its sample, then one
+    more step. The checkpoint at the end then holds the best weights beside the last ones: that is where the
+    memory of a long run is highest that a few steps would not show.
+    """
+
+    def __init__(self, seconds: float, most_seconds: float):
+        self.seconds, self.most_seconds = seconds, most_seconds
+        self.rates: list[float] = []
+        self.evaluations: list[float] = []
+        self.last = False
+
+    def started(self, sitting, step: int) -> None:
+        """Put a task in place of the run's whose end can be moved, and whose validation part is short."""
+        self.learned, self.workers = sitting.learned, sitting.workers
+        self.moving = SimpleNamespace(**vars(sitting.learned))
+        self.moving.num_steps, self.moving.n_validation = LARGEST, 1
+        self.moving.validation = self._some_validation
+        sitting.learned = self.moving
+        self.began = self.first = time.perf_counter()
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Note a reading; when there are enough, let the run evaluate, and end it after that."""
+        if self.last:
+            self.sizes = memory.taken(memory.children())[1:]
+            self.ended = time.perf_counter()
+            raise KeyboardInterrupt
+        self.rates.append(tokens_per_second)
+        now = time.perf_counter()
+        if len(self.rates) == 1:
+            self.first = now
+        enough = len(self.rates) > READINGS and now - self.first >= self.seconds
+        if enough or now - self.began >= self.most_seconds:
+            self.moving.num_steps = step
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """After the evaluation that was asked for, one more step."""
+        if record["step"] == self.moving.num_steps:
+            self.moving.num_steps, self.last = record["step"] + 1, True
+
+    def _some_validation(self) -> Iterator[Any]:
+        for batch in islice(self.learned.validation(), 3):
+            begin = time.perf_counter()
+            yield batch
+            self.evaluations.append(time.perf_counter() - begin)
+
+
+# what the command line shows ----------------------------------------------------------------------------
+
+
+def lines(found: Estimate) -> list[str]:
+    """The estimate as a table to read."""
+    facts = found.facts
+    rows = [
+        ("parameters", f"{found.n_parameters:,} exactly: {_listed(found.parameters, '{:,}')}"),
+        *_by_formula(found),
+        ("tokens", f"{found.tokens:,} in {facts.num_steps:,} steps of {facts.step_size} x "
+                   f"{found.preset.model.n_ctx}"),
+        *_by_rule(found),
+        ("operations", f"{found.flops:.3g} in the products of matrices of all training steps, exactly"),
+        ("", f"{6 * found.tokens * found.n_parameters:.3g} by The Little Baby's 6 T P"),
+        ("arrays, MiB", _listed({kind: size / MIB for kind, size in found.arrays.items()}, "{:.1f}")),
+        ("", f"{found.cache / MIB:.2f} for keys and values while it generates"),
+        *_measured(found),
+        ("disk", f"about {found.disk / MIB:.1f} MiB"),
+    ]  # fmt: skip
+    processes = f", {facts.workers} processes" if facts.workers > 1 else ""
+    head = f"{found.preset.name} on {facts.backend}{processes}, {facts.vocab_size} different tokens"
+    return [head, *(f"  {name:<12} {text}" for name, text in rows)]
+
+
+def _by_formula(found: Estimate) -> list[tuple[str, str]]:
+    count = formula_parameters(found.preset.model, found.facts.vocab_size)
+    if count is None:
+        return []
+    about = "a rule of thumb: no positions, norms, biases or head, and another factor for the network"
+    return [("", f"{count:,} by The Little Baby's V H + L (4 H^2 + 4 H F), {about}")]
+
+
+def _by_rule(found: Estimate) -> list[tuple[str, str]]:
+    low, high = (share * found.n_parameters for share in TOKENS_A_PARAMETER)
+    share = found.tokens / found.n_parameters
+    return [("", f"{share:.1f} a parameter; The Little Baby's rule is 20 to 40, {low:,} to {high:,}")]
+
+
+def _measured(found: Estimate) -> list[tuple[str, str]]:
+    trial, seconds = found.trial, found.seconds
+    if trial is None:
+        return [("memory, time", "not measured")]
+    of_device = "" if found.facts.backend == "numpy" else "; a GPU's own memory is not in it"
+    taken = "not known: this system does not tell it"
+    if trial.memory is not None:
+        taken = f"about {trial.memory / MIB:.0f} MiB at the peak, beside the interpreter's own{of_device}"
+    parts = {name: _time(value) for name, value in seconds.items()}
+    return [
+        ("memory", taken),
+        ("a step", f"{trial.ms_a_step:.3g} ms, {trial.tokens_per_second:,.0f} tokens/s"),
+        ("time", f"about {_time(sum(seconds.values()))} for the whole run: {_listed(parts, '{}')}"),
+    ]
+
+
+def _listed(parts: dict[str, Any], form: str) -> str:
+    return ", ".join(f"{name} {form.format(value)}" for name, value in parts.items())
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

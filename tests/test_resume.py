@@ -1,0 +1,312 @@
+"""A run that was stopped, killed or cut short ends bit for bit like one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import case_of
+from safetensors.numpy import load_file
+
+import baby_xp.sitting
+from baby_xp import api
+from baby_xp.errors import BabyError
+from baby_xp.run import Run
+from baby_xp.runs.store import RunFiles
+
+TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
+TINY = {
+    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 24,
+    "eval_every": 5, "checkpoint_every": 4, "dropout": 0.2, "sample_tokens": 5, "warmup_steps": 3, "lr": 1e-2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
+        patch.setattr(baby_xp.training.loop, "READ_EVERY", 1)  # the listeners below hear of every step
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8", newline="\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def odd_end(tmp_path_factory) -> Path:
+    """A text whose validation part is unlike the rest: the better a model knows the rest, the worse it does."""
+    path = tmp_path_factory.mktemp("text") / "odd_end.txt"
+    path.write_text("the cat sat on the mat. " * 90 + "tam eht no tas tac eht " * 10, encoding="utf-8")
+    return path
+
+
+class Stopper(api.Silent):
+    """Stops a run from inside, in one of the ways there are, when it comes to a step or an evaluation."""
+
+    def __init__(self, at: int, where: str = "progress", how: str = "signal"):
+        self.at, self.where, self.how, self.done = at, where, how, False
+
+    def progress(self, step, loss, tokens_per_second):
+        self._stop("progress", step)
+
+    def evaluated(self, record):
+        self._stop("whole" if record["whole_validation"] else "evaluated", record["step"])
+
+    def _stop(self, where, step):
+        if where == self.where and step >= self.at and not self.done:
+            self.done = True
+            if self.how == "exception":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), {"signal": signal.SIGINT, "term": signal.SIGTERM}[self.how])
+
+
+@dataclass(frozen=True)
+class Ending:
+    """All that must be the same bit for bit."""
+
+    arrays: dict
+    weights: np.ndarray
+    metrics: list
+    sample: str
+    result: dict
+
+    @classmethod
+    def of(cls, run: Run) -> "Ending":
+        metrics = [json.loads(line) for line in run.files.metrics.read_text("ascii").splitlines()]
+        for record in metrics:
+            del record["seconds"]
+        times = ("seconds", "tokens_per_second")
+        result = {name: value for name, value in run.config["result"].items() if name not in times}
+        arrays = {name: array.tobytes() for name, array in load_file(run.files.state).items()}
+        sample = run.files.completion().read_text("utf-8")
+        weights = api.load(run.guid, path=run.files.folder, backend="numpy").params
+        return cls(arrays, weights.tobytes(), metrics, sample, result)
+
+
+def train(text: Path, folder: Path, listener=None, **more) -> Run:
+    settings = {**TINY, "backend": "numpy", "data": str(text), **more}
+    return api.train("baby", path=folder, listener=listener, **settings)
+
+
+_alone: dict[tuple, Ending] = {}
+
+
+@pytest.fixture
+def alone(text, tmp_path):
+    """How a run ends that is left alone."""
+
+    def ending(**more) -> Ending:
+        key = tuple(sorted(more.items()))
+        if key not in _alone:
+            _alone[key] = Ending.of(train(text, tmp_path / "alone", **more))
+        return _alone[key]
+
+    return ending
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("at", [1, 7, 20, 23])
+def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_path, alone, at, workers):
+    stopped = train(text, tmp_path, Stopper(at), workers=workers)
+    result = stopped.config["result"]
+    assert (result["state"], result["reason"]) == ("stopped", "interrupted")
+    assert result["steps"] == at
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=workers)
+
+
+@pytest.mark.parametrize("how", ["signal", "term", "exception"])
+@pytest.mark.parametrize("where", ["progress", "evaluated"])
+def test_it_does_not_matter_where_and_how_it_is_stopped(text, tmp_path, alone, where, how):
+    train(text, tmp_path, Stopper(10, where, how), workers=1)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
+    train(text, tmp_path, Stopper(3), workers=1)
+    for at in (6, 11, 12, 19):
+        assert api.resume(path=tmp_path, listener=Stopper(at)).config["result"]["state"] == "stopped"
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_a_run_stopped_during_its_last_evaluation_is_measured_when_resumed(text, tmp_path, alone, monkeypatch):
+    fit = baby_xp.training.loop._Run.measure_the_best
+    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", _interrupted)
+    assert train(text, tmp_path, workers=1).config["result"]["state"] == "stopped"
+    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", fit)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def _interrupted(self):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("more", [
+    {"num_steps": None, "num_epochs": 1, "stride": 40},
+    {"accumulate": 2, "batch_size": 2},
+    {"dtype": "float64", "c_attention": "moh", "c_network": "moe", "c_sequence": "post"},
+    {"tokenizer": "byte"},
+], ids=["epochs", "accumulation", "float64 post moh moe", "bytes"])  # fmt: skip
+def test_other_settings_resume_as_exactly(text, tmp_path, alone, more):
+    train(text, tmp_path, Stopper(9), workers=1, **more)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1, **more)
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp_path, patience):
+    more = {"workers": 1, "lr": 0.1, "patience": patience, "num_steps": 40}
+    whole = Ending.of(train(odd_end, tmp_path / "alone", **more))
+    assert whole.result["reason"] == ("patience" if patience else "steps")
+    train(odd_end, tmp_path / "runs", Stopper(whole.result["steps"] - 3), **more)
+    resumed = api.resume(path=tmp_path / "runs")
+    assert resumed.config["result"]["best_step"] < resumed.config["result"]["steps"] - 3
+    assert not np.array_equal(resumed.params, api.load(path=tmp_path / "runs", weights="last").params)
+    assert Ending.of(resumed) == whole
+
+
+@pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax"])
+def test_every_backend_resumes_exactly(text, tmp_path, name):
+    case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
+    small = {"num_steps": 6, "eval_every": 3, "sample_tokens": 0, "backend": name}
+    whole = Ending.of(train(text, tmp_path / "alone", **small))
+    train(text, tmp_path / "runs", Stopper(1), **{**small, "num_steps": 6})
+    assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
+
+
+def test_the_time_limit_is_of_a_sitting_and_the_run_goes_on_exactly(text, tmp_path, alone):
+    stopped = train(text, tmp_path, workers=1, max_minutes=1e-9)
+    assert (stopped.config["result"]["reason"], stopped.config["result"]["steps"]) == ("time", 0)
+    done = api.resume(path=tmp_path, max_minutes=0)
+    assert Ending.of(done) == alone(workers=1)
+
+
+# what can be changed, and what cannot -------------------------------------------------------------------
+
+
+def test_a_run_that_is_done_goes_on_with_more_steps(text, tmp_path, alone):
+    train(text, tmp_path, workers=1, schedule="constant", num_steps=12)
+    with pytest.raises(BabyError, match="is done with all its 12 steps; to go on give more --num-steps"):
+        api.resume(path=tmp_path)
+    longer, whole = api.resume(path=tmp_path, num_steps=24), alone(workers=1, schedule="constant")
+    assert load_file(longer.files.state)["params"].tobytes() == whole.arrays["params"]
+
+
+def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
+    ended = train(odd_end, tmp_path, workers=1, patience=1, lr=0.1, num_steps=40)
+    assert ended.config["result"]["reason"] == "patience"
+    with pytest.raises(BabyError, match="another --patience"):
+        api.resume(path=tmp_path)
+    assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
+
+
+def test_only_some_settings_can_be_changed(text, tmp_path):
+    train(text, tmp_path, Stopper(3), workers=1)
+    with pytest.raises(BabyError, match="n_emb cannot be changed"):
+        api.resume(path=tmp_path, n_emb=16)
+
+
+def test_a_text_that_was_changed_is_noticed(text, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text(TEXT, encoding="utf-8", newline="\n")
+    train(own, tmp_path / "runs", Stopper(3), workers=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    own.write_text(TEXT.replace("cat", "dog", 1), encoding="utf-8", newline="\n")
+    with pytest.raises(BabyError, match=r"no longer the text that the run was trained on.*--data"):
+        api.resume(path=tmp_path / "runs")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
+
+
+def test_a_run_finds_its_text_from_another_folder(text, tmp_path, alone, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    train(Path("text.txt"), tmp_path, Stopper(3), workers=1)
+    monkeypatch.chdir(tmp_path)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_two_processes_cannot_go_on_with_one_run(text, tmp_path):
+    class Again(api.Silent):
+        def progress(self, step, loss, tokens_per_second):
+            with pytest.raises(BabyError, match="is being trained by another process"):
+                api.resume(path=tmp_path)
+            self.seen = True
+            assert [run.state for run in api.runs(tmp_path)] == ["running"]
+
+    listener = Again()
+    train(text, tmp_path, listener, workers=1)
+    assert listener.seen
+    assert [run.state for run in api.runs(tmp_path)] == ["done"]
+
+
+# killed -------------------------------------------------------------------------------------------------
+
+
+def in_child(what) -> int:
+    """Do it in a fork of this process, which has all modules imported -> the child's number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            what()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path):
+    """SIGKILL thirty times and more, checkpoints included: they take most of the time here."""
+    settings = {"workers": 1, "num_steps": 150, "eval_every": 10, "checkpoint_every": 1}
+    whole = Ending.of(train(text, tmp_path / "alone", **settings))
+    folder, chance = tmp_path / "runs", random.Random(0)
+    kills = while_writing = 0
+
+    def go_on():
+        if list(folder.glob("configs/config_*.json")):
+            api.resume(path=folder)
+        else:
+            train(text, folder, **settings)
+
+    child = in_child(go_on)
+    while kills < 40:
+        time.sleep(chance.uniform(0.005, 0.06))
+        if os.waitpid(child, os.WNOHANG)[0]:  # done early: another one
+            assert Ending.of(api.load(path=folder, backend="numpy")) == whole
+            folder = tmp_path / f"runs{kills}"
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            while_writing += bool(list(folder.glob("*/.*.tmp")))
+        child = in_child(go_on)
+    assert os.waitpid(child, 0)[1] == 0
+    assert while_writing > 0, "no kill fell into a checkpoint"
+    run = api.load(path=folder, backend="numpy")
+    assert Ending.of(run) == whole
+    names = {path.name for path in folder.rglob("*") if run.guid in path.name}
+    assert names == {path.name for path in RunFiles(folder, run.guid).of_training}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_killed_run_with_workers_goes_on_exactly(text, tmp_path, alone):
+    class Death(api.Silent):
+        def __init__(self, at):
+            self.at = at
+
+        def progress(self, step, loss, tokens_per_second):
+            if step >= self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(in_child(lambda: train(text, tmp_path, Death(10), workers=2)), 0)
+    assert [(run.state, run.steps) for run in api.runs(tmp_path)] == [("stopped", 8)]
+    os.waitpid(in_child(lambda: api.resume(path=tmp_path, listener=Death(20))), 0)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=2)
