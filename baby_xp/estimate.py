@@ -9,12 +9,15 @@ its own, evaluates, shows a sample and writes a checkpoint, in a folder that goe
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 from baby_xp import api, memory, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
-from baby_xp.config import LARGEST, EquationConfig, GPTConfig, ModelConfig, Preset
+from baby_xp.config import LARGEST, DataConfig, EquationConfig, GPTConfig, ModelConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
@@ -112,8 +115,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its slope too
         return itemsize * B * (T * C + hidden + V)
-    norm = C + 1                                                   # normed channels, one deviation a token
-    a_token = norm + C + V                                         # the last norm, the head's input, the loss
+    norm = C + 1  # normed channels, and one deviation a token
+    a_token = norm + C + V  # the last norm, the head's input, the loss
     a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
     return B * (T * a_token * itemsize + config.n_layers * _masks(config))
 
@@ -160,9 +163,8 @@ def arrays(
     shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
     kept = sum(saved_bytes(config, vocab_size, share, itemsize) for share in shares)
     exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
-    return {
-        "weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept, **exchange
-    }  # fmt: skip
+    parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
+    return {**parts, **exchange}
 
 
 def _part(path: str) -> str:
@@ -337,17 +339,16 @@ def _tried(
     chosen: Preset, backend: str, device: str | None, workers: int | None, folder: str
 ) -> tuple[Facts, Trial]:
     """Try the run in a process of its own: only there can a peak of memory be the run's alone."""
+    parts = {part: configs.to_dict(getattr(chosen, part)) for part in ("model", "train", "data")}
     request = {
-        "preset": {"name": chosen.name, "about": chosen.about},
-        "configs": {part: configs.to_dict(getattr(chosen, part)) for part in ("model", "train", "data")},
-        "backend": backend, "device": device, "workers": workers, "path": folder,
-        "seconds": SECONDS, "most_seconds": MOST_SECONDS,
+        "preset": {"name": chosen.name, **parts}, "backend": backend, "device": device, "workers": workers,
+        "path": folder, "seconds": SECONDS, "most_seconds": MOST_SECONDS,
     }  # fmt: skip
     # a script may have added to the path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
-        encoding="utf-8", env=environment,
+        encoding="utf-8", env=environment, start_new_session=True,  # Ctrl-C is for this process, which ends it
     )  # fmt: skip
     if done.returncode:
         code = done.returncode
@@ -374,25 +375,19 @@ def serve() -> None:
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "an array did not fit"
         answer = {"error": f"not enough memory ({reason}); choose a smaller model or batch"}
-    print(json.dumps(answer))
+    finally:  # not only by the process that asks: that may be no more
+        shutil.rmtree(request["path"], ignore_errors=True)
+    with suppress(BrokenPipeError):
+        print(json.dumps(answer), flush=True)
 
 
-def _try(
-    preset: dict[str, str],
-    configs: dict[str, Any],
-    backend: str,
-    device: str | None,
-    workers: int | None,
-    path: str,
-    seconds: float,
-    most_seconds: float,
-) -> dict[str, Any]:
+def _try(preset: dict[str, Any], path: str, seconds: float, most_seconds: float, **place: Any) -> dict[str, Any]:
     """Train as the request says, until enough was seen -> facts and trial, as plain JSON values."""
-    chosen = _preset_of(preset, configs)
+    chosen = _preset_of(**preset)
     # neither may end the trial before its time
     chosen = replace(chosen, train=replace(chosen.train, max_minutes=0.0, patience=0))
     watch, begin = _Watch(seconds, most_seconds), time.perf_counter()
-    run = api.train(chosen, path=path, backend=backend, device=device, workers=workers, listener=watch)
+    run = api.train(chosen, path=path, listener=watch, **place)
     written = time.perf_counter()
     run.generate(num_tokens=GENERATED)
     generated = time.perf_counter()
@@ -402,7 +397,7 @@ def _try(
     trial = {
         "ms_a_step": 1e3 * tokens / rate,
         "tokens_per_second": rate,
-        "evaluation_seconds": min(watch.evaluations),
+        "evaluation_seconds": statistics.median(watch.evaluations),
         "token_seconds": (generated - written) / GENERATED,
         "checkpoint_seconds": written - watch.ended,
         "start_seconds": watch.began - begin,
@@ -411,18 +406,19 @@ def _try(
     return {"facts": asdict(facts), "trial": trial}
 
 
-def _preset_of(preset: dict[str, str], parts: dict[str, Any]) -> Preset:
+def _preset_of(name: str, model: Any, train: Any, data: Any) -> Preset:
     return Preset(
-        **preset,
-        model=configs.model_from_dict(parts["model"], "trial"),
-        train=configs.from_dict(configs.TrainConfig, parts["train"], "trial"),
-        data=configs.from_dict(configs.DataConfig, parts["data"], "trial"),
+        name,
+        "a trial",
+        configs.model_from_dict(model, "trial"),
+        configs.from_dict(TrainConfig, train, "trial"),
+        configs.from_dict(DataConfig, data, "trial"),
     )
 
 
 class _Watch(api.Silent):
     """Ends a run when enough was seen of it: readings of the speed, then an evaluation with its sample, then one
-    more step. The checkpoint at the end then holds the best weights beside the last ones: that is where the
+    step. The checkpoint at the end then holds the best weights beside the last ones: that is where the
     memory of a long run is highest that a few steps would not show.
     """
 
@@ -452,11 +448,11 @@ class _Watch(api.Silent):
         if len(self.rates) == 1:
             self.first = now
         enough = len(self.rates) > READINGS and now - self.first >= self.seconds
-        if enough or now - self.began >= self.most_seconds:
-            self.moving.num_steps = step
+        if self.moving.num_steps == LARGEST and (enough or now - self.began >= self.most_seconds):
+            self.moving.num_steps = step + 1  # whether this step is evaluated has been decided, perhaps
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """After the evaluation that was asked for, one more step."""
+        """After the evaluation that this waited for, one more step."""
         if record["step"] == self.moving.num_steps:
             self.moving.num_steps, self.last = record["step"] + 1, True
 
@@ -472,31 +468,38 @@ class _Watch(api.Silent):
 
 def lines(found: Estimate) -> list[str]:
     """The estimate as a table to read."""
-    facts = found.facts
+    facts, context = found.facts, found.preset.model.n_ctx
     rows = [
         ("parameters", f"{found.n_parameters:,} exactly: {_listed(found.parameters, '{:,}')}"),
         *_by_formula(found),
-        ("tokens", f"{found.tokens:,} in {facts.num_steps:,} steps of {facts.step_size} x "
-                   f"{found.preset.model.n_ctx}"),
+        ("tokens", f"{found.tokens:,} in {facts.num_steps:,} steps of {facts.step_size} x {context}"),
         *_by_rule(found),
-        ("operations", f"{found.flops:.3g} in the products of matrices of all training steps, exactly"),
+        ("operations", f"{found.flops:.3g} exactly, in the matrix products of all training steps"),
         ("", f"{6 * found.tokens * found.n_parameters:.3g} by The Little Baby's 6 T P"),
         ("arrays, MiB", _listed({kind: size / MIB for kind, size in found.arrays.items()}, "{:.1f}")),
-        ("", f"{found.cache / MIB:.2f} for keys and values while it generates"),
+        ("", f"while it generates, keys and values {found.cache / MIB:.2f}"),
         *_measured(found),
         ("disk", f"about {found.disk / MIB:.1f} MiB"),
-    ]  # fmt: skip
+    ]
     processes = f", {facts.workers} processes" if facts.workers > 1 else ""
-    head = f"{found.preset.name} on {facts.backend}{processes}, {facts.vocab_size} different tokens"
-    return [head, *(f"  {name:<12} {text}" for name, text in rows)]
+    head = f"{found.preset.name} on {facts.backend}{processes}; {facts.vocab_size} different tokens"
+    return [head, *(line for name, text in rows for line in _wrapped(name, text))]
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    margin = " " * 15
+    return textwrap.wrap(text, 110, initial_indent=f"  {name:<13}", subsequent_indent=margin)
 
 
 def _by_formula(found: Estimate) -> list[tuple[str, str]]:
     count = formula_parameters(found.preset.model, found.facts.vocab_size)
     if count is None:
         return []
-    about = "a rule of thumb: no positions, norms, biases or head, and another factor for the network"
-    return [("", f"{count:,} by The Little Baby's V H + L (4 H^2 + 4 H F), {about}")]
+    network = {"mlp": "counts the network twice", "moe": "counts half of the experts"}
+    return [
+        ("", f"{count:,} by The Little Baby's V H + L (4 H^2 + 4 H F), a rule of thumb"),
+        ("", f"that leaves out positions, norms, biases and head, and {network[found.preset.model.c_network]}"),
+    ]
 
 
 def _by_rule(found: Estimate) -> list[tuple[str, str]]:
