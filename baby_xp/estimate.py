@@ -136,12 +136,11 @@ def _network_saved(config: GPTConfig) -> int:
 
 
 def _masks(config: GPTConfig) -> int:
-    """Bytes of a block's dropout masks for one sequence, which are made two elements at a time."""
+    """Bytes of a block's dropout masks for one sequence; that of the weights is made two elements at a time."""
     if not config.dropout:
         return 0
-    T = config.n_ctx
-    sizes = (config.n_heads * T * T, T * config.n_emb, T * config.n_emb)
-    return sum(size + size % 2 for size in sizes)
+    weights, outputs = config.n_heads * config.n_ctx**2, config.n_ctx * config.n_emb
+    return weights + weights % 2 + 2 * outputs
 
 
 def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:

@@ -20,7 +20,9 @@ def main() -> None:
     asked = json.load(sys.stdin)
     folder, chance = Path(asked["folder"]), random.Random(asked["seed"])
     baby_xp.sitting.SAMPLE_TOKENS = asked["sample_tokens"]
-    api.train("baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1})  # imports
+    api.train(
+        "baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1}
+    )  # imports
     sync = os.fsync
     os.fsync = lambda file: (sync(file), time.sleep(0.003))  # so that many a kill falls into a checkpoint
     kills, left = 0, set()

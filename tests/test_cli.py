@@ -8,7 +8,10 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -21,19 +24,21 @@ from safetensors.numpy import load_file, save_file
 
 import baby_xp.sitting
 from baby_xp import backend as backends
-from baby_xp import params, task
+from baby_xp import optim, params, task
 from baby_xp.cli import COMMANDS, main
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.generate import Logits
 from baby_xp.presets import PRESETS
+from baby_xp.runs import checkpoint, store
 from baby_xp.runs.store import FOLDERS, RunFiles
 from baby_xp.text.batches import RandomWindows
 from baby_xp.text.tokenizer import tokenizer_from_dict
+from baby_xp.training import loop
 
 TINY = {
     "n-ctx": 8, "n-emb": 8, "head-size": 8, "n-heads": 2, "n-layers": 1, "batch-size": 4, "num-steps": 3,
-    "eval-every": 2, "backend": "numpy",
+    "eval-every": 2, "sample-tokens": 5, "backend": "numpy",
 }  # fmt: skip
 TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
 
@@ -80,8 +85,7 @@ def call(capsys):
 def all_of(folder: Path) -> dict[str, bytes | None]:
     """All files with what they hold, and all folders."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
     }
 
 
@@ -156,12 +160,16 @@ def test_a_text_that_cannot_be_used(work, refused, trained, existed, name, conte
 BAD_SETTINGS = [
     *((name, value, (name.replace("-", "_"), "at least 1", value))
       for name in ("batch-size", "n-ctx", "n-emb", "head-size", "n-heads", "n-layers", "num-steps", "num-epochs",
-                   "stride", "eval-every", "base-batch-size")
+                   "stride", "eval-every", "base-batch-size", "accumulate")
       for value in ("0", "-3")),
     *((name, value, (name, "above 0", value)) for name in ("lr",) for value in ("0.0", "-0.1", "nan", "inf")),
     *((name, value, (name.replace("-", "_"), "at least 0", value))
-      for name in ("min-lr", "weight-decay", "clip") for value in ("-0.1", "nan")),
-    ("warmup-steps", "-1", ("warmup_steps", "at least 0", "-1")),
+      for name in ("min-lr", "weight-decay", "clip", "max-minutes", "checkpoint-minutes")
+      for value in ("-0.1", "nan", "inf")),
+    *((name, "-1", (name.replace("-", "_"), "at least 0", "-1"))
+      for name in ("warmup-steps", "sample-tokens", "patience", "checkpoint-every")),
+    ("accumulate", str(2**30), (f"a step of 4 x {2**30} sequences is too large",)),
+    ("checkpoint-every", "0.5", ("--checkpoint-every", "0.5")),
     ("seed", "-1", ("seed", "at least 0", "-1")),
     ("seed", str(2**64), ("seed", f"at most {2**64 - 1}")),
     ("dropout", "1.0", ("dropout", "below 1", "1.0")),
@@ -289,20 +297,106 @@ def test_too_little_memory_is_one_line(refused, monkeypatch, where):
     refused("train", "--path=runs", *flags(data="text.txt"), words=words)
 
 
+@pytest.fixture
+def burst(call, work):
+    """Run a command whose loss stops being a number -> the line that says so."""
+
+    def run(*arguments: str) -> str:
+        code, _, err = call(*arguments)
+        assert code == 2
+        note, line = err.splitlines()
+        what = re.fullmatch(r"(the .*loss became nan at step \d+); looking for its cause from step \d+ on", note)
+        assert line.startswith(f"baby_xp: {what[1]}; ")
+        return line
+
+    return run
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, 30])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_nothing(refused, num_steps, workers):
+def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_nothing(work, burst, num_steps, workers):
     """At its first step the loss is still that of the first weights, and only the validation shows it."""
+    before = all_of(work)
     settings = flags(data="text.txt", lr=1e30, clip=0, num_steps=num_steps, workers=workers)
-    line = refused("train", "--path=runs", *settings, words=("loss became nan", "lower --lr"))
-    assert ("validation loss" in line) == (num_steps == 1)
+    line = burst("train", "--path=runs", *settings)
+    what = "validation loss became nan at step 1" if num_steps == 1 else "loss became nan at step 2"
+    assert line.startswith(f"baby_xp: the {what}; the largest gradient was that of ")
+    parameter, norm = re.search(r"that of (\S+), norm ([\d.]+) in step 1; ", line).groups()
+    assert parameter in baby_xp.api.Model(PRESETS["baby"].model, 14).layout.paths
+    assert 0.01 < float(norm) < 100
+    causes = "too high a learning rate (lower --lr, which was 1e+30), gradients that are not clipped (--clip 1)"
+    assert line.endswith(f"what usually causes it: {causes}")
+    assert all_of(work) == before
 
 
-def test_a_loss_that_is_not_finite_leaves_earlier_runs_findable(work, refused, call):
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"clip": 0}, "gradients that are not clipped (--clip 1)"),
+    ({"clip": 1}, ""),
+    ({"warmup_steps": 99}, "too short a warm-up (raise --warmup-steps, 99)"),
+    ({"warmup_steps": 100}, ""),
+])  # fmt: skip
+def test_only_what_may_be_the_cause_is_told(burst, settings, told):
+    quiet = {"clip": 1, "warmup_steps": 100, "lr": 1e30, "num_steps": 30}
+    line = burst("train", "--path=runs", *flags(data="text.txt", **{**quiet, **settings}))
+    expected = ["too high a learning rate (lower --lr, which was 1e+30)", *filter(None, [told])]
+    assert line.partition("what usually causes it: ")[2] == ", ".join(expected)
+
+
+def test_a_loss_that_is_not_finite_leaves_earlier_runs_findable(work, burst, call):
     guid = a_run(work / "runs")
-    refused("train", "--path=runs", *flags(data="text.txt", lr=1e30, clip=0, num_steps=30))
+    before = all_of(work)
+    burst("train", "--path=runs", *flags(data="text.txt", lr=1e30, clip=0, num_steps=30))
+    assert all_of(work) == before
     assert call("generate", "last", "--path=runs", "--num-tokens=1")[0] == 0
     assert baby_xp.api.load("last", path="runs").guid == guid
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_bursts_after_a_checkpoint_is_kept_as_of_that(work, burst, call, monkeypatch, workers):
+    usual, kept = optim.learning_rate, {}
+    rate = lambda xp, step, *more: usual(xp, step, *more) * (1e30 if step[0] == 4 else 1)  # noqa: E731
+    monkeypatch.setattr(optim, "learning_rate", rate)
+    keep = baby_xp.sitting.Sitting.keep
+
+    def noted(sitting, moment):
+        keep(sitting, moment)
+        for path in (sitting.files.state, sitting.files.model):
+            kept[moment.step, path] = path.read_bytes()
+
+    monkeypatch.setattr(baby_xp.sitting.Sitting, "keep", noted)
+    settings = flags(data="text.txt", num_steps=30, eval_every=4, checkpoint_every=2, workers=workers)
+    line = burst("train", "--path=runs", *settings)
+    run = baby_xp.api.load(path="runs", weights="last")
+    assert line.startswith("baby_xp: the loss became nan at step 6; the largest gradient was that of ")
+    assert f"in step 5; the last good checkpoint, of step 4, is kept in run {run.guid}; what usually" in line
+    assert sorted({step for step, _ in kept}) == [0, 2, 4]
+    for path in (run.files.state, run.files.model):
+        assert path.read_bytes() == kept[4, path]
+    result = run.config["result"]
+    assert (result["state"], result["steps"], result["best_step"]) == ("failed", 4, 4)
+    assert f"baby_xp: {result['reason']}" == line
+    assert [record["step"] for record in metrics_of(run.files)] == [4]
+    assert result["reason"] in run.files.report.read_text(encoding="utf-8")
+    assert not run.files.completion().exists()
+    assert [(one.state, one.steps, one.num_steps) for one in baby_xp.api.runs("runs")] == [("failed", 4, 30)]
+    for weights in ("best", "last"):
+        assert call("generate", "--path=runs", "--num-tokens=3", f"--weights={weights}")[0] == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert call("resume", "--path=runs", "--num-steps=6")[0] == 0
+    assert [(one.state, one.steps) for one in baby_xp.api.runs("runs")] == [("done", 6)]
+
+
+def test_a_rate_that_bursts_a_run_that_goes_on_leaves_it_as_it_was(work, burst, call):
+    guid = a_run(work / "runs")
+    files = RunFiles(work / "runs", guid)
+    before = files.state.read_bytes(), files.model.read_bytes()
+    line = burst("resume", "--path=runs", "--num-steps=9", "--lr=1e30", "--clip=0")
+    assert f"the last good checkpoint, of step 3, is kept in run {guid}" in line
+    assert (files.state.read_bytes(), files.model.read_bytes()) == before
+    assert baby_xp.api.load(guid, path="runs").config["result"]["state"] == "failed"
+    assert call("resume", "--path=runs", "--lr=0.003", "--clip=1")[0] == 0
+    assert baby_xp.api.load(guid, path="runs").config["result"]["state"] == "done"
 
 
 def test_a_full_disk_at_the_end_leaves_no_half_of_a_run(refused, monkeypatch):
@@ -314,17 +408,48 @@ def test_a_full_disk_at_the_end_leaves_no_half_of_a_run(refused, monkeypatch):
     refused("train", "--path=runs", *flags(data="text.txt"), words=("No space left on device",))
 
 
-def test_a_full_disk_while_the_report_is_written(work, refused, monkeypatch):
-    a_run(work / "runs")  # so the corpus is there
+@pytest.mark.parametrize("name", ["report_", "completion_"])
+def test_a_full_disk_while_the_last_files_are_written_loses_no_step(work, call, monkeypatch, name):
     replace = os.replace
 
     def full(source, target):
-        if "report_" in str(target):
+        if name in str(target):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    refused("train", "--path=runs", *flags(data="text.txt"), words=("report_", "No space left on device"))
+    code, _, err = call("train", "--path=runs", *flags(data="text.txt"))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert name in err
+    assert "No space left on device" in err
+    assert not list((work / "runs").rglob("*.tmp"))
+    ((state, steps),) = [(run.state, run.steps) for run in baby_xp.api.runs("runs")]
+    assert (state, steps) == ({"report_": "stopped", "completion_": "failed"}[name], 3)
+    monkeypatch.setattr(os, "replace", replace)
+    assert call("resume", "--path=runs")[0] == 0
+    run = baby_xp.api.load(path="runs")
+    assert run.config["result"]["state"] == "done"
+    assert all(path.exists() for path in run.files.of_training)
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(work, call, monkeypatch):
+    replace = os.replace
+
+    def full(source, target):
+        if "state_" in str(target) and len(list(work.glob("runs/outputs/metrics_*"))) == 1:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = call("train", "--path=runs", *flags(data="text.txt", checkpoint_every=1))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "state_" in err
+    run = baby_xp.api.load(path="runs", weights="last")
+    result = run.config["result"]
+    assert (result["state"], result["steps"]) == ("failed", 1)
+    assert f"baby_xp: {result['reason']}\n" == err
+    assert call("generate", "--path=runs", "--num-tokens=3")[0] == 0
 
 
 # input that cannot be used: generation ------------------------------------------------------------------
@@ -402,33 +527,56 @@ def copy(work, trained) -> RunFiles:
 
 
 def edit(path: Path, change) -> None:
+    """Change a JSON file, and its seal, where it has one, with it: what is behind the seal has its own checks."""
+    value = json.loads(path.read_text())
+    seal = value.pop("checksum", None)
+    change(value)
+    (store.write_sealed if seal else store.write_json)(path, value)
+
+
+def scribble(path: Path, change) -> None:
+    """Change a JSON file as an editor does, without a new seal."""
     value = json.loads(path.read_text())
     change(value)
-    path.write_text(json.dumps(value))
+    store.write_json(path, value)
+
+
+def _fill(path: Path, value: float) -> None:
+    arrays, metadata = checkpoint._load(path)
+    checkpoint._save(path, {name: np.full_like(array, value) for name, array in arrays.items()}, metadata)
 
 
 @pytest.mark.parametrize(
     ("part", "damage", "words"),
     [
         ("config", lambda path: path.write_text("{"), ("config_", "is not JSON")),
-        ("config", lambda path: path.write_text("[]"), ("config_", "is not the config of a run")),
-        ("config", lambda path: path.write_text("{}"), ("config_", "is not the config of a run")),
-        ("config", lambda path: edit(path, lambda c: c.pop("train")), ("is not the config of a run",)),
+        ("config", lambda path: path.write_text("[]"), ("config_", "has no checksum")),
+        ("config", lambda path: path.write_text("{}"), ("config_", "has no checksum")),
+        ("config", lambda path: store.write_sealed(path, {}), ("config_", "is not the config of run")),
+        ("config", lambda path: edit(path, lambda c: c.pop("train")), ("is not the config of run",)),
+        ("config", lambda path: edit(path, lambda c: c.update(guid="a")), ("is not the config of run",)),
         ("config", lambda path: edit(path, lambda c: c.update(model=[])), ("config_", "kind of model")),
         ("config", lambda path: edit(path, lambda c: c["model"].update(kind=[])), ("config_", "kind of model")),
         ("config", lambda path: edit(path, lambda c: c["model"].update(n_emb=0)), ("config_", "n_emb")),
         ("config", lambda path: edit(path, lambda c: c["model"].update(n_emb=16)), ("does not belong", "wte")),
         ("config", lambda path: edit(path, lambda c: c["model"].update(n_layers=2)), ("does not belong",)),
+        ("config", lambda path: edit(path, lambda c: c["model"].update(n_heads=4)), ("with another model",)),
         ("config", lambda path: edit(path, lambda c: c["train"].update(lr=10**400)), ("config_", "lr")),
         ("config", lambda path: edit(path, lambda c: c["train"].update(dtype="int8")), ("config_", "dtype")),
         ("config", lambda path: edit(path, lambda c: c.update(train=3)), ("config_", "TrainConfig")),
         ("config", lambda path: edit(path, lambda c: c.update(vocab_size=5)), ("do not belong together",)),
+        ("config", lambda path: scribble(path, lambda c: c["train"].update(lr=1.0)), ("checksum differs",)),
+        ("config", lambda path: scribble(path, lambda c: c.update(new=None)), ("checksum differs",)),
+        ("config", lambda path: scribble(path, lambda c: c.pop("checksum")), ("has no checksum",)),
         ("tokenizer", Path.unlink, ("tokenizer_", "cannot be read", "incomplete")),
         ("tokenizer", lambda path: path.write_text("null"), ("tokenizer_",)),
         ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].pop()), ("tokenizer_",)),
-        ("model", Path.unlink, ("there are no runs in",)),
+        ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].reverse()), ("with another tokenizer",)),
+        ("model", Path.unlink, ("model_", "cannot be read", "incomplete")),
         ("model", lambda path: path.write_bytes(b""), ("model_", "is damaged")),
         ("model", lambda path: path.write_bytes(path.read_bytes()[:-1]), ("model_", "is damaged")),
+        ("model", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), ("model_", "checksum differs")),
+        ("model", lambda path: save_file(load_file(path), path), ("model_", "has no checksum")),
         ("model", lambda path: (path.unlink(), path.mkdir()), ("model_", "cannot be read")),
         ("model", lambda path: _fill(path, math.nan), ("not finite",)),
         ("model", lambda path: _fill(path, 1e38), ("not finite",)),
@@ -439,8 +587,30 @@ def test_a_damaged_run(refused, copy, part, damage, words):
     refused("generate", "last", "--path=runs", "--backend=numpy", words=words)
 
 
-def _fill(path: Path, value: float) -> None:
-    save_file({name: np.full_like(array, value) for name, array in load_file(path).items()}, path)
+@pytest.mark.parametrize("damage", [
+    Path.unlink,
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    lambda path: path.write_bytes(path.with_name(path.name.replace("state_", "model_")).read_bytes()),
+], ids=["missing", "cut", "flipped", "weights"])  # fmt: skip
+def test_a_damaged_checkpoint_is_an_error_where_it_is_asked_for(refused, copy, call, damage):
+    damage(copy.state)
+    refused("generate", "--path=runs", "--weights=last", words=("state_",))
+    refused("resume", "--path=runs", "--num-steps=5", words=("state_",))
+    assert call("generate", "--path=runs", "--num-tokens=2")[0] == 0
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    ("config", ("config_", "is not the config of run")),
+    ("model", ("model_", "was written with another guid", "were mixed up")),
+    ("state", ("state_", "was written with another guid", "were mixed up")),
+])  # fmt: skip
+def test_files_of_two_runs_are_not_mixed(work, refused, copy, part, words):
+    """Though both runs have the same settings and text."""
+    other = RunFiles(work / "runs", a_run(work / "runs"))
+    shutil.copyfile(getattr(other, part), getattr(copy, part))
+    weights = "last" if part == "state" else "best"
+    refused("generate", copy.guid, "--path=runs", f"--weights={weights}", words=words)
 
 
 # what an interrupt leaves -------------------------------------------------------------------------------
@@ -466,28 +636,90 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(work, refused, monkey
     assert (work / "runs").exists() == existed
 
 
+def check_stopped(code: int, out: str, steps: int, settings: list[str], call) -> None:
+    """A run under "stopped" ended early with so many steps, and is that of a run of only so many steps."""
+    assert code == 130
+    run = baby_xp.api.load(path="stopped", weights="last")
+    last = out.splitlines()[-1]
+    assert last.startswith(f"stopped after step {steps}, with a checkpoint; to go on: python -m baby_xp resume ")
+    assert "--path stopped" in last
+    assert run.guid[:8] in last
+    assert "whole validation part" not in out
+    result = run.config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", steps)
+    assert not run.files.completion().exists()
+    assert not run.files.lock.exists()
+    assert call("train", "--path=whole", *settings, f"--num-steps={steps}")[0] == 0
+    whole = baby_xp.api.load(path="whole", weights="last")
+    assert whole.config["result"]["state"] == "done"
+    states = [load_file(one.files.state) for one in (run, whole)]
+    for name in ("params", "m", "v", "step"):
+        np.testing.assert_array_equal(states[0][name], states[1][name], strict=True)
+    measured = [record for record in metrics_of(whole.files) if record["step"] % 2 == 0 and record["train_loss"]]
+    kept = metrics_of(run.files) if measured else []
+    assert [record["val_loss"] for record in kept] == [record["val_loss"] for record in measured]
+
+
+CONSTANT = {"schedule": "constant", "warmup_steps": 0}
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_an_interrupt_keeps_the_run_as_it_was_after_the_last_whole_step(work, call, monkeypatch, step):
-    settings = flags(data="text.txt", num_steps=5, schedule="constant", warmup_steps=0)
+def test_an_interrupt_gives_the_step_at_hand_up_and_keeps_those_before(work, call, monkeypatch, step):
+    settings = flags(data="text.txt", num_steps=5, **CONSTANT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         code, out, err = call("train", "--path=stopped", *settings)
-    assert (code, err) == (0, "")
-    assert f"interrupted: the run was stopped after step {step}" in out
-    stopped = baby_xp.api.load(path="stopped")
-    assert stopped.config["result"]["state"] == "stopped"
-    assert stopped.config["result"]["steps"] == step
-    # a run of only so many steps has the same weights and losses
-    assert call("train", "--path=whole", *settings, f"--num-steps={step}")[0] == 0
-    whole = baby_xp.api.load(path="whole")
-    assert whole.config["result"]["state"] == "done"
-    assert stopped.params.tobytes() == whole.params.tobytes()
-    assert stopped.config["result"]["val_loss"] == whole.config["result"]["val_loss"]
-    assert metrics_of(stopped.files)[-1]["step"] == step
-    assert int(load_file(stopped.files.state)["step"][0]) == step
+    assert err == "baby_xp: interrupted\n"
+    check_stopped(code, out, step, settings, call)
 
 
-def test_an_interrupt_while_progress_is_shown_keeps_that_step(work, monkeypatch):
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+def signals_at(monkeypatch, step: int, *numbers: int) -> None:
+    draw = RandomWindows.batch
+
+    def batch(self, at):
+        if at == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return draw(self, at)
+
+    monkeypatch.setattr(RandomWindows, "batch", batch)
+
+
+STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, number, step):
+    settings = flags(data="text.txt", num_steps=5, **CONSTANT)
+    with monkeypatch.context() as patch:
+        signals_at(patch, step, number)
+        code, out, err = call("train", "--path=stopped", *settings)
+    assert err == f"{STOPPING}baby_xp: interrupted\n"
+    # the measurement that is due after the second step is left out: it can be done later
+    assert [record["step"] for path in work.glob("stopped/outputs/metrics*") for record in lines_of(path)] == (
+        [2] if step == 2 else []
+    )
+    if step != 1:
+        check_stopped(code, out, step + 1, settings, call)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@needs_signals
+def test_a_second_signal_gives_the_step_at_hand_up(work, call, monkeypatch):
+    settings = flags(data="text.txt", num_steps=5, **CONSTANT)
+    with monkeypatch.context() as patch:
+        signals_at(patch, 3, signal.SIGINT, signal.SIGTERM)
+        code, out, err = call("train", "--path=stopped", *settings)
+    assert err == f"{STOPPING}baby_xp: interrupted\n"
+    check_stopped(code, out, 3, settings, call)
+
+
+def test_an_interrupt_while_progress_is_shown_keeps_that_step(work):
     class Impatient(baby_xp.api.Silent):
         def progress(self, step, loss, tokens_per_second):
             raise KeyboardInterrupt
@@ -497,28 +729,28 @@ def test_an_interrupt_while_progress_is_shown_keeps_that_step(work, monkeypatch)
         data="text.txt", n_ctx=8, n_emb=8, head_size=8, n_layers=1, batch_size=4, num_steps=30,
     )  # fmt: skip
     assert run.config["result"]["steps"] == 10
-    assert metrics_of(run.files)[-1]["step"] == 10
+    assert run.config["result"]["best_step"] is None
     assert int(load_file(run.files.state)["step"][0]) == 10
+    assert baby_xp.api.load(path="runs").params.tobytes() == run.params.tobytes()
 
 
-def test_an_interrupt_inside_a_step_gives_up_that_step(work, monkeypatch):
-    from baby_xp.training import loop
+def suggestions(out: str) -> list[list[str]]:
+    """The commands that the output tells, as arguments."""
+    return [shlex.split(line.partition("python -m baby_xp ")[2]) for line in out.splitlines() if " -m " in line]
 
-    advance = loop._Run.advance
 
-    def cut_short(self, state):
-        new = advance(self, state)
-        if self.step == 3:
-            raise KeyboardInterrupt  # after all was computed, before it was kept
-        return new
-
-    monkeypatch.setattr(loop._Run, "advance", cut_short)
-    run = baby_xp.api.train(
-        "baby", path="runs", backend="numpy",
-        data="text.txt", n_ctx=8, n_emb=8, head_size=8, n_layers=1, batch_size=4, num_steps=30,
-    )  # fmt: skip
-    assert run.config["result"]["steps"] == 2
-    assert metrics_of(run.files)[-1]["step"] == 2
+@pytest.mark.parametrize("path", ["runs", "my runs", "a/b"])
+def test_the_commands_that_are_told_can_be_given_as_they_are(work, call, monkeypatch, path):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        _, out, _ = call("train", f"--path={path}", *flags(data="text.txt"))
+    (resume,) = suggestions(out)
+    assert resume[0] == "resume"
+    code, out, err = call(*resume)
+    assert (code, err) == (0, "")
+    (generate,) = suggestions(out)
+    assert generate[0] == "generate"
+    assert call(*generate, "--num-tokens=2")[0] == 0
 
 
 def test_an_interrupt_elsewhere_ends_with_the_code_of_one(work, call, monkeypatch):
@@ -534,7 +766,11 @@ def test_an_interrupt_elsewhere_ends_with_the_code_of_one(work, call, monkeypatc
 
 
 def metrics_of(files: RunFiles) -> list[dict]:
-    data = files.metrics.read_bytes()
+    return lines_of(files.metrics)
+
+
+def lines_of(path: Path) -> list[dict]:
+    data = path.read_bytes()
     assert data.endswith(b"\n")
 
     def no_constant(name):
@@ -570,8 +806,26 @@ def test_the_config_says_what_was_asked_and_how_it_ended(trained):
     assert config["vocab_size"] == len(set(TEXT))
     assert config["data"]["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert config["machine"]["backend"].startswith("numpy ")
-    assert (config["result"]["state"], config["result"]["steps"]) == ("done", 3)
-    assert 0 < config["result"]["val_loss"] < 2 * math.log(len(set(TEXT)))
+    assert config["place"] == {"backend": "numpy", "device": None, "workers": 1}
+    assert config["base"] is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", config["started"])
+    assert config["started"] <= config["written"]
+    result = config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("done", "steps", 3)
+    assert result["best_step"] in (2, 3)
+    assert 0 < result["val_loss"] < 2 * math.log(len(set(TEXT)))
+    assert store.read_sealed(trained.config) == {k: v for k, v in config.items() if k != "checksum"}
+
+
+def test_the_files_of_arrays_say_whose_they_are(trained):
+    config = store.read_sealed(trained.config)
+    for path, step in ((trained.model, config["result"]["best_step"]), (trained.state, 3)):
+        metadata = checkpoint.read_metadata(path)
+        assert metadata["guid"] == trained.guid
+        assert json.loads(metadata["model"]) == config["model"]
+        assert metadata["tokenizer"] == store.digest(json.loads(trained.tokenizer.read_text()))
+        assert metadata["step"] == str(step)
+        assert re.fullmatch("[0-9a-f]{64}", metadata["checksum"])
 
 
 def test_the_tokenizer_has_the_characters_of_the_text(trained):
@@ -585,24 +839,31 @@ def test_the_weights_have_their_names_and_the_state_fits_them(trained):
     assert any(name.startswith("blocks.0.") for name in weights)
     assert weights["wte.weight"].shape == (len(set(TEXT)), 8)
     count = sum(array.size for array in weights.values())
-    assert state["m"].shape == state["v"].shape == (count,)
+    assert state["params"].shape == state["m"].shape == state["v"].shape == (count,)
     assert state["step"].tolist() == [3]
     assert json.loads(trained.config.read_text())["parameters"] == count
     assert {array.dtype.name for array in weights.values()} == {"float32"}
 
 
 def test_the_metrics_are_valid_line_by_line_and_the_report_has_them(trained):
-    records = metrics_of(trained)
+    *records, final = metrics_of(trained)
     assert [record["step"] for record in records] == [2, 3]
-    assert [record["whole_validation"] for record in records] == [False, True]
+    best = min(records, key=lambda record: record["val_loss"])
+    # the text is short: a part of the validation part is all of it
+    assert final.keys() == {"step", "train_loss", "val_loss", "whole_validation", "lr", "grad_norm", "seconds"}
+    assert (final["step"], final["train_loss"], final["whole_validation"]) == (best["step"], None, True)
+    assert final["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
     report = trained.report.read_text(encoding="utf-8")
     assert "Losses, in nats a token" in report
     for record in records:
-        assert record.keys() == {"step", "train_loss", "val_loss", "whole_validation", "lr", "seconds"}
+        assert record.keys() == {*final, "sample"}
+        assert record["whole_validation"] is False
+        assert len(record["sample"]) == 5
         line = next(line for line in report.splitlines() if line.split()[:1] == [str(record["step"])])
         assert line.split()[1:3] == [f"{record['train_loss']:.4f}", f"{record['val_loss']:.4f}"]
     config = json.loads(trained.config.read_text())
-    assert config["result"]["val_loss"] == records[-1]["val_loss"]
+    assert config["result"]["val_loss"] == final["val_loss"]
+    assert config["result"]["train_loss"] == records[-1]["train_loss"]
     assert trained.guid in report
     assert trained.completion().read_text(encoding="utf-8").strip() in report
 
@@ -650,6 +911,207 @@ def test_double_precision_is_kept(work):
     assert {array.dtype.name for array in weights.values()} == {"float64"}
 
 
+# good paths: how training goes --------------------------------------------------------------------------
+
+
+def text_settings(**more) -> dict:
+    """The tiny sizes as Python has them."""
+    sizes = {name.replace("-", "_"): value for name, value in TINY.items()}
+    return {**sizes, "data": "text.txt", "path": "runs", "sample_tokens": 0, **more}
+
+
+def test_a_run_is_there_from_its_start(work, call):
+    """Whatever happens later: it can be found, loaded, and gone on with."""
+    seen = []
+
+    class Onlooker(baby_xp.api.Silent):
+        def started(self, sitting, step):
+            files = sitting.files
+            seen.append({path for path in files.of_training if path.exists()})
+            run = baby_xp.api.load(files.guid, path="runs")
+            seen.append((run.config["result"]["state"], run.config["result"]["steps"], run.generate(num_tokens=2)))
+            seen.append(checkpoint.read_metadata(files.model)["step"])
+            seen.append(baby_xp.api.load(path="runs", weights="last").params.tobytes() == run.params.tobytes())
+            seen.append([summary.state for summary in baby_xp.api.runs("runs")])
+
+    run = baby_xp.api.train("baby", listener=Onlooker(), **text_settings())
+    files = run.files
+    assert seen[0] == {files.config, files.tokenizer, files.model, files.state}
+    assert seen[1][:2] == ("running", 0)
+    assert len(seen[1][2]) == 2
+    assert seen[2:] == ["0", True, ["running"]]
+
+
+def test_the_order_of_writing_makes_a_run_safe(work, monkeypatch):
+    """The config comes last at the start and at the end; a checkpoint before the weights that follow from it."""
+    order, write, append = [], store.write, store.append_line
+    kind = lambda path: path.name.partition("_")[0]  # noqa: E731
+    monkeypatch.setattr(store, "write", lambda path, data: (order.append(kind(path)), write(path, data)))
+    monkeypatch.setattr(store, "append_line", lambda path, data: (order.append(kind(path)), append(path, data)))
+    losses = iter([3.0, 4.0, 2.0, 2.0])  # the best of the third step is another than that of the second
+    monkeypatch.setattr(loop._Run, "_validation_loss", lambda *args: next(losses))
+    baby_xp.api.train("baby", **text_settings(eval_every=1, checkpoint_every=1))
+    assert order == [
+        "tokenizer", "state", "model", "config",
+        "metrics", "state", "model", "metrics", "state", "metrics", "state", "model", "metrics",
+        "completion", "report", "config",
+    ]  # fmt: skip
+
+
+def test_no_two_processes_train_a_run(work):
+    seen = []
+
+    class Meddler(baby_xp.api.Silent):
+        def evaluated(self, record):
+            with pytest.raises(BabyError, match="is being trained by another process") as caught:
+                baby_xp.api.resume(path="runs")
+            seen.append(str(caught.value))
+
+    run = baby_xp.api.train("baby", listener=Meddler(), **text_settings())
+    assert len(seen) == 3
+    assert run.guid in seen[0]
+    assert run.config["result"]["state"] == "done"
+
+
+@pytest.fixture
+def worse_from(monkeypatch):
+    """Make training throw the parameters away in a step, counted from 1: all later measurements are worse."""
+
+    def throw(at: int) -> None:
+        usual = optim.learning_rate
+        rate = lambda xp, step, *more: usual(xp, step, *more) * (1e4 if step[0] == at - 1 else 1)  # noqa: E731
+        monkeypatch.setattr(optim, "learning_rate", rate)
+
+    return throw
+
+
+def test_the_best_weights_are_kept_where_later_ones_are_worse(work, call, worse_from):
+    worse_from(4)
+    settings = flags(data="text.txt", num_steps=6, eval_every=1, sample_tokens=0)
+    code, out, err = call("train", "--path=runs", *settings)
+    assert (code, err) == (0, "")
+    best, last = (baby_xp.api.load(path="runs", weights=weights) for weights in ("best", "last"))
+    *records, final = metrics_of(best.files)
+    losses = [record["val_loss"] for record in records]
+    assert min(losses[3:]) > max(losses[:3]) + 0.1
+    at = best.config["result"]["best_step"]
+    assert at == 1 + losses.index(min(losses)) <= 3
+    assert f"kept the weights of step {at}, the best\n" in out
+    assert (final["step"], final["whole_validation"]) == (at, True)
+    assert final["val_loss"] == best.config["result"]["val_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert f"validation loss {final['val_loss']:.4f} nats a token, over the whole validation part" in out
+    assert checkpoint.read_metadata(best.files.model)["step"] == str(at)
+    assert np.abs(best.params - last.params).max() > 1
+    state = load_file(best.files.state)
+    np.testing.assert_array_equal(state["best"], best.params)
+    np.testing.assert_array_equal(state["params"], last.params)
+    # what the end shows, and what is generated, is of the best
+    assert best.generate(num_tokens=60, seed=0) == best.files.completion().read_text().removesuffix("\n")
+    texts = {
+        name: generated(call, best.files, f"--weights={name}", "--num-tokens=60") for name in ("best", "last")
+    }
+    assert texts["best"] == best.generate(num_tokens=60, seed=0) != texts["last"]
+
+
+def test_patience_ends_a_run_whose_loss_no_longer_falls(work, call, worse_from):
+    worse_from(4)
+    settings = flags(data="text.txt", num_steps=50, eval_every=1, patience=3)
+    code, out, err = call("train", "--path=runs", *settings)
+    assert (code, err) == (0, "")
+    result = baby_xp.api.load(path="runs").config["result"]
+    assert (result["state"], result["reason"]) == ("done", "patience")
+    assert result["steps"] == result["best_step"] + 3 <= 6
+    assert f"ended after step {result['steps']}: the validation loss no longer falls" in out
+    assert f"kept the weights of step {result['best_step']}, the best" in out
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Make each step seem to take half a minute."""
+
+    class Clock:
+        now = 1000.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock, draw = Clock(), RandomWindows.batch
+
+    def batch(self, step):
+        clock.now += 30
+        return draw(self, step)
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(RandomWindows, "batch", batch)
+
+
+@pytest.mark.parametrize("eval_every", [2, 100], ids=["measured before", "never measured before"])
+def test_the_time_is_up_and_the_run_can_go_on(work, call, slow, eval_every):
+    settings = flags(data="text.txt", num_steps=6, eval_every=eval_every, max_minutes=1.5)
+    code, out, err = call("train", "--path=runs", *settings)
+    assert (code, err) == (0, "")
+    assert "the time is up: stopped after step 3; to go on: python -m baby_xp resume" in out
+    assert "None" not in out
+    assert "over the whole validation part" in out
+    run = baby_xp.api.load(path="runs")
+    result = run.config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("stopped", "time", 3)
+    assert metrics_of(run.files)[-1]["whole_validation"] is True
+    assert run.files.completion().exists()
+    code, out, err = call("resume", "last", "--path=runs")
+    assert (code, err) == (0, "")
+    assert f"going on with run {run.guid} after step 3" in out
+    result = baby_xp.api.load(path="runs").config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("done", "steps", 6)
+    steps = [(record["step"], record["whole_validation"]) for record in metrics_of(run.files)]
+    measured = [2, 4, 6] if eval_every == 2 else [6]
+    assert steps == [*((step, False) for step in measured), (result["best_step"], True)]
+
+
+def test_however_short_the_time_a_sitting_goes_on_for_a_step(work, call):
+    """Otherwise a run that is resumed again and again would never end."""
+    settings = flags(data="text.txt", max_minutes=1e-9)
+    assert call("train", "--path=runs", *settings)[0] == 0
+    assert baby_xp.api.load(path="runs").config["result"]["steps"] == 1
+
+
+@pytest.mark.parametrize("number", [0, 7, 80])
+def test_a_sample_of_so_many_tokens_is_shown_with_each_measurement(work, call, number):
+    code, out, _ = call("train", "--path=runs", *flags(data="text.txt", sample_tokens=number))
+    assert code == 0
+    run = baby_xp.api.load(path="runs")
+    *records, final = metrics_of(run.files)
+    assert "sample" not in final
+    if not number:
+        assert all("sample" not in record for record in records)
+        return
+    for record in records:
+        assert len(record["sample"]) == number
+        (line,) = (line for line in out.splitlines() if line.startswith(f"step {record['step']:>6}: train"))
+        assert " ".join(record["sample"].split()) in line
+    last = baby_xp.api.load(path="runs", weights="last")
+    assert records[-1]["sample"] == last.generate(num_tokens=number, seed=0)
+
+
+@pytest.mark.parametrize("epochs", [False, True], ids=["random windows", "an epoch with a smaller last step"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_gradients_that_are_accumulated_train_as_a_large_batch_does(work, workers, epochs):
+    how = {"num_steps": 4, "eval_every": 1, "dropout": 0.2, "dtype": "float64", "base_batch_size": 4}
+    if epochs:  # 19 windows: a step of 12 and one of 7, of which a part of 3 and one of 1 are the last
+        how |= {"num_epochs": 2, "num_steps": None, "stride": 49}
+    found = []
+    for batch_size, accumulate, processes in ((12, 1, 1), (3, 4, workers)):
+        settings = {"batch_size": batch_size, "accumulate": accumulate, "workers": processes}
+        run = baby_xp.api.train("baby", **text_settings(**how, **settings))
+        assert run.config["result"]["steps"] == 4
+        *records, _ = metrics_of(run.files)
+        found.append(
+            [[record[name] for name in ("train_loss", "val_loss", "lr", "grad_norm")] for record in records]
+        )
+    assert len(found[0]) == 4
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
+
+
 # good paths: generation ---------------------------------------------------------------------------------
 
 
@@ -685,9 +1147,7 @@ def test_without_the_cache_the_text_is_the_same(copy, call, how):
 @pytest.mark.parametrize(("more", "expected"), [([], True), (["--cache"], True), (["--no-cache"], False)])
 def test_the_cache_is_used_unless_it_is_refused(copy, call, monkeypatch, more, expected):
     asked, init = [], Logits.__init__
-    monkeypatch.setattr(
-        Logits, "__init__", lambda self, *args: asked.append(args[-1]) or init(self, *args)
-    )
+    monkeypatch.setattr(Logits, "__init__", lambda self, *args: asked.append(args[-1]) or init(self, *args))
     generated(call, copy, "--num-tokens=1", *more)
     assert asked == [expected]
 
@@ -786,7 +1246,12 @@ def test_a_device_that_auto_cannot_give_is_an_error(refused, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [*([command] for command in COMMANDS), *(["train", name] for name in PRESETS), ["generate", "x"]],
+    [
+        *([command] for command in COMMANDS if command != "finetune"),
+        *(["train", name] for name in PRESETS),
+        ["generate", "x"],
+        ["resume", "x"],
+    ],
     ids=" ".join,
 )
 def test_every_command_has_help(call, arguments):
@@ -799,6 +1264,21 @@ def test_every_command_has_help(call, arguments):
     if arguments[0] in ("generate", "inference"):
         assert "--prompt" in out
         assert "--no-cache" in out
+
+
+def test_the_help_of_finetuning_shows_the_settings_of_the_run(call, trained):
+    code, out, err = call("finetune", "last", f"--path={trained.folder}", "--help")
+    assert (code, err) == (0, "")
+    assert trained.guid in out
+    for flag in ("--data", "--lr", "--dropout", "--path", "--workers"):
+        assert f"{flag} " in out
+    assert "--n-ctx" not in out
+    assert re.search(r"--batch-size\s+INT\s[^()]*\(default: 4\)", out)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["last", "--help"], ["--data=text.txt"]], ids=" ".join)
+def test_without_a_run_there_is_nothing_to_finetune(refused, arguments):
+    refused("finetune", *arguments, words=("there are no runs in runs; train one",))
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]])
@@ -877,7 +1357,9 @@ def test_the_equation_model_answers_what_it_never_saw(work, call):
 
 
 def losses(files: RunFiles) -> np.ndarray:
-    return np.array([[record["train_loss"], record["val_loss"]] for record in metrics_of(files)])
+    """Of each measurement; the loss of the last one, over the whole validation part, in the place of both."""
+    *records, final = metrics_of(files)
+    return np.array([[record["train_loss"], record["val_loss"]] for record in records] + [[final["val_loss"]] * 2])
 
 
 @pytest.fixture
@@ -913,7 +1395,7 @@ def test_a_preset_gives_the_same_losses_on_every_backend(
         backends.load(other)
     except BackendUnavailable as error:
         pytest.skip(error.reason)
-    monkeypatch.setattr(baby_xp.api, "sample_of", lambda *args: "")  # slow where nothing is compiled
+    monkeypatch.setattr(baby_xp.sitting, "sample_of", lambda *args: "")  # slow where nothing is compiled
     if other == "jax":
         request.getfixturevalue("quick_compilation")
     # 330 tokens, so that validation is one batch of one shape: what jit compiles, it compiles once
@@ -923,7 +1405,7 @@ def test_a_preset_gives_the_same_losses_on_every_backend(
         path = f"--path={backend}"
         assert call(*shortened(name, work, backend=backend, **{"num-steps": 4, "eval-every": 1}), path)[0] == 0
         found.append(losses(baby_xp.api.load(path=backend, backend="numpy").files))
-    assert found[0].shape == (4, 2)
+    assert found[0].shape == (5, 2)
     assert not np.isnan(found[0]).any()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
 
@@ -938,3 +1420,16 @@ def test_overrides_are_checked(work, values):
     with pytest.raises(BabyError, match=next(iter(values))):
         baby_xp.api.train("baby", path="runs", **values)
     assert not (work / "runs").exists()
+
+
+@pytest.mark.parametrize("weights", ["Best", "", "first", None])
+def test_weights_are_the_best_or_the_last(trained, weights):
+    with pytest.raises(BabyError, match=f"weights must be best or last, not {weights!r}"):
+        baby_xp.api.load(path=trained.folder, weights=weights)
+
+
+def test_the_weights_that_are_asked_for_are_loaded(trained):
+    best, last = (baby_xp.api.load(path=trained.folder, weights=weights) for weights in ("best", "last"))
+    assert best.params.tobytes() == baby_xp.api.load(path=trained.folder).params.tobytes()
+    np.testing.assert_array_equal(last.params, load_file(trained.state)["params"], strict=True)
+    assert best.config == last.config

@@ -22,6 +22,7 @@ from baby_xp.training.evaluate import mean_loss
 from baby_xp.training.loop import Diverged, fit
 from baby_xp.training.step import make_step, noisy_loss_and_gradients, total_loss
 from baby_xp.training.stop import Stop
+from baby_xp.tree import leaves
 
 MODEL = Model(GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1, dropout=0.1), 11)
 IDS = np.random.default_rng(0).integers(0, 11, 300)
@@ -47,6 +48,7 @@ class Trial:
         self.stop, self.more = Stop(), {}
         self.kept, self.records, self.progress_made, self.sampled = [], [], [], []
         self.n_validation = 49
+        self.batches = self  # as a Task has them
 
     # what fit calls
 
@@ -80,12 +82,12 @@ class Trial:
         return [one.step for one in self.kept]
 
 
-def by_hand(config: TrainConfig) -> tuple[list[dict], list[np.ndarray]]:
+def by_hand(config: TrainConfig, num_steps: int | None = None) -> tuple[list[dict], list[np.ndarray]]:
     """Metrics of each step, and the parameters before the first and after each, without the loop."""
     state = checkpoint.on_device(BACKEND, MODEL, config, checkpoint.first(MODEL, config))
     step, windows = make_step(BACKEND.xp, MODEL, config), RandomWindows(IDS[:250], 4, config.step_size, 0)
     metrics, params = [], [state["params"]]
-    for i in range(config.num_steps):
+    for i in range(num_steps or config.num_steps):
         state, more = step(state, windows.batch(i))
         metrics.append({name: float(value[0]) for name, value in more.items()})
         params.append(state["params"])
@@ -335,7 +337,7 @@ def test_a_request_to_stop_ends_it_after_the_step_at_hand():
     trial.before_step = lambda step: setattr(trial.stop, "asked", step == 3)
     result = trial.fit()
     assert (result.reason, result.final, trial.kept_steps, trial.records) == ("interrupted", None, [4], [])
-    np.testing.assert_array_equal(result.checkpoint.state["params"], by_hand(replace(config, num_steps=4))[1][4])
+    np.testing.assert_array_equal(result.checkpoint.state["params"], by_hand(config, 4)[1][4])
     assert result.checkpoint.progress["count"] == 4
 
 
@@ -502,7 +504,7 @@ def test_nothing_is_kept_of_what_came_after_the_last_good_step(monkeypatch):
     with pytest.raises(Diverged):
         trial.fit()
     assert trial.kept_steps == [3]
-    np.testing.assert_array_equal(trial.kept[0].state["params"], by_hand(replace(config, num_steps=4))[1][3])
+    np.testing.assert_array_equal(trial.kept[0].state["params"], by_hand(config, 4)[1][3])
 
 
 def test_a_validation_loss_that_is_not_finite_is_told(monkeypatch):
@@ -547,23 +549,15 @@ def norms_by_hand(config: TrainConfig, step: int) -> dict[str, float]:
     state = checkpoint.on_device(BACKEND, MODEL, config, checkpoint.first(MODEL, config))
     windows = RandomWindows(IDS[:250], 4, config.step_size, 0)
     for i in range(step + 1):
-        loss, gradients = noisy_loss_and_gradients(BACKEND.xp, MODEL, state, windows.batch(i))
+        _, gradients = noisy_loss_and_gradients(BACKEND.xp, MODEL, state, windows.batch(i))
         state, _ = optim.update(BACKEND.xp, state, gradients, config)
-    from baby_xp.tree import leaves
-
     tree = MODEL.layout.unpack(BACKEND.xp, gradients)
     return {path: float(np.sqrt((array**2).sum())) for path, array in leaves(tree)}
 
 
-def trial_of(config: TrainConfig) -> Trial:
-    trial = Trial(config)
-    trial.batches = trial  # as a Task has it
-    return trial
-
-
 def test_the_largest_gradient_of_the_last_good_step_is_named(monkeypatch):
     bursting(monkeypatch, 3)
-    finding = found(trial_of(config := settings(num_steps=30)), 5)
+    finding = found(Trial(config := settings(num_steps=30)), 5)
     norms = norms_by_hand(config, 3)
     assert finding.step == 4  # counted from 1: its loss was finite, that of the next was not
     assert finding.parameter == max(norms, key=norms.get)
@@ -575,14 +569,14 @@ def test_the_cause_is_found_from_a_later_checkpoint_too(monkeypatch):
     trial.fit()
     bursting(monkeypatch, 3)
     for start in (None, trial.kept[0]):
-        assert found(trial_of(config), 5, start) == found(trial_of(config), 30, start)
-    assert found(trial_of(config), 5, trial.kept[0]) == found(trial_of(config), 5)
+        assert found(Trial(config), 5, start) == found(Trial(config), 30, start)
+    assert found(Trial(config), 5, trial.kept[0]) == found(Trial(config), 5)
 
 
 def test_the_cause_is_found_where_gradients_are_accumulated():
     config = settings(batch_size=12, num_steps=30)
-    whole = found(trial_of(config), 2)
-    parts = found(trial_of(replace(config, batch_size=3, accumulate=4)), 2)
+    whole = found(Trial(config), 2)
+    parts = found(Trial(replace(config, batch_size=3, accumulate=4)), 2)
     assert (parts.parameter, parts.step) == (whole.parameter, whole.step) == (whole.parameter, 2)
     assert parts.norm == pytest.approx(whole.norm, rel=1e-10)
 
@@ -604,7 +598,7 @@ class Scripted:
 @pytest.mark.parametrize("value", [np.inf, np.nan, -np.inf])
 def test_gradients_that_burst_first_are_the_cause(value):
     workers = Scripted((3.0, "wte.weight", 5.0), (3.0, "ln_f.gain", value), (3.0, "wte.weight", 7.0))
-    finding = found(trial_of(settings()), 6, workers=workers)
+    finding = found(Trial(settings()), 6, workers=workers)
     assert (finding.parameter, finding.step) == ("ln_f.gain", 2)
     assert not np.isfinite(finding.norm)
 
@@ -618,14 +612,14 @@ def test_a_gradient_whose_square_no_float32_holds_has_a_norm():
 
     config = settings(dtype="float32")
     workers, start = Large((3.0, "ln_f.gain", 1e30)), checkpoint.first(MODEL, config)
-    finding = diagnosis.largest_gradient(case.backend, MODEL, config, trial_of(config), start, 1, workers)
+    finding = diagnosis.largest_gradient(case.backend, MODEL, config, Trial(config), start, 1, workers)
     assert finding.parameter == "ln_f.gain"
     assert finding.norm == pytest.approx(1e30, rel=1e-6)
 
 
 def test_where_the_first_loss_is_no_number_there_is_nothing_to_find():
-    assert found(trial_of(settings()), 3, workers=Scripted((np.nan, "ln_f.gain", 1.0))) is None
-    assert found(trial_of(settings()), 0) is None
+    assert found(Trial(settings()), 3, workers=Scripted((np.nan, "ln_f.gain", 1.0))) is None
+    assert found(Trial(settings()), 0) is None
 
 
 # the request to stop ------------------------------------------------------------------------------------
@@ -644,26 +638,29 @@ def handlers():
     assert now == before
 
 
+def send(number: int, times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # until Python calls the handler
+
+
 @needs_signals
 @pytest.mark.parametrize("number", Stop.SIGNALS, ids=["Ctrl-C", "SIGTERM"])
 def test_the_first_signal_asks_and_the_second_interrupts(handlers, number):
     told = []
     with Stop(lambda: told.append("once")) as stop:
         assert not stop.asked
-        os.kill(os.getpid(), number)
+        send(number)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), Stop.SIGNALS[0])
-            time.sleep(5)
+            send(number)
     assert told == ["once"]
 
 
 @needs_signals
 def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(handlers):
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
-        stop.asked = True
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    with pytest.raises(KeyboardInterrupt), Stop():
+        send(signal.SIGTERM, times=2)
 
 
 def test_in_another_thread_signals_are_left_alone(handlers):
@@ -683,8 +680,11 @@ def test_in_another_thread_signals_are_left_alone(handlers):
 def test_work_over_items_is_cut_short_by_the_request():
     stop, done = Stop(), []
     assert list(stop.over("abc")) == ["a", "b", "c"]
+
+    def work(item):
+        done.append(item)
+        stop.asked = item == 3
+
     with pytest.raises(KeyboardInterrupt):
-        for item in stop.over(itertools.count()):
-            done.append(item)
-            stop.asked = item == 3
+        list(map(work, stop.over(itertools.count())))
     assert done == [0, 1, 2, 3]

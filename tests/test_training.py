@@ -1,5 +1,6 @@
 """The model as a whole: training agrees between backends, it learns, and it computes what the original did."""
 
+import contextlib
 import itertools
 import json
 
@@ -119,6 +120,18 @@ def test_shares_of_a_batch_add_up_to_the_batch(plain):
 # accumulated gradients ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick_compilation():
+    """XLA without its optimizations: it compiles in a third of the time."""
+    import jax
+
+    with contextlib.suppress(AttributeError):  # a version that does not know it
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 ONE_BLOCK = {**SMALL, "n_layers": 1}
 
 
@@ -152,10 +165,12 @@ def check_parts(case, expected, **how):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
-def test_a_step_in_four_parts_is_the_step(quick_backend, epochs):
+def test_a_step_in_four_parts_is_the_step(quick_backend, request, epochs):
     """With dropout on, and where an epoch ends in a smaller step."""
-    if epochs and quick_backend.variant == "jax jit":
-        pytest.skip("JAX compiles every part of every shape: too slow here")
+    if quick_backend.variant == "jax jit":
+        if epochs:
+            pytest.skip("JAX compiles every part of every shape: too slow here")
+        request.getfixturevalue("quick_compilation")
     expected = steps_in_parts(quick_backend, 12, 1, epochs=epochs)
     check_parts(quick_backend, expected, batch_size=3, accumulate=4, epochs=epochs)
 
