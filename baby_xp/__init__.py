@@ -12,7 +12,10 @@ Axis letters, the same in every comment and docstring of this package:
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"train": "api", "load": "api", "Run": "api", "BabyError": "errors"}
+_PUBLIC = {
+    "train": "api", "finetune": "api", "resume": "api", "load": "api", "runs": "api", "Run": "run",
+    "import_littlebaby": "api", "export_littlebaby": "api", "BabyError": "errors",
+}  # fmt: skip
 
 
 def __getattr__(name: str):

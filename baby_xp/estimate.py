@@ -39,7 +39,10 @@ from baby_xp.training.loop import EVALUATION_TOKENS
 from baby_xp.tree import leaves
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
-"""How long the trial trains after its first reading of the loss, and how often it reads; and at most."""
+"""How long the trial trains when it is warm, and in all at most; and how often it reads the loss at least."""
+CHECKPOINT_SECONDS = 0.5
+"""Between the checkpoints of the trial. Where freed memory is reused is partly chance: it takes several of them
+to see what the many of a long run come to."""
 GENERATED = 64
 """Tokens that the trial generates."""
 TOKENS_A_PARAMETER = (20, 40)
@@ -383,16 +386,16 @@ def serve() -> None:
 def _try(preset: dict[str, Any], path: str, seconds: float, most_seconds: float, **place: Any) -> dict[str, Any]:
     """Train as the request says, until enough was seen -> facts and trial, as plain JSON values."""
     chosen = _preset_of(**preset)
-    # neither may end the trial before its time
-    chosen = replace(chosen, train=replace(chosen.train, max_minutes=0.0, patience=0))
+    # neither limit may end the trial before its time
+    often = {"checkpoint_every": 0, "checkpoint_minutes": CHECKPOINT_SECONDS / 60}
+    chosen = replace(chosen, train=replace(chosen.train, max_minutes=0.0, patience=0, **often))
     watch, begin = _Watch(seconds, most_seconds), time.perf_counter()
     run = api.train(chosen, path=path, listener=watch, **place)
     written = time.perf_counter()
     run.generate(num_tokens=GENERATED)
     generated = time.perf_counter()
-    rates = watch.rates[1:] or watch.rates
     facts = _facts(watch.learned, run.backend.name, watch.workers, Path(path))
-    tokens, rate = facts.step_size * chosen.model.n_ctx, statistics.median(rates)
+    tokens, rate = facts.step_size * chosen.model.n_ctx, statistics.median(watch.rates)
     trial = {
         "ms_a_step": 1e3 * tokens / rate,
         "tokens_per_second": rate,
@@ -416,16 +419,15 @@ def _preset_of(name: str, model: Any, train: Any, data: Any) -> Preset:
 
 
 class _Watch(api.Silent):
-    """Ends a run when enough was seen of it: readings of the speed, then an evaluation with its sample, then one
-    step. The checkpoint at the end then holds the best weights beside the last ones: that is where the
-    memory of a long run is highest that a few steps would not show.
+    """Ends a run when enough was seen of it: a first reading, an evaluation with its sample, and then steps and
+    checkpoints for a while. These hold the best weights beside the present ones, as most of a long run do.
     """
 
     def __init__(self, seconds: float, most_seconds: float):
         self.seconds, self.most_seconds = seconds, most_seconds
         self.rates: list[float] = []
         self.evaluations: list[float] = []
-        self.last = False
+        self.warm: float | None = None
 
     def started(self, sitting, step: int) -> None:
         """Put a task in place of the run's whose end can be moved, and whose validation part is short."""
@@ -434,26 +436,26 @@ class _Watch(api.Silent):
         self.moving.num_steps, self.moving.n_validation = LARGEST, 1
         self.moving.validation = self._some_validation
         sitting.learned = self.moving
-        self.began = self.first = time.perf_counter()
+        self.began = time.perf_counter()
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Note a reading; when there are enough, let the run evaluate, and end it after that."""
-        if self.last:
-            self.sizes = memory.taken(memory.children())[1:]
-            self.ended = time.perf_counter()
-            raise KeyboardInterrupt
+        """Note a reading; the first one asks for an evaluation, and when there are enough the run ends."""
+        if self.warm is None:
+            # of the next step, an apparent end: whether this one is evaluated has been decided, perhaps
+            self.moving.num_steps = min(self.moving.num_steps, step + 1)
+            return
         self.rates.append(tokens_per_second)
         now = time.perf_counter()
-        if len(self.rates) == 1:
-            self.first = now
-        enough = len(self.rates) > READINGS and now - self.first >= self.seconds
-        if self.moving.num_steps == LARGEST and (enough or now - self.began >= self.most_seconds):
-            self.moving.num_steps = step + 1  # whether this step is evaluated has been decided, perhaps
+        enough = len(self.rates) >= READINGS and now - self.warm >= self.seconds
+        if enough or now - self.began >= self.most_seconds:
+            self.sizes = memory.taken(memory.children())[1:]
+            self.ended = now
+            raise KeyboardInterrupt
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """After the evaluation that this waited for, one more step."""
+        """After the evaluation that was asked for, the run goes on."""
         if record["step"] == self.moving.num_steps:
-            self.moving.num_steps, self.last = record["step"] + 1, True
+            self.moving.num_steps, self.warm = LARGEST, time.perf_counter()
 
     def _some_validation(self) -> Iterator[Any]:
         for batch in islice(self.learned.validation(), 3):

@@ -212,7 +212,8 @@ class Sitting:
             norm = f"norm {found.norm:.3g} in step {found.step}"
             parts.append(f"the largest gradient was that of {found.parameter}, {norm}")
         if good.step:
-            parts.append(f"the last good checkpoint, of step {good.step}, is kept in run {self.files.guid}")
+            kept = f"run {self.files.guid} can be resumed"
+            parts.append(f"the last good checkpoint, of step {good.step}, is kept: {kept}")
         causes = [f"too high a learning rate (lower --lr, which was {train.lr:g})"]
         if train.warmup_steps < 100:
             causes.append(f"too short a warm-up (raise --warmup-steps, {train.warmup_steps})")

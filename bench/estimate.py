@@ -55,11 +55,11 @@ def parse() -> argparse.Namespace:
 def really(name: str, steps: int) -> dict:
     """Train the preset for so many steps -> ms a step, and bytes taken.
 
-    The short run has what a long one has: an evaluation on the way, and later a checkpoint, which holds the best
-    weights beside the present ones; at the end the whole validation part, a sample and the report.
+    The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
+    best weights beside the present ones; at the end the whole validation part, a sample and the report.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"path": folder, "num-steps": steps, "eval-every": steps // 2, "checkpoint-every": 3 * steps // 4}
+        flags = {"path": folder, "num-steps": steps, "eval-every": steps // 2, "checkpoint-every": 3}
         arguments = ["train", name, *(f"--{flag}={value}" for flag, value in flags.items())]
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], input=json.dumps(arguments), stdout=subprocess.PIPE, text=True,

@@ -1,33 +1,80 @@
 """What a person would want to read of a run."""
 
+import math
+import os
 import platform
 import sys
 from typing import Any
 
-from baby_xp import __version__
+REASONS = {
+    "steps": "done: all {steps:,} steps",
+    "patience": "done after {steps:,} steps: the validation loss no longer fell",
+    "time": "stopped after step {steps:,}, as the time was up; `resume` goes on",
+    "interrupted": "stopped after step {steps:,} by the user; `resume` goes on",
+}
 
 
 def machine() -> str:
     """The machine and the Python of this process, in one line."""
-    import os
-
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
 
 
 def text(config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], sample: str) -> str:
-    """The report of a run as text."""
-    lines = [f"baby_xp {__version__}, run {config['guid']}", ""]
-    lines += _table("Result", config["result"]) + _table("Data", {"name": config["data"]["data"], **facts})
+    """The report of a run: its config, the records of its evaluations, facts of its text, its last sample."""
+    lines = [f"baby_xp {config['baby_xp']}, run {config['guid']}", *_origin(config), ""]
+    lines += _table("Result", _result(config["result"], records, facts))
+    lines += _table("Text", {"name": config["data"]["data"], **facts})
     lines += _table("Model", {**config["model"], "parameters": config["parameters"]})
     lines += _table("Training", config["train"]) + _table("Machine", config["machine"])
-    lines += ["Losses, in nats a token", "    step    train  validation"]
+    lines += _losses(records)
+    if samples := [record for record in records if record.get("sample")]:
+        lines += ["What it said on the way"]
+        lines += [f"{record['step']:8d}  {' '.join(record['sample'].split())}" for record in samples]
+        lines += [""]
+    return "\n".join([*lines, *(["What it says at the end", sample, ""] if sample else [])])
+
+
+def _origin(config: dict[str, Any]) -> list[str]:
+    base = [f"finetuned from run {config['base']}"] if config["base"] else []
+    return [f"preset {config['preset']}, begun {config['started']}, written {config['written']}", *base]
+
+
+def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """What matters first."""
+    failed = f"failed; the last good checkpoint is that of step {result['steps']:,}: {result['reason']}"
+    told = {"how it ended": REASONS.get(result["reason"], failed).format(**result)}
+    if result["val_loss"] is not None:
+        whole = bool(records) and records[-1]["whole_validation"]
+        part = "the whole validation part" if whole else "a sample of the validation part"
+        told["validation loss"] = f"{result['val_loss']:.4f} nats a token, over {part}"
+        told["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
+        if entropy := facts.get("entropy, nats per character"):
+            told["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
+    if result["train_loss"] is not None:
+        told["training loss"] = f"{result['train_loss']:.4f} nats a token, mean since the evaluation before"
+    if result["best_step"] is not None:
+        told["weights kept"] = f"those of step {result['best_step']:,}, the best validation loss"
+    told["time"] = f"{result['seconds']:,.1f} s with evaluations and checkpoints"
+    told["speed"] = f"{result['tokens_per_second']:,} tokens/s while training"
+    return told
+
+
+def _losses(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["Losses, in nats a token", "    step     train  validation        rate  grad norm   seconds"]
     for record in records:
-        train = f"{record['train_loss']:8.4f}" if record["train_loss"] is not None else " " * 8
-        part = "" if record["whole_validation"] else "  (a sample of the validation part)"
-        lines.append(f"{record['step']:8d} {train}  {record['val_loss']:8.4f}{part}")
-    return "\n".join([*lines, "", "Sample", sample, ""])
+        train = f"{record['train_loss']:.4f}" if record["train_loss"] is not None else ""
+        part = "  whole validation part, weights kept" if record["whole_validation"] else ""
+        lines.append(
+            f"{record['step']:8d}  {train:>8}  {record['val_loss']:10.4f}  {record['lr']:10.3g}  "
+            f"{record['grad_norm']:9.3g}  {record['seconds']:8.1f}{part}"
+        )
+    return [*lines, ""]
 
 
 def _table(title: str, values: dict[str, Any]) -> list[str]:
     width = max(len(name) for name in values)
-    return [title, *(f"    {name:<{width}}  {value}" for name, value in values.items()), ""]
+    return [title, *(f"    {name:<{width}}  {_shown(value)}" for name, value in values.items()), ""]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

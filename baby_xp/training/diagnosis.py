@@ -39,9 +39,12 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
             if not np.isfinite(backend.to_numpy(loss)).all():
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
-            parameter = max(norms, key=lambda path: (not np.isfinite(norms[path]), norms[path]))
+            burst = [path for path, norm in norms.items() if not np.isfinite(norm)]
+            if len(burst) == len(norms) and finding is not None:  # it was over before: that tells more
+                break
+            parameter = burst[0] if burst else max(norms, key=norms.get)
             finding = Finding(parameter, norms[parameter], step + 1)
-            if not np.isfinite(norms[parameter]):
+            if burst:
                 break
             state, _ = optim.update(xp, state, gradients, config)
     return finding
