@@ -696,6 +696,7 @@ STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, number, step):
     settings = flags(data="text.txt", num_steps=5, **CONSTANT)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         signals_at(patch, step, number)
         code, out, err = call("train", "--path=stopped", *settings)
@@ -706,7 +707,7 @@ def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, number
     )
     if step != 1:
         check_stopped(code, out, step + 1, settings, call)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {one: signal.getsignal(one) for one in handlers} == handlers
 
 
 @needs_signals
@@ -973,9 +974,10 @@ def test_a_kill_between_a_checkpoint_and_its_weights_is_made_good_by_going_on(wo
 
     losses = iter([3.0, 2.0, 1.0, 1.0])
     monkeypatch.setattr(loop._Run, "_validation_loss", lambda *args: next(losses))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save_weights", killed)
+    monkeypatch.setattr(checkpoint, "save_weights", killed)
+    with pytest.raises(Killed):
         baby_xp.api.train("baby", **text_settings(eval_every=1, checkpoint_every=1))
+    monkeypatch.setattr(checkpoint, "save_weights", save)
     assert [(run.state, run.steps) for run in baby_xp.api.runs("runs")] == [("stopped", 3)]
     run = baby_xp.api.resume(path="runs")
     assert (run.config["result"]["state"], run.config["result"]["best_step"]) == ("done", 3)

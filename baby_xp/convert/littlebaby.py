@@ -101,8 +101,14 @@ def write(
             (Path(folder) / name).mkdir(parents=True, exist_ok=True)
     # everything in ASCII, as json does it: the notebook reads in the encoding of the system
     vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
-    for path, value in zip(files, (_described(config, train), vocab, named(model, flat)), strict=True):
-        store.write(path, json.dumps(value, default=np.ndarray.tolist))
+    try:
+        for path, value in zip(files, (_described(config, train), vocab, named(model, flat)), strict=True):
+            store.write(path, json.dumps(value, default=np.ndarray.tolist))
+    except BaseException:  # all three or none
+        for path in files:
+            with suppress(OSError):
+                path.unlink()
+        raise
     return files
 
 

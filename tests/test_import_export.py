@@ -1,0 +1,121 @@
+"""Models of the original Little Baby become runs of ours, and go back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from baby_xp import api
+from baby_xp.cli import main
+from baby_xp.errors import BabyError
+from baby_xp.runs import store
+
+NAMES = ["pre-mha-mlp", "post-mha-mlp", "pre-moh-mlp", "pre-mha-moe"]
+TEXT = "The cat sat on the mat. " * 60
+
+
+def logits(run, inputs) -> np.ndarray:
+    p = run.model.layout.unpack(np, run.params)
+    return run.model.forward(run.backend.xp, p, np.array(inputs, np.int32))[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reference_model_gives_its_logits_as_a_run_and_after_the_round_trip(reference_folder, tmp_path, name):
+    expected = json.loads((reference_folder / f"expected_{name}.json").read_text("utf-8"))
+    there = api.import_littlebaby(reference_folder / f"model_{name}.json", path=tmp_path / "runs")
+    api.export_littlebaby(api.load(there.guid, path=tmp_path / "runs", backend="numpy"), tmp_path / "original")
+    model = tmp_path / "original" / "models" / f"model_{there.guid}.json"
+    back = api.import_littlebaby(model, path=tmp_path / "again")
+    for run in (there, api.load(path=tmp_path / "again", backend="numpy")):
+        found = logits(run, expected["inputs"])
+        np.testing.assert_allclose(found, np.reshape(expected["logits"], found.shape), atol=1e-10, rtol=0)
+    assert back.guid == there.guid
+    np.testing.assert_array_equal(back.params, there.params)
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """A run of ours that went to the original's files and came back."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    small = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "num_steps": 20, "batch_size": 4}
+    run = api.train("baby", path=tmp_path / "ours", data=str(text), backend="numpy", **small)
+    files = api.export_littlebaby(run, tmp_path / "original")
+    return run, api.import_littlebaby(files[2], path=tmp_path / "runs", dtype="float32"), text
+
+
+def test_it_generates_the_same_text(imported):
+    ours, run, _ = imported
+    assert run.guid == ours.guid
+    assert run.generate("The ", num_tokens=40, greedy=True) == ours.generate("The ", num_tokens=40, greedy=True)
+
+
+def test_it_can_be_finetuned(imported):
+    _, run, text = imported
+    text.write_text(TEXT + "Ü" * 9, encoding="utf-8")
+    tuned = api.finetune(path=run.files.folder, data=str(text), num_steps=3, backend="numpy")
+    assert tuned.guid == f"{run.guid}_finetuned"
+    assert tuned.tokenizer.vocab[-1] == "Ü"
+
+
+def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
+    _, run, text = imported
+    with pytest.raises(BabyError, match="imported, there is nothing to go on with"):
+        api.resume(path=run.files.folder)
+    with pytest.raises(BabyError, match="imported without its text; name one with --data"):
+        run.evaluate()
+    assert run.evaluate(data=str(text), num_tokens=20).loss > 0
+    assert [one.state for one in api.runs(run.files.folder)] == ["imported"]
+
+
+def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):
+    _, run, _ = imported
+    before = {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+    model = tmp_path / "original" / "models" / f"model_{run.guid}.json"
+    with pytest.raises(BabyError, match=r"there is a run .* already"):
+        api.import_littlebaby(model, path=run.files.folder)
+    assert before == {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(imported, tmp_path, monkeypatch):
+    _, run, _ = imported
+    write = store.write
+
+    def full(path, data):
+        if path.name.startswith("model_"):
+            raise BabyError("the disk is full")
+        write(path, data)
+
+    monkeypatch.setattr(store, "write", full)
+    with pytest.raises(BabyError, match="full"):
+        api.export_littlebaby(run, tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
+    _, run, _ = imported
+    assert (
+        main(["export", "littlebaby", run.guid[:8], f"--path={run.files.folder}", f"--to={tmp_path / 'out'}"]) == 0
+    )
+    model = capsys.readouterr().out.split()[-1]
+    assert main(["import", "littlebaby", model, f"--path={tmp_path / 'third'}"]) == 0
+    assert f"run {run.guid}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["import"], "import littlebaby"),
+    (["import", "gpt2", "x"], "import littlebaby"),
+    (["import", "littlebaby"], "name the model"),
+    (["import", "littlebaby", "nothing.json"], "nothing.json cannot be read"),
+    (["import", "littlebaby", "model.pkl"], "is a pickle"),
+    (["export", "onnx"], "export littlebaby"),
+    (["export", "littlebaby", "--path=nowhere"], "there are no runs in nowhere"),
+])  # fmt: skip
+def test_what_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x04N.")
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pkl"}
