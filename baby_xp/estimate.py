@@ -40,7 +40,7 @@ from baby_xp.tree import leaves
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
 """How long the trial trains when it is warm, and in all at most; and how often it reads the loss at least."""
-CHECKPOINT_SECONDS = 0.5
+CHECKPOINT_SECONDS = 1.0
 """Between the checkpoints of the trial. Where freed memory is reused is partly chance: it takes several of them
 to see what the many of a long run come to."""
 GENERATED = 64
