@@ -13,7 +13,8 @@ Axis letters, the same in every comment and docstring of this package:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "train": "api", "finetune": "api", "resume": "api", "load": "api", "runs": "api", "Run": "run",
+    "train": "api", "finetune": "api", "resume": "api", "load": "api", "list_runs": "api", "Run": "run",
+    "estimate": "estimating",
     "import_littlebaby": "api", "export_littlebaby": "api", "BabyError": "errors",
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def train(
         loaded = backends.load(backend, device, chosen.train.dtype)
         learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         model = Model(chosen.model, learned.tokenizer.vocab_size)
-        _check_size(model)
+        check_size(model)
         start = checkpoint.first(model, chosen.train)
         return _sit(new, chosen, model, learned, loaded, device, workers, listener, start)
 
@@ -217,7 +217,7 @@ def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:
     return littlebaby.write(Path(folder), run.guid, chosen.model, run.tokenizer, run.params, chosen.train)
 
 
-def runs(path: str | Path = "runs") -> list[Summary]:
+def list_runs(path: str | Path = "runs") -> list[Summary]:
     """All runs under `path`, the one last trained first."""
     return table.summaries(path)
 
@@ -305,7 +305,7 @@ def _sit(
     def keep() -> None:
         new.keep = True
 
-    number = _number_of_workers(workers, backend, model, chosen.train.batch_size)
+    number = number_of_workers(workers, backend, model, chosen.train.batch_size)
     chosen = replace(chosen, train=replace(chosen.train, num_steps=learned.num_steps))
     sitting = Sitting(
         new.files, chosen, model, learned, backend, device, number, listener or Silent(), base, started, keep
@@ -324,12 +324,14 @@ def _sizes(config: Any) -> Any:
     return replace(config, dropout=0.0)
 
 
-def _check_size(model: Model) -> None:
+def check_size(model: Model) -> None:
+    """Raises BabyError for a model that no machine holds."""
     if model.n_parameters > MOST_PARAMETERS:
         raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
 
 
-def _number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:
+def number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:
+    """Processes that share a step: as many as were asked for, or as suit. Raises BabyError if that cannot be."""
     if asked is None:
         return suitable_number(backend, model, batch_size)
     if asked < 1:

@@ -117,6 +117,31 @@ def train(arguments: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class EstimatePlace(TrainPlace):
+    """Where a run would compute. Nothing is written."""
+
+    measure: bool = True
+    """Train for some seconds, to measure time and memory; without, only what can be counted."""
+
+
+def estimate(arguments: list[str]) -> None:
+    """Tell what a run would take, with the flags of train."""
+    from baby_xp.presets import preset
+
+    name, rest = _positional(arguments, "baby")
+    chosen = preset(name)
+    default = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
+    about = f"What it takes to train {chosen.name}: {chosen.about}."
+    program = f"baby_xp estimate {chosen.name}"
+    asked, place = _parse_settings(default, about, program, rest, EstimatePlace())
+    from baby_xp import estimating
+
+    where = {name: value for name, value in dataclasses.asdict(place).items() if name != "path"}
+    found = estimating.estimate(replace(chosen, **asked), **where)
+    print("\n".join(estimating.lines(found)))
+
+
+@dataclass(frozen=True)
 class Changes:
     """What finetuning may change of the model."""
 
@@ -199,12 +224,16 @@ def resume(arguments: list[str]) -> None:
 
 
 def _parse_settings(
-    parts: dict[str, Any], about: str, program: str, arguments: list[str]
-) -> tuple[dict[str, Any], TrainPlace]:
+    parts: dict[str, Any],
+    about: str,
+    program: str,
+    arguments: list[str],
+    place: TrainPlace = TrainPlace(),
+) -> tuple[dict[str, Any], Any]:
     """Configs with their fields replaced by flags, and the place."""
     import tyro
 
-    default = {**parts, "place": TrainPlace()}
+    default = {**parts, "place": place}
     # one flat set of flags; which there are depends on the kind of model
     fields = [(name, Annotated[type(value), tyro.conf.OmitArgPrefixes]) for name, value in default.items()]
     settings = make_dataclass("Settings", fields, frozen=True)
@@ -232,7 +261,7 @@ def _path_of(arguments: list[str]) -> str:
 def _show_end(run: Any, path: str) -> None:
     """How a sitting ended. Raises Interrupted if Ctrl-C ended it."""
     result = run.config["result"]
-    resuming = f"python -m baby_xp resume{_path_flag(path)} {_short(run.guid)}"
+    resuming = f"python -m baby_xp resume {_short(run.guid)}{_path_flag(path)}"
     if result["reason"] == "interrupted":
         print(f"stopped after step {result['steps']}, with a checkpoint; to go on: {resuming}")
         raise KeyboardInterrupt
@@ -241,12 +270,12 @@ def _show_end(run: Any, path: str) -> None:
         print(f"the time is up: stopped after step {result['steps']}; to go on: {resuming}")
     if result["reason"] == "patience":
         print(f"ended after step {result['steps']}: the validation loss no longer falls")
-    if result["best_step"] != result["steps"]:
+    if result["best_step"] not in (None, result["steps"]):
         print(f"kept the weights of step {result['best_step']}, the best")
     print(f"validation loss {result['val_loss']:.4f} nats a token, over the whole validation part")
     print(f"run {run.guid}")
     print(f"report {run.files.report}")
-    print(f"more: python -m baby_xp generate{_path_flag(path)} {_short(run.guid)}")
+    print(f"more: python -m baby_xp generate {_short(run.guid)}{_path_flag(path)}")
 
 
 def _short(guid: str) -> str:
@@ -352,7 +381,7 @@ def import_(arguments: list[str]) -> None:
     )
     print(f"{run.model.n_parameters:,} parameters, {run.tokenizer.vocab_size} different tokens")
     print(f"run {run.guid}")
-    print(f"more: python -m baby_xp generate{_path_flag(asked.path)} {_short(run.guid)}")
+    print(f"more: python -m baby_xp generate {_short(run.guid)}{_path_flag(asked.path)}")
 
 
 def export(arguments: list[str]) -> None:
@@ -418,7 +447,7 @@ def runs(arguments: list[str]) -> None:
     asked = _tyro(Folder, "baby_xp runs", arguments, Folder())
     from baby_xp import api
 
-    found = api.runs(asked.path)
+    found = api.list_runs(asked.path)
     if not found:
         print(f"no runs in {asked.path} yet")
         return
@@ -512,6 +541,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": resume,
     "generate": generate,
     "inference": generate,
+    "estimate": estimate,
     "evaluate": evaluate,
     "import": import_,
     "export": export,

@@ -73,7 +73,7 @@ class Sitting:
                     result = self._fit(start, stop, workers)
                 except Diverged as diverged:
                     raise self._burst(diverged, workers) from None
-            return self._finish(result)
+                return self._finish(result)
         except Exception as error:
             self._failed(error)
             raise
@@ -102,16 +102,21 @@ class Sitting:
         steps = {"step": str(checkpoint.step), "num_steps": str(self.learned.num_steps)}
         arrays.save_state(self.files.state, checkpoint, {**belongs, **steps})
         self._last = _without_arrays(checkpoint)
-        best = checkpoint.progress["best"]
-        step = best["step"] if best else checkpoint.step
-        if step != self._model_step:
-            metadata = {**belongs, "step": str(step)}
-            arrays.save_weights(self.files.model, self.model.layout, checkpoint.best_params, metadata)
-            self._model_step = step
+        self._write_model(checkpoint)
         if checkpoint.step:
             self.on_kept()
 
     # files ---------------------------------------------------------------------------------------------
+
+    def _write_model(self, checkpoint: Checkpoint) -> None:
+        """Write the best weights, unless this sitting has written them."""
+        best = checkpoint.progress["best"]
+        step = best["step"] if best else checkpoint.step
+        if step != self._model_step:
+            belongs = belonging(self.files.guid, self.chosen.model, self.learned.tokenizer)
+            metadata = {**belongs, "step": str(step)}
+            arrays.save_weights(self.files.model, self.model.layout, checkpoint.best_params, metadata)
+            self._model_step = step
 
     def _begin(self, start: Checkpoint) -> None:
         """The files as of the start: from now on the run can be found, and goes on from there."""
@@ -172,6 +177,7 @@ class Sitting:
         if result.reason == "interrupted" and checkpoint.step == 0:
             raise BabyError("interrupted before the first step was done; nothing was trained")
         self._last = _without_arrays(checkpoint)
+        self._write_model(checkpoint)  # a kill may have come between the last checkpoint and its weights
         told = self._result("done" if result.reason in ("steps", "patience") else "stopped", reason=result.reason)
         run, sample = self._as_run(checkpoint.best_params), ""
         if final:
@@ -211,7 +217,9 @@ class Sitting:
         if found:
             norm = f"norm {found.norm:.3g} in step {found.step}"
             parts.append(f"the largest gradient was that of {found.parameter}, {norm}")
-        if good.step:
+        if good.step and not found:
+            parts.append(f"the checkpoint of step {good.step} had burst already, begin anew")
+        elif good.step:
             kept = f"run {self.files.guid} can be resumed"
             parts.append(f"the last good checkpoint, of step {good.step}, is kept: {kept}")
         causes = [f"too high a learning rate (lower --lr, which was {train.lr:g})"]

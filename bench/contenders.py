@@ -16,11 +16,13 @@ import numpy as np
 
 import baby_xp
 from baby_xp import backend as backends
-from baby_xp import params, tree
+from baby_xp import memory, params, tree
 from baby_xp.api import Silent
 from baby_xp.task import Task
 from baby_xp.text.batches import Batch
+from baby_xp.training.checkpoint import first
 from baby_xp.training.loop import READ_EVERY, fit
+from baby_xp.training.stop import Stop
 from baby_xp.training.workers import Workers, suitable_number
 from bench import processes
 from bench.workloads import Workload
@@ -52,7 +54,7 @@ class Outcome:
     about: dict[str, str]
     """Versions, threads or workers, BLAS kernel: what a reader must know to read the time."""
     memory: list[dict[str, int]] = field(default_factory=list)
-    """What processes.memory told while all of its processes lived."""
+    """What memory.taken told while all of its processes lived."""
 
 
 def train_baby_xp(
@@ -64,18 +66,19 @@ def train_baby_xp(
     """
     loaded, model = backends.load(backend), workload.model(dropout)
     number = workers or suitable_number(loaded, model, workload.batch_size)
-    task = _task(batches)
+    task, config = _task(batches), workload.training(len(batches))
     pool = Workers(loaded, model, workload.batch_size, number) if number > 1 else nullcontext()
     with pool as running:
-        result = fit(loaded, model, workload.training(len(batches)), task, Silent(), running)
-        memory = processes.memory([child.pid for child in running.children] if running else [])
-    last = result.records[-1]
+        start = first(model, config)
+        result = fit(loaded, model, config, task, start, Silent(), lambda checkpoint: None, Stop(), running)
+        taken = memory.taken([child.pid for child in running.children] if running else [])
+    last = result.checkpoint.progress["records"][-1]
     about = {
         "baby_xp": baby_xp.__version__, "backend": loaded.version, "device": loaded.device,
         "workers": str(number), "blas": processes.blas(),
     }  # fmt: skip
     losses = [last["train_loss"], last["val_loss"]]
-    return Outcome(losses, about, memory)
+    return Outcome(losses, about, taken)
 
 
 def _task(batches: Clock) -> Task:
@@ -112,7 +115,7 @@ def train_torch(workload: Workload, dropout: float, batches: Clock, backend: str
         "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
         "blas": _torch_blas(torch),
     }  # fmt: skip
-    return Outcome([shown, last], about, processes.memory([]))
+    return Outcome([shown, last], about, memory.taken())
 
 
 def first_weights(model) -> dict:

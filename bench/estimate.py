@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baby_xp import memory
 from baby_xp.errors import BabyError
-from baby_xp.estimate import Estimate, estimate
+from baby_xp.estimating import Estimate, estimate
 from bench import processes
 from bench.tables import markdown
 

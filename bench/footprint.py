@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from baby_xp import backend as backends
-from baby_xp import params
+from baby_xp import memory, params
 from baby_xp.layers import cross_entropy
 from baby_xp.training.step import initial_state, step_noise
 from bench import processes
@@ -25,7 +25,7 @@ CLOSE = 0.99
 def baseline() -> dict:
     """Memory of a process that imports baby_xp, makes the backend and does nothing."""
     backends.load("numpy")
-    return {"memory": processes.memory([])}
+    return {"memory": memory.taken()}
 
 
 def needed(workload: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from baby_xp import memory
 from bench import processes
 from bench.tables import markdown
 from bench.workloads import Workload, chosen
@@ -51,7 +52,7 @@ def row(workload: Workload, steps: int, workers: int | None, needed: dict, idle:
         "train", name="baby_xp", workload=workload.name, steps=steps, warmup=0, dropout=workload.dropout,
         workers=workers,
     )  # fmt: skip
-    taken, need = growth(found["memory"], idle), sum(needed.values())
+    taken, need = memory.growth(found["memory"], idle), sum(needed.values())
     return {
         "workload": workload.name,
         "workers": found["about"]["workers"] + ("" if workers else " (automatic)"),
@@ -60,17 +61,6 @@ def row(workload: Workload, steps: int, workers: int | None, needed: dict, idle:
         "ratio": f"{taken / need:.2f}",
         f"at most {PROMISE:g}": "yes" if taken <= PROMISE * need else "NO",
     }
-
-
-def growth(memory: list[dict[str, int]], idle: dict[str, int]) -> int:
-    """Bytes that the processes take together beyond as many idle ones, shared pages counted once.
-
-    For the main process its whole peak counts; a worker adds what is its own, as the arena and the libraries
-    are already in the main process's.
-    """
-    main, *workers = memory
-    idle_own = idle["peak"] - idle["shared"]
-    return main["peak"] - idle["peak"] + sum(one["peak"] - one["shared"] - idle_own for one in workers)
 
 
 def detail(workload: Workload, needed: dict, found: dict) -> list[str]:

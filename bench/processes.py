@@ -44,20 +44,6 @@ def ask(task: str, **request) -> dict:
     return answer(start(task, **request))
 
 
-def memory(workers: list[int]) -> list[dict[str, int]]:
-    """Bytes of this process and of its workers, in this order; [] without /proc.
-
-    peak    the process's highest resident memory. VmHWM and not ru_maxrss, which may begin with the peak of
-            the parent: Linux carries that over into the child
-    shared  what of it others may share, libraries and mapped files, at present
-    """
-    try:
-        found = [_status(name) for name in ("self", *map(str, workers))]
-    except OSError:
-        return []
-    return [{"peak": one["VmHWM"], "shared": one["RssFile"] + one["RssShmem"]} for one in found]
-
-
 def together(memory: list[dict[str, int]]) -> int | None:
     """Bytes that the processes take together, shared pages counted once: an upper bound of the peak.
 
@@ -66,12 +52,6 @@ def together(memory: list[dict[str, int]]) -> int | None:
     if not memory:
         return None
     return memory[0]["peak"] + sum(one["peak"] - one["shared"] for one in memory[1:])
-
-
-def _status(pid: str) -> dict[str, int]:
-    """The sizes in /proc/<pid>/status, in bytes."""
-    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
 
 
 def blas() -> str:

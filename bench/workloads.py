@@ -49,6 +49,7 @@ class Workload:
         return TrainConfig(
             batch_size=self.batch_size, num_steps=num_steps, lr=1e-3, schedule="constant", warmup_steps=0,
             beta1=0.9, beta2=0.99, weight_decay=0.1, clip=1.0, eval_every=num_steps + 1,
+            checkpoint_minutes=0.0,
         )  # fmt: skip
 
     def batches(self, count: int) -> list[Batch]:

@@ -368,7 +368,8 @@ def test_a_run_that_bursts_after_a_checkpoint_is_kept_as_of_that(work, burst, ca
     line = burst("train", "--path=runs", *settings)
     run = baby_xp.api.load(path="runs", weights="last")
     assert line.startswith("baby_xp: the loss became nan at step 6; the largest gradient was that of ")
-    assert f"in step 5; the last good checkpoint, of step 4, is kept in run {run.guid}; what usually" in line
+    kept_as = f"the last good checkpoint, of step 4, is kept: run {run.guid} can be resumed"
+    assert f"in step 5; {kept_as}; what usually" in line
     assert sorted({step for step, _ in kept}) == [0, 2, 4]
     for path in (run.files.state, run.files.model):
         assert path.read_bytes() == kept[4, path]
@@ -378,13 +379,13 @@ def test_a_run_that_bursts_after_a_checkpoint_is_kept_as_of_that(work, burst, ca
     assert [record["step"] for record in metrics_of(run.files)] == [4]
     assert result["reason"] in run.files.report.read_text(encoding="utf-8")
     assert not run.files.completion().exists()
-    assert [(one.state, one.steps, one.num_steps) for one in baby_xp.api.runs("runs")] == [("failed", 4, 30)]
+    assert [(one.state, one.steps, one.num_steps) for one in baby_xp.api.list_runs("runs")] == [("failed", 4, 30)]
     for weights in ("best", "last"):
         assert call("generate", "--path=runs", "--num-tokens=3", f"--weights={weights}")[0] == 0
     monkeypatch.undo()
     monkeypatch.chdir(work)
     assert call("resume", "--path=runs", "--num-steps=6")[0] == 0
-    assert [(one.state, one.steps) for one in baby_xp.api.runs("runs")] == [("done", 6)]
+    assert [(one.state, one.steps) for one in baby_xp.api.list_runs("runs")] == [("done", 6)]
 
 
 def test_a_rate_that_bursts_a_run_that_goes_on_leaves_it_as_it_was(work, burst, call):
@@ -392,7 +393,7 @@ def test_a_rate_that_bursts_a_run_that_goes_on_leaves_it_as_it_was(work, burst, 
     files = RunFiles(work / "runs", guid)
     before = files.state.read_bytes(), files.model.read_bytes()
     line = burst("resume", "--path=runs", "--num-steps=9", "--lr=1e30", "--clip=0")
-    assert f"the last good checkpoint, of step 3, is kept in run {guid}" in line
+    assert f"the last good checkpoint, of step 3, is kept: run {guid} can be resumed" in line
     assert (files.state.read_bytes(), files.model.read_bytes()) == before
     assert baby_xp.api.load(guid, path="runs").config["result"]["state"] == "failed"
     assert call("resume", "--path=runs", "--lr=0.003", "--clip=1")[0] == 0
@@ -424,7 +425,7 @@ def test_a_full_disk_while_the_last_files_are_written_loses_no_step(work, call, 
     assert name in err
     assert "No space left on device" in err
     assert not list((work / "runs").rglob("*.tmp"))
-    ((state, steps),) = [(run.state, run.steps) for run in baby_xp.api.runs("runs")]
+    ((state, steps),) = [(run.state, run.steps) for run in baby_xp.api.list_runs("runs")]
     assert (state, steps) == ({"report_": "stopped", "completion_": "failed"}[name], 3)
     monkeypatch.setattr(os, "replace", replace)
     assert call("resume", "--path=runs")[0] == 0
@@ -789,7 +790,7 @@ def test_training_tells_what_it_does(work, call):
     assert "step      2: train " in out
     assert "step      3: train " in out
     assert RunFiles(Path("my runs"), guid).completion().read_text().strip() in out
-    assert f"more: python -m baby_xp generate --path 'my runs' {guid[:8]}" in out
+    assert f"more: python -m baby_xp generate {guid[:8]} --path 'my runs'" in out
 
 
 def test_every_file_of_the_layout_is_there_and_nothing_else(trained):
@@ -933,7 +934,7 @@ def test_a_run_is_there_from_its_start(work, call):
             seen.append((run.config["result"]["state"], run.config["result"]["steps"], run.generate(num_tokens=2)))
             seen.append(checkpoint.read_metadata(files.model)["step"])
             seen.append(baby_xp.api.load(path="runs", weights="last").params.tobytes() == run.params.tobytes())
-            seen.append([summary.state for summary in baby_xp.api.runs("runs")])
+            seen.append([summary.state for summary in baby_xp.api.list_runs("runs")])
 
     run = baby_xp.api.train("baby", listener=Onlooker(), **text_settings())
     files = run.files
@@ -978,7 +979,7 @@ def test_a_kill_between_a_checkpoint_and_its_weights_is_made_good_by_going_on(wo
     with pytest.raises(Killed):
         baby_xp.api.train("baby", **text_settings(eval_every=1, checkpoint_every=1))
     monkeypatch.setattr(checkpoint, "save_weights", save)
-    assert [(run.state, run.steps) for run in baby_xp.api.runs("runs")] == [("stopped", 3)]
+    assert [(run.state, run.steps) for run in baby_xp.api.list_runs("runs")] == [("stopped", 3)]
     run = baby_xp.api.resume(path="runs")
     assert (run.config["result"]["state"], run.config["result"]["best_step"]) == ("done", 3)
     best, last = (baby_xp.api.load(path="runs", weights=weights) for weights in ("best", "last"))
@@ -994,7 +995,7 @@ def test_an_interrupt_while_the_last_text_is_made_loses_no_step(work, call, monk
         patch.setattr(baby_xp.sitting, "sample_of", interrupted)
         code, _, err = call("train", "--path=runs", *flags(data="text.txt", sample_tokens=0))
     assert (code, err) == (130, "baby_xp: interrupted\n")
-    assert [(run.state, run.steps) for run in baby_xp.api.runs("runs")] == [("stopped", 3)]
+    assert [(run.state, run.steps) for run in baby_xp.api.list_runs("runs")] == [("stopped", 3)]
     assert call("resume", "--path=runs")[0] == 0
     run = baby_xp.api.load(path="runs")
     assert run.config["result"]["state"] == "done"

@@ -14,7 +14,7 @@ import array_api_compat.numpy as library
 import numpy as np
 import pytest
 
-from baby_xp import api, estimate, memory, params, task
+from baby_xp import api, counts, estimating, memory, params, task
 from baby_xp import backend as backends
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
@@ -65,14 +65,14 @@ def state_of(model: Model, backend):
 
 @pytest.mark.parametrize("config", [*MODELS, *(one.model for one in PRESETS.values())], ids=repr)
 def test_parameters_by_kind_add_up(config):
-    kinds = estimate.parameters(config, V)
+    kinds = counts.parameters(config, V)
     assert sum(kinds.values()) == Model(config, V).n_parameters
     assert kinds["token embeddings"] == V * config.n_emb
 
 
 def test_parameters_of_a_kind_by_hand():
     config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4)
-    assert estimate.parameters(config, 65) == {
+    assert counts.parameters(config, 65) == {
         "token embeddings": 65 * 128,
         "positions": 64 * 128,
         "norms": (2 * 4 + 1) * 2 * 128,
@@ -84,8 +84,8 @@ def test_parameters_of_a_kind_by_hand():
 
 def test_the_formula_of_the_little_baby_by_hand():
     config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=16, n_layers=4)
-    assert estimate.formula_parameters(config, 65) == 8_320 + 4 * (65_536 + 262_144)
-    assert estimate.formula_parameters(EQUATIONS[0], 13) is None
+    assert counts.formula_parameters(config, 65) == 8_320 + 4 * (65_536 + 262_144)
+    assert counts.formula_parameters(EQUATIONS[0], 13) is None
 
 
 class Counted(np.ndarray):
@@ -120,7 +120,7 @@ def test_flops_are_those_of_all_products_of_a_step(config, accumulate, monkeypat
     state["params"] = state["params"].view(Counted)
     train = TrainConfig(num_steps=10, batch_size=BATCH, accumulate=accumulate)
     make_step(xp, model, train)(state, batch_of(config, BATCH * accumulate))
-    assert estimate.step_flops(config, V, BATCH * accumulate) == Counted.flops
+    assert counts.step_flops(config, V, BATCH * accumulate) == Counted.flops
 
 
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
@@ -129,7 +129,7 @@ def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
     model, xp = Model(config, V), counting_namespace()
     flat = state_of(model, backends.load("numpy"))["params"].view(Counted)
     model.forward(xp, model.layout.unpack(xp, flat), batch_of(config).inputs)
-    assert estimate.forward_flops(config, V, BATCH) == Counted.flops
+    assert counts.forward_flops(config, V, BATCH) == Counted.flops
 
 
 def owners(value) -> dict[int, int]:
@@ -158,7 +158,7 @@ def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, dropout,
     _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
     elsewhere = owners((state["params"], *batch))
     kept = {key: size for key, size in owners((saved, loss_saved)).items() if key not in elsewhere}
-    assert estimate.saved_bytes(config, V, BATCH, np.dtype(dtype).itemsize) == sum(kept.values())
+    assert counts.saved_bytes(config, V, BATCH, np.dtype(dtype).itemsize) == sum(kept.values())
 
 
 @pytest.mark.parametrize("config", GPTS, ids=name_of)
@@ -167,13 +167,13 @@ def test_cache_bytes_are_those_of_a_full_context(config):
     logits = Logits(backend, model, model.layout.unpack(backend.xp, state_of(model, backend)["params"]))
     logits.next([1] * (config.n_ctx - 1))
     logits.next([1] * config.n_ctx)
-    assert estimate.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
+    assert counts.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
 
 
 def test_arrays_of_workers_are_those_of_their_shares():
     config = GPTS[0]
-    alone, three = estimate.arrays(config, V, 7), estimate.arrays(config, V, 7, workers=3)
-    assert three["activations"] == sum(estimate.saved_bytes(config, V, share) for share in (3, 2, 2))
+    alone, three = counts.arrays(config, V, 7), counts.arrays(config, V, 7, workers=3)
+    assert three["activations"] == sum(counts.saved_bytes(config, V, share) for share in (3, 2, 2))
     assert three["activations"] == alone["activations"]
     assert three["exchange of workers"] == 3 * alone["weights"] == 3 * 4 * Model(config, V).n_parameters
 
@@ -185,9 +185,9 @@ def test_tokens_are_those_of_all_batches(settings, tmp_path):
     chosen = api.override(PRESETS["baby"], {**TINY, **settings, "data": str(path)})
     learned = task.prepare(chosen.data, chosen.model, chosen.train, tmp_path)
     real = sum(learned.batches.batch(step).inputs.size for step in range(learned.num_steps))
-    found = estimate.estimate(chosen, measure=False)
+    found = estimating.estimate(chosen, measure=False)
     assert (found.tokens, found.facts.num_steps) == (real, learned.num_steps)
-    assert found.flops == estimate.step_flops(chosen.model, found.facts.vocab_size, real // chosen.model.n_ctx)
+    assert found.flops == counts.step_flops(chosen.model, found.facts.vocab_size, real // chosen.model.n_ctx)
 
 
 # the trial ----------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def folder(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.setenv("TMPDIR", str(path))
     monkeypatch.setattr(tempfile, "tempdir", str(path))
-    monkeypatch.setattr(estimate, "SECONDS", 0.05)
+    monkeypatch.setattr(estimating, "SECONDS", 0.05)
     yield path
     assert list(path.iterdir()) == []
 
@@ -215,46 +215,46 @@ def text_file(tmp_path) -> Path:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_trial_measures_and_leaves_nothing_behind(folder, text_file, workers):
     settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": workers}
-    found = estimate.estimate("baby", **settings)
-    assert found.facts == estimate.estimate("baby", **settings, measure=False).facts
+    found = estimating.estimate("baby", **settings)
+    assert found.facts == estimating.estimate("baby", **settings, measure=False).facts
     assert found.facts.workers == workers
     assert 0 < found.trial.ms_a_step < 5000
     assert all(seconds > 0 for seconds in found.seconds.values())
     if memory.taken():
         assert 15 * workers < found.memory / 2**20 < 200 * workers
-    shown = "\n".join(estimate.lines(found))
+    shown = "\n".join(estimating.lines(found))
     assert f"{found.n_parameters:,} exactly" in shown
     assert "MiB at the peak" in shown or not memory.taken()
     assert max(map(len, shown.splitlines())) <= 110
 
 
 def test_a_trial_of_the_equation_model(folder):
-    found = estimate.estimate("equations", backend="numpy")
+    found = estimating.estimate("equations", backend="numpy")
     assert found.trial.token_seconds > 0
     assert found.facts.step_size == 108  # there are no more pairs, whatever the batch size
     assert found.cache == 0
-    assert "The Little Baby's V H" not in "\n".join(estimate.lines(found))
+    assert "The Little Baby's V H" not in "\n".join(estimating.lines(found))
 
 
 def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, text_file):
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
     settings = {**TINY, **often, "max_minutes": 1e-9, "data": str(text_file), "backend": "numpy"}
-    assert estimate.estimate("baby", **settings).trial.ms_a_step > 0
+    assert estimating.estimate("baby", **settings).trial.ms_a_step > 0
 
 
 def test_without_a_trial_the_counts_remain(folder, text_file):
-    found = estimate.estimate("baby", measure=False, backend="numpy", **{**TINY, "data": str(text_file)})
+    found = estimating.estimate("baby", measure=False, backend="numpy", **{**TINY, "data": str(text_file)})
     assert (found.trial, found.memory, found.seconds) == (None, None, None)
-    assert "not measured" in "\n".join(estimate.lines(found))
+    assert "not measured" in "\n".join(estimating.lines(found))
     assert found.arrays["weights"] == 4 * found.n_parameters
 
 
 def test_where_sizes_are_not_told_memory_is_none(folder, text_file, monkeypatch):
     monkeypatch.setattr(memory, "PROC", folder / "absent")
-    found = estimate.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
+    found = estimating.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
     assert (memory.taken(), memory.children(), memory.of_interpreter()) == ([], [], None)
     assert found.memory is None
-    assert "not known" in "\n".join(estimate.lines(found))
+    assert "not known" in "\n".join(estimating.lines(found))
 
 
 @pytest.mark.parametrize("measure", [True, False])
@@ -272,33 +272,34 @@ def test_where_sizes_are_not_told_memory_is_none(folder, text_file, monkeypatch)
 )
 def test_a_bad_setting_is_an_error_of_one_line(folder, wrong, measure):
     with pytest.raises(BabyError) as caught:
-        estimate.estimate("baby", measure=measure, **{**TINY, "backend": "numpy", **wrong})
+        estimating.estimate("baby", measure=measure, **{**TINY, "backend": "numpy", **wrong})
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_preset_is_an_error():
     with pytest.raises(BabyError, match="unknown preset"):
-        estimate.estimate("teenager")
+        estimating.estimate("teenager")
 
 
 def test_a_trial_that_bursts_says_so(folder, text_file):
     burst = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(BabyError, match="learning rate"):
-        estimate.estimate("baby", backend="numpy", **{**TINY, **burst, "data": str(text_file)})
+        estimating.estimate("baby", backend="numpy", **{**TINY, **burst, "data": str(text_file)})
 
 
 @needs_signals
 def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
-    monkeypatch.setattr(estimate, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(estimating, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(BabyError, match="killed by signal 9"):
-        estimate.estimate("baby", **TINY)
+        estimating.estimate("baby", **TINY)
 
 
 @needs_signals
 def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""
     settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": 2}
-    program = f"from baby_xp import estimate; estimate.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
+    call = f"estimating.SECONDS = 1.0; estimating.estimate('baby', **{settings!r})"
+    program = f"from baby_xp import estimating; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     waiting_for(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
     child.send_signal(signal.SIGTERM)
@@ -335,5 +336,5 @@ def test_memory_finds_a_child_and_what_it_takes():
 
 def test_the_answer_of_a_trial_is_plain_json(folder, text_file):
     """What Python's JSON alone can read, infinite numbers, would not reach another program."""
-    found = estimate.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
+    found = estimating.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
     json.dumps(vars(found.trial), allow_nan=False)

@@ -65,7 +65,7 @@ def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
     with pytest.raises(BabyError, match="imported without its text; name one with --data"):
         run.evaluate()
     assert run.evaluate(data=str(text), num_tokens=20).loss > 0
-    assert [one.state for one in api.runs(run.files.folder)] == ["imported"]
+    assert [one.state for one in api.list_runs(run.files.folder)] == ["imported"]
 
 
 def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):

@@ -240,12 +240,12 @@ def test_two_processes_cannot_go_on_with_one_run(text, tmp_path):
             with pytest.raises(BabyError, match="is being trained by another process"):
                 api.resume(path=tmp_path)
             self.seen = True
-            assert [run.state for run in api.runs(tmp_path)] == ["running"]
+            assert [run.state for run in api.list_runs(tmp_path)] == ["running"]
 
     listener = Again()
     train(text, tmp_path, listener, workers=1, num_steps=2)
     assert listener.seen
-    assert [run.state for run in api.runs(tmp_path)] == ["done"]
+    assert [run.state for run in api.list_runs(tmp_path)] == ["done"]
 
 
 # killed -------------------------------------------------------------------------------------------------

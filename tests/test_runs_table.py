@@ -129,7 +129,7 @@ def test_the_newest_comes_first(tmp_path):
     assert [run.guid for run in table.summaries(tmp_path)] == [GUIDS[1], GUIDS[0], GUIDS[2]]
     os.utime(RunFiles(tmp_path, GUIDS[2]).config, ns=(0, 2 * 10**18))
     assert table.summaries(tmp_path)[0].guid == GUIDS[2]
-    assert [run.guid for run in baby_xp.api.runs(tmp_path)] == [GUIDS[2], GUIDS[1], GUIDS[0]]
+    assert [run.guid for run in baby_xp.api.list_runs(tmp_path)] == [GUIDS[2], GUIDS[1], GUIDS[0]]
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty", "file"])

@@ -226,7 +226,7 @@ def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypat
 def test_there_are_no_more_workers_than_samples():
     setting = Setting("float32")
     for asked, given in ((1, 1), (4, 4), (50, BATCH)):
-        assert baby_xp.api._number_of_workers(asked, setting.backend, setting.model, BATCH) == given
+        assert baby_xp.api.number_of_workers(asked, setting.backend, setting.model, BATCH) == given
 
 
 # what stays behind --------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
     assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
     assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
     assert not arenas[0].exists()
-    (summary,) = baby_xp.api.runs(tmp_path / "runs")
+    (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.steps) == ("failed", 2)  # the worker was killed after the evaluation of step 2
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
     assert run.config["result"]["reason"] == KILLED
@@ -447,7 +447,7 @@ def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, 
     out, err = (text.decode() for text in training.communicate(timeout=20))
     assert training.returncode == 130
     assert err == "stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted\n"
-    (summary,) = baby_xp.api.runs(tmp_path / "runs")
+    (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.num_steps) == ("stopped", 100_000_000)
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
     result = run.config["result"]

@@ -5,12 +5,13 @@ Each file carries a checksum over all that it holds, so that a flipped bit is an
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import load, save_file
 
 from baby_xp.errors import BabyError
 from baby_xp.runs import store
@@ -82,7 +83,16 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    store.write(path, save(arrays, {**metadata, store.SEAL: _checksum(arrays, metadata)}))
+    sealed = {**metadata, store.SEAL: _checksum(arrays, metadata)}
+
+    def written(temporary: Path) -> None:  # from the arrays themselves: bytes in memory would be two more copies
+        try:
+            save_file(arrays, temporary, sealed)
+        except SafetensorError as error:
+            # "Error while serializing: I/O error: No space left on device (os error 28)"
+            raise OSError(re.sub(r".*I/O error: | \(os error \d+\)$", "", str(error))) from None
+
+    store.write(path, written)
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -94,7 +104,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise BabyError(f"{shown(path)} is damaged ({' '.join(str(error).split())})") from None
     # load has checked the header, but does not give what we wrote into it
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     seal = metadata.pop(store.SEAL, None)
     if seal is None:
         raise BabyError(f"{shown(path)} is no file of a run (it has no checksum); it is damaged or from elsewhere")

@@ -22,8 +22,8 @@ import os
 import re
 import secrets
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -112,15 +112,10 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
         for path in (folder, *(folder / name for name in FOLDERS)):
             _make(path, made)
             _try_to_write(path)
-        for name in [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base):
-            with hold(files := RunFiles(folder, name)):
-                if any(os.path.lexists(path) for path in files.of_training):
-                    if base is None:
-                        raise BabyError(f"there is a run {name} in {shown(folder)} already")
-                    continue
-                new = NewRun(files)
-                yield new
-                return
+        names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
+        with ExitStack() as held:
+            new = NewRun(_first_free(folder, names, held))
+            yield new
     except BaseException:
         if new is None or not new.keep:
             files = new.files.of_training if new else ()
@@ -133,22 +128,43 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
         raise
 
 
+def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
+    """The first of the names that no run has, held until `held` is left."""
+    held_by_others = None
+    for name in names:
+        files = RunFiles(folder, name)
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(hold(files))
+            except Held as error:
+                held_by_others = error
+                continue
+            if not any(os.path.lexists(path) for path in files.of_training):
+                held.push(attempt.pop_all())
+                return files
+    raise held_by_others or BabyError(f"there is a run {name} in {shown(folder)} already")
+
+
 def _finetuned_names(base: str) -> Iterator[str]:
     yield f"{base}_finetuned"
     for number in itertools.count(2):
         yield f"{base}_finetuned-{number}"
 
 
+class Held(BabyError):
+    """Another process trains the run."""
+
+
 @contextmanager
 def hold(files: RunFiles) -> Iterator[None]:
-    """Keep other processes from training this run. Raises BabyError if one does already."""
+    """Keep other processes from training this run. Raises Held if one does already."""
     lock = Lock(files.lock)
     try:
         held = lock.acquire()
     except OSError as error:
         raise _cannot_write(files.lock, error) from None
     if not held:
-        raise BabyError(f"run {files.guid} is being trained by another process; wait for it, or stop it")
+        raise Held(f"run {files.guid} is being trained by another process; wait for it, or stop it")
     try:
         yield
     finally:
@@ -203,16 +219,20 @@ def guids(folder: Path) -> list[str]:
     return []
 
 
-def write(path: Path, data: bytes | str) -> None:
+def write(path: Path, data: bytes | str | Callable[[Path], None]) -> None:
     """Write a file so that it is whole or as before, whatever happens: temporary name, sync, rename.
 
+    data: what the file holds, or what writes it to the temporary name.
     Raises BabyError if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
-            with open(temporary, "xb") as file:
-                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            if callable(data):
+                data(temporary)
+            with open(temporary, "ab" if callable(data) else "xb") as file:
+                if not callable(data):
+                    file.write(data.encode("utf-8") if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

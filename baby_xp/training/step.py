@@ -74,8 +74,9 @@ def accumulated(loss_and_gradients, batch_size: int):
     """
 
     def of_whole(xp, model, state, batch):
-        starts = range(0, batch.inputs.shape[0], batch_size)
-        parts = [type(batch)(*(array[i : i + batch_size, ...] for array in batch)) for i in starts]
+        B = batch.inputs.shape[0]
+        ends = [(start, min(start + batch_size, B)) for start in range(0, B, batch_size)]
+        parts = [type(batch)(*(array[start:end, ...] for array in batch)) for start, end in ends]
         n_targets = math.prod(batch.targets.shape)
         loss, gradients = loss_and_gradients(xp, model, state, parts[0], n_targets)
         for part in parts[1:]:

@@ -41,7 +41,8 @@ step, seed, step."""
 ANSWER = struct.Struct("<q")
 """The number of the command that is done; 0: the worker is ready."""
 PROGRAM = """import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends this one
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # these are for the main process, which then ends this one
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 from baby_xp.training.workers import serve
 serve()
 """

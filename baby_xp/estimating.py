@@ -1,13 +1,12 @@
 """What a run will take, before it is begun: counts that are exact, and a trial that is measured.
 
-Sizes, floating-point operations and the bytes of arrays follow from shapes alone, and tests count them where
-they really happen. Time and the memory of whole processes do not: libraries, copies while a checkpoint is
-written, what the allocator keeps. So a trial trains with the very settings for a few seconds in a process of
-its own, evaluates, shows a sample and writes a checkpoint, in a folder that goes again.
+Sizes, floating-point operations and the bytes of arrays follow from shapes alone, see counts.py. Time and the
+memory of whole processes do not: libraries, copies of arrays, what the allocator keeps. So a trial trains with the
+very settings for a few seconds in a process of its own, evaluates, shows a sample and writes checkpoints, in a
+folder that goes again.
 """
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -24,19 +23,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from baby_xp import api, memory, task
+from baby_xp import api, counts, memory, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
-from baby_xp.config import LARGEST, DataConfig, EquationConfig, GPTConfig, ModelConfig, Preset, TrainConfig
+from baby_xp.config import LARGEST, DataConfig, EquationConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError
-from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
 from baby_xp.sitting import SAMPLE_TOKENS
 from baby_xp.task import Task
 from baby_xp.text.batches import EpochWindows
 from baby_xp.training.loop import EVALUATION_TOKENS
-from baby_xp.tree import leaves
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
 """How long the trial trains when it is warm, and in all at most; and how often it reads the loss at least."""
@@ -48,131 +45,7 @@ GENERATED = 64
 TOKENS_A_PARAMETER = (20, 40)
 """The Little Baby's rule for the tokens to train on."""
 MIB = 2**20
-PROGRAM = "from baby_xp.estimate import serve; serve()"
-KINDS = {
-    "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
-    "attention": "attention", "network": "network", "lm_head": "head",
-    "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
-}  # fmt: skip
-"""What a parameter belongs to, by its name in the tree."""
-
-
-# exact counts -------------------------------------------------------------------------------------------
-
-
-def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Number of parameters, by kind."""
-    found: dict[str, int] = {}
-    for path, spec in leaves(Model(config, vocab_size).spec):
-        kind = KINDS[_part(path)]
-        found[kind] = found.get(kind, 0) + math.prod(spec.shape)
-    return found
-
-
-def formula_parameters(config: ModelConfig, vocab_size: int) -> int | None:
-    """The Little Baby's P = V H + L (4 H^2 + 4 H F) with H = n_emb and F = 4 H; None for the equation model.
-
-    It is a rule of thumb: an MLP has 2 H F weights and not 4 (and four experts have 8), and positions, norms,
-    biases and the head are left out.
-    """
-    if isinstance(config, EquationConfig):
-        return None
-    H, L = config.n_emb, config.n_layers
-    return vocab_size * H + L * (4 * H**2 + 4 * H * mlp.EXPANSION * H)
-
-
-def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
-    """Floating-point operations of the matrix products of a forward pass: 2 M K N for (M, K) @ (K, N).
-
-    Every weight matrix is multiplied once with each row that passes it. Scores are computed for all T x T
-    pairs of tokens, those included that the causal mask then hides.
-    """
-    N = batch_size * config.n_ctx
-    weights = sum(
-        math.prod(spec.shape)
-        for path, spec in leaves(Model(config, vocab_size).spec)
-        if len(spec.shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
-    )
-    if isinstance(config, EquationConfig):
-        return 2 * batch_size * weights  # one row a context, not a token
-    attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
-    return 2 * N * weights + config.n_layers * attention
-
-
-def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
-    """Floating-point operations of the matrix products of a training step on `batch_size` sequences.
-
-    Backward makes two products of each one of forward: for the gradients of both its factors. One more is the
-    gradient of the embeddings, a product with one-hot rows.
-    """
-    one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
-    return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
-
-
-def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
-    """Bytes of the arrays that a forward pass with dropout keeps for backward, loss included, on NumPy.
-
-    Other backends keep nearly the same; one that compiles the step decides for itself.
-    """
-    B, T, V, C = batch_size, config.n_ctx, vocab_size, config.n_emb
-    if isinstance(config, EquationConfig):
-        hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its slope too
-        return itemsize * B * (T * C + hidden + V)
-    norm = C + 1  # normed channels, and one deviation a token
-    a_token = norm + C + V  # the last norm, the head's input, the loss
-    a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
-    return B * (T * a_token * itemsize + config.n_layers * _masks(config))
-
-
-def _attention_saved(config: GPTConfig) -> int:
-    """Elements a token: queries, keys and values, a row of weights a head, the heads' outputs; gate and sum."""
-    S, H = config.head_size, config.n_heads
-    return 3 * S + H * config.n_ctx + S + (H + S // H if config.c_attention == "moh" else 0)
-
-
-def _network_saved(config: GPTConfig) -> int:
-    """Elements a token: the slope of GELU and its output; of experts also the gate and the gated output."""
-    if config.c_network == "mlp":
-        return 2 * mlp.EXPANSION * config.n_emb
-    experts = mixture_of_experts
-    return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
-
-
-def _masks(config: GPTConfig) -> int:
-    """Bytes of a block's dropout masks for one sequence; that of the weights is made two elements at a time."""
-    if not config.dropout:
-        return 0
-    weights, outputs = config.n_heads * config.n_ctx**2, config.n_ctx * config.n_emb
-    return weights + weights % 2 + 2 * outputs
-
-
-def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
-    """Bytes of the keys and values that generation keeps when its context is full."""
-    if isinstance(config, EquationConfig):
-        return 0
-    return itemsize * config.n_layers * 2 * config.n_ctx * config.head_size
-
-
-def arrays(
-    config: ModelConfig, vocab_size: int, batch_size: int, workers: int = 1, itemsize: int = 4
-) -> dict[str, int]:
-    """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences computed together.
-
-    A worker computes its share of them and passes its gradients through the exchange, where it also finds the
-    weights.
-    """
-    flat = itemsize * sum(parameters(config, vocab_size).values())
-    shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
-    kept = sum(saved_bytes(config, vocab_size, share, itemsize) for share in shares)
-    exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
-    parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
-    return {**parts, **exchange}
-
-
-def _part(path: str) -> str:
-    """The part of the model that a parameter belongs to: "blocks.0.norm1.gain" -> "norm1"."""
-    first, *rest = path.split(".")
-    return rest[1] if first == "blocks" else first
+PROGRAM = "from baby_xp.estimating import serve; serve()"
 
 
 # the estimate -------------------------------------------------------------------------------------------
@@ -223,7 +96,7 @@ class Estimate:
     @property
     def parameters(self) -> dict[str, int]:
         """Number of parameters by kind."""
-        return parameters(self.preset.model, self.facts.vocab_size)
+        return counts.parameters(self.preset.model, self.facts.vocab_size)
 
     @property
     def n_parameters(self) -> int:
@@ -237,18 +110,19 @@ class Estimate:
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products of all training steps."""
-        return step_flops(self.preset.model, self.facts.vocab_size, self.facts.sequences)
+        return counts.step_flops(self.preset.model, self.facts.vocab_size, self.facts.sequences)
 
     @property
     def arrays(self) -> dict[str, int]:
         """Bytes of the arrays of training by kind."""
         together = min(self.preset.train.batch_size, self.facts.step_size)
-        return arrays(self.preset.model, self.facts.vocab_size, together, self.facts.workers, self._itemsize)
+        sizes = self.facts.vocab_size, together, self.facts.workers, self._itemsize
+        return counts.arrays(self.preset.model, *sizes)
 
     @property
     def cache(self) -> int:
         """Bytes of the key-value cache of generation at full context."""
-        return cache_bytes(self.preset.model, self._itemsize)
+        return counts.cache_bytes(self.preset.model, self._itemsize)
 
     @property
     def memory(self) -> int | None:
@@ -298,8 +172,8 @@ def _looked_up(chosen: Preset, backend: str, device: str | None, workers: int | 
     loaded = backends.load(backend, device, chosen.train.dtype)
     learned = task.prepare(chosen.data, chosen.model, chosen.train, folder / "corpora")
     model = Model(chosen.model, learned.tokenizer.vocab_size)
-    api._check_size(model)
-    number = api._number_of_workers(workers, loaded, model, chosen.train.batch_size)
+    api.check_size(model)
+    number = api.number_of_workers(workers, loaded, model, chosen.train.batch_size)
     return _facts(learned, loaded.name, number, folder)
 
 
@@ -493,7 +367,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def _by_formula(found: Estimate) -> list[tuple[str, str]]:
-    count = formula_parameters(found.preset.model, found.facts.vocab_size)
+    count = counts.formula_parameters(found.preset.model, found.facts.vocab_size)
     if count is None:
         return []
     network = {"mlp": "counts the network twice", "moe": "counts half of the experts"}

@@ -1,0 +1,133 @@
+"""What follows from the shapes of a model alone: parameters, floating-point operations, bytes of arrays.
+
+Tests count each of them where it really happens.
+"""
+
+import math
+
+from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
+from baby_xp.layers import mixture_of_experts, mlp
+from baby_xp.models import Model
+from baby_xp.tree import leaves
+
+KINDS = {
+    "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
+    "attention": "attention", "network": "network", "lm_head": "head",
+    "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
+}  # fmt: skip
+"""What a parameter belongs to, by its name in the tree."""
+
+
+def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Number of parameters, by kind."""
+    found: dict[str, int] = {}
+    for path, spec in leaves(Model(config, vocab_size).spec):
+        kind = KINDS[_part(path)]
+        found[kind] = found.get(kind, 0) + math.prod(spec.shape)
+    return found
+
+
+def formula_parameters(config: ModelConfig, vocab_size: int) -> int | None:
+    """The Little Baby's P = V H + L (4 H^2 + 4 H F) with H = n_emb and F = 4 H; None for the equation model.
+
+    It is a rule of thumb: an MLP has 2 H F weights and not 4 (and four experts have 8), and positions, norms,
+    biases and the head are left out.
+    """
+    if isinstance(config, EquationConfig):
+        return None
+    H, L = config.n_emb, config.n_layers
+    return vocab_size * H + L * (4 * H**2 + 4 * H * mlp.EXPANSION * H)
+
+
+def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of a forward pass: 2 M K N for (M, K) @ (K, N).
+
+    Every weight matrix is multiplied once with each row that passes it. Scores are computed for all T x T
+    pairs of tokens, those included that the causal mask then hides.
+    """
+    N = batch_size * config.n_ctx
+    weights = sum(
+        math.prod(spec.shape)
+        for path, spec in leaves(Model(config, vocab_size).spec)
+        if len(spec.shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
+    )
+    if isinstance(config, EquationConfig):
+        return 2 * batch_size * weights  # one row a context, not a token
+    attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
+    return 2 * N * weights + config.n_layers * attention
+
+
+def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of a training step on `batch_size` sequences.
+
+    Backward makes two products of each one of forward: for the gradients of both its factors. One more is the
+    gradient of the embeddings, a product with one-hot rows.
+    """
+    one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
+    return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
+
+
+def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+    """Bytes of the arrays that a forward pass with dropout keeps for backward, loss included, on NumPy.
+
+    Other backends keep nearly the same; one that compiles the step decides for itself.
+    """
+    B, T, V, C = batch_size, config.n_ctx, vocab_size, config.n_emb
+    if isinstance(config, EquationConfig):
+        hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its slope too
+        return itemsize * B * (T * C + hidden + V)
+    norm = C + 1  # normed channels, and one deviation a token
+    a_token = norm + C + V  # the last norm, the head's input, the loss
+    a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
+    return B * (T * a_token * itemsize + config.n_layers * _masks(config))
+
+
+def _attention_saved(config: GPTConfig) -> int:
+    """Elements a token: queries, keys and values, a row of weights a head, the heads' outputs; gate and sum."""
+    S, H = config.head_size, config.n_heads
+    return 3 * S + H * config.n_ctx + S + (H + S // H if config.c_attention == "moh" else 0)
+
+
+def _network_saved(config: GPTConfig) -> int:
+    """Elements a token: the slope of GELU and its output; of experts also the gate and the gated output."""
+    if config.c_network == "mlp":
+        return 2 * mlp.EXPANSION * config.n_emb
+    experts = mixture_of_experts
+    return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
+
+
+def _masks(config: GPTConfig) -> int:
+    """Bytes of a block's dropout masks for one sequence; that of the weights is made two elements at a time."""
+    if not config.dropout:
+        return 0
+    weights, outputs = config.n_heads * config.n_ctx**2, config.n_ctx * config.n_emb
+    return weights + weights % 2 + 2 * outputs
+
+
+def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
+    """Bytes of the keys and values that generation keeps when its context is full."""
+    if isinstance(config, EquationConfig):
+        return 0
+    return itemsize * config.n_layers * 2 * config.n_ctx * config.head_size
+
+
+def arrays(
+    config: ModelConfig, vocab_size: int, batch_size: int, workers: int = 1, itemsize: int = 4
+) -> dict[str, int]:
+    """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences computed together.
+
+    A worker computes its share of them and passes its gradients through the exchange, where it also finds the
+    weights.
+    """
+    flat = itemsize * sum(parameters(config, vocab_size).values())
+    shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
+    kept = sum(saved_bytes(config, vocab_size, share, itemsize) for share in shares)
+    exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
+    parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
+    return {**parts, **exchange}
+
+
+def _part(path: str) -> str:
+    """The part of the model that a parameter belongs to: "blocks.0.norm1.gain" -> "norm1"."""
+    first, *rest = path.split(".")
+    return rest[1] if first == "blocks" else first
