@@ -427,8 +427,9 @@ def evaluate(arguments: list[str]) -> None:
     from baby_xp import api
 
     run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    found = run.evaluate(asked.data, asked.num_tokens, asked.seed)
     print(f"run {run.guid}, the {asked.weights} weights")
-    print("\n".join(run.evaluate(asked.data, asked.num_tokens, asked.seed).lines()))
+    print("\n".join(found.lines()))
 
 
 # runs ---------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class GPT(nn.Module):
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(self.ln_f(x))                        # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

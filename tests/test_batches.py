@@ -321,7 +321,9 @@ def test_only_rows_of_integers_are_texts(ids):
         message_of(error)
 
 
-@pytest.mark.parametrize(("contexts", "targets"), [((3, 2), (2,)), ((3, 2), (3, 1)), ((3,), (3,)), ((0, 2), (0,))])
+@pytest.mark.parametrize(
+    ("contexts", "targets"), [((3, 2), (2,)), ((3, 2), (3, 1)), ((3,), (3,)), ((0, 2), (0,))]
+)
 def test_pairs_must_fit(contexts, targets):
     with pytest.raises(BabyError) as error:
         PairBatches(np.zeros(contexts, np.int32), np.zeros(targets, np.int32))

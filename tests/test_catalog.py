@@ -54,7 +54,6 @@ def add(monkeypatch):
     def add(url, content=TEXT):
         entry = catalog.Entry("moon", url, hashlib.sha256(content).hexdigest(), "moon.txt", "a test", "none")
         monkeypatch.setitem(catalog.TEXTS, "moon", entry)
-
     return add
 
 
@@ -121,14 +120,11 @@ def test_the_logger_of_pooch_is_left_as_it_was(server, cache, add):
     assert pooch.get_logger().level == before
 
 
-@pytest.mark.parametrize(
-    ("path", "content", "reason"),
-    [
-        ("/moon.txt", b"another text", "what came is not the expected text"),
-        ("/missing.txt", TEXT, "the server answered 404"),
-        ("/cut.txt", TEXT, "("),
-    ],
-)
+@pytest.mark.parametrize(("path", "content", "reason"), [
+    ("/moon.txt", b"another text", "what came is not the expected text"),
+    ("/missing.txt", TEXT, "the server answered 404"),
+    ("/cut.txt", TEXT, "("),
+])
 def test_a_failed_download(server, cache, add, capfd, path, content, reason):
     add(url(server, path), content)
     message = failure()

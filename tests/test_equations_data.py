@@ -6,13 +6,8 @@ from baby_xp_data import equations as eq
 
 from baby_xp.errors import BabyError
 
-EVERY_CASE = [
-    (max_sum, f"{a}+{b}")
-    for max_sum in (9, 10, 14, 17, 18)
-    for a in range(10)
-    for b in range(10)
-    if a + b <= max_sum
-]
+EVERY_CASE = [(max_sum, f"{a}+{b}") for max_sum in (9, 10, 14, 17, 18)
+              for a in range(10) for b in range(10) if a + b <= max_sum]
 
 
 def as_text(contexts_and_targets):
@@ -81,12 +76,9 @@ def test_shapes_and_types():
 def test_held_out_pairs():
     assert as_text(eq.held_out_pairs()) == [("4+4=", "8"), ("+4=8", " ")]
     assert as_text(eq.held_out_pairs(9, ["3+5", "5+3"])) == [
-        ("3+5=", "8"),
-        ("+5=8", " "),
-        ("5+3=", "8"),
-        ("+3=8", " "),
-    ]
-    assert as_text(eq.held_out_pairs(18, ["8+9"])) == [("8+9=", "1"), ("9=17", " "), ("9+8=", "1"), ("8=17", " ")]
+        ("3+5=", "8"), ("+5=8", " "), ("5+3=", "8"), ("+3=8", " ")]
+    assert as_text(eq.held_out_pairs(18, ["8+9"])) == [
+        ("8+9=", "1"), ("9=17", " "), ("9+8=", "1"), ("8=17", " ")]
     assert len(as_text(eq.held_out_pairs(18, ["8+9"], ambiguous=True))) == 6
 
 

@@ -31,7 +31,6 @@ RULES = {
 
 def enumerate_stories(roles=ROLES, rules=RULES):
     """(text, probability) of every derivation; written apart from the code under test."""
-
     def weighed(choices):
         items = list(choices.items()) if isinstance(choices, dict) else [(c, 1) for c in choices]
         total = sum(w for _, w in items)
@@ -43,11 +42,8 @@ def enumerate_stories(roles=ROLES, rules=RULES):
             return [(head, 1.0, memory)]
         inside, _, tail = tail.partition("}")
         if inside in rules:
-            middle = [
-                (text, p * q, after)
-                for option, p in weighed(rules[inside])
-                for text, q, after in expand(option, memory)
-            ]
+            middle = [(text, p * q, after) for option, p in weighed(rules[inside])
+                      for text, q, after in expand(option, memory)]
         else:
             role, mark, field = re.match(r"(\w+)([!.])(\w+)", inside).groups()
             fields, rows = roles[role]
@@ -57,9 +53,8 @@ def enumerate_stories(roles=ROLES, rules=RULES):
                 word = row[fields.index(field.lower())]
                 word = word.capitalize() if field[0].isupper() else word
                 middle.append((word, p, {**memory, role: row}))
-        return [
-            (head + text + rest, p * q, last) for text, p, after in middle for rest, q, last in expand(tail, after)
-        ]
+        return [(head + text + rest, p * q, last) for text, p, after in middle
+                for rest, q, last in expand(tail, after)]
 
     return [(text, p) for text, p, _ in expand("{story}", {})]
 
@@ -124,8 +119,7 @@ def test_every_rule_counts(rule):
     split |= {first: weights[first], "~" + first: weights[first]}
     nats, length = nursery.story_expectations()
     more_nats, more_length = nursery.story_expectations(
-        nursery.make_grammar({**nursery.RULES, rule: split}, nursery.ROLES)
-    )
+        nursery.make_grammar({**nursery.RULES, rule: split}, nursery.ROLES))
     assert more_length > length
     assert more_nats - nats == pytest.approx(2 * math.log(2) * (more_length - length))
 
@@ -141,12 +135,12 @@ def test_one_changed_character_shows(sample):
     rng = np.random.default_rng(0)
     for story, before in zip(stories[:100], nats[:100], strict=True):
         place = rng.integers(len(story))
-        changed = story[:place] + "#" + story[place + 1 :]
+        changed = story[:place] + "#" + story[place + 1:]
         with pytest.raises(BabyError, match="story 1 is not of the grammar"):
             nursery.log_probability(changed)
         # a letter may make another word of the grammar: then the text is a story too, nearly as likely
         letter = "aeiou"[rng.integers(5)]
-        changed = story[:place] + letter + story[place + 1 :]
+        changed = story[:place] + letter + story[place + 1:]
         try:
             after = -nursery.log_probability(changed)
         except BabyError:
@@ -154,16 +148,10 @@ def test_one_changed_character_shows(sample):
         assert changed == story or math.isclose(after, before, rel_tol=0.5)
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda text: text[:-1],
-        lambda text: text[1:],
-        lambda text: text + "x",
-        lambda text: " " + text,
-        lambda text: text.replace("Good night", "Good day"),
-    ],
-)
+@pytest.mark.parametrize("broken", [
+    lambda text: text[:-1], lambda text: text[1:], lambda text: text + "x", lambda text: " " + text,
+    lambda text: text.replace("Good night", "Good day"),
+])
 def test_what_is_not_whole_stories_is_refused(broken):
     with pytest.raises(BabyError):
         nursery.log_probability(broken(nursery.generate(1000, 3)))
@@ -176,11 +164,8 @@ def test_a_memory_is_kept():
     with pytest.raises(BabyError):
         nursery.log_probability("Leo".join(story.rsplit("Max", 1)))
     with pytest.raises(BabyError):
-        nursery.log_probability(
-            re.sub(
-                "Woof|Meow|Quack|Oink|Cluck|Moo|Buzz|Croak|Grr|Roar|Honk|Squeak|Baa|Coo", "Ding", story, count=1
-            )
-        )
+        nursery.log_probability(re.sub("Woof|Meow|Quack|Oink|Cluck|Moo|Buzz|Croak|Grr|Roar|Honk|Squeak|Baa|Coo",
+                                       "Ding", story, count=1))
 
 
 def test_a_seed_gives_one_text():
@@ -230,35 +215,32 @@ def story(template, **rules):
     return {"story": (template,), **rules}
 
 
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        (story("{a}.\n\n", a=("cat", "cat")), "rule 'a' is ambiguous.*'cat'"),
-        (story("{a}.\n\n", a=("a cat", "a cat naps")), "rule 'a' is ambiguous.*'a cat'"),
-        (story("{a}.\n\n", a=("", "cat")), "rule 'a' is ambiguous.*''"),
-        (story("{a}.\n\n", a=("The {b} naps", "The fat {b}"), b=("cat", "fat cat")), "'The fat cat'"),
-        (story("{a}.\n\n", a=("{b}{b}", "{b}xx"), b=("x", "yx")), "'xx"),
-        (story("{pet!name} {a}.\n\n", a=("{pet.sound}", "woof")), "rule 'a' is ambiguous.*'woof'"),
-        (story("{a}.\n\n", a=("{pet!sound}", "{pet!name}")), None),
-        (story("{twin!name}.\n\n"), "draws a twin by a word .*'Ann' or 'Anna'"),
-        (story("{twin!age} {twin.name}.\n\n"), "draws a twin by a word .*'two' or 'two'"),
-        (story("{pet.name}.\n\n"), "recalls a pet where none"),
-        (story("{a} says {pet.sound}.\n\n", a=("A {pet!name}", "It")), "recalls a pet where none"),
-        (story("{a}.\n\n", a=("x {b}",), b=("y {a}", "z")), "uses itself, by way of story > a > b > a"),
-        (story("{a}", a=("",)), "can be empty"),
-        (story("{nobody}.\n\n"), "{nobody} is neither"),
-        (story("{pet}.\n\n"), "{pet} is neither"),
-        (story("{pet!}.\n\n"), "neither"),
-        (story("{pet.age}.\n\n"), "neither"),
-        (story("{a.\n\n", a=("x",)), "has no partner"),
-        (story("a}.\n\n"), "has no partner"),
-        (story("{a}.\n\n", a=()), "rule 'a': give a tuple"),
-        (story("{a}.\n\n", a="cat"), "rule 'a': give a tuple"),
-        (story("{a}.\n\n", a={"x": 1, "y": 0}), "rule 'a': give a tuple"),
-        (story("{a}.\n\n", a={"x": 0.5, "y": 0.5}), "rule 'a': give a tuple"),
-        ({"tale": ("x",)}, "no rule 'story'"),
-    ],
-)
+@pytest.mark.parametrize(("rules", "message"), [
+    (story("{a}.\n\n", a=("cat", "cat")), "rule 'a' is ambiguous.*'cat'"),
+    (story("{a}.\n\n", a=("a cat", "a cat naps")), "rule 'a' is ambiguous.*'a cat'"),
+    (story("{a}.\n\n", a=("", "cat")), "rule 'a' is ambiguous.*''"),
+    (story("{a}.\n\n", a=("The {b} naps", "The fat {b}"), b=("cat", "fat cat")), "'The fat cat'"),
+    (story("{a}.\n\n", a=("{b}{b}", "{b}xx"), b=("x", "yx")), "'xx"),
+    (story("{pet!name} {a}.\n\n", a=("{pet.sound}", "woof")), "rule 'a' is ambiguous.*'woof'"),
+    (story("{a}.\n\n", a=("{pet!sound}", "{pet!name}")), None),
+    (story("{twin!name}.\n\n"), "draws a twin by a word .*'Ann' or 'Anna'"),
+    (story("{twin!age} {twin.name}.\n\n"), "draws a twin by a word .*'two' or 'two'"),
+    (story("{pet.name}.\n\n"), "recalls a pet where none"),
+    (story("{a} says {pet.sound}.\n\n", a=("A {pet!name}", "It")), "recalls a pet where none"),
+    (story("{a}.\n\n", a=("x {b}",), b=("y {a}", "z")), "uses itself, by way of story > a > b > a"),
+    (story("{a}", a=("",)), "can be empty"),
+    (story("{nobody}.\n\n"), "{nobody} is neither"),
+    (story("{pet}.\n\n"), "{pet} is neither"),
+    (story("{pet!}.\n\n"), "neither"),
+    (story("{pet.age}.\n\n"), "neither"),
+    (story("{a.\n\n", a=("x",)), "has no partner"),
+    (story("a}.\n\n"), "has no partner"),
+    (story("{a}.\n\n", a=()), "rule 'a': give a tuple"),
+    (story("{a}.\n\n", a="cat"), "rule 'a': give a tuple"),
+    (story("{a}.\n\n", a={"x": 1, "y": 0}), "rule 'a': give a tuple"),
+    (story("{a}.\n\n", a={"x": 0.5, "y": 0.5}), "rule 'a': give a tuple"),
+    ({"tale": ("x",)}, "no rule 'story'"),
+])
 def test_mistakes_in_the_tables_are_named(rules, message):
     roles = {**ROLES, "twin": (("name", "age"), (("Ann", "two"), ("Anna", "two")))}
     if message is None:

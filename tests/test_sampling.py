@@ -75,7 +75,9 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature):
 
 
 def test_a_huge_temperature_makes_all_alike():
-    np.testing.assert_allclose(distribution(np.array([9.0, 0.0, -9.0]), Sampling(temperature=1e300)), [1 / 3] * 3)
+    np.testing.assert_allclose(
+        distribution(np.array([9.0, 0.0, -9.0]), Sampling(temperature=1e300)), [1 / 3] * 3
+    )
 
 
 @pytest.mark.parametrize(
