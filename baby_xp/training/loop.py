@@ -65,7 +65,7 @@ def fit(
     sample: Callable[[Any], str] | None = None,
     evaluate_first: bool = False,
 ) -> Result:
-    """Train on from `start`.
+    """Train on from `start`, which gives up its arrays.
 
     `config` is a TrainConfig, `task` a Task, `workers` a Workers or None. `keep` gets a checkpoint now and then,
     and at the end. `sample` makes a text of parameters (P,) on the device. `stop` may ask for an early end: the
@@ -73,7 +73,7 @@ def fit(
     Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
     """
     run = _Run(backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first)
-    del start  # its arrays are on the device now
+    start.give_up_arrays()  # they are on the device now
     with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
         try:
             reason = run.until_the_end()
