@@ -8,6 +8,7 @@ same batches from the same first weights by the same rule, then measure the loss
 
 import importlib.util
 import platform
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -87,8 +88,10 @@ def _task(batches: Clock) -> Task:
     return Task("bench", None, batches, len(batches), lambda: iter([first]), first.targets.size, {})
 
 
-def train_torch(workload: Workload, dropout: float, batches: Clock, backend: str = "numpy") -> Outcome:
-    """PyTorch in eager mode, on all cores, or on the GPU where baby_xp is on it."""
+def train_torch(
+    workload: Workload, dropout: float, batches: Clock, backend: str = "numpy", compiled: bool = False
+) -> Outcome:
+    """PyTorch in eager mode or compiled, on all cores, or on the GPU where baby_xp is on it."""
     import torch
 
     from bench import torch_gpt
@@ -99,6 +102,8 @@ def train_torch(workload: Workload, dropout: float, batches: Clock, backend: str
     model = torch_gpt.GPT(spec.config, workload.vocab_size)
     torch_gpt.load_weights(model, tree.leaves(first_weights(spec)))
     optimizer = torch_gpt.optimizer(model.to(device), config)
+    if compiled:
+        model = torch.compile(model)
     unread, shown = [], 0.0
     for step in range(len(batches)):
         loss = model(*_on_device(torch, batches.batch(step), device))
@@ -118,6 +123,34 @@ def train_torch(workload: Workload, dropout: float, batches: Clock, backend: str
     return Outcome([shown, last], about, memory.taken())
 
 
+def train_torch_compile(workload: Workload, dropout: float, batches: Clock, backend: str = "numpy") -> Outcome:
+    """PyTorch with the model compiled."""
+    return train_torch(workload, dropout, batches, backend, compiled=True)
+
+
+def train_jax(workload: Workload, dropout: float, batches: Clock, backend: str = "numpy") -> Outcome:
+    """JAX with autodiff and one jitted step, on all cores, or on the GPU where baby_xp is on it."""
+    import jax
+
+    from bench import jax_gpt
+
+    config, spec = workload.training(len(batches)), workload.model(dropout)
+    step, state = jax_gpt.make_step(spec.config, config), jax_gpt.first_state(first_weights(spec), SEED)
+    unread, shown = [], 0.0
+    for number in range(len(batches)):
+        batch = batches.batch(number)
+        state, loss = step(state, batch.inputs, batch.targets)
+        unread.append(loss)
+        if backend != "cupy":
+            loss.block_until_ready()  # else a step would seem to end when it was asked for
+        if len(unread) == READ_EVERY or number + 1 == len(batches):
+            shown, unread = float(sum(unread)) / len(unread), []
+    loss_of, first_batch = jax.jit(jax_gpt.loss, static_argnums=1), batches.batches[0]
+    last = float(loss_of(state["params"], spec.config, first_batch.inputs, first_batch.targets))
+    about = {"jax": jax.__version__, "device": str(jax.devices()[0])}
+    return Outcome([shown, last], about, memory.taken())
+
+
 def first_weights(model) -> dict:
     """The tree of first weights that baby_xp's fit draws, host arrays."""
     return model.layout.unpack(np, params.draw(model.spec, SEED))
@@ -133,20 +166,28 @@ def _torch_blas(torch) -> str:
     return f"{library}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-PEERS = {"torch": train_torch}
+PEERS = {"torch": train_torch, "torch.compile": train_torch_compile, "jax": train_jax}
 CONTENDERS = {"baby_xp": train_baby_xp, **PEERS}
 
 
 def missing(peer: str, backend: str) -> str | None:
     """Why a peer cannot be measured here, or None."""
-    if importlib.util.find_spec(peer) is None:
-        return f"{peer} is not installed: baby_xp is measured alone (pip install {peer})"
-    if backend == "cupy":
+    library = peer.partition(".")[0]
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed: {peer} is left out (pip install {library})"
+    if peer == "torch.compile" and backend != "cupy" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return f"no C++ compiler is installed, which {peer} needs: it is left out"
+    if backend != "cupy":
+        return None
+    if library == "jax":
+        import jax
+
+        works = jax.default_backend() == "gpu"
+    else:
         import torch
 
-        if not torch.cuda.is_available():
-            return f"this {peer} sees no GPU: baby_xp is measured alone"
-    return None
+        works = torch.cuda.is_available()
+    return None if works else f"this {library} sees no GPU: {peer} is left out"
 
 
 def steps_to_a_reading(backend: str) -> int:

@@ -1,6 +1,6 @@
 """How long a training step takes, beside the same model in other libraries.
 
-    python -m bench.train [--workloads W1,W2] [--backend numpy] [--steps N] [--rounds R] [--peers torch]
+    python -m bench.train [--workloads W1,W2] [--backend numpy] [--steps N] [--rounds R] [--peers torch,jax]
                           [--out FOLDER]
 
 See bench/README.md for what is measured and how to read it.
@@ -56,7 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", default="numpy", help="of baby_xp (%(default)s)")
     parser.add_argument("--steps", type=positive, help="steps of a round (set for each workload)")
     parser.add_argument("--rounds", type=positive, default=3, help="rounds of each contender (%(default)s)")
-    parser.add_argument("--peers", type=known, default="torch", help='such as torch, or "" (%(default)s)')
+    all_peers = ",".join(contenders.PEERS)
+    parser.add_argument("--peers", type=known, default=all_peers, help='such as torch, or "" (%(default)s)')
     parser.add_argument("--out", type=Path, help="folder for the results as JSON and Markdown")
     return parser.parse_args()
 

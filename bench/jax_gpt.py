@@ -1,0 +1,93 @@
+"""The peer: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
+
+The parameters are baby_xp's own tree. Dropout is on the attention weights and on the output of each half of a
+block, from JAX's random bits. AdamW and clipping are written out, as XLA fuses them into the step.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+EPS = 1e-5
+
+
+def layernorm(p, x):
+    """x (B, T, C) with mean 0 and power 1 over channels, scaled and shifted."""
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    power = jnp.mean((x - mean) ** 2, axis=-1, keepdims=True)
+    return p["gain"] * (x - mean) * jax.lax.rsqrt(power + EPS) + p["bias"]
+
+
+def dropout(key, rate: float, x):
+    """x with a share `rate` of its elements set to zero, the others scaled up; without a key, x itself."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def attention(p, x, H: int, rate: float, key):
+    """Causal self-attention, (B, T, C) -> (B, T, C)."""
+    B, T, _ = x.shape
+    q, k, v = jnp.split((x @ p["qkv"]["weight"]).reshape(B, T, 3 * H, -1), 3, axis=2)  # each (B, T, H, D)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+    weights = dropout(key, rate, jax.nn.softmax(scores, axis=-1))
+    y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, T, -1)
+    return y @ p["out"]["weight"] + p["out"]["bias"]
+
+
+def network(p, x):
+    """The feed-forward half of a block."""
+    h = jax.nn.gelu(x @ p["up"]["weight"] + p["up"]["bias"], approximate=True)
+    return h @ p["down"]["weight"] + p["down"]["bias"]
+
+
+def loss(p, config, ids, targets, key=None):
+    """ids, targets (B, T) -> mean loss in nats a token; `key` for dropout, None without."""
+    rate, L = config.dropout, config.n_layers
+    keys = jax.random.split(key, 3 * L) if key is not None and rate else [None] * 3 * L
+    x = p["wte"]["weight"][ids] + p["wpe"]["weight"][: ids.shape[1]]
+    for i in range(L):
+        block = p["blocks"][str(i)]
+        half = attention(block["attention"], layernorm(block["norm1"], x), config.n_heads, rate, keys[3 * i])
+        x = x + dropout(keys[3 * i + 1], rate, half)
+        half = network(block["network"], layernorm(block["norm2"], x))
+        x = x + dropout(keys[3 * i + 2], rate, half)
+    logits = layernorm(p["ln_f"], x) @ p["lm_head"]["weight"] + p["lm_head"]["bias"]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+    return -jnp.mean(chosen)
+
+
+def make_step(config, train):
+    """A jitted step by a GPTConfig and a TrainConfig: (state, ids, targets) -> state, loss."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, ids, targets):
+        key, used = jax.random.split(state["key"])
+        value, gradients = jax.value_and_grad(loss)(state["params"], config, ids, targets, used)
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradients)))
+        gradients = jax.tree.map(lambda g: g * jnp.minimum(1, train.clip / (norm + 1e-6)), gradients)
+        t = state["step"] + 1
+        mean = lambda beta: lambda old, new: beta * old + (1 - beta) * new  # noqa: E731
+        m = jax.tree.map(mean(train.beta1), state["m"], gradients)
+        v = jax.tree.map(mean(train.beta2), state["v"], jax.tree.map(jnp.square, gradients))
+
+        def moved(w, m, v):
+            update = (m / (1 - train.beta1**t)) / (jnp.sqrt(v / (1 - train.beta2**t)) + 1e-8)
+            return w - train.lr * (update + (train.weight_decay * w if w.ndim > 1 else 0))
+
+        params = jax.tree.map(moved, state["params"], m, v)
+        return {"params": params, "m": m, "v": v, "step": t, "key": key}, value
+
+    return step
+
+
+def first_state(params, seed: int):
+    """The state before the first step, from a tree of host arrays."""
+    params = jax.tree.map(jnp.asarray, params)
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return {
+        "params": params, "m": zeros(params), "v": zeros(params), "step": jnp.zeros((), jnp.int32),
+        "key": jax.random.key(seed),
+    }  # fmt: skip
