@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from baby_xp import __version__
 from baby_xp.errors import BabyError
 from baby_xp.screen import Screen
+
+if TYPE_CHECKING:
+    from baby_xp.config import Preset
 
 USAGE = f"""baby_xp {__version__}: train baby language models from scratch
 
@@ -103,16 +106,10 @@ class TrainPlace(Place):
 
 def train(arguments: list[str]) -> None:
     """Train a preset, with flags for every field of its configs."""
-    from baby_xp.presets import preset
-
-    name, rest = _positional(arguments, "baby")
-    chosen = preset(name)
-    default = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
-    about = f"{chosen.name}: {chosen.about}."
-    asked, place = _parse_settings(default, about, f"baby_xp train {chosen.name}", rest)
+    chosen, place = _parse_preset("train", arguments, TrainPlace())
     from baby_xp import api
 
-    run = api.train(replace(chosen, **asked), listener=Screen(place.backend), **_place(place))
+    run = api.train(chosen, listener=Screen(place.backend), **dataclasses.asdict(place))
     _show_end(run, place.path)
 
 
@@ -126,19 +123,11 @@ class EstimatePlace(TrainPlace):
 
 def estimate(arguments: list[str]) -> None:
     """Tell what a run would take, with the flags of train."""
-    from baby_xp.presets import preset
-
-    name, rest = _positional(arguments, "baby")
-    chosen = preset(name)
-    default = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
-    about = f"What it takes to train {chosen.name}: {chosen.about}."
-    program = f"baby_xp estimate {chosen.name}"
-    asked, place = _parse_settings(default, about, program, rest, EstimatePlace())
+    chosen, place = _parse_preset("estimate", arguments, EstimatePlace())
     from baby_xp import estimating
 
     where = {name: value for name, value in dataclasses.asdict(place).items() if name != "path"}
-    found = estimating.estimate(replace(chosen, **asked), **where)
-    print("\n".join(estimating.lines(found)))
+    print("\n".join(estimating.lines(estimating.estimate(chosen, **where))))
 
 
 @dataclass(frozen=True)
@@ -166,13 +155,13 @@ def finetune(arguments: list[str]) -> None:
     chosen = api.finetuning(base)
     default = {"model": Changes(chosen.model.dropout), "train": chosen.train, "data": Text("")}
     about = f"Finetune run {base.guid} on another text."
-    asked, place = _parse_settings(default, about, "baby_xp finetune RUN", rest)
+    asked, place = _parse_settings(default, TrainPlace(), about, "baby_xp finetune RUN", rest)
     if not asked["data"].data:
         raise BabyError("finetuning needs a text: name it with --data")
     settings = {
         field.name: getattr(part, field.name) for part in asked.values() for field in dataclasses.fields(part)
     }
-    run = api.finetune(base.guid, listener=Screen(place.backend), **_place(place), **settings)
+    run = api.finetune(base.guid, listener=Screen(place.backend), **dataclasses.asdict(place), **settings)
     _show_end(run, place.path)
 
 
@@ -223,12 +212,20 @@ def resume(arguments: list[str]) -> None:
     _show_end(run, asked.path)
 
 
+def _parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tuple["Preset", Any]:
+    """A preset with its fields replaced by flags, and the place."""
+    from baby_xp.presets import preset
+
+    name, rest = _positional(arguments, "baby")
+    chosen = preset(name)
+    parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
+    program, about = f"baby_xp {command} {chosen.name}", f"{command} {chosen.name}: {chosen.about}."
+    asked, place = _parse_settings(parts, place, about, program, rest)
+    return replace(chosen, **asked), place
+
+
 def _parse_settings(
-    parts: dict[str, Any],
-    about: str,
-    program: str,
-    arguments: list[str],
-    place: TrainPlace = TrainPlace(),
+    parts: dict[str, Any], place: TrainPlace, about: str, program: str, arguments: list[str]
 ) -> tuple[dict[str, Any], Any]:
     """Configs with their fields replaced by flags, and the place."""
     import tyro
@@ -242,12 +239,6 @@ def _parse_settings(
     return {name: getattr(asked, name) for name in parts}, asked.place
 
 
-def _place(place: TrainPlace) -> dict[str, Any]:
-    return {
-        "path": place.path, "backend": place.backend, "device": place.device, "workers": place.workers,
-    }  # fmt: skip
-
-
 def _path_of(arguments: list[str]) -> str:
     """The value of --path, which is needed before the other flags are known."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
@@ -259,7 +250,7 @@ def _path_of(arguments: list[str]) -> str:
 
 
 def _show_end(run: Any, path: str) -> None:
-    """How a sitting ended. Raises Interrupted if Ctrl-C ended it."""
+    """Tell how a sitting ended. Raises KeyboardInterrupt if Ctrl-C ended it: the exit code is that of one."""
     result = run.config["result"]
     resuming = f"python -m baby_xp resume {_short(run.guid)}{_path_flag(path)}"
     if result["reason"] == "interrupted":
