@@ -136,6 +136,7 @@ def test_a_finetuned_run_resumes_exactly(base, texts, monkeypatch):
     stopped = finetune(base, texts["other"], listener=Stopper())
     assert stopped.config["result"]["state"] == "stopped"
     resumed = api.resume(stopped.guid, path=base.files.folder)
+    assert resumed.config["base"] == base.guid
     np.testing.assert_array_equal(resumed.params, whole.params)
     strip = [{**record, "seconds": 0} for record in baby_records(whole)]
     assert [{**record, "seconds": 0} for record in baby_records(resumed)] == strip

@@ -18,6 +18,7 @@ from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.runs.store import RunFiles
+from baby_xp.text.batches import RandomWindows
 
 KILLER = Path(__file__).with_name("killer.py")
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
@@ -146,7 +147,7 @@ def test_a_run_stopped_during_its_last_evaluation_is_measured_when_resumed(text,
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
-def _interrupted(self):
+def _interrupted(*_):
     raise KeyboardInterrupt
 
 
@@ -188,6 +189,16 @@ def test_the_time_limit_is_of_a_sitting_and_the_run_goes_on_exactly(text, tmp_pa
     assert (stopped.config["result"]["reason"], stopped.config["result"]["steps"]) == ("time", 0)
     done = api.resume(path=tmp_path, max_minutes=0)
     assert Ending.of(done) == alone(workers=1)
+
+
+def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone, monkeypatch):
+    train(text, tmp_path, workers=1, max_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomWindows, "batch", _interrupted)
+        with pytest.raises(BabyError, match="before the first step"):
+            api.resume(path=tmp_path, max_minutes=0)
+    assert [run.state for run in api.list_runs(tmp_path)] == ["stopped"]
+    assert Ending.of(api.resume(path=tmp_path, max_minutes=0)) == alone(workers=1)
 
 
 # what can be changed, and what cannot -------------------------------------------------------------------

@@ -79,7 +79,6 @@ def fit(
             reason = run.until_the_end()
         except KeyboardInterrupt:
             reason = "interrupted"
-            run.go_back()
         run.keep_checkpoint()
         final = None
         if reason != "interrupted":
@@ -141,20 +140,15 @@ class _Run:
         minutes = (time.perf_counter() - self.begin) / 60
         return "time" if self.config.max_minutes and minutes >= self.config.max_minutes else None
 
-    def go_back(self) -> None:
-        """Forget a step that a KeyboardInterrupt cut short: its state was not kept."""
-        self.step = int(self.backend.to_numpy(self.state["step"])[0])
-        self._unread = [one for one in self._unread if one[0] < self.step]
-
     # steps ---------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         batch = self.task.batches.batch(self.step)
         on_device = type(batch)(*(self.backend.asarray(part) for part in batch))
         state, metrics = self._step(self.state, on_device)
-        self._unread.append((self.step, metrics, batch.inputs.size))
-        self.step += 1
-        self.state = state
+        unread = [*self._unread, (self.step, metrics, batch.inputs.size)]
+        # at once, and with no call between: a KeyboardInterrupt falls before the step or after it
+        self.state, self.step, self._unread = state, self.step + 1, unread
 
     def _read(self) -> None:
         """Read the losses of the steps since the last reading."""
