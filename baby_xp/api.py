@@ -137,21 +137,24 @@ def resume(
     with store.hold(files):
         config, tokenizer, chosen = _read(files)
         place = config["place"]
-        _check_resumable(files, config, overrides)
         chosen = override(chosen, overrides)
+        _check_resumable(files, config, overrides)
         model = Model(chosen.model, tokenizer.vocab_size)
         start, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
         _check_belongs(files.state, metadata, files, chosen, tokenizer)
         moved = config["data"]["file"] and not Path(chosen.data.data).is_file()
         where = data or (config["data"]["file"] if moved else chosen.data.data)
         chosen = replace(chosen, data=replace(chosen.data, data=where))
-        loaded = backends.load(backend or place["backend"], device or place["device"], chosen.train.dtype)
+        if device is None and backend in (None, place["backend"]):
+            device = place["device"]
+        loaded = backends.load(backend or place["backend"], device, chosen.train.dtype)
         learned = task.prepare(
             chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, config["data"]["sha256"]
         )
-        number = workers or (place["workers"] if loaded.name == place["backend"] else None)
+        if workers is None and loaded.name == place["backend"]:
+            workers = place["workers"]
         return _sit(
-            NewRun(files), chosen, model, learned, loaded, device or place["device"], number, listener, start,
+            NewRun(files), chosen, model, learned, loaded, device, workers, listener, start,
             config["base"], config["started"],
         )  # fmt: skip
 
@@ -274,7 +277,7 @@ def _check_resumable(files: RunFiles, config: dict[str, Any], overrides: dict[st
     for name in overrides:
         if name not in RESUMABLE:
             raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")
-    result, asked = config["result"], overrides.get("num_steps", 0)
+    result, asked = config["result"], overrides.get("num_steps") or 0
     if result["state"] == "imported":
         raise BabyError(f"run {files.guid} was imported, there is nothing to go on with; finetune it on a text")
     if result["state"] == "done" and result["reason"] == "patience" and "patience" not in overrides:
@@ -285,6 +288,8 @@ def _check_resumable(files: RunFiles, config: dict[str, Any], overrides: dict[st
         raise BabyError(
             f"run {files.guid} is done with all its {result['steps']} steps; to go on give more --num-steps"
         )
+    if 0 < asked < result["steps"]:
+        raise BabyError(f"run {files.guid} has done {result['steps']} steps already; num_steps {asked} is too few")
 
 
 def _sit(

@@ -121,7 +121,8 @@ class Sitting:
     def _begin(self, start: Checkpoint) -> None:
         """The files as of the start: from now on the run can be found, and goes on from there."""
         store.sweep(self.files)
-        if self.files.metrics.exists():  # with lines of after the checkpoint, perhaps
+        if start.progress["records"] or self.files.metrics.exists():
+            # it may be gone, or have lines of after the checkpoint
             lines = (json.dumps(record) + "\n" for record in start.progress["records"])
             store.write(self.files.metrics, "".join(lines))
         self._last, self._model_step = _without_arrays(start), None

@@ -220,6 +220,19 @@ def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
     assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
 
 
+@pytest.mark.parametrize("wrong", [{"num_steps": 2}, {"num_steps": "9"}, {"num_steps": None}, {"workers": 0}])
+def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone, wrong):
+    train(text, tmp_path, Stopper(5), workers=1)
+    with pytest.raises(BabyError):
+        api.resume(path=tmp_path, **wrong)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_metrics_that_are_gone_come_back(text, tmp_path, alone):
+    train(text, tmp_path, Stopper(12), workers=1).files.metrics.unlink()
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
 def test_only_some_settings_can_be_changed(text, tmp_path):
     train(text, tmp_path, Stopper(3), workers=1)
     with pytest.raises(BabyError, match="n_emb cannot be changed"):
