@@ -79,13 +79,24 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     norm = C + 1  # normed channels, and one deviation a token
     a_token = norm + C + V  # the last norm, the head's input, the loss
     a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
-    return B * (T * a_token * itemsize + config.n_layers * _masks(config))
+    masks = 2 * T * C if config.dropout else 0  # of the two outputs, a byte an element
+    return B * (T * a_token * itemsize + config.n_layers * (_scores_saved(config) * itemsize + masks))
 
 
 def _attention_saved(config: GPTConfig) -> int:
-    """Elements a token: queries, keys and values, a row of weights a head, the heads' outputs; gate and sum."""
+    """Elements a token: queries, keys, values; scaled queries; outputs and their scale; a sum a head; the gate."""
     S, H = config.head_size, config.n_heads
-    return 3 * S + H * config.n_ctx + S + (H + S // H if config.c_attention == "moh" else 0)
+    return 6 * S + H + (H + S // H if config.c_attention == "moh" else 0)
+
+
+def _scores_saved(config: GPTConfig) -> int:
+    """Elements a sequence: exp(scores), by blocks of rows, each with the keys up to its last row; with dropout,
+    those that are left of them too.
+    """
+    rows, T = max(32, config.head_size // config.n_heads), config.n_ctx
+    ends = [min(start + rows, T) for start in range(0, T, rows)]
+    scores = config.n_heads * sum((end - start) * end for start, end in zip(range(0, T, rows), ends, strict=True))
+    return scores * (2 if config.dropout else 1)
 
 
 def _network_saved(config: GPTConfig) -> int:
@@ -94,14 +105,6 @@ def _network_saved(config: GPTConfig) -> int:
         return 2 * mlp.EXPANSION * config.n_emb
     experts = mixture_of_experts
     return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
-
-
-def _masks(config: GPTConfig) -> int:
-    """Bytes of a block's dropout masks for one sequence; that of the weights is made two elements at a time."""
-    if not config.dropout:
-        return 0
-    weights, outputs = config.n_heads * config.n_ctx**2, config.n_ctx * config.n_emb
-    return weights + weights % 2 + 2 * outputs
 
 
 def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:

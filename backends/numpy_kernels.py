@@ -128,91 +128,138 @@ def softmax_forward(xp, p, x):
 
 
 def heads_forward(xp, p, qkv, shape, noise=None, past=None):
+    """As heads.forward. It saves exp(scores) and their sums in place of the weights: a pass less each way."""
     if past is not None:
         return heads.forward.__wrapped__(xp, p, qkv, shape, noise, past)
     q, k, v = heads.split(xp, qkv, shape)
     B, H, T, D = q.shape
-    scale = qkv.dtype.type(1 / math.sqrt(D))
-    weights = np.empty((B, H, T, T), qkv.dtype)
-    y = np.empty((B, T, H, D), qkv.dtype)
-    keep, rate = None, 0.0
-    if noise is not None:
-        rate = noise[1]
-        keep = rng.keep_mask(xp, noise[0], H * T * T, rate).reshape(weights.shape)
-    for b, h in _blocks(B, H, T):
-        # scaled before the product: (T, D) has fewer elements than (T, T)
-        w = np.matmul(q[b, h] * scale, k[b, h].swapaxes(-1, -2), out=weights[b, h])
-        _causal_softmax(w)
-        if keep is not None:
-            w = w * keep[b, h]
-        np.matmul(w, v[b, h], out=y[b].swapaxes(0, 1)[h])
-    if keep is not None:
-        y *= qkv.dtype.type(rng.survivor_scale(rate))
-    return y.reshape(B * T, H * D), (q, k, v, weights, y, keep, rate)
+    kind, rate = qkv.dtype, 0.0 if noise is None else noise[1]
+    q = q * kind.type(1 / math.sqrt(D))
+    y, totals = np.empty((B, T, H, D), kind), np.empty((B, T, H), kind)
+    heads_of_y, totals_of_rows = y.swapaxes(1, 2), totals.swapaxes(1, 2)
+    drop = None if noise is None else _weight_dropout(noise[0], H, T, rate)
+    saved = []
+    for at in _blocks(B, H, T, D):
+        b, h, rows, keys = at
+        e, totals_of_rows[b, h, rows] = _causal_exp(q[b, h, rows], k[b, h, keys])
+        kept = e if drop is None else drop(e, at)
+        np.matmul(kept, v[b, h, keys], out=heads_of_y[b, h, rows])
+        saved.append((e, kept))
+    inverse = np.divide(1, totals.reshape(B * T, H))
+    scale = inverse @ _spread(H, D, kind, rng.survivor_scale(rate))
+    y = y.reshape(B * T, H * D)
+    y *= scale
+    return y, (q, k, v, saved, y, inverse, scale)
 
 
 def heads_backward(xp, p, saved, dy):
-    q, k, v, weights, y, keep, rate = saved
+    q, k, v, blocks, y, inverse, scale = saved
     B, H, T, D = q.shape
-    dy = dy.reshape(B, T, H, D)
+    kind = dy.dtype
     # the sum over keys of dweights * weights is the sum over channels of dy * y
-    along = np.vecdot(dy, y).swapaxes(1, 2)[..., None]             # (B, H, T, 1)
-    if keep is not None:
-        dy = dy * dy.dtype.type(rng.survivor_scale(rate))
-    dy = dy.swapaxes(1, 2)                                         # (B, H, T, D)
-    dqkv = np.empty((B, T, 3, H, D), dy.dtype)
+    along = ((dy * y) @ _spread(H, D, kind, 1.0).T) * inverse      # (N, H)
+    along = np.ascontiguousarray(along.reshape(B, T, H).swapaxes(1, 2))[..., None]
+    dy = (dy * scale).reshape(B, T, H, D).swapaxes(1, 2)           # (B, H, T, D)
+    dqkv = np.empty((B, T, 3, H, D), kind)
     dq, dk, dv = (dqkv[:, :, i].swapaxes(1, 2) for i in range(3))
-    for b, h in _blocks(B, H, T):
-        w = weights[b, h]
-        dw = dy[b, h] @ v[b, h].swapaxes(-1, -2)
-        dropped = w
-        if keep is not None:
-            dw *= keep[b, h]
-            dropped = w * keep[b, h]
-        np.matmul(dropped.swapaxes(-1, -2), dy[b, h], out=dv[b, h])
-        dw -= along[b, h]
-        dw *= w                                                    # dscores, but for the scale
-        np.matmul(dw, k[b, h], out=dq[b, h])
-        np.matmul(dw.swapaxes(-1, -2), q[b, h], out=dk[b, h])
-    dqkv[:, :, :2] *= dy.dtype.type(1 / math.sqrt(D))              # dq and dk
+    for at, (e, kept) in zip(_blocks(B, H, T, D), blocks, strict=True):
+        b, h, rows, keys = at
+        dscores = dy[b, h, rows] @ v[b, h, keys].swapaxes(-1, -2)
+        if kept is e:
+            dscores -= along[b, h, rows]
+            dscores *= e
+        else:
+            dscores *= kept
+            dscores -= e * along[b, h, rows]
+        np.matmul(dscores, k[b, h, keys], out=dq[b, h, rows])
+        _add_product(kept.swapaxes(-1, -2), dy[b, h, rows], dv[b, h], keys)
+        _add_product(dscores.swapaxes(-1, -2), q[b, h, rows], dk[b, h], keys)
+    dq *= kind.type(1 / math.sqrt(D))
     return {}, dqkv.reshape(B * T, 3 * H * D)
 
 
-def _blocks(B: int, H: int, T: int):
-    """(sample, slice of heads) such that a block's (heads, T, T) scores stay in the cache."""
-    step = max(1, PIECE // (T * T))
-    return [(b, slice(h, min(h + step, H))) for b in range(B) for h in range(0, H, step)]
+@functools.lru_cache(maxsize=16)
+def _blocks(B: int, H: int, T: int, D: int) -> list[tuple[slice, slice, slice, slice]]:
+    """Slices of samples, heads, rows and keys such that a block's scores stay in the cache.
 
-
-def _causal_softmax(scores):
-    """In place, over the last axis of (heads, T, T), with zeros above the diagonal.
-
-    It shifts by the largest score of the block, not of each row: that is one fast pass. Where a row then
-    underflows, the block is done again row by row.
+    Rows come a few at a time, each with the keys up to the last of them: so most of what the causal mask would
+    hide is never computed. The last rows, which see all keys, come first.
     """
-    T, kind = scores.shape[-1], scores.dtype
-    before = scores.copy() if _spread_is_wide(scores) else None
-    scores -= np.max(scores)
-    np.exp(scores, out=scores)
-    scores *= _lower_triangle(T, kind)
-    total = scores @ ones(T, kind)
-    if before is not None and np.min(total) < np.finfo(kind).tiny * 1e8:
-        np.copyto(scores, np.where(_lower_triangle(T, kind) > 0, before, -np.inf))
-        scores -= np.max(scores, axis=-1, keepdims=True)
-        np.exp(scores, out=scores)
-        total = scores @ ones(T, kind)
-    scores *= (1 / total)[..., None]
+    n, found = max(32, D), []
+    for start in range((T - 1) // n * n, -1, -n):
+        rows, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))
+        together = max(1, PIECE // ((rows.stop - rows.start) * keys.stop))  # heads
+        if together >= H:
+            found += [(slice(b, b + together // H), slice(0, H), rows, keys) for b in range(0, B, together // H)]
+        else:
+            parts = [slice(h, min(h + together, H)) for h in range(0, H, together)]
+            found += [(slice(b, b + 1), h, rows, keys) for b in range(B) for h in parts]
+    return found
 
 
-def _spread_is_wide(scores) -> bool:
-    """Whether some row could underflow when shifted by the largest score of the block."""
-    limit = -0.9 * math.log(np.finfo(scores.dtype).tiny)
-    return bool(np.max(scores) - np.min(scores) > limit)
+LARGEST_TOTAL = 1e13
+"""A row's sum of exp(scores), or its inverse, above which the row's scores are shifted first."""
 
 
-@functools.lru_cache(maxsize=8)
-def _lower_triangle(T: int, dtype) -> np.ndarray:
-    return np.tri(T, dtype=dtype)
+def _causal_exp(q, k):
+    """exp(scores) (b, h, rows, keys), zero where the mask hides, and their sums (b, h, rows).
+
+    The softmax does not change when a row's scores are shifted, and mostly they need not be: where a sum says
+    that a row was too high or too low for that, the block is done again, shifted by the largest of each row.
+    """
+    scores = q @ k.swapaxes(-1, -2)
+    n, keys = scores.shape[-2:]
+    visible, kind = _visible(n, keys, scores.dtype), scores.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        e = np.exp(scores, out=scores)
+        e *= visible
+        totals = e @ ones(keys, kind)
+    if not (np.min(totals) > 1 / LARGEST_TOTAL and np.max(totals) < LARGEST_TOTAL):
+        scores = np.where(visible > 0, q @ k.swapaxes(-1, -2), -np.inf)
+        e = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+        totals = e @ ones(keys, kind)
+    return e, totals
+
+
+def _add_product(a, b, total, keys):
+    """total[keys] += a @ b; the first block covers all keys and begins the total."""
+    if keys.stop == total.shape[-2]:
+        np.matmul(a, b, out=total)
+    else:
+        total[..., keys, :] += a @ b
+
+
+@functools.lru_cache(maxsize=64)
+def _visible(n: int, keys: int, dtype) -> np.ndarray:
+    """(n, keys): 1 where the last n of so many tokens may look, else 0."""
+    return np.tri(n, keys, keys - n, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(H: int, D: int, dtype, factor: float) -> np.ndarray:
+    """(H, H D): a product with it repeats each head's number over its D channels; with its transpose, sums them.
+
+    Numpy's own loops over so few channels cost ten times as much.
+    """
+    return np.kron(np.eye(H), np.full((1, D), factor)).astype(dtype)
+
+
+def _weight_dropout(stream, H: int, T: int, rate: float):
+    """A function (block of weights, its place) -> the block without those that the mask of rng.py drops."""
+    threshold = np.uint16(rng.drop_threshold(rate))
+    keys_of_samples = stream.view(np.uint32)[:, None, None, None]
+    if T % 2:  # rows do not begin where a hash does
+        keep = keep_mask(None, stream, H * T * T, rate).reshape(-1, H, T, T)
+        return lambda weights, at: weights * keep[at]
+    inner = _hashed_counters(H * T * T // 2).reshape(H, T, T // 2)
+
+    def drop(weights, at):
+        b, h, rows, keys = at
+        bits = np.bitwise_xor(inner[h, rows, : keys.stop // 2], keys_of_samples[b])
+        _mix(bits, np.empty_like(bits))
+        return weights * np.greater_equal(bits.view(np.uint16), threshold)
+
+    return drop
 
 
 # dropout ------------------------------------------------------------------------------------------------

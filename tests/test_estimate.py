@@ -147,10 +147,11 @@ def owners(value) -> dict[int, int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("n_ctx", [5, 70])  # one block of rows, and three
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
-def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, dropout, dtype):
+def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, dropout, dtype):
     if isinstance(config, GPTConfig):
-        config = GPTConfig(**{**vars(config), "dropout": dropout})
+        config = GPTConfig(**{**vars(config), "dropout": dropout, "n_ctx": n_ctx})
     backend, model, batch = backends.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
     xp, state = backend.xp, state_of(model, backend)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)

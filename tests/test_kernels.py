@@ -86,17 +86,17 @@ def test_attention_holds_for_scores_that_lie_far_apart(spread, dtype):
     expected, saved0 = heads.forward(PLAIN.xp, {}, qkv, Shape(B, T, H))
     tolerance = {"float32": 1e-3, "float64": 1e-10}[dtype] * spread
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    np.testing.assert_allclose(saved[3].sum(axis=-1), 1, rtol=1e-5)
     dy = np.ones_like(found)
     _, dqkv = heads.backward(FAST.xp, {}, saved, dy)
     _, dqkv0 = heads.backward(PLAIN.xp, {}, saved0, dy)
     np.testing.assert_allclose(dqkv, dqkv0, atol=tolerance * spread)
 
 
-def test_large_attention_in_blocks_is_attention():
-    B, T, H, D = 2, 300, 3, 4
+@pytest.mark.parametrize("T", [31, 32, 33, 64, 300, 301])
+def test_attention_in_blocks_is_attention(T):
+    B, H, D = 5, 3, 4
     qkv = np.random.default_rng(0).normal(size=(B * T, 3 * H * D))
-    noise = (np.array([5, 6], dtype=np.int32), 0.2)
+    noise = (np.arange(5, dtype=np.int32), 0.2)
     found, saved = heads.forward(FAST.xp, {}, qkv, Shape(B, T, H), noise)
     expected, saved0 = heads.forward(PLAIN.xp, {}, qkv, Shape(B, T, H), noise)
     np.testing.assert_allclose(found, expected, atol=1e-12)
