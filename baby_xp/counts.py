@@ -8,6 +8,7 @@ import math
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
+from baby_xp.training.step import shard_sizes
 from baby_xp.tree import leaves
 
 KINDS = {
@@ -115,16 +116,22 @@ def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
 
 
 def arrays(
-    config: ModelConfig, vocab_size: int, batch_size: int, workers: int = 1, itemsize: int = 4
+    config: ModelConfig,
+    vocab_size: int,
+    batch_size: int,
+    workers: int = 1,
+    itemsize: int = 4,
+    tokens_at_once: int | None = None,
 ) -> dict[str, int]:
-    """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences computed together.
+    """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences of a step.
 
-    A worker computes its share of them and passes its gradients through the exchange, where it also finds the
-    weights.
+    A worker computes its share of them, shard by shard where the backend has a limit of tokens at once, and
+    passes its gradients through the exchange, where it also finds the weights.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
-    kept = sum(saved_bytes(config, vocab_size, share, itemsize) for share in shares)
+    shards = [max(shard_sizes(share, config.n_ctx, tokens_at_once)) for share in shares]
+    kept = sum(saved_bytes(config, vocab_size, shard, itemsize) for shard in shards)
     exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
     parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
     return {**parts, **exchange}

@@ -66,6 +66,8 @@ class Facts:
     n_validation: int
     corpus_bytes: int
     """Length of the file of ids."""
+    tokens_at_once: int | None
+    """Tokens of a batch that the backend computes together; None: all."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Estimate:
         """Bytes of the arrays of training by kind."""
         together = min(self.preset.train.batch_size, self.facts.step_size)
         sizes = self.facts.vocab_size, together, self.facts.workers, self._itemsize
-        return counts.arrays(self.preset.model, *sizes)
+        return counts.arrays(self.preset.model, *sizes, self.facts.tokens_at_once)
 
     @property
     def cache(self) -> int:
@@ -174,10 +176,10 @@ def _looked_up(chosen: Preset, backend: str, device: str | None, workers: int | 
     model = Model(chosen.model, learned.tokenizer.vocab_size)
     api.check_size(model)
     number = api.number_of_workers(workers, loaded, model, chosen.train.batch_size)
-    return _facts(learned, loaded.name, number, folder)
+    return _facts(learned, loaded, number, folder)
 
 
-def _facts(learned: Task, backend: str, workers: int, folder: Path) -> Facts:
+def _facts(learned: Task, backend, workers: int, folder: Path) -> Facts:
     batches, n = learned.batches, learned.num_steps
     sequences = n * batches.batch_size
     if isinstance(batches, EpochWindows):  # the last batch of an epoch may be smaller
@@ -185,8 +187,8 @@ def _facts(learned: Task, backend: str, workers: int, folder: Path) -> Facts:
         sequences = epochs * batches.n_windows + rest * batches.batch_size
     corpus_bytes = sum(path.stat().st_size for path in (folder / "corpora").glob("*.ids"))
     return Facts(
-        backend, workers, learned.tokenizer.vocab_size, n, batches.batch_size, sequences, learned.n_validation,
-        corpus_bytes,
+        backend.name, workers, learned.tokenizer.vocab_size, n, batches.batch_size, sequences,
+        learned.n_validation, corpus_bytes, backend.xp.tokens_at_once,
     )  # fmt: skip
 
 
@@ -268,7 +270,7 @@ def _try(preset: dict[str, Any], path: str, seconds: float, most_seconds: float,
     written = time.perf_counter()
     run.generate(num_tokens=GENERATED)
     generated = time.perf_counter()
-    facts = _facts(watch.learned, run.backend.name, watch.workers, Path(path))
+    facts = _facts(watch.learned, run.backend, watch.workers, Path(path))
     tokens, rate = facts.step_size * chosen.model.n_ctx, statistics.median(watch.rates)
     trial = {
         "ms_a_step": 1e3 * tokens / rate,

@@ -6,6 +6,7 @@ depends on the length of the text alone, and generation with the key-value cache
 tokens at the same positions: the logits are equal. A model of a fixed context sees the last n_ctx tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,74 +50,126 @@ def generate(
     backend, model, params, prompt, num_tokens: int, sampling: Sampling, use_cache: bool = True
 ) -> Iterator[int]:
     """Yield `num_tokens` ids, one by one. params (P,) on the backend; prompt: ids, at least one."""
+    for ids in generate_several(backend, model, params, [prompt], num_tokens, sampling, use_cache):
+        yield int(ids[0])
+
+
+def generate_several(
+    backend, model, params, prompts, num_tokens: int, sampling: Sampling, use_cache: bool = True
+) -> Iterator[np.ndarray]:
+    """Yield `num_tokens` times the next id of every text, (B,), computed together.
+
+    prompts: B lists of ids, all of one length. Text i is what `generate` gives it with the seed sampling.seed + i.
+    """
+    if len({len(prompt) for prompt in prompts}) != 1:
+        raise BabyError("prompts that are continued together must be of the same length")
     p = model.layout.unpack(backend.xp, params)
-    ids = [int(token) for token in prompt]
+    texts = [[int(token) for token in prompt] for prompt in prompts]
     logits_of = Logits(backend, model, p, use_cache)
     for _ in range(num_tokens):
-        ids.append(sample(logits_of.next(ids), sampling, len(ids)))
-        yield ids[-1]
+        ids = draw(logits_of.next(texts), sampling, len(texts[0]))
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            text.append(token)
+        yield ids
 
 
 class Logits:
-    """The logits of the token that follows a growing list of ids, with or without a key-value cache.
+    """The logits of the tokens that follow growing texts of ids, with or without a key-value cache.
 
     The cache holds keys and values of the tokens of the window that were computed so far.
     """
 
     def __init__(self, backend, model, p, use_cache: bool = True):
         self.backend, self.model, self.p = backend, model, p
-        self.fixed_context = not hasattr(model.module, "cache_of")
+        self.fixed_context = not hasattr(model.module, "decode")
         self.use_cache = use_cache and not self.fixed_context
+        if self.use_cache:
+            with np.errstate(all="ignore"):  # numbers that are not finite show in the logits
+                self.prepared = model.module.prepare(backend.xp, p, model.config)
         self.start, self.cache, self.cached = 0, None, 0
 
-    def next(self, ids: list[int]) -> np.ndarray:
-        """ids: the whole text so far -> logits (V,) in float64 on the host."""
-        n_ctx = self.model.config.n_ctx
-        start = max(0, len(ids) - n_ctx) if self.fixed_context else window_start(len(ids), n_ctx)
+    def next(self, texts: list[list[int]]) -> np.ndarray:
+        """texts: B lists of ids of one length, all so far -> logits (B, V) in float64 on the host."""
+        n_ctx, length = self.model.config.n_ctx, len(texts[0])
+        start = max(0, length - n_ctx) if self.fixed_context else window_start(length, n_ctx)
         if start != self.start or not self.use_cache:
             self.start, self.cache, self.cached = start, None, 0
-        new = ids[start + self.cached :]
-        with np.errstate(over="ignore", invalid="ignore"):  # the check below speaks for it
-            last = self.backend.to_numpy(self._forward(new))[-1].astype(np.float64)
-        if not np.isfinite(last).all():
+        new = [text[start + self.cached :] for text in texts]
+        with np.errstate(all="ignore"):  # the check below speaks for it
+            logits = self.backend.to_numpy(self._forward(new)).astype(np.float64)
+        if not np.isfinite(logits).all():
             raise BabyError("the model computes numbers that are not finite: its weights are damaged or burst")
-        return last
-
-    def _forward(self, new: list[int]):
-        xp, config = self.backend.xp, self.model.config
-        if self.fixed_context:  # filled up on the left
-            new = [0] * (config.n_ctx - len(new)) + new
-        ids = self.backend.asarray(np.array([new], dtype=np.int32))
-        if not self.use_cache:
-            return self.model.forward(xp, self.p, ids)[0]
-        logits, saved = self.model.module.forward(xp, self.p, ids, config, cache=self.cache)
-        self.cache, self.cached = self.model.module.cache_of(saved, config), self.cached + len(new)
         return logits
+
+    def _forward(self, new: list[list[int]]):
+        xp, config, length = self.backend.xp, self.model.config, len(new[0])
+        if self.fixed_context:  # filled up on the left
+            new = [[0] * (config.n_ctx - length) + ids for ids in new]
+        ids = self.backend.asarray(np.array(new, dtype=np.int32))
+        if self.use_cache:
+            logits, self.cache = self.model.module.decode(xp, self.prepared, ids, config, self.cache)
+            self.cached += length
+            return logits
+        logits = self.model.forward(xp, self.p, ids)[0]
+        return xp.reshape(logits, (len(new), -1, logits.shape[-1]))[:, -1, :]
 
 
 def sample(logits: np.ndarray, sampling: Sampling, position: int) -> int:
     """Draw an id from logits (V,). The random number depends on seed and position alone."""
+    return int(draw(logits[None, :], sampling, position)[0])
+
+
+def draw(logits: np.ndarray, sampling: Sampling, position: int) -> np.ndarray:
+    """Draw an id a row of logits (B, V), row i with the seed + i -> (B,)."""
     if sampling.greedy:
-        return int(np.argmax(logits))
-    probabilities = distribution(logits, sampling)
-    key = np.array([sampling.seed % 2**64, position], dtype=np.uint64)  # a list would go by way of float64
-    u = np.random.Generator(np.random.Philox(key=key)).random()
-    cumulative = np.cumsum(probabilities)
-    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+        return np.argmax(logits, axis=-1)
+    cumulative = np.cumsum(_weights(logits, sampling), axis=-1)
+    u = np.array([[uniform(sampling.seed + row, position)] for row in range(len(logits))])
+    # as many tokens lie below the one that u falls on
+    return (cumulative <= u * cumulative[:, -1:]).sum(axis=-1)
+
+
+TOGETHER = 64
+
+
+def uniform(seed: int, position: int) -> float:
+    """A random number in [0, 1) that depends on seed and position alone."""
+    return _uniforms(seed % 2**64, position // TOGETHER)[position % TOGETHER]
+
+
+@functools.lru_cache(maxsize=1024)
+def _uniforms(seed: int, block: int) -> list[float]:
+    """Drawn together, as to set a generator up takes longer than all of them."""
+    key = np.array([seed, block], dtype=np.uint64)  # a list would go by way of float64
+    return np.random.Generator(np.random.Philox(key=key)).random(TOGETHER).tolist()
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The probabilities (V,) to draw from: softmax(logits / temperature), cut to top_k, then to top_p.
+    """The probabilities to draw from, of logits (V,) or (B, V): softmax(logits / temperature), cut to top_k, then
+    to top_p.
 
     top_p is nucleus sampling (Holtzman et al. 2020): the likeliest token is always kept. Of equally likely
     tokens at the cut, those with the smaller ids are kept.
     """
+    weights = _weights(logits, sampling)
+    return weights / np.sum(weights, axis=-1, keepdims=True)
+
+
+def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution, but for a factor: the likeliest token has weight 1."""
     with np.errstate(over="ignore"):  # a tiny temperature makes -inf of all but the largest: share 0
-        probabilities = np.exp((logits - np.max(logits)) / sampling.temperature)
-    order = np.argsort(-probabilities, kind="stable")
+        weights = np.exp((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature)
+    if sampling.top_k or sampling.top_p < 1:
+        for row in weights.reshape(-1, logits.shape[-1]):
+            _cut(row, sampling)
+    return weights
+
+
+def _cut(weights: np.ndarray, sampling: Sampling) -> None:
+    """Set to zero, in place, what top_k and top_p leave out of (V,)."""
+    order = np.argsort(-weights, kind="stable")
     kept = len(order) if sampling.top_k == 0 else min(sampling.top_k, len(order))
     if sampling.top_p < 1:
-        shares = np.cumsum(probabilities[order[:kept]])
+        shares = np.cumsum(weights[order[:kept]])
         kept = int(np.searchsorted(shares, sampling.top_p * shares[-1], side="left")) + 1
-    probabilities[order[kept:]] = 0
-    return probabilities / np.sum(probabilities)
+    weights[order[kept:]] = 0

@@ -10,6 +10,9 @@ from baby_xp_backends.numpy_kernels import KERNELS
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
+TOKENS_AT_ONCE = 1024
+"""So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""
+
 
 class NumpyBackend:
     """Arrays of NumPy."""
@@ -23,7 +26,7 @@ class NumpyBackend:
             )
         keep_freed_memory()
         self.dtype = dtype
-        self.xp = Namespace(library, device="cpu", kernels=KERNELS)
+        self.xp = Namespace(library, device="cpu", kernels=KERNELS, tokens_at_once=TOKENS_AT_ONCE)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
     def asarray(self, host):

@@ -13,10 +13,12 @@ import functools
 import math
 
 import numpy as np
+from baby_xp_backends import numpy_decoding
 
 from baby_xp import rng
 from baby_xp.layers import gelu, heads, layernorm
 from baby_xp.optim import EPS
+from baby_xp.tree import leaves
 
 PIECE = 65536
 """Elements of one piece: few enough for the cache, and enough that the calls, 1 to 2 microseconds each, vanish."""
@@ -347,6 +349,15 @@ def global_norm(xp, gradients):
     return np.sqrt(np.dot(gradients, gradients)).reshape(1)
 
 
+def add_tree(xp, layout, flat, tree):
+    """In place, without packing the tree first."""
+    by_path, start = dict(leaves(tree)), 0
+    for path, size in zip(layout.paths, layout.sizes, strict=True):
+        flat[start : start + size] += by_path[path].reshape(-1)
+        start += size
+    return flat
+
+
 KERNELS = {
     "linear.forward": linear_forward,
     "linear.backward": linear_backward,
@@ -360,4 +371,7 @@ KERNELS = {
     "dropout.select": dropout_select,
     "optim.adamw": adamw,
     "optim.global_norm": global_norm,
+    "step.add_tree": add_tree,
+    "gpt.prepare": numpy_decoding.prepare,
+    "gpt.decode": numpy_decoding.decode,
 }

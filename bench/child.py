@@ -7,13 +7,13 @@ import time
 from dataclasses import asdict
 
 from baby_xp.errors import BabyError
-from bench.workloads import WORKLOADS
+from bench import workloads
 
 RATE_SECONDS = 1.5
 """How long the matrix product is repeated."""
 
 
-def train(name: str, workload: str, steps: int, warmup: int, dropout: float, **options) -> dict:
+def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: float, **options) -> dict:
     """Train a contender -> its Outcome, and `ms`: milliseconds a step, of each step after the warm-up.
 
     One more step is done than is asked for, as a step's time ends where the next begins. Where Python runs
@@ -23,7 +23,7 @@ def train(name: str, workload: str, steps: int, warmup: int, dropout: float, **o
 
     every = steps_to_a_reading(options.get("backend", "numpy"))
     warmup, steps = (-(-number // every) * every for number in (warmup, steps))
-    chosen = WORKLOADS[workload]
+    chosen = workloads.of(workload)
     clock = Clock(chosen.batches(warmup + steps + 1))
     outcome = CONTENDERS[name](chosen, dropout, clock, **options)
     pairs = itertools.pairwise(clock.marks[warmup::every])
@@ -34,9 +34,34 @@ def losses(name: str, workload: str, **options) -> dict:
     """The loss before and after one step without dropout, both of the first batch: nats a token."""
     from bench.contenders import CONTENDERS, Clock
 
-    chosen = WORKLOADS[workload]
+    chosen = workloads.of(workload)
     outcome = CONTENDERS[name](chosen, 0.0, Clock(chosen.batches(1)), **options)
     return {"losses": outcome.losses}
+
+
+def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, backend: str) -> dict:
+    """Let a contender generate -> its Outcome, and `ms`: milliseconds a step, of each step after the warm-up."""
+    from bench.generators import GENERATORS
+
+    outcome, ms = GENERATORS[name](workloads.of(workload), batch, warmup + tokens, backend)
+    return {**asdict(outcome), "ms": ms[-tokens:]}
+
+
+def greedy(workload: str, batch: int, tokens: int, backend: str) -> dict:
+    """The likeliest tokens by baby_xp, (tokens, batch)."""
+    from bench import generators
+
+    return {"ids": generators.greedy(workloads.of(workload), batch, tokens, backend).tolist()}
+
+
+def read_along(workload: str, ids: list[list[int]], backend: str) -> dict:
+    """How far below PyTorch's largest logit each of these tokens lies, (tokens, batch)."""
+    import numpy as np
+
+    from bench import generators
+
+    found = generators.torch_shortfalls(workloads.of(workload), np.array(ids), backend)
+    return {"shortfalls": found.tolist()}
 
 
 def rate(M: int = 768, C: int = 128, F: int = 512) -> dict:
@@ -65,7 +90,10 @@ def footprint(**request) -> dict:
     return footprint.TASKS[request.pop("what")](**request)
 
 
-TASKS = {"train": train, "losses": losses, "rate": rate, "footprint": footprint}
+TASKS = {
+    "train": train, "losses": losses, "generate": generate, "greedy": greedy, "read_along": read_along,
+    "rate": rate, "footprint": footprint,
+}  # fmt: skip
 
 
 def main() -> None:

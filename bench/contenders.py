@@ -8,7 +8,9 @@ same batches from the same first weights by the same rule, then measure the loss
 
 import importlib.util
 import platform
+import re
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -118,7 +120,7 @@ def train_torch(
         last = model.eval()(*_on_device(torch, batches.batches[0], device)).item()
     about = {
         "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
-        "blas": _torch_blas(torch),
+        "blas": torch_blas(torch),
     }  # fmt: skip
     return Outcome([shown, last], about, memory.taken())
 
@@ -160,7 +162,7 @@ def _on_device(torch, batch: Batch, device):
     return (torch.from_numpy(part).to(device, torch.int64) for part in (batch.inputs, batch.targets))
 
 
-def _torch_blas(torch) -> str:
+def torch_blas(torch) -> str:
     """PyTorch links its BLAS in, where threadpoolctl cannot see it: what PyTorch itself says."""
     library = "MKL" if torch.backends.mkl.is_available() else "BLAS of its build"
     return f"{library}, {torch.backends.cpu.get_cpu_capability()}"
@@ -172,7 +174,7 @@ CONTENDERS = {"baby_xp": train_baby_xp, **PEERS}
 
 def missing(peer: str, backend: str) -> str | None:
     """Why a peer cannot be measured here, or None."""
-    library = peer.partition(".")[0]
+    library = library_of(peer)
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed: {peer} is left out (pip install {library})"
     if peer == "torch.compile" and backend != "cupy" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -188,6 +190,19 @@ def missing(peer: str, backend: str) -> str | None:
 
         works = torch.cuda.is_available()
     return None if works else f"this {library} sees no GPU: {peer} is left out"
+
+
+def present(peers: list[str], backend: str, program: str) -> list[str]:
+    """Those of the peers that can be measured here; of each other one a line says why not."""
+    reasons = {peer: missing(peer, backend) for peer in peers}
+    for reason in filter(None, reasons.values()):
+        print(f"{program}: {reason}", file=sys.stderr)
+    return [peer for peer in peers if not reasons[peer]]
+
+
+def library_of(peer: str) -> str:
+    """What a peer needs installed: its name begins with it, as in "torch.compile" and "torch-1-thread"."""
+    return re.split("[.-]", peer)[0]
 
 
 def steps_to_a_reading(backend: str) -> int:

@@ -29,7 +29,10 @@ class Workload:
     steps: int
     """Steps measured in a round, unless --steps says otherwise."""
     warmup: int
-    """Steps before them: caches, thread pools and memory of the process settle in these."""
+    """Steps before them: caches, thread pools and memory of the process settle in these.
+
+    What compiles does so in the first step alone: later ones take the same time as all others.
+    """
 
     @property
     def tokens(self) -> int:
@@ -69,6 +72,11 @@ WORKLOADS = {
         Workload("W4", "nanoGPT's Shakespeare run for a GPU", 65, 256, 384, 6, 6, 64, 0.2, 3, 1),
     )
 }
+
+
+def of(told: str | dict) -> Workload:
+    """The workload of that name, or with those fields: so a parent process tells it to a child."""
+    return WORKLOADS[told] if isinstance(told, str) else Workload(**told)
 
 
 def chosen(names: str) -> list[Workload]:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from baby_xp_backends import numpy_decoding
 from conftest import case_of
 from test_training import SWITCHES
+from threadpoolctl import threadpool_limits
 
 from baby_xp import params
 from baby_xp.config import GPTConfig
@@ -51,27 +53,65 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
 
 
 @ALL_SWITCHES
-def test_past_the_context_cached_and_uncached_logits_stay_equal(switches):
-    """And both are those of the window, computed at once."""
-    case = case_of("numpy")
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+@pytest.mark.parametrize("first", [1, 3, N_CTX, 12])
+def test_past_the_context_cached_and_uncached_logits_stay_equal(kind, switches, first):
+    """And both are those of the window, computed at once, whatever the length of the prompt."""
+    case = case_of(kind)
     model, p = model_and_weights(case, switches)
     cached, uncached = Logits(case.backend, model, p, True), Logits(case.backend, model, p, False)
-    for length in range(1, len(IDS) + 1):
-        ids = [int(i) for i in IDS[:length]]
-        window = IDS[None, window_start(length, N_CTX) : length]
-        expected, _ = model.forward(case.xp, p, window)
-        np.testing.assert_allclose(uncached.next(ids), expected[-1], atol=1e-12)
-        np.testing.assert_allclose(cached.next(ids), expected[-1], atol=1e-12)
+    texts = np.stack([IDS, IDS[::-1], (IDS + 3) % V])
+    for length in range(first, len(IDS) + 1):
+        ids = texts[:, :length].tolist()
+        window = texts[:, window_start(length, N_CTX) : length]
+        expected = model.forward(case.xp, p, window)[0].reshape(*window.shape, V)[:, -1]
+        np.testing.assert_allclose(uncached.next(ids), expected, atol=1e-12)
+        np.testing.assert_allclose(cached.next(ids), expected, atol=1e-12)
 
 
-def test_decoding_computes_the_new_token_alone(monkeypatch):
+@pytest.mark.parametrize("size", [30.0, 3e3])
+@pytest.mark.parametrize("first", [1, 4])
+def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size, first):
+    """exp of such a score is infinite or 0: NumPy's step must see that, and leave the cache as it has to be."""
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
-    lengths, forward = [], gpt.forward
-    monkeypatch.setattr(
-        gpt, "forward", lambda xp, p, ids, *a, **k: lengths.append(ids.shape[1]) or forward(xp, p, ids, *a, **k)
-    )
+    for block in p["blocks"].values():
+        block["attention"]["qkv"]["weight"][:, :24] *= size  # queries and keys
+    logits = Logits(case.backend, model, p, True)
+    for length in range(first, N_CTX + 1):
+        expected, _ = model.forward(case.xp, p, IDS[None, :length])
+        np.testing.assert_allclose(logits.next([IDS[:length].tolist()])[0], expected[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
+    case = case_of(kind)
+    model, p = model_and_weights(case, SWITCHES[0])
+    lengths, decode = [], gpt.decode
+    watched = lambda xp, p, ids, *rest: lengths.append(ids.shape[1]) or decode(xp, p, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(gpt, "decode", watched)
     logits = Logits(case.backend, model, p, True)
     for length in range(3, 10):
-        logits.next([int(i) for i in IDS[:length]])
+        logits.next([IDS[:length].tolist()])
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
+
+
+def test_of_the_model_that_a_step_is_made_for_nothing_else_is_computed(monkeypatch):
+    case = case_of("numpy")
+    model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
+    logits = Logits(case.backend, model, p, True)
+    monkeypatch.setattr(gpt, "forward", None)
+    assert all(logits.next([IDS[:length].tolist()]).shape == (1, V) for length in range(3, 10))
+
+
+def test_blas_has_its_threads_back_after_a_token():
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    threads = lambda: [library.get_num_threads() for library in numpy_decoding.blas()]  # noqa: E731
+    with threadpool_limits(3, user_api="blas"):
+        before = threads()
+        Logits(case.backend, model, p, True).next([[1, 2, 3]])
+        assert threads() == before
+        with numpy_decoding.OneThread():
+            assert set(threads()) <= {1}
+        assert threads() == before

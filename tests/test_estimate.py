@@ -166,8 +166,8 @@ def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, d
 def test_cache_bytes_are_those_of_a_full_context(config):
     backend, model = backends.load("numpy"), Model(config, V)
     logits = Logits(backend, model, model.layout.unpack(backend.xp, state_of(model, backend)["params"]))
-    logits.next([1] * (config.n_ctx - 1))
-    logits.next([1] * config.n_ctx)
+    logits.next([[1] * (config.n_ctx - 1)])
+    logits.next([[1] * config.n_ctx])
     assert counts.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
 
 
@@ -176,6 +176,8 @@ def test_arrays_of_workers_are_those_of_their_shares():
     alone, three = counts.arrays(config, V, 7), counts.arrays(config, V, 7, workers=3)
     assert three["activations"] == sum(counts.saved_bytes(config, V, share) for share in (3, 2, 2))
     assert three["activations"] == alone["activations"]
+    in_shards = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
+    assert in_shards["activations"] == 3 * counts.saved_bytes(config, V, 1)
     assert three["exchange of workers"] == 3 * alone["weights"] == 3 * 4 * Model(config, V).n_parameters
 
 

@@ -6,9 +6,13 @@ from baby_xp_backends import numpy_kernels
 from conftest import case_of
 from layer_table import TABLE, numbers_for
 
-from baby_xp import layers, models, optim, rng  # noqa: F401  (importing them registers what is replaceable)
+from baby_xp import layers, models, optim, params, rng  # noqa: F401  (importing registers what is replaceable)
+from baby_xp.config import GPTConfig
 from baby_xp.layers import Shape, dropout, gelu, heads, layernorm
-from baby_xp.namespace import REPLACEABLE
+from baby_xp.models import Model
+from baby_xp.namespace import REPLACEABLE, Namespace
+from baby_xp.text.batches import Batch
+from baby_xp.training.step import initial_state, noisy_loss_and_gradients, shard_sizes, total_loss
 
 FAST, PLAIN = case_of("numpy"), case_of("numpy plain")
 
@@ -31,7 +35,9 @@ def test_the_layer_table_and_this_file_reach_every_faster_function(monkeypatch):
         p = numbers.layout.unpack(FAST.xp, numbers.flat)
         y, saved = entry.forward(FAST.xp, p, numbers.x, numbers.streams)
         entry.backward(FAST.xp, p, saved, numbers.dy(y.shape))
-    assert reached | {"optim.adamw", "optim.global_norm"} == set(kernels)
+    elsewhere = {"optim.adamw", "optim.global_norm", "step.add_tree"}
+    generation = {"gpt.prepare", "gpt.decode"}  # tests/test_cache.py
+    assert reached | elsewhere | generation == set(kernels)
 
 
 @pytest.mark.parametrize("size", [5, 1000, 3 * numpy_kernels.PIECE + 17])
@@ -43,6 +49,33 @@ def test_adamw_in_pieces_is_adamw(size):
     arguments = (w, g, m, v, decays, *scalars, 0.9, 0.99, 0.1)
     for found, expected in zip(optim.adamw(FAST.xp, *arguments), optim.adamw(PLAIN.xp, *arguments), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_gradients_of_shards_add_up():
+    """Those of a batch in parts, on NumPy, are those of the batch at once; parts are as equal as they can be."""
+    config = GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_heads=2, n_layers=1, dropout=0.2)
+    model, draw = Model(config, 11), np.random.default_rng(0)
+    inputs, targets = draw.integers(0, 11, (2, 7, 8), dtype=np.int32)
+    batch = Batch(inputs, targets, np.arange(7, dtype=np.int32))
+    flat = params.draw(model.spec, 0, "float64")
+    state = initial_state(FAST.backend, flat, params.decay_mask(model.spec), 5)
+    results = []
+    for tokens_at_once in (None, 24, 1):  # 1, 2 and 7 parts
+        xp = Namespace(FAST.xp.library, device="cpu", kernels=FAST.xp.kernels, tokens_at_once=tokens_at_once)
+        loss, gradients = noisy_loss_and_gradients(xp, model, state, batch)
+        results.append([loss, gradients, total_loss(xp, model, state["params"], batch)])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens_at_once", "sizes"),
+    [((7, 8), None, [7]), ((7, 8), 24, [3, 4]), ((7, 8), 1, [1] * 7), ((7, 8), 56, [7]), ((7, 8), 1000, [7]),
+     ((16, 128), 1024, [8, 8]), ((32, 256), 1024, [4] * 8), ((1, 5000), 1024, [1]), ((0, 8), 16, [0])],
+)  # fmt: skip
+def test_shards_are_as_equal_as_they_can_be(shape, tokens_at_once, sizes):
+    assert shard_sizes(*shape, tokens_at_once) == sizes
 
 
 def test_the_global_norm_is_the_global_norm():

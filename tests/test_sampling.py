@@ -13,7 +13,7 @@ from baby_xp import params
 from baby_xp.api import Run
 from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.errors import BabyError
-from baby_xp.generate import Logits, Sampling, distribution, generate, sample, window_start
+from baby_xp.generate import Logits, Sampling, distribution, generate, generate_several, sample, window_start
 from baby_xp.models import Model
 from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -229,6 +229,25 @@ def test_a_text_goes_on_the_same_way_from_any_place_in_it(numpy_backend):
         assert list(rest) == whole[cut:]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"greedy": True}, {"top_k": 4, "top_p": 0.9}], ids=str)
+def test_texts_computed_together_are_those_computed_alone(numpy_backend, settings, use_cache):
+    model, flat = gpt()
+    prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
+    found = generate_several(numpy_backend, model, flat, prompts, 20, Sampling(**settings, seed=7), use_cache)
+    alone = [
+        list(generate(numpy_backend, model, flat, prompt, 20, Sampling(**settings, seed=7 + i)))
+        for i, prompt in enumerate(prompts)
+    ]
+    assert np.array(list(found)).T.tolist() == alone
+
+
+def test_prompts_of_different_lengths_are_refused(numpy_backend):
+    model, flat = gpt()
+    with pytest.raises(BabyError, match="same length"):
+        list(generate_several(numpy_backend, model, flat, [[1], [1, 2]], 3, Sampling()))
+
+
 def test_seeds_give_different_texts(numpy_backend):
     model, flat = gpt()
     texts = {tuple(generate(numpy_backend, model, flat, [3], 20, Sampling(seed=seed))) for seed in range(5)}
@@ -239,7 +258,7 @@ def test_tokens_come_one_by_one(numpy_backend, monkeypatch):
     model, flat = gpt()
     asked = []
     step = Logits.next
-    monkeypatch.setattr(Logits, "next", lambda self, ids: asked.append(len(ids)) or step(self, ids))
+    monkeypatch.setattr(Logits, "next", lambda self, texts: asked.append(len(texts[0])) or step(self, texts))
     tokens = generate(numpy_backend, model, flat, [3], 10, Sampling())
     next(tokens)
     next(tokens)
@@ -254,7 +273,7 @@ def test_a_model_of_a_fixed_context_sees_the_last_tokens(numpy_backend):
     text = [5, 2, 7, 1, 8, 6, 4, 3, 5]
     for length, context in seen.items():
         expected, _ = model.forward(numpy_backend.xp, p, np.array([context], np.int32))
-        np.testing.assert_allclose(logits.next(text[:length]), expected[0], rtol=1e-13)
+        np.testing.assert_allclose(logits.next([text[:length]]), expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])

@@ -8,6 +8,7 @@ import math
 
 from baby_xp.layers import Shape, block, embedding, layernorm, linear
 from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
+from baby_xp.namespace import replaceable
 
 
 def parts(config) -> Parts:
@@ -70,6 +71,23 @@ def backward(xp, p, saved, dlogits, config):
     dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
     dblocks = {i: dblocks[i] for i in p["blocks"]}
     return {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": dln_f, "lm_head": dlm_head}
+
+
+@replaceable
+def prepare(xp, p, config):
+    """What `decode` needs of the parameters, in the form in which it is fastest: here, as they are."""
+    return p
+
+
+@replaceable
+def decode(xp, prepared, ids, config, cache=None):
+    """ids (B, T), the tokens that follow those of the cache -> logits (B, V) of the token after them, new cache.
+
+    `cache` is what this returned for the tokens before, None at the beginning; it is given up.
+    """
+    logits, saved = forward(xp, prepared, ids, config, cache=cache)
+    logits = xp.reshape(logits, (*ids.shape, -1))                  # (B, T, V)
+    return logits[:, -1, :], cache_of(saved, config)
 
 
 def block_noise(noise, config, i: int):

@@ -1,9 +1,11 @@
 """One training step, as a pure function: step(state, batch) -> state, metrics."""
 
+import itertools
 import math
 
 from baby_xp import optim, rng
 from baby_xp.layers import cross_entropy
+from baby_xp.namespace import replaceable
 
 
 def initial_state(backend, flat, decays, seed: int):
@@ -47,10 +49,13 @@ def loss_and_tree(xp, model, params, batch, noise=None, n_targets: int | None = 
 
 def total_loss(xp, model, params, batch):
     """Sum of the losses of all targets (1,) in nats, without dropout: for evaluation."""
-    p = model.layout.unpack(xp, params)
-    logits, _ = model.forward(xp, p, batch.inputs)
-    losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
-    return xp.reshape(xp.sum(losses), (1,))
+    p, total = model.layout.unpack(xp, params), None
+    for part in shards(xp, batch):
+        logits, _ = model.forward(xp, p, part.inputs)
+        losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(part.targets, (-1,)))
+        of_part = xp.reshape(xp.sum(losses), (1,))
+        total = of_part if total is None else total + of_part
+    return total
 
 
 def step_noise(xp, model, seed, step, batch):
@@ -63,8 +68,40 @@ def step_noise(xp, model, seed, step, batch):
 
 def noisy_loss_and_gradients(xp, model, state, batch, n_targets: int | None = None):
     """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`."""
-    noise = step_noise(xp, model, state["seed"], state["step"], batch)
-    return loss_and_gradients(xp, model, state["params"], batch, noise, n_targets)
+    loss, gradients = None, None
+    for more_loss, dp in shard_by_shard(xp, model, state, batch, n_targets):
+        if gradients is None:
+            loss, gradients = more_loss, model.layout.pack(xp, dp)
+        else:
+            loss, gradients = loss + more_loss, add_tree(xp, model.layout, gradients, dp)
+    return loss, gradients
+
+
+def shard_by_shard(xp, model, state, batch, n_targets: int | None = None):
+    """Yield loss and tree of gradients of each shard of the batch; together they are those of the batch."""
+    n_targets = n_targets or math.prod(batch.targets.shape)
+    for part in shards(xp, batch):
+        noise = step_noise(xp, model, state["seed"], state["step"], part)
+        yield loss_and_tree(xp, model, state["params"], part, noise, n_targets)
+
+
+def shards(xp, batch):
+    """The batch, or equal parts of it of about as many tokens as the backend computes best at once."""
+    sizes = shard_sizes(*batch.inputs.shape, xp.tokens_at_once)
+    bounds = [0, *itertools.accumulate(sizes)]
+    return [batch] if len(sizes) == 1 else [_part(batch, *ends) for ends in itertools.pairwise(bounds)]
+
+
+def shard_sizes(B: int, T: int, tokens_at_once: int | None) -> list[int]:
+    """Samples of each shard of B samples of T tokens."""
+    number = max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
+    return [B * (i + 1) // number - B * i // number for i in range(number)]
+
+
+@replaceable
+def add_tree(xp, layout, flat, tree):
+    """The flat buffer (P,) plus a tree that is packed like it. The caller gives `flat` up."""
+    return flat + layout.pack(xp, tree)
 
 
 def accumulated(loss_and_gradients, batch_size: int):
@@ -75,8 +112,7 @@ def accumulated(loss_and_gradients, batch_size: int):
 
     def of_whole(xp, model, state, batch):
         B = batch.inputs.shape[0]
-        ends = [(start, min(start + batch_size, B)) for start in range(0, B, batch_size)]
-        parts = [type(batch)(*(array[start:end, ...] for array in batch)) for start, end in ends]
+        parts = [_part(batch, start, min(start + batch_size, B)) for start in range(0, B, batch_size)]
         n_targets = math.prod(batch.targets.shape)
         loss, gradients = loss_and_gradients(xp, model, state, parts[0], n_targets)
         for part in parts[1:]:
@@ -85,6 +121,11 @@ def accumulated(loss_and_gradients, batch_size: int):
         return loss, gradients
 
     return of_whole
+
+
+def _part(batch, first: int, last: int):
+    """Samples first to last."""
+    return type(batch)(*(array[first:last, ...] for array in batch))
 
 
 def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):

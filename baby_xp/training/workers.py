@@ -32,7 +32,7 @@ from baby_xp import config as configs
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import loss_and_gradients, loss_and_tree, step_noise, total_loss
+from baby_xp.training.step import add_tree, noisy_loss_and_gradients, shard_by_shard, total_loss
 from baby_xp.tree import leaves
 
 COMMAND = struct.Struct("<c9q")
@@ -85,7 +85,7 @@ class Arena:
     def batch(self, first: int, last: int, T: int, per_sample: int) -> Batch:
         """Samples first to last of the batch that lies in the arena."""
         inputs = self.inputs[first * T : last * T].reshape(-1, T)
-        targets = self.targets[first * per_sample : last * per_sample]
+        targets = self.targets[first * per_sample : last * per_sample].reshape(last - first, -1)
         return Batch(inputs, targets, self.samples[first:last])
 
 
@@ -191,8 +191,7 @@ class Workers:
         n_targets = n_targets or batch.targets.size
         first, last = self._send(GRADIENTS, state["params"], batch, n_targets, seed, step)
         share = Batch(*(part[first:last] for part in batch))
-        noise = step_noise(xp, model, state["seed"], state["step"], share)
-        loss, gradients = loss_and_gradients(xp, model, state["params"], share, noise, n_targets)
+        loss, gradients = noisy_loss_and_gradients(xp, model, state, share, n_targets)
         for rank in self._asked:
             self._wait(rank)
             loss = loss + loss.dtype.type(self.arena.losses[rank - 1])
@@ -267,9 +266,13 @@ def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, n_ta
     if what == TOTAL:
         arena.losses[rank - 1] = total_loss(xp, model, arena.params, batch)[0]
         return
-    noise = step_noise(xp, model, backend.integers([seed]), backend.integers([step]), batch)
-    loss, dp = loss_and_tree(xp, model, arena.params, batch, noise, n_targets)
-    arena.losses[rank - 1] = loss[0]
-    # packed where the main process reads it, in the order of the layout: one copy less
-    gradients = dict(leaves(dp))
-    np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=arena.gradients[rank - 1])
+    state = {"params": arena.params, "seed": backend.integers([seed]), "step": backend.integers([step])}
+    total, flat = 0.0, arena.gradients[rank - 1]
+    for number, (loss, dp) in enumerate(shard_by_shard(xp, model, state, batch, n_targets)):
+        total += loss[0]
+        if number:
+            add_tree(xp, model.layout, flat, dp)
+        else:  # packed where the main process reads it, in the order of the layout: one copy less
+            gradients = dict(leaves(dp))
+            np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
+    arena.losses[rank - 1] = total
