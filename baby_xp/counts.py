@@ -125,14 +125,14 @@ def arrays(
 ) -> dict[str, int]:
     """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences of a step.
 
-    A worker computes its share of them, shard by shard where the backend has a limit of tokens at once, and
-    passes its gradients through the exchange, where it also finds the weights.
+    A worker computes its share of them, shard by shard where the backend has a limit of tokens at once. In the
+    exchange are its gradients, the weights and moments a second time, and weights that are only evaluated.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
     shards = [max(shard_sizes(share, config.n_ctx, tokens_at_once)) for share in shares]
     kept = sum(saved_bytes(config, vocab_size, shard, itemsize) for shard in shards)
-    exchange = {"exchange of workers": workers * flat} if workers > 1 else {}
+    exchange = {"exchange of workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
     parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
     return {**parts, **exchange}
 

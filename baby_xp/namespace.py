@@ -36,6 +36,12 @@ class Namespace(types.SimpleNamespace):
         self.library, self.device, self.kernels = library, device, dict(kernels or {})
         self.tokens_at_once = tokens_at_once
 
+    def with_kernels(self, kernels: Mapping[str, Callable]) -> "Namespace":
+        """The same namespace with some functions of ours replaced by others."""
+        other = Namespace.__new__(Namespace)
+        vars(other).update(vars(self), kernels={**self.kernels, **kernels})
+        return other
+
     def __repr__(self) -> str:
         return f"Namespace({getattr(self.library, '__name__', self.library)!s})"
 

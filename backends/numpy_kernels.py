@@ -187,10 +187,11 @@ def _blocks(B: int, H: int, T: int, D: int) -> list[tuple[slice, slice, slice, s
     Rows come a few at a time, each with the keys up to the last of them: so most of what the causal mask would
     hide is never computed. The last rows, which see all keys, come first.
     """
+    size = 2 * PIECE  # products of small matrices gain more from company than they lose in the cache
     n, found = max(32, D), []
     for start in range((T - 1) // n * n, -1, -n):
         rows, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))
-        together = max(1, PIECE // ((rows.stop - rows.start) * keys.stop))  # heads
+        together = max(1, size // ((rows.stop - rows.start) * keys.stop))  # heads
         if together >= H:
             found += [(slice(b, b + together // H), slice(0, H), rows, keys) for b in range(0, B, together // H)]
         else:
@@ -310,8 +311,9 @@ def dropout_select(xp, keep, x, rate: float):
 # optimizer ----------------------------------------------------------------------------------------------
 
 
-def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-    new = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay, out=None):
+    """As optim.adamw; `out`: three arrays to write the new w, m, v to."""
+    new = (np.empty_like(w), np.empty_like(w), np.empty_like(w)) if out is None else out
     constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
     scratch = np.empty(min(PIECE, len(w)), w.dtype)
     for s in pieces(len(w), 1):

@@ -178,7 +178,7 @@ def test_arrays_of_workers_are_those_of_their_shares():
     assert three["activations"] == alone["activations"]
     in_shards = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
     assert in_shards["activations"] == 3 * counts.saved_bytes(config, V, 1)
-    assert three["exchange of workers"] == 3 * alone["weights"] == 3 * 4 * Model(config, V).n_parameters
+    assert three["exchange of workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
 
 
 @pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 3}])

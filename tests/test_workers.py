@@ -15,9 +15,9 @@ import pytest
 
 import baby_xp.api
 from baby_xp import backend as backends
-from baby_xp import params
+from baby_xp import optim, params
 from baby_xp.cli import main
-from baby_xp.config import EquationConfig, GPTConfig
+from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
@@ -70,10 +70,15 @@ def together(request):
         yield setting, pool
 
 
-@pytest.fixture
-def arenas(monkeypatch) -> list[Path]:
-    """The arena files that were made."""
+@pytest.fixture(params=["memory", "file", "named file"])
+def arenas(request, monkeypatch) -> list[Path]:
+    """The arena files that were made, for each kind: a file in memory, one without a name, one as on Windows."""
     made, mkstemp = [], tempfile.mkstemp
+    if request.param == "memory" and not hasattr(os, "memfd_create"):
+        pytest.skip("the system has no files in memory")
+    if request.param != "memory":
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(workers_module, "INHERITED", request.param != "named file")
 
     def recorded(*args, **kwargs):
         handle, path = mkstemp(*args, **kwargs)
@@ -166,10 +171,42 @@ def test_a_shorter_window_is_evaluated_too(together):
 
 def test_a_repetition_is_the_same_bit_for_bit(together):
     setting, pool = together
-    runs = [pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch) for _ in range(2)]
+    compute = lambda workers: [  # noqa: E731
+        array.tobytes()
+        for array in workers.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
+    ]
+    runs = [compute(pool) for _ in range(2)]
     with setting.pool(pool.number) as fresh:
-        runs.append(fresh.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch))
-    assert len({(loss.tobytes(), gradients.tobytes()) for loss, gradients in runs}) == 1
+        runs.append(compute(fresh))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
+    """For a state from elsewhere, for one that an update gave, and for gradients that are not in the arena."""
+    setting, pool = together
+    config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1)
+    alone = shared = setting.state
+    for step in range(4):
+        _, gradients = pool.loss_and_gradients(setting.xp, setting.model, shared, setting.batch)
+        if step == 2:
+            gradients = gradients.copy()
+        if step == 3:
+            shared = {name: array.copy() for name, array in shared.items()}
+        alone, _ = optim.update(setting.xp, alone, gradients.copy(), config)
+        before = {name: array.copy() for name, array in shared.items()}
+        given, (shared, _) = shared, optim.update(pool.xp, shared, gradients, config)
+        for name in ("params", "m", "v"):
+            assert shared[name].tobytes() == alone[name].tobytes()
+            assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
+
+
+def test_processes_update_parts_that_make_the_whole():
+    for number, n in ((1, 5), (2, 100), (3, 1000), (7, 33)):
+        pool = Workers(backends.load("numpy"), type("", (), {"n_parameters": n})(), BATCH, number)
+        assert pool._bounds[0] == 0
+        assert pool._bounds[-1] == n
+        assert all(b % 16 == 0 for b in pool._bounds[:-1] if b != n)
+        assert pool._bounds == sorted(pool._bounds)
 
 
 def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
@@ -177,7 +214,7 @@ def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
     setting, pool = together
     expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
     for _ in range(5):
-        pool._send(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
+        pool._hand_out(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
         found = pool.total_loss(setting.state["params"], setting.batch)
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
@@ -206,6 +243,13 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
     assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
 
 
+def test_what_a_training_gives_does_not_hold_the_memory_of_its_workers(tmp_path, text_file):
+    owner = train(tmp_path, text_file, 2).params
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    assert owner.base is None
+
+
 # how many -----------------------------------------------------------------------------------------------
 
 
@@ -232,15 +276,15 @@ def test_there_are_no_more_workers_than_samples():
 # what stays behind --------------------------------------------------------------------------------------
 
 
-def test_leaving_ends_all_processes_and_the_file_is_gone_while_they_work(arenas):
+def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they_work(arenas, request):
     setting = Setting("float32")
     with setting.pool(3) as pool:
         children = list(pool.children)
         assert len(children) == 2
         assert all(child.poll() is None for child in children)
-        if os.name != "nt":
-            assert len(arenas) == 1
-            assert not arenas[0].exists()
+        assert [path.exists() for path in arenas] == {
+            "memory": [], "file": [False], "named file": [True]
+        }[request.node.callspec.params["arenas"]]  # fmt: skip
     assert [child.returncode for child in children] == [0, 0]
     assert not any(path.exists() for path in arenas)
 
@@ -302,8 +346,7 @@ def test_a_worker_that_is_killed_ends_training_in_one_line(
     assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
     assert len(children) == 2
     assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
-    assert len(arenas) == 1
-    assert not arenas[0].exists()
+    assert not any(path.exists() for path in arenas)
     assert not (tmp_path / "runs").exists()
 
 
@@ -315,7 +358,7 @@ def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
     assert main_with_killer(more, tmp_path, text_file, pools, monkeypatch) == 2
     assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
     assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
-    assert not arenas[0].exists()
+    assert not any(path.exists() for path in arenas)
     (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.steps) == ("failed", 2)  # the worker was killed after the evaluation of step 2
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
@@ -349,8 +392,9 @@ fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the s
 
 
 @fallocate
-@pytest.mark.skipif(not SHARED.is_dir(), reason="there is no /dev/shm")
-def test_a_full_shared_memory_falls_back_to_the_folder_for_temporary_files(arenas, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
+@pytest.mark.parametrize("arenas", ["memory"], indirect=True)
+def test_a_full_memory_falls_back_to_the_folder_for_temporary_files(arenas, monkeypatch):
     reserve, failed = os.posix_fallocate, []
 
     def full_once(*args):
@@ -364,7 +408,7 @@ def test_a_full_shared_memory_falls_back_to_the_folder_for_temporary_files(arena
     with setting.pool(2) as pool:
         loss, _ = pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
     np.testing.assert_allclose(loss, setting.alone(setting.batch)[0], rtol=1e-12)
-    assert [path.parent for path in arenas] == [SHARED, Path(tempfile.gettempdir())]
+    assert [path.parent for path in arenas] == [Path(tempfile.gettempdir())]
     assert not any(path.exists() for path in arenas)
 
 

@@ -48,6 +48,10 @@ class Checkpoint:
         """The parameters (P,) of the best evaluation so far; the present ones before the first."""
         return self.state["params"] if self.best is None else self.best
 
+    def copy_arrays(self) -> None:
+        """Make the state's arrays its own."""
+        self.state = {name: array.copy() for name, array in self.state.items()}
+
     def give_up_arrays(self) -> None:
         """Forget all but the step, when the arrays are elsewhere: callers may hold on to this for long."""
         self.state, self.best = {"step": self.state["step"]}, None

@@ -87,7 +87,10 @@ def fit(
             except KeyboardInterrupt:
                 reason = "interrupted"
     rate = run.progress["tokens"] / max(run.progress["training_seconds"], 1e-9)
-    return Result(run.checkpoint(), reason, final, rate)
+    checkpoint = run.checkpoint()
+    if workers is not None:
+        checkpoint.copy_arrays()  # they lie in memory that goes with the workers
+    return Result(checkpoint, reason, final, rate)
 
 
 class _Run:
@@ -97,14 +100,15 @@ class _Run:
         self.backend, self.config, self.task = backend, config, task
         self.listener, self._keep, self.stop, self.sample = listener, keep, stop, sample
         self.evaluate_first = evaluate_first
-        xp = backend.xp
-        gradients = {} if workers is None else {"loss_and_gradients": workers.loss_and_gradients}
-        self._step = backend.compile(make_step(xp, model, config, **gradients))
-        total = functools.partial(total_loss, xp, model) if workers is None else workers.total_loss
+        if workers is None:
+            step, total = make_step(backend.xp, model, config), functools.partial(total_loss, backend.xp, model)
+        else:
+            step, total = make_step(workers.xp, model, config, workers.loss_and_gradients), workers.total_loss
+        self._step = backend.compile(step)
         self._total = backend.compile(total)
         self.state = on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
-        self._best = self.state["params"] if start.best is None else backend.asarray(start.best)
+        self._best = self._params() if start.best is None else backend.asarray(start.best)
         self._unread = []  # step, metrics and number of tokens of each
         self._seconds_before, self.begin = self.progress["seconds"], time.perf_counter()
         self._read_at, self._tokens_at = self.begin, self.progress["tokens"]
@@ -198,7 +202,7 @@ class _Run:
             record["sample"] = self.sample(self.state["params"])
         best = progress["best"]
         if best is None or loss < best["val_loss"]:
-            best, self._best = {"step": self.step, "val_loss": loss}, self.state["params"]
+            best, self._best = {"step": self.step, "val_loss": loss}, self._params()
         records = [*progress["records"], record]
         self.progress = {**progress, "records": records, "best": best, "total": 0.0, "count": 0}
         self.listener.evaluated(record)
@@ -218,6 +222,10 @@ class _Run:
         """What a record tells of the last step, and how long the run has taken."""
         figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
         return {**figures, "seconds": round(self._seconds(), 3)}
+
+    def _params(self):
+        """A copy of the present parameters (P,): workers overwrite those of a state after the next."""
+        return self.backend.xp.asarray(self.state["params"], copy=True)
 
     def _validation_loss(self, params, every: int) -> float:
         loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.task.validation()), every)

@@ -1,21 +1,25 @@
-"""Worker processes that share a step's batch: each computes the gradients of its samples, and they add up.
+"""Worker processes that share a step: each computes the gradients of its samples and updates its parameters.
 
-NumPy holds Python's lock too often for threads to help. So the main process starts others, gives every one a
-share of the samples, computes a share itself, and adds up the gradients in the order of the workers: a run is
-the same bit for bit for the same number of workers. Dropout does not depend on the split (see rng.py).
+NumPy holds Python's lock too often for threads to help. So the main process starts others and gives every one a
+share of the samples; it computes a share itself and adds up the gradients in the order of the workers: a run is
+the same bit for bit for the same number of workers. Dropout does not depend on the split (see rng.py). Then each
+process does AdamW for its part of the flat buffer.
 
-Arrays pass through one memory-mapped file, commands through pipes. A worker whose main process is gone reads
-the end of its pipe and ends; a main process whose worker is gone reads the end of that pipe and raises. The
-file is unlinked as soon as every worker has opened it (on Windows, at the end), so nothing is left behind.
+Arrays pass through one mapped piece of memory, commands through pipes. A worker whose main process is gone reads
+the end of its pipe and ends; a main process whose worker is gone reads the end of that pipe and raises. The memory
+has no name in the file system, or has lost it before the first worker starts, so nothing can be left behind. Only
+Windows cannot do that: there it is a file that is deleted at the end.
 
 A worker is a Python process of its own, not a fork and not `multiprocessing`: it works the same on Linux,
 macOS and Windows, in notebooks, and in scripts without a guarded main.
 """
 
+import functools
 import io
 import itertools
 import json
 import math
+import mmap
 import os
 import struct
 import subprocess
@@ -31,13 +35,13 @@ from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
+from baby_xp.params import decay_mask
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import add_tree, noisy_loss_and_gradients, shard_by_shard, total_loss
+from baby_xp.training.step import add_tree, shard_by_shard, total_loss
 from baby_xp.tree import leaves
 
-COMMAND = struct.Struct("<c9q")
-"""What to do; the number of the command, first and last sample, B, T, targets a sample, targets of the whole
-step, seed, step."""
+COMMAND = struct.Struct("<c10q")
+"""What to do; the number of the command, and numbers that the command needs."""
 ANSWER = struct.Struct("<q")
 """The number of the command that is done; 0: the worker is ready."""
 PROGRAM = """import signal
@@ -46,9 +50,15 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 from baby_xp.training.workers import serve
 serve()
 """
-GRADIENTS, TOTAL = b"g", b"t"
+GRADIENTS, TOTAL, UPDATE = b"g", b"t", b"u"
+ELSEWHERE = 2
+"""Where the parameters are: 0 or 1, one of the two states in the arena, or this: apart from them."""
+LINE = 16
+"""Parts of the flat buffer begin at multiples of so many elements: no two processes write to one cache line."""
 WORTH_SPLITTING = 3e8
 """Floating-point operations of a step below which passing arrays around costs more than it gains."""
+INHERITED = os.name != "nt"
+"""Whether a child can be given an open file, so that the file needs no name."""
 
 
 def suitable_number(backend, model: Model, batch_size: int) -> int:
@@ -62,14 +72,21 @@ def suitable_number(backend, model: Model, batch_size: int) -> int:
 
 
 class Arena:
-    """The arrays that all processes see: one mapped file, cut into named arrays."""
+    """The arrays that all processes see: one piece of memory, cut into named arrays.
 
-    def __init__(self, path: str, model: Model, dtype: str, batch_size: int, number: int, create: bool):
+    The state of the optimizer is there twice. An update reads one and writes the other: a step that is cut short
+    leaves the state before it as it was.
+    """
+
+    def __init__(self, file: int, model: Model, dtype: str, batch_size: int, number: int, create: bool):
         n_ctx, size = model.config.n_ctx, model.n_parameters
         shapes = {
+            "states": ((2, 3, size), dtype),  # parameters and both moments
             "params": ((size,), dtype),
-            "gradients": ((number - 1, size), dtype),  # the main process keeps its own
-            "losses": ((number - 1,), "float64"),
+            "gradients": ((number, size), dtype),
+            "rates": ((4, 1), dtype),
+            "settings": ((3,), "float64"),
+            "losses": ((number,), "float64"),
             "inputs": ((batch_size * n_ctx,), "int32"),
             "targets": ((batch_size * n_ctx,), "int32"),
             "samples": ((batch_size,), "int32"),
@@ -77,8 +94,9 @@ class Arena:
         lengths = [math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values()]
         begins = [0, *itertools.accumulate(-(-length // 64) * 64 for length in lengths)]
         if create:
-            _reserve(path, begins[-1])
-        whole = np.memmap(path, np.uint8, "r+")
+            _reserve(file, begins[-1])
+        # not a numpy.memmap: all that is computed from one is one too, and each operation then runs Python code
+        whole = np.frombuffer(mmap.mmap(file, begins[-1]), np.uint8)
         for (name, (shape, kind)), begin, length in zip(shapes.items(), begins[:-1], lengths, strict=True):
             setattr(self, name, whole[begin : begin + length].view(kind).reshape(shape))
 
@@ -88,27 +106,37 @@ class Arena:
         targets = self.targets[first * per_sample : last * per_sample].reshape(last - first, -1)
         return Batch(inputs, targets, self.samples[first:last])
 
+    def params_at(self, place: int) -> np.ndarray:
+        """The parameters (P,) of one of the two states, or those apart."""
+        return self.params if place == ELSEWHERE else self.states[place, 0]
 
-def _reserve(path: str, length: int) -> None:
+
+def _reserve(file: int, length: int) -> None:
     """Make the file so long. Where the system can, it reserves the room: a write to a full disk would kill."""
-    with open(path, "r+b") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, length)
-        else:
-            file.truncate(length)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, length)
+    else:
+        os.ftruncate(file, length)
 
 
 class Workers:
     """`number` processes in all, this one included. A context manager: leaving it ends the others.
 
+    `xp` is the backend's namespace with an optimizer that all processes share. The state that it gives is valid
+    until the update after the next one.
     Raises BabyError if a worker cannot be started or ends before its time.
     """
 
     def __init__(self, backend, model: Model, batch_size: int, number: int):
         self.backend, self.model, self.number, self.batch_size = backend, model, number, batch_size
         self.children: list[subprocess.Popen] = []
-        self.path = ""
+        self.xp = backend.xp.with_kernels({"optim.adamw": self._update})
+        self._path, self._file = "", -1
         self._number = 0  # of the last command
+        self._state: list[Any] = [None, None, None]  # the arrays of the present state in the arena
+        self._at = 0  # which of the two it is
+        n = model.n_parameters
+        self._bounds = [min(n, -(-n * rank // (number * LINE)) * LINE) for rank in range(number + 1)]
 
     def __enter__(self) -> "Workers":
         self._limits = threadpool_limits(1)
@@ -132,7 +160,8 @@ class Workers:
                 child.wait()
         self.children = []
         self._limits.restore_original_limits()
-        self._unlink()
+        self.arena, self._state = None, [None, None, None]
+        self._forget_file()
 
     def _start(self) -> None:
         try:
@@ -143,31 +172,33 @@ class Workers:
                 self._wait(rank)
         except (OSError, OverflowError) as error:
             raise BabyError(f"workers cannot be started ({error}); try --workers 1") from None
-        if os.name != "nt":
-            self._unlink()
+        if INHERITED:
+            self._forget_file()
 
     def _make_arena(self) -> None:
-        """In memory where there is room (containers may have little), else in the folder for temporary files."""
+        """In memory where the system has such files and room for them, else in the folder for temporary files."""
         shape = (self.model, self.backend.dtype, self.batch_size, self.number)
-        for folder in ("/dev/shm", None):
+        in_memory = [_file_in_memory] if hasattr(os, "memfd_create") and INHERITED else []
+        for make in [*in_memory, _temporary_file]:
             try:
-                handle, self.path = tempfile.mkstemp(prefix="baby_xp_", suffix=".arena", dir=folder)
-                os.close(handle)
-                self.arena = Arena(self.path, *shape, create=True)
+                self._file, self._path = make()
+                self.arena = Arena(self._file, *shape, create=True)
                 return
             except (OSError, OverflowError):  # overflow: more bytes than a file can have
-                self._unlink()
-                if folder is None:
+                self._forget_file()
+                if make is _temporary_file:
                     raise
 
     def _child(self, rank: int) -> subprocess.Popen:
         setup = {
-            "path": self.path, "rank": rank, "number": self.number, "batch_size": self.batch_size,
-            "config": configs.to_dict(self.model.config), "vocab_size": self.model.vocab_size,
-            "dtype": self.backend.dtype,
+            "file": self._file if INHERITED else self._path, "rank": rank, "number": self.number,
+            "batch_size": self.batch_size, "config": configs.to_dict(self.model.config),
+            "vocab_size": self.model.vocab_size, "dtype": self.backend.dtype,
+            "part": self._bounds[rank : rank + 2],
         }  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            pass_fds=(self._file,) if INHERITED else (),
             env={
                 **os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a script may have added to it
@@ -177,56 +208,88 @@ class Workers:
         child.stdin.flush()
         return child
 
-    def _unlink(self) -> None:
-        if self.path:
+    def _forget_file(self) -> None:
+        """What is mapped stays."""
+        if self._file >= 0:
+            os.close(self._file)
+        if self._path:
             with suppress(OSError):
-                os.unlink(self.path)
-            self.path = ""
+                os.unlink(self._path)
+        self._path, self._file = "", -1
 
     def loss_and_gradients(
         self, xp, model: Model, state: dict[str, Any], batch: Batch, n_targets: int | None = None
     ):
-        """As step.noisy_loss_and_gradients, by all processes together."""
+        """As step.noisy_loss_and_gradients, by all processes together.
+
+        The gradients of a whole batch lie in the arena, and the next call overwrites them. Those of a part of a
+        batch, for which n_targets is given, are a copy, as the next part's are added to them.
+        """
         seed, step = int(state["seed"][0]), int(state["step"][0])
-        n_targets = n_targets or batch.targets.size
-        first, last = self._send(GRADIENTS, state["params"], batch, n_targets, seed, step)
-        share = Batch(*(part[first:last] for part in batch))
-        loss, gradients = noisy_loss_and_gradients(xp, model, state, share, n_targets)
+        targets = n_targets or batch.targets.size
+        first, last = self._hand_out(GRADIENTS, state["params"], batch, targets, seed, step)
+        share, total = Batch(*(part[first:last] for part in batch)), self.arena.gradients[0]
+        loss = _compute_share(self.backend, model, state, share, targets, total)
         for rank in self._asked:
             self._wait(rank)
-            loss = loss + loss.dtype.type(self.arena.losses[rank - 1])
-            gradients += self.arena.gradients[rank - 1]
-        return loss, gradients
+            loss = loss + loss.dtype.type(self.arena.losses[rank])
+            total += self.arena.gradients[rank]
+        return loss, total if n_targets is None else total.copy()
 
     def total_loss(self, params, batch: Batch):
         """As step.total_loss, by all processes together."""
-        first, last = self._send(TOTAL, params, batch, 0, 0, 0)
+        first, last = self._hand_out(TOTAL, params, batch, 0, 0, 0)
         total = total_loss(self.backend.xp, self.model, params, Batch(*(part[first:last] for part in batch)))
         for rank in self._asked:
             self._wait(rank)
-            total = total + total.dtype.type(self.arena.losses[rank - 1])
+            total = total + total.dtype.type(self.arena.losses[rank])
         return total
 
-    def _send(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int) -> tuple[int, int]:
-        """Hand the batch and its shares out -> the share of this process."""
+    def _update(self, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+        """As optim.adamw: every process updates its part."""
+        arena, old = self.arena, self._at
+        if any(given is not own for given, own in zip((w, m, v), self._state, strict=True)):
+            for own, given in zip(arena.states[old], (w, m, v), strict=True):
+                own[:] = given
+        if g is not arena.gradients[0]:
+            arena.gradients[0][:] = g
+        for own, given in zip(arena.rates, (scale, lr, bias1, bias2), strict=True):
+            own[:] = given
+        arena.settings[:] = beta1, beta2, weight_decay
+        self._number += 1
+        for rank in range(1, self.number):
+            self._send(rank, UPDATE, old)
+        _update_part(self.backend, arena, old, slice(0, self._bounds[1]), decays[: self._bounds[1]])
+        for rank in range(1, self.number):
+            self._wait(rank)
+        self._at, self._state = 1 - old, list(arena.states[1 - old])
+        return tuple(self._state)
+
+    def _hand_out(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int):
+        """Hand the batch and its shares out -> first and last sample of this process."""
         B, T = batch.inputs.shape
         self._number += 1
-        self.arena.params[:] = params
+        place = self._at
+        if params is not self._state[0]:
+            place, self.arena.params[:] = ELSEWHERE, params
         self.arena.inputs[: B * T] = batch.inputs.reshape(-1)
         self.arena.targets[: batch.targets.size] = batch.targets.reshape(-1)
         self.arena.samples[:B] = batch.samples
-        bounds = [
-            -(-B * rank // self.number) for rank in range(self.number + 1)
-        ]  # the first share is never empty
+        # rounded such that the first share is never empty
+        bounds = [-(-B * rank // self.number) for rank in range(self.number + 1)]
         self._asked = [rank for rank in range(1, self.number) if bounds[rank] < bounds[rank + 1]]
         for rank in self._asked:
-            shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B, n_targets
-            try:
-                self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *shape, seed, step))
-                self.children[rank - 1].stdin.flush()
-            except OSError:
-                raise self._lost(rank) from None
+            shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
+            self._send(rank, what, place, *shape, n_targets, seed, step)
         return 0, bounds[1]
+
+    def _send(self, rank: int, what: bytes, *numbers: int) -> None:
+        numbers = (*numbers, *[0] * (9 - len(numbers)))
+        try:
+            self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *numbers))
+            self.children[rank - 1].stdin.flush()
+        except OSError:
+            raise self._lost(rank) from None
 
     def _wait(self, rank: int) -> None:
         """Wait for the answer to the last command; those to commands that Ctrl-C cut short are passed over."""
@@ -243,6 +306,42 @@ class Workers:
         return BabyError(f"worker {rank} of {self.number} {how}; train with fewer --workers, or --workers 1")
 
 
+def _file_in_memory() -> tuple[int, str]:
+    """An open file without a name."""
+    return os.memfd_create("baby_xp"), ""
+
+
+def _temporary_file() -> tuple[int, str]:
+    """An open file and its name, which is empty where the file needs none."""
+    file, path = tempfile.mkstemp(prefix="baby_xp_", suffix=".arena")
+    if not INHERITED:
+        return file, path
+    os.unlink(path)
+    return file, ""
+
+
+def _compute_share(backend, model: Model, state: dict[str, Any], batch: Batch, n_targets: int, flat):
+    """The loss (1,) of a share of a batch; its gradients go to `flat` (P,)."""
+    total = None
+    for loss, dp in shard_by_shard(backend.xp, model, state, batch, n_targets):
+        if total is None:  # packed where they are wanted: one copy less
+            gradients, total = dict(leaves(dp)), loss
+            np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
+        else:
+            add_tree(backend.xp, model.layout, flat, dp)
+            total = total + loss
+    return total
+
+
+def _update_part(backend, arena: Arena, old: int, part: slice, decays) -> None:
+    """AdamW for a part of the flat buffer: from one state in the arena to the other."""
+    w, m, v = arena.states[old][:, part]
+    backend.xp.kernels["optim.adamw"](
+        backend.xp, w, arena.gradients[0][part], m, v, decays, *arena.rates, *arena.settings.tolist(),
+        out=arena.states[1 - old][:, part],
+    )  # fmt: skip
+
+
 def serve() -> None:
     """What a worker process does until its input ends."""
     # answers go out unbuffered: nothing is left to flush, at the end, to a main process that is gone
@@ -251,28 +350,36 @@ def serve() -> None:
     rank, dtype = setup["rank"], setup["dtype"]
     model = Model(configs.model_from_dict(setup["config"], "worker"), setup["vocab_size"])
     backend = backends.load("numpy", dtype=dtype)
-    arena = Arena(setup["path"], model, dtype, setup["batch_size"], setup["number"], create=False)
+    file = setup["file"] if isinstance(setup["file"], int) else os.open(setup["file"], os.O_RDWR)
+    arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)
+    os.close(file)
+    part = slice(*setup["part"])
+    obey = {
+        GRADIENTS: functools.partial(_obey_gradients, backend, model, arena, rank),
+        TOTAL: functools.partial(_obey_total, backend, model, arena, rank),
+        UPDATE: functools.partial(_obey_update, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
+    }
     # numbers that are not finite show in the loss, and the main process says so
     with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):
         answers.write(ANSWER.pack(0))
         while len(command := commands.read(COMMAND.size)) == COMMAND.size:
             what, number, *rest = COMMAND.unpack(command)
-            _obey(backend, model, arena, rank, what, *rest)
+            obey[what](*rest)
             answers.write(ANSWER.pack(number))
 
 
-def _obey(backend, model, arena, rank, what, first, last, B, T, per_sample, n_targets, seed, step) -> None:
-    xp, batch = backend.xp, arena.batch(first, last, T, per_sample)
-    if what == TOTAL:
-        arena.losses[rank - 1] = total_loss(xp, model, arena.params, batch)[0]
-        return
-    state = {"params": arena.params, "seed": backend.integers([seed]), "step": backend.integers([step])}
-    total, flat = 0.0, arena.gradients[rank - 1]
-    for number, (loss, dp) in enumerate(shard_by_shard(xp, model, state, batch, n_targets)):
-        total += loss[0]
-        if number:
-            add_tree(xp, model.layout, flat, dp)
-        else:  # packed where the main process reads it, in the order of the layout: one copy less
-            gradients = dict(leaves(dp))
-            np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
-    arena.losses[rank - 1] = total
+def _obey_gradients(
+    backend, model, arena, rank, place, first, last, B, T, per_sample, n_targets, seed, step
+) -> None:
+    batch = arena.batch(first, last, T, per_sample)
+    state = {"params": arena.params_at(place), "seed": backend.integers([seed]), "step": backend.integers([step])}
+    arena.losses[rank] = _compute_share(backend, model, state, batch, n_targets, arena.gradients[rank])[0]
+
+
+def _obey_total(backend, model, arena, rank, place, first, last, B, T, per_sample, *_) -> None:
+    batch = arena.batch(first, last, T, per_sample)
+    arena.losses[rank] = total_loss(backend.xp, model, arena.params_at(place), batch)[0]
+
+
+def _obey_update(backend, arena, part, decays, old, *_) -> None:
+    _update_part(backend, arena, old, part, decays)
