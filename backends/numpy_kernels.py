@@ -273,14 +273,13 @@ def keep_mask(xp, stream, size: int, rate: float):
     inner = _hashed_counters(pairs)
     keep = np.empty((len(stream), 2 * pairs), dtype=bool)
     threshold = np.uint16(rng.drop_threshold(rate))
-    bits, shifted = np.empty(min(PIECE, pairs), np.uint32), np.empty(min(PIECE, pairs), np.uint32)
-    for row, key in zip(keep, stream.view(np.uint32), strict=True):
+    keys = stream.view(np.uint32)[:, None]
+    for rows in pieces(len(stream), pairs):
         for s in pieces(pairs, 1):
-            n = s.stop - s.start
-            np.bitwise_xor(inner[s], key, out=bits[:n])
-            _mix(bits[:n], shifted[:n])
+            bits = np.bitwise_xor(inner[s], keys[rows])
+            _mix(bits, np.empty_like(bits))
             # the halves of a hash lie low half first in memory, which is the order of the plain form
-            np.greater_equal(bits[:n].view(np.uint16), threshold, out=row[2 * s.start : 2 * s.stop])
+            np.greater_equal(bits.view(np.uint16), threshold, out=keep[rows, 2 * s.start : 2 * s.stop])
     return keep[:, :size]
 
 
