@@ -122,11 +122,10 @@ def sample(logits: np.ndarray, sampling: Sampling, position: int) -> int:
 def draw(logits: np.ndarray, sampling: Sampling, position: int) -> np.ndarray:
     """Draw an id a row of logits (B, V), row i with the seed + i -> (B,)."""
     if sampling.greedy:
-        return np.argmax(logits, axis=-1)
-    cumulative = np.cumsum(_weights(logits, sampling), axis=-1)
-    u = np.array([[uniform(sampling.seed + row, position)] for row in range(len(logits))])
-    # as many tokens lie below the one that u falls on
-    return (cumulative <= u * cumulative[:, -1:]).sum(axis=-1)
+        return logits.argmax(axis=-1)
+    u = [uniform(sampling.seed + row, position) for row in range(len(logits))]
+    rows = zip(_weights(logits, sampling).cumsum(axis=-1), u, strict=True)
+    return np.array([row.searchsorted(u * row[-1], side="right") for row, u in rows])
 
 
 TOGETHER = 64
@@ -157,8 +156,11 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution, but for a factor: the likeliest token has weight 1."""
-    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of all but the largest: share 0
-        weights = np.exp((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature)
+    weights = logits - logits.max(axis=-1, keepdims=True)
+    if sampling.temperature != 1:
+        with np.errstate(over="ignore"):  # a tiny one makes -inf of all but the largest: share 0
+            weights /= sampling.temperature
+    np.exp(weights, out=weights)
     if sampling.top_k or sampling.top_p < 1:
         for row in weights.reshape(-1, logits.shape[-1]):
             _cut(row, sampling)
