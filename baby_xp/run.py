@@ -11,7 +11,7 @@ import numpy as np
 from baby_xp.backend import Backend
 from baby_xp.config import settings_of
 from baby_xp.errors import BabyError
-from baby_xp.generate import Sampling, generate
+from baby_xp.generate import Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.tokenizer import Tokenizer
@@ -54,12 +54,30 @@ class Run:
         self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
     ) -> Iterator[str]:
         """The continuation, piece by piece as it is generated."""
+        settings, ids = self._start(prompt, num_tokens, sampling)
+        params = self.backend.asarray(self.params)
+        return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
+
+    def generate_several(
+        self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Any
+    ) -> list[str]:
+        """So many continuations, each with the prompt, computed together: far faster than one after the other.
+
+        Text i is what `generate` gives with the seed `seed` + i. Raises BabyError as `generate` does.
+        """
+        if number < 1:
+            raise BabyError(f"number must be at least 1, not {number}")
+        settings, ids = self._start(prompt, num_tokens, sampling)
+        params, prompts = self.backend.asarray(self.params), [ids] * number
+        steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
+        return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
+
+    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray]:
+        """What to draw by, and the ids to go on from."""
         if num_tokens < 1:
             raise BabyError(f"num_tokens must be at least 1, not {num_tokens}")
         settings = Sampling(**sampling)
-        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
-        params = self.backend.asarray(self.params)
-        return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
+        return settings, self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
 
     def evaluate(self, data: str | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
         """Measure the run over the whole validation part of its text, or of another one (`data`).
