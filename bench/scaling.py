@@ -45,7 +45,8 @@ def main() -> int:
     if asked.out:
         stem = report.keep(asked.out, result, text, "-scaling")
         if importlib.util.find_spec("matplotlib") is None:
-            print("bench.scaling: matplotlib is not installed: no plot (pip install 'baby_xp[plots]')", file=sys.stderr)
+            missing = "matplotlib is not installed: no plot (pip install 'baby_xp[plots]')"
+            print(f"bench.scaling: {missing}", file=sys.stderr)
         else:
             from bench import plots
 
