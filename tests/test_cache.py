@@ -83,6 +83,21 @@ def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size
         np.testing.assert_allclose(logits.next([IDS[:length].tolist()])[0], expected[-1], atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [3.0, 30.0])
+def test_scores_that_are_all_very_low_are_decoded_as_they_are_computed_at_once(size):
+    """With keys that are the queries' opposites, a token's own score is -|q|^2: exp gives 0, and 0 is the sum."""
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    for block in p["blocks"].values():
+        weight = block["attention"]["qkv"]["weight"]
+        weight[:, :12] *= size
+        weight[:, 12:24] = -weight[:, :12]
+    logits = Logits(case.backend, model, p, True)
+    for length in range(1, N_CTX + 1):
+        expected, _ = model.forward(case.xp, p, IDS[None, :length])
+        np.testing.assert_allclose(logits.next([IDS[:length].tolist()])[0], expected[-1], atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
 def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
     case = case_of(kind)

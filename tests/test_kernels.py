@@ -1,5 +1,10 @@
 """NumPy's faster functions: each gives what the plain function gives that it replaces."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from baby_xp_backends import numpy_kernels
@@ -142,3 +147,30 @@ def test_attention_in_blocks_is_attention(T):
 def test_dropout_selects_alike():
     x, keep = np.array([1.0, -2.0, 3.0]), np.array([True, False, True])
     np.testing.assert_allclose(dropout.select(FAST.xp, keep, x, 0.3), dropout.select(PLAIN.xp, keep, x, 0.3))
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LOADED = """
+from pathlib import Path
+import numpy as np
+from baby_xp.backend import load
+from baby_xp_backends import numpy_backend
+heap = lambda: [part for part in Path("/proc/self/smaps").read_text().split("VmFlags:") if "[heap]" in part]
+resident = lambda: int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
+before = resident()
+numpy_backend.keep_freed_memory()
+print(resident() - before)
+arrays = [np.ones(1_000_000, np.float32) for _ in range(20)]
+print(sum(int(part.partition("AnonHugePages:")[2].split()[0]) for part in heap()))
+"""
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text() or platform.libc_ver()[0] != "glibc",
+    reason="this system does not give huge pages to those who ask for them",
+)
+def test_the_heap_is_in_huge_pages_and_takes_no_memory_in_advance():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    taken, huge = map(int, done.stdout.split())  # kB
+    assert taken < 8192
+    assert huge > 40_000  # of 80,000 kB of arrays

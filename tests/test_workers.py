@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import workers as workers_module
-from baby_xp.training.step import initial_state, noisy_loss_and_gradients, total_loss
+from baby_xp.training.step import accumulated, initial_state, noisy_loss_and_gradients, total_loss
 from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -128,6 +129,17 @@ def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bound
         more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
         loss, gradients = loss + more, gradients + of_part
     tolerance = 3 * TOLERANCE[setting.backend.dtype]  # more sums, more roundings
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_gradients_are_accumulated_as_in_one_process(together):
+    """The gradients of a part must outlast the next part."""
+    setting, pool = together
+    arguments = setting.xp, setting.model, setting.state, setting.batch
+    loss, gradients = accumulated(pool.loss_and_gradients, 3)(*arguments)
+    expected_loss, expected = accumulated(noisy_loss_and_gradients, 3)(*arguments)
+    tolerance = 3 * TOLERANCE[setting.backend.dtype]
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
     np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
@@ -241,6 +253,19 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
     np.testing.assert_allclose(two[0].params, alone.params, atol=1e-5)
     assert two[0].config["machine"]["workers"] == 2
     assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
+
+
+def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
+    """Too high a rate makes the first steps the best; the last record measures the weights that were kept."""
+    run = baby_xp.api.train(
+        "baby", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
+        **{**TINY, "num_steps": 9, "eval_every": 1, "lr": 50.0, "warmup_steps": 0, "schedule": "constant"},
+    )  # fmt: skip
+    *records, last = [json.loads(line) for line in run.files.metrics.read_text().splitlines()]
+    best = min(records, key=lambda record: record["val_loss"])
+    assert last["whole_validation"]
+    assert best["step"] == last["step"] < 8
+    assert last["val_loss"] == pytest.approx(best["val_loss"], rel=1e-9)
 
 
 def test_what_a_training_gives_does_not_hold_the_memory_of_its_workers(tmp_path, text_file):
