@@ -24,7 +24,7 @@ def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: flo
     every = steps_to_a_reading(options.get("backend", "numpy"))
     warmup, steps = (-(-number // every) * every for number in (warmup, steps))
     chosen = workloads.of(workload)
-    clock = Clock(chosen.batches(warmup + steps + 1))
+    clock = Clock(chosen.batches(warmup + steps + 1), every)
     outcome = CONTENDERS[name](chosen, dropout, clock, **options)
     pairs = itertools.pairwise(clock.marks[warmup::every])
     return {**asdict(outcome), "ms": [1e3 * (end - begin) / every for begin, end in pairs]}
@@ -37,6 +37,20 @@ def losses(name: str, workload: str, **options) -> dict:
     chosen = workloads.of(workload)
     outcome = CONTENDERS[name](chosen, 0.0, Clock(chosen.batches(1)), **options)
     return {"losses": outcome.losses}
+
+
+def sees_gpu(library: str) -> dict:
+    """Whether a peer's library sees a GPU."""
+    from bench import contenders
+
+    return {"works": contenders.sees_gpu(library)}
+
+
+def ceiling(backend: str, precision: str) -> dict:
+    """The rates of a device, see bench.ceiling."""
+    from bench import ceiling
+
+    return ceiling.measure(backend, precision)
 
 
 def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, backend: str) -> dict:
@@ -90,9 +104,17 @@ def footprint(**request) -> dict:
     return footprint.TASKS[request.pop("what")](**request)
 
 
+def parameters(**request) -> dict:
+    """A variant of bench.parameters, timed."""
+    from bench.parameters import timed
+
+    return timed(**request)
+
+
 TASKS = {
     "train": train, "losses": losses, "generate": generate, "greedy": greedy, "read_along": read_along,
-    "rate": rate, "footprint": footprint,
+    "rate": rate, "footprint": footprint, "sees_gpu": sees_gpu, "ceiling": ceiling,
+    "parameters": parameters,
 }  # fmt: skip
 
 

@@ -23,3 +23,16 @@ def scaling(axes: Mapping[str, list[dict]], path: str) -> None:
         panel.set_ylabel("ms a step")
     panels[0].legend()
     figure.savefig(path)
+
+
+def crossover(points: list[dict], backend: str, path: str) -> None:
+    """Time a step over its operations on numpy and on `backend`."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    panel = figure.subplots()
+    gflop = [1e-9 * point["flops"] for point in points]
+    panel.loglog(gflop, [point["cpu"] for point in points], "o-", label="numpy")
+    panel.loglog(gflop, [point["gpu"] for point in points], "s-", label=backend)
+    panel.set_xlabel("Gflop a step")
+    panel.set_ylabel("ms a step")
+    panel.legend()
+    figure.savefig(path)

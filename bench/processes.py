@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,16 @@ from threadpoolctl import threadpool_info
 
 ROOT = Path(__file__).parents[1]
 
-# These pin a BLAS kernel or a number of threads. Somebody's setting for another program would decide the
-# race, so no contender gets them.
+# These pin a BLAS kernel, a number of threads, or the precision of a GPU's products. Somebody's setting for
+# another program would decide the race, so no contender gets them.
 REMOVED = (
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE", "CUPY_TF32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_LAUNCH_BLOCKING",
 )  # fmt: skip
+
+
+class Failed(SystemExit):
+    """A child process ended without an answer; its traceback is on the screen by then."""
 
 
 def start(task: str, **request) -> subprocess.Popen:
@@ -31,11 +37,11 @@ def start(task: str, **request) -> subprocess.Popen:
 
 
 def answer(child: subprocess.Popen) -> dict:
-    """What the task found. Ends the program if the child failed: its traceback is on the screen by then."""
+    """What the task found. Raises Failed, which ends the program unless it is caught."""
     with child:
         text = child.stdout.read()
     if child.returncode:
-        raise SystemExit(f"bench: a child process ended with exit code {child.returncode}")
+        raise Failed(f"bench: a child process ended with exit code {child.returncode}")
     return json.loads(text)
 
 
@@ -64,6 +70,17 @@ def blas() -> str:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu() -> str | None:
+    """Name, memory and driver of the GPUs, as nvidia-smi tells them; None without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = "--query-gpu=name,memory.total,driver_version,power.limit"
+    done = subprocess.run([program, query, "--format=csv,noheader"], stdout=subprocess.PIPE, text=True)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return "; ".join(lines) if done.returncode == 0 and lines else None
 
 
 def processor() -> str:

@@ -7,9 +7,11 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import contenders, processes
+from bench.workloads import on_gpu
 
 US = "baby_xp"
 QUIET = 0.75
@@ -20,7 +22,12 @@ def begin() -> dict:
     """The head of a result: when, where, and how fast matrix products are before anything is measured."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": processes.processor(), "cores": processes.cores(), **contenders.versions()},
+        "machine": {
+            "processor": processes.processor(),
+            "cores": processes.cores(),
+            "gpu": processes.gpu(),
+            **contenders.versions(),
+        },
         "removed_variables": [name for name in processes.REMOVED if name in os.environ],
         "product_rate_before": product_rate(),
     }
@@ -49,6 +56,7 @@ def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
         f"{result['date']}",
         "",
+        *([f"- GPU (name, memory, driver, power limit): {machine['gpu']}"] if machine.get("gpu") else []),
         *(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) for name, facts in about.items()),
         *(
             f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
@@ -69,7 +77,7 @@ def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
 def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:
     """Our value divided by the smallest of the peers, and whose that is; None if one side has none."""
     peers = {name: value for name, value in value_of.items() if name != US and value is not None}
-    if not peers or value_of[US] is None:
+    if not peers or value_of.get(US) is None:
         return None
     best = min(peers, key=peers.get)
     return value_of[US] / peers[best], best
@@ -104,15 +112,50 @@ def peak(runs: list[dict]) -> int | None:
     return None if None in peaks else max(peaks)
 
 
+@dataclass
+class Entry:
+    """A contender that takes its turn: what it is asked for, what it gave, and why it no longer takes part."""
+
+    label: str
+    request: dict
+    runs: list[dict] = field(default_factory=list)
+    failed: str | None = None
+
+
 def in_turn(task: str, names: Iterable[str], rounds: int, label: str, **request) -> dict[str, list]:
-    """What each contender gave in each round, in turn: what disturbs the machine for long disturbs all."""
-    found = {name: [] for name in names}
+    """What each contender gave in each round, in turn. Raises processes.Failed if one fails."""
+    entries = {name: Entry(f"{label} {name}", {"name": name, **request}) for name in names}
+    take_turns(task, list(entries.values()), rounds)
+    for entry in entries.values():
+        if entry.failed:
+            raise processes.Failed(entry.failed)
+    return {name: entry.runs for name, entry in entries.items()}
+
+
+def take_turns(task: str, entries: list[Entry], rounds: int) -> None:
+    """Let all do the task once a round, in turn: what disturbs the machine for long disturbs all.
+
+    One that fails takes no further turn, and the others go on.
+    """
     for number in range(rounds):
-        for name, runs in found.items():
-            runs.append(processes.ask(task, name=name, **request))
-            median = statistics.median(runs[-1]["ms"])
-            print(f"{label} round {number + 1} of {rounds}: {name} {median:.2f} ms", file=sys.stderr)
-    return found
+        for entry in entries:
+            if entry.failed:
+                continue
+            try:
+                entry.runs.append(processes.ask(task, **entry.request))
+            except processes.Failed as error:
+                entry.failed = str(error)
+                print(f"{entry.label}: {error}: it is left out", file=sys.stderr, flush=True)
+                continue
+            median = statistics.median(entry.runs[-1]["ms"])
+            told = f"{entry.label} round {number + 1} of {rounds}: {median:.2f} ms"
+            print(told, file=sys.stderr, flush=True)
+
+
+def gpu_peak(runs: list[dict]) -> dict[str, int]:
+    """The most bytes of the GPU's memory, used and held, in any round; {} where nothing is known."""
+    known = [run["gpu_memory"] for run in runs if run.get("gpu_memory")]
+    return {name: max(one[name] for one in known) for name in known[0]} if known else {}
 
 
 def keep(folder: Path, result: dict, text: str, suffix: str = "") -> Path:
@@ -120,7 +163,9 @@ def keep(folder: Path, result: dict, text: str, suffix: str = "") -> Path:
 
     Returns the path without its ending, for what else belongs there.
     """
-    machine = f"{result['machine']['processor']} {result['machine']['cores']} cores".lower()
+    told = result["machine"]
+    gpu = told.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
+    machine = (gpu.partition(",")[0] if gpu else f"{told['processor']} {told['cores']} cores").lower()
     stem = f"{result['date'][:10]}-{re.sub('[^a-z0-9]+', '-', machine).strip('-')}{suffix}"
     number, name = 1, stem
     while (folder / f"{name}.json").exists():

@@ -1,4 +1,4 @@
-"""What is measured: four GPTs, and the batches that they are trained on."""
+"""What is measured: five GPTs, and the batches that they are trained on."""
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 
+GPU_WARMUP = 20
 N_IDS = 100_000
 """Length of the text of random ids: no step's time depends on what the ids are."""
 
@@ -33,6 +34,16 @@ class Workload:
 
     What compiles does so in the first step alone: later ones take the same time as all others.
     """
+    gpu_steps: int = 100
+    """Steps measured in a round on a GPU."""
+
+    def pace(self, backend: str) -> tuple[int, int]:
+        """Warm-up and steps of a round on that backend.
+
+        On a GPU the warm-up is longer than a CPU's: kernels are compiled or loaded at their first use, and a step
+        that is captured as a graph runs some times before.
+        """
+        return (GPU_WARMUP, self.gpu_steps) if on_gpu(backend) else (self.warmup, self.steps)
 
     @property
     def tokens(self) -> int:
@@ -66,12 +77,25 @@ class Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("W1", "nanoGPT's Shakespeare run for a laptop", 65, 64, 128, 4, 4, 12, 0.0, 100, 10),
-        Workload("W2", "The Little Baby's table, n_ctx 64, 4 layers", 65, 64, 128, 16, 4, 16, 0.1, 60, 10),
-        Workload("W3", "The Little Baby's table, n_ctx 128, 16 layers", 65, 128, 128, 16, 16, 16, 0.1, 15, 3),
-        Workload("W4", "nanoGPT's Shakespeare run for a GPU", 65, 256, 384, 6, 6, 64, 0.2, 3, 1),
+        Workload("W1", "nanoGPT's Shakespeare run for a laptop", 65, 64, 128, 4, 4, 12, 0.0, 100, 10, 500),
+        Workload("W2", "The Little Baby's table, n_ctx 64, 4 layers", 65, 64, 128, 16, 4, 16, 0.1, 60, 10, 500),
+        Workload("W3", "The Little Baby's table, n_ctx 128, 16 layers", 65, 128, 128, 16, 16, 16, 0.1, 15, 3, 200),
+        Workload("W4", "nanoGPT's Shakespeare run for a GPU", 65, 256, 384, 6, 6, 64, 0.2, 3, 1, 100),
+        Workload("W5", "GPT-2 small's shape", 50257, 1024, 768, 12, 12, 8, 0.0, 1, 1, 30),
     )
 }
+FOR_A_GPU = ("W5",)
+"""Workloads that a CPU is measured on only where they are named: a step takes it minutes."""
+
+
+def on_gpu(backend: str) -> bool:
+    """Whether that backend of baby_xp is measured as a GPU, and its peers on the GPU too."""
+    return backend == "cupy"
+
+
+def usual(backend: str) -> list[Workload]:
+    """The workloads that are measured where none is named."""
+    return [one for name, one in WORKLOADS.items() if on_gpu(backend) or name not in FOR_A_GPU]
 
 
 def of(told: str | dict) -> Workload:

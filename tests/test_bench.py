@@ -13,7 +13,20 @@ from baby_xp import generate as decoding
 from baby_xp.models import Model
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
-from bench import child, contenders, generate, generators, processes, report, scaling, train, workloads
+from bench import (
+    child,
+    contenders,
+    crossover,
+    epoch,
+    generate,
+    generators,
+    gpu,
+    processes,
+    report,
+    scaling,
+    train,
+    workloads,
+)
 
 RATE = {"alone": 45.0, "two at once": 44.0, "best": 50.0}
 TINY = workloads.Workload("tiny", "for tests", 11, 8, 16, 2, 2, 3, 0.0, 2, 1)
@@ -35,8 +48,11 @@ def result() -> dict:
     }
     return {
         "date": "2026-01-02T03:04:05+00:00", "machine": machine, "removed_variables": [], "backend": "numpy",
-        "product_rate_before": RATE, "product_rate_after": {**RATE, "best": 40.0},
-        "step_flops": {"W1": 400_000_000}, "workloads": {"W1": found},
+        "product_rate_before": RATE, "product_rate_after": {**RATE, "best": 40.0}, "ceilings": {},
+        "races": [
+            {"workload": "W1", "precision": "float32", "flops": 400_000_000, "bytes": 30_000_000, "runs": found,
+             "failed": {}},
+        ],
     }  # fmt: skip
 
 
@@ -54,35 +70,37 @@ def says(monkeypatch, program, *arguments: str) -> int:
 
 def test_products_at_full_speed(result):
     # 0.4 Gflop at 2 cores x 50 Gflop/s, the better of the two rates
-    assert train.products_ms(result, "W1") == pytest.approx(4.0)
-    shares = [row["products' share"] for row in train.rows_of(result, "W1")]
+    assert train.products_ms(result, *result["races"]) == pytest.approx(4.0)
+    shares = [row["products' share"] for row in train.rows_of(result, *result["races"])]
     assert shares == ["20%", "16%", "10%"]
 
 
 def test_the_speed_of_cpu_cores_is_no_floor_of_a_gpu(result):
     result["backend"] = "cupy"
-    assert [row["products' share"] for row in train.rows_of(result, "W1")] == ["", "", ""]
-    assert not any("full speed" in line for line in train.verdict(result, "W1"))
+    assert not any("products' share" in row for row in train.rows_of(result, *result["races"]))
+    assert [row["share of the ceiling"] for row in train.rows_of(result, *result["races"])] == ["", "", ""]
+    assert not any("full speed" in line for line in train.verdict(result, *result["races"]))
 
 
 def test_the_verdict_is_against_the_best_peer(result):
-    time, memory, _ = train.verdict(result, "W1")
+    time, memory, _ = train.verdict(result, *result["races"])
     assert time == "- W1: time a step: 0.80 of the best peer's (torch); by round 0.80 to 0.80"
     assert memory == "- W1: peak memory: 0.60 of the smallest peer's (jax)"
 
 
 def test_rounds_that_differ_are_told(result):
-    result["workloads"]["W1"]["baby_xp"] = [run(20, 20), run(30, 30)]
-    assert "1.00 of the best peer's (torch); by round 0.80 to 1.20" in train.verdict(result, "W1")[0]
+    result["races"][0]["runs"]["baby_xp"] = [run(20, 20), run(30, 30)]
+    assert "1.00 of the best peer's (torch); by round 0.80 to 1.20" in train.verdict(result, *result["races"])[0]
 
 
 def test_without_peers_or_memory_there_is_no_verdict(result):
-    found = result["workloads"]["W1"]
+    (race,) = result["races"]
+    found = race["runs"]
     for one in found["torch"] + found["jax"]:
         one["memory"] = []
-    assert not any("memory" in line for line in train.verdict(result, "W1"))
-    result["workloads"]["W1"] = {"baby_xp": found["baby_xp"]}
-    assert [line for line in train.verdict(result, "W1") if "peer" in line] == []
+    assert not any("memory" in line for line in train.verdict(result, race))
+    race["runs"] = {"baby_xp": found["baby_xp"]}
+    assert [line for line in train.verdict(result, race) if "peer" in line] == []
 
 
 def test_kept_results_hold_every_time_and_do_not_replace_one_another(result, tmp_path):
@@ -93,7 +111,7 @@ def test_kept_results_hold_every_time_and_do_not_replace_one_another(result, tmp
         "2026-01-02-a-1-2-cores-generate-2",
     ]
     kept = json.loads((tmp_path / f"{stems[0].name}.json").read_text())
-    assert [one["ms"] for one in kept["workloads"]["W1"]["baby_xp"]] == [[10, 30], [20, 20]]
+    assert [one["ms"] for one in kept["races"][0]["runs"]["baby_xp"]] == [[10, 30], [20, 20]]
     assert (tmp_path / f"{stems[1].name}.md").read_text() == text + "\n"
 
 
@@ -106,11 +124,12 @@ def test_a_busy_machine_is_told(result, rate, busy):
 # refusals
 
 
-@pytest.mark.parametrize("program", [train, generate, scaling])
+@pytest.mark.parametrize("program", [train, generate, scaling, crossover, epoch, gpu])
 @pytest.mark.parametrize(
     "arguments",
     [["--workloads", "W9"], ["--peers", "theano"], ["--axes", "depth"], ["--steps", "0"], ["--tokens", "none"],
-     ["--batches", "1,0"], ["--rounds", "-1"], ["--backend", "fortran"], ["--axes", ""], ["--workloads", ""]],
+     ["--batches", "1,0"], ["--rounds", "-1"], ["--backend", "fortran"], ["--axes", ""], ["--workloads", ""],
+     ["--precision", "float8"], ["--precision", ""], ["--widths", "24"], ["--preset", "baby"]],
 )  # fmt: skip
 def test_bad_arguments_end_with_2(monkeypatch, capsys, program, arguments):
     monkeypatch.setattr(processes, "ask", lambda task, **request: pytest.fail("something was measured"))
@@ -127,7 +146,8 @@ def test_training_that_differs_is_not_compared(monkeypatch, capsys, theirs, diff
     losses = {"baby_xp": [4.0, 3.0], "torch": theirs}
     monkeypatch.setattr(processes, "ask", lambda task, name, **request: {"losses": losses[name]})
     monkeypatch.setattr(contenders, "missing", lambda peer, backend: None)
-    assert bool(train.disagreement(workloads.WORKLOADS["W1"], ["torch"], "numpy")) == differ
+    lineup = {"float32": ["baby_xp", "torch"]}
+    assert bool(train.disagreement(workloads.WORKLOADS["W1"], lineup, "numpy")) == differ
     if differ:
         monkeypatch.setattr(train, "measure", lambda *a: pytest.fail("something was measured"))
         assert says(monkeypatch, train, "--workloads", "W1", "--peers", "torch") == 2

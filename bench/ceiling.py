@@ -1,0 +1,120 @@
+"""The least time that a training step can take on a device: its operations at the device's measured rate of large
+products, or its bytes at the measured bandwidth, whichever is longer.
+
+Both rates are measured in the same run as the steps, at the same precision.
+"""
+
+import operator
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from baby_xp import backend as backends
+from baby_xp import counts
+from baby_xp.config import GPTConfig
+from baby_xp.layers import mlp
+from bench import precision as precisions
+
+SIZES = {"cupy": (8192, 2**27)}
+"""By backend: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
+SMALL_SIZES = (1024, 2**22)
+"""The same for backends on a CPU, where they only stand in."""
+SECONDS = 1.5
+"""How long each of the two is repeated."""
+CALLS = 5
+"""Calls between two moments at which the device is waited for."""
+
+
+def measure(
+    backend: str, precision: str = "float32", sizes: tuple[int, int] | None = None, seconds: float = SECONDS
+) -> dict:
+    """Measure this device through the backend, in this process; half precision through PyTorch.
+
+    Returns "flops": operations a second of a square product, "bytes": bytes a second of a sum of two arrays
+    (two are read, one is written), "device", and the sizes. The best of many readings.
+    """
+    n, elements = sizes or SIZES.get(backend, SMALL_SIZES)
+    through = through_torch if precision == "half" else through_baby_xp
+    make, wait, itemsize, device = through(backend, precision)
+
+    def most(operation: Callable, *shape: int) -> float:
+        factors = make(shape), make(shape)
+        return calls_a_second(lambda: operation(*factors), wait, seconds)
+
+    flops = 2 * n**3 * most(operator.matmul, n, n)
+    moved = 3 * itemsize * elements * most(operator.add, elements)
+    return {"flops": flops, "bytes": moved, "n": n, "elements": elements, "device": device}
+
+
+def through_baby_xp(backend: str, precision: str):
+    """How arrays are made, how the device is waited for, bytes of an element, and the device in words."""
+    loaded = backends.load(backend, None, "float32", **precisions.load_options(precision))
+    return lambda shape: loaded.asarray(_numbers(shape)), loaded.synchronize, 4, loaded.device
+
+
+def through_torch(backend: str, precision: str):
+    """The same in PyTorch's bfloat16, which baby_xp does not have."""
+    import torch
+
+    device = torch.device("cuda" if backend == "cupy" else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return lambda shape: torch.from_numpy(_numbers(shape)).to(device, torch.bfloat16), wait, 2, str(device)
+
+
+def _numbers(shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform numbers: a product of zeros draws less power, and runs faster than one of numbers."""
+    return np.random.default_rng(0).random(shape, np.float32)
+
+
+def calls_a_second(call: Callable, wait: Callable[[], None], seconds: float) -> float:
+    """The most calls a second in any reading. The first calls, which compile and get memory, do not count."""
+    call(), call()
+    wait()
+    best, end = 0.0, time.perf_counter() + seconds
+    while True:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        wait()
+        now = time.perf_counter()
+        best = max(best, CALLS / (now - begin))
+        if now >= end:
+            return best
+
+
+# counting -----------------------------------------------------------------------------------------------
+
+
+def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
+    """Floating-point operations that no step can leave out: 2 M K N a product, forward and for both gradients.
+
+    Less than counts.step_flops, which counts what baby_xp does on a CPU: scores that the causal mask hides do not
+    count here, nor does the gradient of the embeddings, which need not be a product.
+    """
+    T, N = config.n_ctx, batch_size * config.n_ctx
+    hidden = 2 * config.n_layers * N * (T - 1) * config.head_size  # of queries with keys, and weights with values
+    return 3 * (counts.forward_flops(config, vocab_size, batch_size) - hidden)
+
+
+def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+    """Bytes that a step must move at the least: what passes between its products, and AdamW's arrays.
+
+    Every factor of a product is read once and its result written once, forward and for both gradients. Attention
+    reads queries, keys and values and writes its output, as a fused one does: scores do not count. All that is
+    elementwise is taken to be free, as if it were fused with the products. AdamW reads the weights, gradients,
+    both moments and the decay mask and writes weights and moments, in float32. What stays in a cache between
+    two products need not be moved, so a small model may come below this. For `mha` and `mlp` alone.
+    """
+    N, C, S, F = batch_size * config.n_ctx, config.n_emb, config.head_size, mlp.EXPANSION * config.n_emb
+    linear = lambda K, M: 3 * (N * K + K * M + N * M)  # noqa: E731  forward, and the gradients of both factors
+    attention = (3 + 1) * N * S + (3 + 1 + 1 + 3) * N * S  # q k v -> y; q k v y dy -> dq dk dv
+    block = linear(C, 3 * S) + attention + linear(S, C) + linear(C, F) + linear(F, C)
+    embedding = 2 * N * C + N * C + vocab_size * C  # rows read and written; their gradient
+    moved = config.n_layers * block + linear(C, vocab_size) + embedding
+    return itemsize * moved + 4 * 8 * sum(counts.parameters(config, vocab_size).values())
+
+
+def floor_ms(flops: int, moved: int, ceiling: dict) -> float:
+    """Milliseconds that a step cannot go below: the longer of its operations and its bytes, at these rates."""
+    return 1e3 * max(flops / ceiling["flops"], moved / ceiling["bytes"])

@@ -1,0 +1,281 @@
+"""A session on a machine with a GPU, in stages: whether it is correct, how fast it is, and what it learns.
+
+    python -m bench.gpu --out FOLDER [--stage check,steps] [--minutes 9] [--precision float32,tf32]
+
+What each stage prints lies in FOLDER, with the results as JSON. A stage that fails or takes too long does not keep
+the next from running; the end says which did. See bench/README.md for the stages.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bench import arguments, goals, processes
+from bench.precision import TOLERANCES
+from bench.tables import markdown
+from bench.workloads import FOR_A_GPU, chosen, on_gpu, usual
+
+PRESET = "nanogpt-gpu"
+TAIL = 25
+"""Lines of a job's output that are shown when it is done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of a stage, in the arguments of Python."""
+
+    name: str
+    command: list[str]
+    must_say: str = ""
+    """A pattern that its output must hold: tests that were all skipped end with exit code 0 too."""
+    runs: Path | None = None
+    """The folder of the run that it trains."""
+    judged: bool = False
+    """Whether that run is held against the goals."""
+
+
+@dataclass
+class Outcome:
+    """How a job ended: "ok", "failed", "out of time" or "not begun"."""
+
+    stage: str
+    job: str
+    result: str
+    command: str
+    seconds: float = 0.0
+    exit_code: int | None = None
+    output: str = ""
+    goals: list[str] = field(default_factory=list)
+    run: dict | None = None
+    """Of a run: val_loss, steps, seconds, tokens_per_second."""
+
+
+def main() -> int:
+    """Run the stages that the command line names. Exit code 1 if anything failed."""
+    asked = parse()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for stage in asked.stage:
+        outcomes += run_stage(stage, STAGES[stage](asked), asked.out, 60 * asked.minutes)
+        keep(asked.out, stage, [one for one in outcomes if one.stage == stage])
+    print("\n".join(summary(outcomes)))
+    return 0 if all(one.result == "ok" for one in outcomes) else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that it writes")
+    known = arguments.names_of(STAGES, "stage")
+    parser.add_argument("--stage", type=known, default=",".join(STAGES), help="such as check,steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (%(default)g)")
+    parser.add_argument("--backend", type=arguments.backend, default="cupy", help="(%(default)s)")
+    known = arguments.names_of(TOLERANCES, "precision")
+    parser.add_argument("--precision", type=known, help="(float32,tf32; on a CPU float32)")
+    parser.add_argument("--workloads", type=chosen, help="of stage steps (W1,W2,W3,W4)")
+    parser.add_argument("--peers", help="as for bench.train (its own)")
+    parser.add_argument("--data", default="shakespeare", help="path to tiny Shakespeare (that of the catalog)")
+    parser.add_argument("--steps", type=arguments.positive, help="steps of every measurement, to try this out")
+    asked = parser.parse_args()
+    if not asked.stage:
+        parser.error("argument --stage: name at least one")
+    if not asked.minutes > 0:
+        parser.error("argument --minutes: it must be more than 0")
+    asked.precision = asked.precision or (["float32", "tf32"] if on_gpu(asked.backend) else ["float32"])
+    asked.out = asked.out.resolve()  # the jobs run elsewhere
+    if asked.data != "shakespeare":
+        if not Path(asked.data).is_file():
+            parser.error(f"argument --data: there is no file {asked.data}")
+        asked.data = str(Path(asked.data).resolve())
+    return asked
+
+
+# the stages ---------------------------------------------------------------------------------------------
+
+
+def check(asked: argparse.Namespace) -> list[Job]:
+    """Whether the backend works, and gives the numbers that the others give."""
+    tests, passed = ["-m", "pytest", "-q", "-m"], r"\b[1-9]\d* passed"
+    works = rf"(?m)^{re.escape(asked.backend)} +works"
+    jobs = [Job("backends", ["-m", "baby_xp", "backends"], works)]
+    jobs.append(Job("parity", [*tests, "parity", "-k", asked.backend], passed))
+    return [*jobs, Job("gpu", [*tests, "gpu"], passed)] if on_gpu(asked.backend) else jobs
+
+
+def steps(asked: argparse.Namespace) -> list[Job]:
+    """The time of a step of W1 to W4, two rounds; a job each, so that one that takes too long stops no other."""
+    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
+    return [_race(asked, workload.name) for workload in named]
+
+
+def w5(asked: argparse.Namespace) -> list[Job]:
+    """The time of a step of GPT-2 small's shape."""
+    return [_race(asked, name) for name in FOR_A_GPU]
+
+
+def _race(asked: argparse.Namespace, workload: str) -> Job:
+    command = ["-m", "bench.train", "--workloads", workload, "--backend", asked.backend, "--rounds", "2"]
+    command += ["--precision", ",".join(asked.precision), "--out", str(asked.out)]
+    command += ["--peers", asked.peers] if asked.peers is not None else []
+    return Job(workload, command + _steps_flag(asked))
+
+
+def train(asked: argparse.Namespace) -> list[Job]:
+    """nanoGPT's run for a GPU, to its end: the validation loss, and the time of the whole command."""
+    jobs = []
+    for precision in _own_precisions(asked):
+        runs = asked.out / f"runs-{precision}"
+        command = ["-m", "baby_xp", "train", PRESET, "--backend", asked.backend, "--path", str(runs)]
+        command += ["--data", asked.data, *(["--tf32"] if precision == "tf32" else [])]
+        if asked.steps:
+            command += ["--num-steps", str(asked.steps), "--warmup-steps", "0"]
+        jobs.append(Job(f"{PRESET}-{precision}", command, runs=runs, judged=on_gpu(asked.backend)))
+    return jobs
+
+
+def epoch(asked: argparse.Namespace) -> list[Job]:
+    """How long one epoch of 48-months takes, projected from a part of it."""
+    jobs = []
+    for precision in _own_precisions(asked):
+        command = ["-m", "bench.epoch", "--backend", asked.backend, "--data", asked.data]
+        command += ["--out", str(asked.out / f"epoch-{precision}"), *(["--tf32"] if precision == "tf32" else [])]
+        jobs.append(Job(f"48-months-{precision}", command + _steps_flag(asked)))
+    return jobs
+
+
+def crossover(asked: argparse.Namespace) -> list[Job]:
+    """From which size on the GPU is faster than the CPU."""
+    command = ["-m", "bench.crossover", "--backend", asked.backend, "--out", str(asked.out)]
+    return [Job("family", command + _steps_flag(asked))]
+
+
+def _own_precisions(asked: argparse.Namespace) -> list[str]:
+    """Those that baby_xp trains in."""
+    return [precision for precision in asked.precision if precision != "half"]
+
+
+def _steps_flag(asked: argparse.Namespace) -> list[str]:
+    return ["--steps", str(asked.steps)] if asked.steps else []
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
+    "check": check, "steps": steps, "w5": w5, "train": train, "epoch": epoch, "crossover": crossover,
+}  # fmt: skip
+
+
+# running ------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage: str, jobs: list[Job], out: Path, seconds: float) -> list[Outcome]:
+    """Run the jobs of a stage one after the other, within so many seconds together."""
+    end, outcomes = time.perf_counter() + seconds, []
+    for job in jobs:
+        left = end - time.perf_counter()
+        if left <= 0:
+            outcomes.append(Outcome(stage, job.name, "not begun", _told(job)))
+            continue
+        print(f"== {stage}, {job.name}: {_told(job)} (at most {left:.0f} s)", flush=True)
+        outcomes.append(run_job(stage, job, out, left))
+        print(f"== {stage}, {job.name}: {_ended(outcomes[-1])}\n", flush=True)
+    return outcomes
+
+
+def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
+    """Run a command, its output into a file of its own; at the limit it is ended with all that it started."""
+    file, begin, code = out / f"{stage}-{job.name}.txt", time.perf_counter(), None
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with file.open("wb") as output:
+        output.write(f"$ {_told(job)}\n".encode())
+        output.flush()
+        child = subprocess.Popen(
+            [sys.executable, *job.command], cwd=processes.ROOT, env=environment, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _end(child)
+        except BaseException:  # Ctrl-C reaches this process alone
+            _end(child)
+            raise
+    took, said = time.perf_counter() - begin, file.read_text(encoding="utf-8", errors="replace")
+    print("\n".join(said.splitlines()[1:][-TAIL:]), flush=True)
+    outcome = Outcome(stage, job.name, _result(job, code, said), _told(job), round(took, 1), code, file.name)
+    outcome.goals = [line for line in said.splitlines() if line.startswith("- goal,")]
+    if job.runs and outcome.result == "ok":
+        outcome.run = result_of(job.runs)
+        told = goals.train_lines(outcome.run["val_loss"], took, outcome.run["steps"]) if job.judged else []
+        outcome.goals = [f"{line} ({job.name})" for line in told]
+    return outcome
+
+
+def _result(job: Job, code: int | None, said: str) -> str:
+    if code is None:
+        return "out of time"
+    return "ok" if code == 0 and re.search(job.must_say, said.partition("\n")[2]) else "failed"
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End a child with all processes that it started."""
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True)
+    else:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def result_of(runs: Path) -> dict:
+    """The result of the latest run in a folder of runs."""
+    latest = max((runs / "configs").glob("config_*.json"), key=lambda file: file.stat().st_mtime)
+    result = json.loads(latest.read_text(encoding="utf-8"))["result"]
+    return {name: result.get(name) for name in ("val_loss", "steps", "seconds", "tokens_per_second")}
+
+
+# what it says -------------------------------------------------------------------------------------------
+
+
+def keep(out: Path, stage: str, outcomes: list[Outcome]) -> None:
+    """Write the outcomes of a stage into summary.json, beside those of stages that ran in earlier calls."""
+    file = out / "summary.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"stages": {}}
+    kept["gpu"] = processes.gpu()
+    kept["stages"][stage] = [asdict(outcome) for outcome in outcomes]
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(outcomes: list[Outcome]) -> list[str]:
+    """A table of all jobs, the goals, and what failed."""
+    rows = [
+        {"stage": one.stage, "job": one.job, "result": one.result, "s": f"{one.seconds:.0f}", "file": one.output}
+        for one in outcomes
+    ]
+    wrong = [f"{one.stage} {one.job} ({_ended(one)})" for one in outcomes if one.result != "ok"]
+    return [
+        *markdown(rows),
+        "",
+        *(line for one in outcomes for line in one.goals),
+        f"failed: {'; '.join(wrong)}" if wrong else "nothing failed",
+    ]
+
+
+def _ended(outcome: Outcome) -> str:
+    if outcome.result != "failed":
+        return outcome.result
+    return f"failed, exit code {outcome.exit_code}" if outcome.exit_code else "failed: it did nothing"
+
+
+def _told(job: Job) -> str:
+    return shlex.join(["python", *job.command])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
