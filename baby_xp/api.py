@@ -64,19 +64,22 @@ def train(
     backend: str = "auto",
     device: str | None = None,
     workers: int | None = None,
+    tf32: bool = False,
+    memory_gib: float | None = None,
     listener: Any = None,
     **overrides: Any,
 ) -> Run:
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
-    workers: processes that share each step, None for a number that suits. Ctrl-C and SIGTERM end it after the
+    workers: processes that share each step, None for a number that suits. tf32: products of matrices with fewer
+    digits, memory_gib: most memory to take, both of the cupy backend alone. Ctrl-C and SIGTERM end it after the
     step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes on with it.
     Raises BabyError for input that cannot be used, and if the loss stops being a number: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """
     chosen = override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
     with store.new_run(path) as new:
-        loaded = backends.load(backend, device, chosen.train.dtype)
+        loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         model = Model(chosen.model, learned.tokenizer.vocab_size)
         check_size(model)
@@ -92,6 +95,8 @@ def finetune(
     backend: str = "auto",
     device: str | None = None,
     workers: int | None = None,
+    tf32: bool = False,
+    memory_gib: float | None = None,
     listener: Any = None,
     **overrides: Any,
 ) -> Run:
@@ -106,7 +111,7 @@ def finetune(
     if _sizes(chosen.model) != _sizes(base.model.config):
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
     with store.new_run(path, base=base.guid) as new:
-        loaded = backends.load(backend, device, chosen.train.dtype)
+        loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = task.prepare(
             chosen.data, chosen.model, chosen.train, new.files.folder / "corpora", _extending(base.tokenizer)
         )
@@ -123,14 +128,16 @@ def resume(
     backend: str | None = None,
     device: str | None = None,
     workers: int | None = None,
+    tf32: bool | None = None,
+    memory_gib: float | None = None,
     data: str | None = None,
     listener: Any = None,
     **overrides: Any,
 ) -> Run:
     """Go on with a run from its last checkpoint, as if it had never stopped.
 
-    On the same backend and number of workers, as it does unless others are given, the end is the same bit for
-    bit. data: where the text lies now; it must be the same text. overrides: those of RESUMABLE.
+    On the same backend, with the same tf32 and number of workers, as it does unless others are given, the end is
+    the same bit for bit. data: where the text lies now; it must be the same text. overrides: those of RESUMABLE.
     Raises BabyError if there is nothing to go on with, or the text is another one.
     """
     files = store.find(path, name)
@@ -145,9 +152,11 @@ def resume(
         moved = config["data"]["file"] and not Path(chosen.data.data).is_file()
         where = data or (config["data"]["file"] if moved else chosen.data.data)
         chosen = replace(chosen, data=replace(chosen.data, data=where))
-        if device is None and backend in (None, place["backend"]):
-            device = place["device"]
-        loaded = backends.load(backend or place["backend"], device, chosen.train.dtype)
+        if backend in (None, place["backend"]):
+            device = place["device"] if device is None else device
+            tf32 = place.get("tf32") if tf32 is None else tf32
+        options = {"tf32": tf32, "memory_gib": memory_gib}
+        loaded = backends.load(backend or place["backend"], device, chosen.train.dtype, **options)
         learned = task.prepare(
             chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, config["data"]["sha256"]
         )
@@ -166,11 +175,13 @@ def load(
     backend: str = "auto",
     device: str | None = None,
     weights: Literal["best", "last"] = "best",
+    tf32: bool = False,
+    memory_gib: float | None = None,
 ) -> Run:
     """A run by its GUID, an unambiguous beginning of it, or "last".
 
-    weights: those with the best validation loss, or those of the last checkpoint. Raises BabyError if the run
-    cannot be loaded, or its files do not belong together.
+    weights: those with the best validation loss, or those of the last checkpoint. tf32, memory_gib: as in `train`.
+    Raises BabyError if the run cannot be loaded, or its files do not belong together.
     """
     if weights not in ("best", "last"):
         raise BabyError(f"weights must be best or last, not {weights!r}")
@@ -184,7 +195,8 @@ def load(
         last, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
         _check_belongs(files.state, metadata, files, chosen, tokenizer)
         flat = last.state["params"]
-    return Run(files, model, tokenizer, flat, config, backends.load(backend, device, chosen.train.dtype))
+    loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
+    return Run(files, model, tokenizer, flat, config, loaded)
 
 
 def import_littlebaby(

@@ -5,23 +5,64 @@ own can add one. `auto` takes a GPU that works, else NumPy.
 """
 
 import importlib.metadata
-from collections.abc import Callable
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from baby_xp.errors import BabyError, BackendUnavailable
+from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.namespace import Namespace
 
 GROUP = "baby_xp.backends"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a device of its own, in bytes.
+
+    used: by arrays of this process; held: by it in all, with what it keeps for arrays to come. peak_used and
+    peak_held: the most of each so far. free and total: of the device. limit: of `held`, None if there is none.
+    """
+
+    used: int
+    held: int
+    peak_used: int
+    peak_held: int
+    free: int
+    total: int
+    limit: int | None = None
+
+    @property
+    def room(self) -> int:
+        """What arrays of this process can take in all."""
+        most = self.held + self.free
+        return most if self.limit is None else min(most, self.limit)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """An array did not fit: on which device, how many bytes it has (None: not told), and the memory then."""
+
+    device: str
+    needed: int | None
+    memory: Memory
+
+
 class Backend(Protocol):
-    """What the rest of the program asks of a backend. Made by `load(name, device, dtype)`.
+    """What the rest of the program asks of a backend. Made by `load(name, device, dtype, **options)`.
 
     The constructor, `Backend(device, dtype)`, raises BackendUnavailable with reason and remedy where the
-    backend cannot work; it proves that it can by computing something small.
+    backend cannot work; it proves that it can by computing something small. Whatever else it takes by name is an
+    option that `load` passes on.
+
+    Four more methods are there where they have something to tell: `memory() -> Memory` and
+    `shortage(error) -> Shortage | None`, of a device with memory of its own and of an error about it;
+    `first_use() -> str | None`, of a wait that comes once a machine; `details() -> str`, for the command
+    `backends`.
     """
 
     name: str
@@ -60,6 +101,7 @@ class State:
     device: str
     reason: str = ""
     remedy: str = ""
+    details: str = ""
 
 
 def names() -> list[str]:
@@ -68,29 +110,80 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (name != "numpy", name != "cupy", name))
 
 
-def load(name: str = "auto", device: str | None = None, dtype: str = "float32") -> Backend:
-    """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work."""
+def load(name: str = "auto", device: str | None = None, dtype: str = "float32", **options: Any) -> Backend:
+    """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work.
+
+    options: those of one kind of backend, such as CuPy's tf32 and memory_gib; None and False stand for one that is
+    not given. BabyError for one that the backend does not have.
+    """
     if name == "auto":
-        return choose(device, dtype)[0]
+        return choose(device, dtype, **options)[0]
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
-    return next(iter(points)).load()(device=device, dtype=dtype)
+    kind = next(iter(points)).load()
+    given = {option: value for option, value in options.items() if value is not None and value is not False}
+    for option in given.keys() - inspect.signature(kind).parameters.keys():
+        raise BabyError(f"{name} has no option {option}: leave it out, or use a backend that has it, such as cupy")
+    return kind(device=device, dtype=dtype, **given)
 
 
-def choose(device: str | None = None, dtype: str = "float32") -> tuple[Backend, str]:
-    """What `auto` takes, and why: CuPy where a GPU works, else NumPy."""
+def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
+    """What `auto` takes, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
     try:
-        backend = load("cupy", device, dtype)
+        backend = load("cupy", device, dtype, **options)
         return backend, f"a working GPU: {backend.device}"
     except BackendUnavailable as error:
         if device not in (None, "cpu"):
             raise
-        return load("numpy", device, dtype), f"no GPU to use ({error.reason})"
+        return load("numpy", device, dtype, **options), f"no GPU to use ({error.reason})"
+    except BabyError:  # an option that makes no sense
+        raise
     except Exception as error:  # what is broken must not stand in the way of what works
         if device not in (None, "cpu"):
             raise BackendUnavailable("cupy", _told(error), "reinstall CuPy, or use --backend numpy") from None
-        return load("numpy", device, dtype), f"no GPU to use ({_told(error)})"
+        return load("numpy", device, dtype, **options), f"no GPU to use ({_told(error)})"
+
+
+def memory(backend: Backend) -> Memory | None:
+    """Memory of the backend's device, where that is its own."""
+    return backend.memory() if hasattr(backend, "memory") else None
+
+
+def first_use(backend: Backend) -> str | None:
+    """What the user should know before the first steps on this machine."""
+    return backend.first_use() if hasattr(backend, "first_use") else None
+
+
+@contextmanager
+def memory_told(backend: Backend, advice: Callable[[Shortage], str] = lambda shortage: "") -> Iterator[None]:
+    """Turn the array library's own error about memory of its device into OutOfMemory, one line with `advice`."""
+    found = None
+    try:
+        yield
+    except Exception as error:
+        found = backend.shortage(error) if hasattr(backend, "shortage") else None
+        if found is None:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold arrays, and someone may want to try again
+    if found is not None:
+        raise OutOfMemory(_shortage_told(found), advice(found))
+
+
+def _shortage_told(found: Shortage) -> str:
+    memory = found.memory
+    needed = "an array" if found.needed is None else f"an array of {in_words(found.needed)}"
+    limit = "" if memory.limit is None else f", which may hold {in_words(memory.limit)}"
+    pool = f"{in_words(memory.held)} are held by this process{limit}"
+    return f"out of memory on {found.device}: {needed} did not fit, {in_words(memory.free)} are free, {pool}"
+
+
+def in_words(size: int) -> str:
+    """Bytes in words: "1.25 GiB"."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            break
+    return f"{size / unit:.{2 if size < 10 * unit else 1}f} {name}"
 
 
 def states() -> list[State]:
@@ -101,7 +194,8 @@ def states() -> list[State]:
 def _state(name: str) -> State:
     try:
         backend = load(name)
-        return State(name, True, backend.version, backend.device)
+        details = backend.details() if hasattr(backend, "details") else ""
+        return State(name, True, backend.version, backend.device, details=details)
     except BackendUnavailable as error:
         return State(name, False, "", "", error.reason, error.remedy)
     except Exception as error:  # a backend of another package, or a broken library: say so, and list the rest

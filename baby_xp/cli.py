@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from baby_xp import __version__
 from baby_xp.errors import BabyError
-from baby_xp.screen import Screen
+from baby_xp.screen import Screen, counting
 
 if TYPE_CHECKING:
     from baby_xp.config import Preset
@@ -32,6 +32,9 @@ usage: python -m baby_xp COMMAND [options]
   resume [RUN]          go on with a run that was stopped or killed, as if nothing had happened
   generate [RUN]        let a trained model go on from a prompt (also called inference)
   evaluate [RUN]        measure a run: loss, perplexity, words, copies
+  inspect [RUN]         look into a run: every array on the way, what it expects next, what it looks at
+  check [RUN]           hold the gradients of a run against finite differences, layer by layer
+  equations [gpt]       hold out each sum in turn, train a model for it, ask it
   estimate [PRESET]     how large, how long and how much memory, before a run
   runs                  all runs, newest first
   presets               what can be trained, and how big it is
@@ -77,8 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise BabyError(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
-    COMMANDS[command](rest)
-    return 0
+    return COMMANDS[command](rest) or 0
 
 
 # train --------------------------------------------------------------------------------------------------
@@ -97,7 +99,17 @@ class Place:
 
 
 @dataclass(frozen=True)
-class TrainPlace(Place):
+class GpuPlace(Place):
+    """Where a run computes, how a GPU does it, and where its files lie."""
+
+    tf32: bool = False
+    """Products of matrices with fewer digits, and faster (cupy backend)."""
+    memory_gib: float | None = None
+    """Most GPU memory to take, in GiB (cupy backend); none: no limit."""
+
+
+@dataclass(frozen=True)
+class TrainPlace(GpuPlace):
     """Where a run computes and where its files lie."""
 
     workers: int | None = None
@@ -177,6 +189,10 @@ class Resumption:
     """Folder of the runs."""
     workers: int | None = None
     """Processes that share each step; another number gives the same up to rounding only."""
+    tf32: bool = False
+    """Products of matrices with fewer digits, and faster (cupy backend)."""
+    memory_gib: float | None = None
+    """Most GPU memory to take, in GiB (cupy backend); it is not kept from before."""
     data: str | None = None
     """Where the text lies now; it must be the same text."""
     num_steps: int | None = None
@@ -208,6 +224,8 @@ def resume(arguments: list[str]) -> None:
     from baby_xp import api
 
     given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+    if not {"--tf32", "--no-tf32"} & set(rest):
+        del given["tf32"]
     run = api.resume(name, listener=Screen(asked.backend or ""), **given)
     _show_end(run, asked.path)
 
@@ -241,12 +259,19 @@ def _parse_settings(
 
 def _path_of(arguments: list[str]) -> str:
     """The value of --path, which is needed before the other flags are known."""
+    return _known(arguments, "--path")[0] or "runs"
+
+
+def _known(arguments: list[str], *flags: str) -> list[str | None]:
+    """The values of some flags that are needed before the others are known; None where one is not given."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--path", default="runs")
+    for flag in flags:
+        parser.add_argument(*{flag, "--" + flag[2:].replace("-", "_")}, dest=flag)
     try:
-        return parser.parse_known_args(arguments)[0].path
+        found = vars(parser.parse_known_args(arguments)[0])
     except argparse.ArgumentError:
-        return "runs"  # what is wrong with it, the whole command line will tell
+        return [None] * len(flags)  # what is wrong with it, the whole command line will tell
+    return [found[flag] for flag in flags]
 
 
 def _show_end(run: Any, path: str) -> None:
@@ -282,7 +307,7 @@ def _sample(run: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Generation(Place):
+class Generation(GpuPlace):
     """Let a trained model go on from a prompt."""
 
     prompt: str = ""
@@ -309,10 +334,9 @@ def generate(arguments: list[str]) -> None:
     """Generate from a run and keep the completion."""
     name, rest = _positional(arguments, "last")
     asked = _tyro(Generation, "baby_xp generate [RUN]", rest, Generation())
-    from baby_xp import api
     from baby_xp.runs import store
 
-    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    run = _load(name, asked)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
@@ -328,6 +352,17 @@ def generate(arguments: list[str]) -> None:
         when += timedelta(seconds=1)
     store.write(completion, text + "\n")
     print(f"kept in {completion}", file=sys.stderr)
+
+
+def _load(name: str, asked: Any) -> Any:
+    """A run where it is asked for, to generate or to be measured."""
+    from baby_xp import api, backend
+
+    settings = ("path", "backend", "device", "weights", "tf32", "memory_gib")
+    run = api.load(name, **{setting: getattr(asked, setting) for setting in settings})
+    if note := backend.first_use(run.backend):
+        print(note, file=sys.stderr, flush=True)
+    return run
 
 
 # other programs' files ----------------------------------------------------------------------------------
@@ -398,7 +433,7 @@ def _of_littlebaby(command: str, arguments: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Measurement(Place):
+class Measurement(GpuPlace):
     """Measure a run over the whole validation part of its text."""
 
     data: str | None = None
@@ -415,12 +450,122 @@ def evaluate(arguments: list[str]) -> None:
     """Measure a run."""
     name, rest = _positional(arguments, "last")
     asked = _tyro(Measurement, "baby_xp evaluate [RUN]", rest, Measurement())
-    from baby_xp import api
-
-    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    run = _load(name, asked)
     found = run.evaluate(asked.data, asked.num_tokens, asked.seed)
     print(f"run {run.guid}, the {asked.weights} weights")
     print("\n".join(found.lines()))
+
+
+# inspect, check -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look(Place):
+    """Look into a run: every array between a prompt and the next token, what is expected, what is looked at."""
+
+    backend: str = "numpy"
+    """numpy, cupy, torch, jax or array-api-strict."""
+    prompt: str = ""
+    """Text for the model to read."""
+    layer: str | None = None
+    """Show all arrays of one block (0, 1, ...), or all of all; none: what goes from layer to layer."""
+    backward: bool = False
+    """Show the gradients of the prompt's loss too."""
+    attention: str | None = None
+    """LAYER.HEAD, such as 0.1: show what this head looks at; all: compare the heads; none: the sharpest one."""
+    picture: str | None = None
+    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); it takes the extra `plots`."""
+    neighbours: str | None = None
+    """Show the tokens whose embeddings are nearest to that of this one."""
+    off: tuple[str, ...] = ()
+    """LAYER.HEAD [LAYER.HEAD ...]: switch these heads off and tell what it does to the loss."""
+    top: int = 5
+    """So many of the likeliest tokens, and of neighbours."""
+    weights: Literal["best", "last"] = "best"
+    """Those with the best validation loss, or those of the last checkpoint."""
+
+
+def inspect(arguments: list[str]) -> None:
+    """Look into a run."""
+    name, rest = _positional(arguments, "last")
+    asked = _tyro(Look, "baby_xp inspect [RUN]", rest, Look())
+    from baby_xp import api, inspection
+
+    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    wish = {field.name: getattr(asked, field.name) for field in dataclasses.fields(inspection.Wish)}
+    print("\n".join(inspection.report(run, inspection.Wish(**wish), plain=not _can_show("░█▏␣↵"))))
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """Hold the gradient of every parameter of a run against finite differences, in float64 on text of its own."""
+
+    path: str = "runs"
+    """Folder of the runs."""
+    data: str | None = None
+    """Another text to take the batch from; none: the run's own."""
+    batch: int = 2
+    """Sequences in the batch."""
+    tokens: int = 16
+    """Tokens in each, at most n_ctx."""
+    directions: int = 3
+    """Random directions for each parameter array."""
+    elements: int = 4
+    """Single elements for each: half of them those with the largest gradients, half of them random."""
+    seed: int = 0
+    """Seed of the batch, the dropout and the directions."""
+    weights: Literal["best", "last"] = "best"
+    """Those with the best validation loss, or those of the last checkpoint."""
+
+
+def check(arguments: list[str]) -> int:
+    """Check the gradients of a run -> 0 if all agree with finite differences, 1 if one does not."""
+    name, rest = _positional(arguments, "last")
+    asked = _tyro(GradientCheck, "baby_xp check [RUN]", rest, GradientCheck())
+    from baby_xp import api, checking
+
+    run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
+    rows = run.check(asked.tokens, asked.batch, asked.seed, asked.elements, asked.directions, asked.data)
+    print(f"run {run.guid}, the {asked.weights} weights")
+    print("\n".join([*checking.about(run), "", *checking.lines(rows)]))
+    return 0 if all(row.agrees for row in rows) else 1
+
+
+# equations ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """How many models, and what to show. Nothing is kept but the picture."""
+
+    seeds: int = 5
+    """Models for each held-out case, or share; their seeds count on from --seed."""
+    workers: int | None = None
+    """Models that train at the same time, a process each; none: one a core."""
+    picture: str | None = None
+    """Draw the map of right answers to this file (.png, .svg, ...); it takes the extra `plots`."""
+
+
+def equations(arguments: list[str]) -> None:
+    """Measure what equation models, or GPTs (equations gpt), say to equations that they never saw."""
+    kind, rest = _positional(arguments, "mlp")
+    if kind not in ("mlp", "gpt"):
+        raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
+    from baby_xp import lab
+
+    chosen = lab.suitable(kind, *_known(rest, "--digits", "--max-sum", "--operators"))
+    parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
+    about = f"Train {chosen.name} with equations held out ({lab.EACH}: each in turn), and ask for them."
+    asked, experiment = _parse_settings(parts, Experiment(), about, f"baby_xp equations {kind}", rest)
+    if experiment.picture:
+        from baby_xp import pictures
+
+        pictures.check(experiment.picture)
+    with counting("models") as told:
+        results = lab.experiment(replace(chosen, **asked), experiment.seeds, experiment.workers, told)
+    print("\n".join(results.lines()))
+    if experiment.picture:
+        print(f"\npicture {pictures.answers(results, experiment.picture)}")
 
 
 # runs ---------------------------------------------------------------------------------------------------
@@ -471,7 +616,8 @@ def backends(arguments: list[str]) -> None:
 
     for state in backend.states():
         if state.works:
-            print(f"{state.name:<17} works    {state.version}, {state.device}")
+            details = f"; {state.details}" if state.details else ""
+            print(f"{state.name:<17} works    {state.version}, {state.device}{details}")
         else:
             print(f"{state.name:<17} missing  {state.reason}; remedy: {state.remedy}")
     chosen, why = backend.choose()
@@ -523,11 +669,20 @@ def _first_message(box: str) -> str:
     return re.sub(r"^Error parsing (model|train|data|place): ", "", text)
 
 
+def _can_show(characters: str) -> bool:
+    """Whether the terminal's encoding has these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def _path_flag(path: str) -> str:
     return "" if path == "runs" else f" --path {shlex.quote(path)}"
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "finetune": finetune,
     "resume": resume,
@@ -535,6 +690,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inference": generate,
     "estimate": estimate,
     "evaluate": evaluate,
+    "inspect": inspect,
+    "check": check,
+    "equations": equations,
     "import": import_,
     "export": export,
     "runs": runs,

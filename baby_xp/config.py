@@ -62,7 +62,7 @@ class EquationConfig:
     dropout: ClassVar[float] = 0.0
 
     n_ctx: int = 4
-    """Context: "4+4=" is 4 tokens. Fixed: the data is made of such contexts."""
+    """Context: "4+4=" is 4 tokens; 6 hold an equation up to 9+9 whole."""
     n_emb: int = 1
     """Width of the vector of a token."""
     n_hidden: int = 64
@@ -71,21 +71,11 @@ class EquationConfig:
     """Non-linearity of the hidden layer."""
     std: float = 0.1
     """Spread of the first weights."""
-    max_sum: int = 9
-    """Largest sum in the training data, 9 to 18."""
-    held_out: str = "4+4"
-    """The sum that training never sees."""
 
     def __post_init__(self):
-        _whole(self, "n_ctx", "n_emb", "n_hidden", "max_sum")
+        _whole(self, "n_ctx", "n_emb", "n_hidden")
         _choice(self, "activation")
         _positive(self, "std")
-        if not isinstance(self.held_out, str):
-            raise BabyError(f"held_out must be a sum such as 4+4, not {self.held_out!r}")
-        if self.n_ctx != 4:
-            raise BabyError(
-                f"n_ctx of the equation model is 4 (its contexts are like '4+4='), not {self.n_ctx}"
-            )
 
 
 ModelConfig = GPTConfig | EquationConfig
@@ -195,6 +185,36 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EquationData(DataConfig):
+    """Equations, and which of them training never sees."""
+
+    data: str = "equations"
+    """equations: sums and differences, made here."""
+    digits: int = 1
+    """Digits of the largest operand, 1 or 2."""
+    operators: Literal["+", "-", "+-"] = "+"
+    """Plus, minus, or both."""
+    max_sum: int = 9
+    """Largest sum, at least 9; 0: all of them. Differences have no limit."""
+    held_out: str = "4+4"
+    """What training never sees, nor with its operands swapped: one or more like 4+4,3+5, or a share like 10%."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice(self, "operators")
+        _whole(self, "digits", most=2)
+        _whole(self, "max_sum", least=0)
+        if 0 < self.max_sum < 9:
+            raise BabyError(f"max_sum must be at least 9, or 0 for all sums, not {self.max_sum}")
+        if not isinstance(self.held_out, str):
+            raise BabyError(f"held_out must be a sum such as 4+4 or a share such as 10%, not {self.held_out!r}")
+        if self.data != "equations":
+            raise BabyError(f"data of this preset is equations, not {self.data!r}: leave out --data")
+        if self.tokenizer != "char":
+            raise BabyError(f"tokenizer of equations is char, not {self.tokenizer}")
+
+
+@dataclass(frozen=True)
 class Preset:
     """A named configuration."""
 
@@ -239,15 +259,22 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
 
+def data_from_dict(values: Any, where: str) -> DataConfig:
+    """The data config that to_dict wrote, without what else a run's config tells of its data."""
+    if not isinstance(values, dict):
+        raise BabyError(f"{where}: {values!r} is not the data of a run; the file is damaged or from elsewhere")
+    kind = EquationData if "held_out" in values else DataConfig
+    return from_dict(kind, {name: values[name] for name in values if name not in ("file", "sha256")}, where)
+
+
 def settings_of(config: dict[str, Any], where: str) -> Preset:
     """The settings that a run's config holds. Raises BabyError, naming `where`, if they make no sense."""
-    data = {name: config["data"].get(name) for name in ("data", "tokenizer")}
     return Preset(
         str(config["preset"]),
         "a run",
         model_from_dict(config["model"], where),
         from_dict(TrainConfig, config["train"], where),
-        from_dict(DataConfig, data, where),
+        data_from_dict(config["data"], where),
     )
 
 
@@ -280,6 +307,6 @@ def _number(value) -> bool:
 
 def _choice(config, *names: str) -> None:
     for name in names:
-        allowed = type(config).__annotations__[name].__args__
+        allowed = config.__dataclass_fields__[name].type.__args__
         if getattr(config, name) not in allowed:
             raise BabyError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")

@@ -137,6 +137,36 @@ def arrays(
     return {**parts, **exchange}
 
 
+def batch_that_fits(
+    config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
+) -> int:
+    """About so many sequences at once can be trained in `room` bytes of a GPU, where batch_size of them could not.
+
+    Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
+    keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
+    batch_size sequences took at least, before they failed; the larger one of count and known goes. Never more than
+    half of them, which holds where the count is too low, and most batches are parted in halves anyway. 0: not even
+    one fits.
+    """
+    flat = itemsize * sum(parameters(config, vocab_size).values())
+    fixed = 6 * flat
+    if room < max(fixed, 9 * flat):  # the update has old and new weights and moments side by side
+        return 0
+    growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize), known - fixed)
+    return min(batch_size // 2, int(batch_size * (room - fixed) / growing))
+
+
+def gpu_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+    """Bytes of the arrays of a step that grow with the batch, about, where all of it is computed at once."""
+    saved = saved_bytes(config, vocab_size, batch_size, itemsize)
+    if isinstance(config, EquationConfig):
+        return 2 * saved
+    T, scores = config.n_ctx, config.n_heads * config.n_ctx**2 * (2 if config.dropout else 1)
+    upper_half = config.n_layers * (scores - _scores_saved(config))  # which NumPy's blocks leave out
+    beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + config.n_heads * T**2
+    return saved + batch_size * itemsize * (upper_half + beside)
+
+
 def _part(path: str) -> str:
     """The part of the model that a parameter belongs to: "blocks.0.norm1.gain" -> "norm1"."""
     first, *rest = path.split(".")

@@ -11,3 +11,12 @@ class BackendUnavailable(BabyError):
     def __init__(self, name: str, reason: str, remedy: str):
         super().__init__(f"backend {name!r} cannot work here: {reason}; {remedy}")
         self.name, self.reason, self.remedy = name, reason, remedy
+
+
+class OutOfMemory(BabyError):
+    """An array did not fit the memory of a device. `shortage`: what was needed and what was free; `advice`: what
+    to do; `kept`: what of a run is still there."""
+
+    def __init__(self, shortage: str, advice: str = "", kept: str = ""):
+        super().__init__("; ".join(filter(None, (shortage, advice, kept))))
+        self.shortage, self.advice, self.kept = shortage, advice, kept

@@ -26,8 +26,8 @@ from typing import Any
 from baby_xp import api, counts, memory, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
-from baby_xp.config import LARGEST, DataConfig, EquationConfig, Preset, TrainConfig
-from baby_xp.errors import BabyError
+from baby_xp.config import LARGEST, EquationConfig, Preset, TrainConfig
+from baby_xp.errors import BabyError, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
 from baby_xp.sitting import SAMPLE_TOKENS
@@ -153,6 +153,8 @@ def estimate(
     backend: str = "auto",
     device: str | None = None,
     workers: int | None = None,
+    tf32: bool = False,
+    memory_gib: float | None = None,
     measure: bool = True,
     **overrides: Any,
 ) -> Estimate:
@@ -161,17 +163,20 @@ def estimate(
     Nothing is left behind. Raises BabyError for what `train` would not take either, or if the trial fails.
     """
     chosen = api.override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
+    options = {"tf32": tf32, "memory_gib": memory_gib}
     with tempfile.TemporaryDirectory(prefix="baby_xp_", ignore_cleanup_errors=True) as folder:
         if measure:
-            facts, trial = _tried(chosen, backend, device, workers, folder)
+            facts, trial = _tried(chosen, backend, device, workers, options, folder)
         else:
-            facts, trial = _looked_up(chosen, backend, device, workers, Path(folder)), None
+            facts, trial = _looked_up(chosen, backend, device, workers, options, Path(folder)), None
     return Estimate(replace(chosen, train=replace(chosen.train, num_steps=facts.num_steps)), facts, trial)
 
 
-def _looked_up(chosen: Preset, backend: str, device: str | None, workers: int | None, folder: Path) -> Facts:
+def _looked_up(
+    chosen: Preset, backend: str, device: str | None, workers: int | None, options: dict[str, Any], folder: Path
+) -> Facts:
     """The facts without a trial, in the same order of checks as `train`."""
-    loaded = backends.load(backend, device, chosen.train.dtype)
+    loaded = backends.load(backend, device, chosen.train.dtype, **options)
     learned = task.prepare(chosen.data, chosen.model, chosen.train, folder / "corpora")
     model = Model(chosen.model, learned.tokenizer.vocab_size)
     api.check_size(model)
@@ -214,13 +219,13 @@ def _seconds(preset: Preset, facts: Facts, trial: Trial) -> dict[str, float]:
 
 
 def _tried(
-    chosen: Preset, backend: str, device: str | None, workers: int | None, folder: str
+    chosen: Preset, backend: str, device: str | None, workers: int | None, options: dict[str, Any], folder: str
 ) -> tuple[Facts, Trial]:
     """Try the run in a process of its own: only there can a peak of memory be the run's alone."""
     parts = {part: configs.to_dict(getattr(chosen, part)) for part in ("model", "train", "data")}
     request = {
         "preset": {"name": chosen.name, **parts}, "backend": backend, "device": device, "workers": workers,
-        "path": folder, "seconds": SECONDS, "most_seconds": MOST_SECONDS,
+        **options, "path": folder, "seconds": SECONDS, "most_seconds": MOST_SECONDS,
     }  # fmt: skip
     # a script may have added to the path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -248,6 +253,8 @@ def serve() -> None:
     request = json.load(sys.stdin)
     try:
         answer = _try(**request)
+    except OutOfMemory as error:  # the run that it tells of goes with the trial
+        answer = {"error": f"{error.shortage}; {error.advice}"}
     except BabyError as error:
         answer = {"error": " ".join(str(error).split())}
     except MemoryError as error:
@@ -290,7 +297,7 @@ def _preset_of(name: str, model: Any, train: Any, data: Any) -> Preset:
         "a trial",
         configs.model_from_dict(model, "trial"),
         configs.from_dict(TrainConfig, train, "trial"),
-        configs.from_dict(DataConfig, data, "trial"),
+        configs.data_from_dict(data, "trial"),
     )
 
 

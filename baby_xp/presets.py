@@ -1,6 +1,6 @@
 """Named configurations, each with the reason for its numbers."""
 
-from baby_xp.config import DataConfig, EquationConfig, GPTConfig, Preset, TrainConfig
+from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError
 
 
@@ -38,18 +38,51 @@ PRESETS = {
         Preset(
             "equations",
             "babyLLM: sums of two digits, and the answer of 4+4, which it never saw",
-            EquationConfig(n_emb=1, n_hidden=64, activation="tanh"),
+            EquationConfig(n_ctx=4, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
             TrainConfig(
                 batch_size=1024,
                 num_steps=1500,
                 lr=1e-2,
                 min_lr=0.0,
                 warmup_steps=100,
-                weight_decay=0.1,
+                weight_decay=0.0,
                 clip=0.0,
                 eval_every=250,
             ),
-            DataConfig(data="equations"),
+            EquationData(),
+        ),
+        # The same network with a context that holds an equation whole, so that both digits of a sum follow
+        # from what it sees.
+        Preset(
+            "equations-table",
+            "sums of two digits up to 9+9, the whole equation in the context",
+            EquationConfig(n_ctx=6, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
+            TrainConfig(
+                batch_size=1024, num_steps=1500, lr=1e-2, min_lr=0.0, warmup_steps=100, weight_decay=0.1, clip=0.0,
+                eval_every=250,
+            ),
+            EquationData(max_sum=0),
+        ),
+        # Two digits need more than a line: to carry, a digit must be told from its neighbours.
+        Preset(
+            "equations-2",
+            "sums and differences of operands up to 99, a tenth of them held out",
+            EquationConfig(n_ctx=9, n_emb=8, n_hidden=512, activation="gelu", std=0.03),
+            TrainConfig(
+                batch_size=1024, num_steps=10000, lr=3e-3, min_lr=0.0, warmup_steps=200, weight_decay=0.1,
+                clip=1.0, eval_every=1000,
+            ),
+            EquationData(digits=2, operators="+-", max_sum=0, held_out="10%"),
+        ),
+        Preset(
+            "equations-gpt",
+            "the same sums and differences for a GPT",
+            GPTConfig(n_ctx=9, n_emb=64, head_size=64, n_heads=4, n_layers=2, dropout=0.0),
+            TrainConfig(
+                batch_size=512, num_steps=3000, lr=3e-3, min_lr=0.0, warmup_steps=200, weight_decay=0.1, clip=1.0,
+                eval_every=500,
+            ),
+            EquationData(digits=2, operators="+-", max_sum=0, held_out="10%"),
         ),
         # nanoGPT's Shakespeare run for a laptop: its README reports a validation loss of 1.88.
         Preset(

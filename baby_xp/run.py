@@ -1,14 +1,15 @@
 """A run in memory: a trained model that generates."""
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from baby_xp_data import equations
 
-from baby_xp.backend import Backend
+from baby_xp.backend import Backend, Shortage, memory_told
 from baby_xp.config import settings_of
 from baby_xp.errors import BabyError
 from baby_xp.generate import Sampling, generate, generate_several
@@ -17,7 +18,10 @@ from baby_xp.runs.store import RunFiles
 from baby_xp.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from baby_xp.checking import Row
+    from baby_xp.config import Preset
     from baby_xp.evaluation import Evaluation
+    from baby_xp.inspection import Inspection
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -55,8 +59,10 @@ class Run:
     ) -> Iterator[str]:
         """The continuation, piece by piece as it is generated."""
         settings, ids = self._start(prompt, num_tokens, sampling)
-        params = self.backend.asarray(self.params)
-        return self._pieces(generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache))
+        with memory_told(self.backend, _more_memory):
+            params = self.backend.asarray(self.params)
+        tokens = generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache)
+        return self._pieces(self._told(tokens))
 
     def generate_several(
         self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Any
@@ -68,9 +74,28 @@ class Run:
         if number < 1:
             raise BabyError(f"number must be at least 1, not {number}")
         settings, ids = self._start(prompt, num_tokens, sampling)
-        params, prompts = self.backend.asarray(self.params), [ids] * number
-        steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
+        with memory_told(self.backend, lambda shortage: f"ask for fewer texts, or {_more_memory(shortage)}"):
+            params, prompts = self.backend.asarray(self.params), [ids] * number
+            steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
         return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
+
+    def answer(self, question: str) -> str:
+        """The likeliest answer to a question such as "4+4=": "4+4=8".
+
+        Its first digit alone where the context does not hold an equation whole: the other digits then do not follow
+        from what the model sees.
+
+        Raises BabyError for a question that the tokenizer cannot encode, and for a run that learned no equations.
+        """
+        data, text = self.config["data"], question
+        if "digits" not in data:
+            raise BabyError(f"run {self.guid} did not learn equations: let it generate")
+        whole = self.model.config.n_ctx >= equations.longest(data["digits"])
+        for piece in self.stream(question, data["digits"] + 2 if whole else 1, greedy=True):
+            if piece == " ":
+                break
+            text += piece
+        return text
 
     def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray]:
         """What to draw by, and the ids to go on from."""
@@ -88,13 +113,70 @@ class Run:
         """
         from baby_xp import evaluation  # it needs much that generating does not
 
+        with memory_told(self.backend, _more_memory):
+            return evaluation.evaluate(self, *self._settings(data), num_tokens, seed)
+
+    def _settings(self, data: str | None) -> tuple["Preset", str | None]:
+        """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
         chosen = settings_of(self.config, str(self.files.config))
         known = self.config["data"]
         if data is None and self.config["result"]["state"] == "imported":
             raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
         where = data or (known["file"] if known["file"] and not Path(known["data"]).is_file() else known["data"])
         chosen = replace(chosen, data=replace(chosen.data, data=where))
-        return evaluation.evaluate(self, chosen, None if data else known["sha256"], num_tokens, seed)
+        return chosen, None if data else known["sha256"]
+
+    def inspect(
+        self,
+        prompt: str = "",
+        backward: bool = False,
+        change: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> "Inspection":
+        """Let the model read a prompt and see every array on the way, under its name in the source.
+
+        backward: the gradients of the prompt's mean loss too. change: for names of arrays, gradients or
+        parameters a function each, which gets a copy of the array (of the backend) and returns what shall go on
+        in its place, of the same shape and type. A gradient is computed as if what was put in place had always
+        been there. There is no dropout. Without a prompt, the model sees what generation begins with; of a
+        prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
+        tokenizer cannot encode, a name that no array has, or a change that does not fit.
+        """
+        from baby_xp import inspection  # it needs much that generating does not
+
+        return inspection.inspect(self, prompt, backward, change)
+
+    def neighbours(self, token: str, k: int = 5) -> list[tuple[str, float]]:
+        """The k tokens whose rows of the token embedding are nearest to that of `token`, by the cosine.
+
+        Cosines go from 1, the same direction, to -1, the opposite one. Raises BabyError unless `token` is one
+        token that the run knows.
+        """
+        from baby_xp import inspection
+
+        return inspection.neighbours(self, token, k)
+
+    def check(
+        self,
+        tokens: int = 16,
+        batch: int = 2,
+        seed: int = 0,
+        elements: int = 4,
+        directions: int = 3,
+        data: str | None = None,
+    ) -> "list[Row]":
+        """Hold the gradient of every parameter against finite differences, in float64 on text of the run's own.
+
+        tokens, batch: size of the batch; seed: which batch, mask of dropout and directions. For each parameter
+        array, the slope of the loss along so many random directions and single elements; see checking.py.
+        data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
+        """
+        from baby_xp import checking
+
+        return checking.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
+
+    def _told(self, tokens: Iterator[int]) -> Iterator[int]:
+        with memory_told(self.backend, _more_memory):
+            yield from tokens
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         """Decode ids as they come; bytes wait until their character is whole."""
@@ -114,3 +196,8 @@ class Run:
             return self.tokenizer.encode("\n", "prompt")
         except BabyError:
             return np.zeros(1, np.int32)
+
+
+def _more_memory(shortage: Shortage) -> str:
+    """What to do where a trained model does not fit."""
+    return "end what else holds the GPU's memory (nvidia-smi shows it), raise --memory-gib, or use --backend numpy"

@@ -1,6 +1,8 @@
 """What the command line shows while a run trains."""
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -14,6 +16,8 @@ class Screen:
     def started(self, sitting, step: int) -> None:
         """Say what will be done, and where."""
         from tqdm import tqdm
+
+        from baby_xp.backend import first_use
 
         why, backend, learned = "", sitting.backend, sitting.learned
         if self.asked == "auto":
@@ -32,6 +36,8 @@ class Screen:
             print(f"finetuned from run {sitting.base}", flush=True)
         if step:
             print(f"going on with run {sitting.files.guid} after step {step}", flush=True)
+        if note := first_use(backend):
+            print(note, flush=True)
         self.entropy = learned.facts.get("entropy, nats per character")
         self.bar = tqdm(
             total=learned.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -64,3 +70,17 @@ class Screen:
             print(text, file=sys.stderr, flush=True)
         else:
             self.bar.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, of things that are done one by one: told(done, of) moves it."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False) as bar:
+
+        def told(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield told

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from baby_xp_data import equations
 
-from baby_xp import __version__
+from baby_xp import __version__, counts
 from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.backend import Backend
-from baby_xp.config import EquationConfig, ModelConfig, Preset
-from baby_xp.errors import BabyError
+from baby_xp.config import ModelConfig, Preset
+from baby_xp.errors import BabyError, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.run import Run
 from baby_xp.runs import checkpoint as arrays
@@ -37,6 +38,8 @@ from baby_xp.training.workers import Workers
 
 SAMPLE_TOKENS = 500
 """Tokens of the text at the end of training."""
+SAMPLE_ANSWERS = 6
+"""Answers to held-out equations that are shown in its place."""
 
 
 @dataclass
@@ -67,13 +70,18 @@ class Sitting:
             pool = nullcontext()
             if self.workers > 1:
                 pool = Workers(self.backend, self.model, self.chosen.train.batch_size, self.workers)
-            with Stop(self._told_to_stop) as stop, pool as workers:
+            told = backends.memory_told(self.backend, self._memory_advice)
+            with Stop(self._told_to_stop) as stop, pool as workers, told:
                 self.listener.started(self, start.step)
                 try:
                     result = self._fit(start, stop, workers)
                 except Diverged as diverged:
                     raise self._burst(diverged, workers) from None
                 return self._finish(result)
+        except OutOfMemory as error:
+            error = OutOfMemory(error.shortage, error.advice, self._kept())
+            self._failed(error)
+            raise error from None
         except Exception as error:
             self._failed(error)
             raise
@@ -164,13 +172,18 @@ class Sitting:
             "parameters": self.model.n_parameters,
             "train": configs.to_dict(chosen.train),
             "data": {**configs.to_dict(chosen.data), "file": file, "sha256": sha256},
-            "place": {"backend": self.backend.name, "device": self.device, "workers": self.workers},
+            "place": self._place(),
             "machine": {
                 "machine": report.machine(), "backend": self.backend.version, "device": self.backend.device,
-                "workers": self.workers,
+                "workers": self.workers, **_memory_of(self.backend),
             },
             "result": result,
         }  # fmt: skip
+
+    def _place(self) -> dict[str, Any]:
+        """Where the run computes, as it was asked for, and what changes its numbers: `resume` goes on with it."""
+        place = {"backend": self.backend.name, "device": self.device, "workers": self.workers}
+        return {**place, "tf32": True} if getattr(self.backend, "tf32", False) else place
 
     def _finish(self, result: Result) -> Run:
         """Write the files of a sitting that ended well."""
@@ -204,6 +217,25 @@ class Sitting:
         return sample_of(self._as_run(self.backend.to_numpy(params)), train.seed, train.sample_tokens)
 
     # trouble -------------------------------------------------------------------------------------------
+
+    def _memory_advice(self, shortage: backends.Shortage) -> str:
+        """A batch that would fit, by what is counted and by what was held; or that none would."""
+        train, memory = self.chosen.train, shortage.memory
+        known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
+        sizes = self.chosen.model, self.model.vocab_size, train.batch_size
+        fits = counts.batch_that_fits(*sizes, memory.room, known, itemsize)
+        if not fits:
+            return "by a rough count not even one sequence would fit: choose a smaller model or a shorter --n-ctx"
+        found = f"by a rough count about {fits:,} sequences at once would fit, not {train.batch_size:,}"
+        if self._last.step:
+            return f"{found}, but a run that goes on keeps its batch: take --backend numpy or a larger GPU"
+        part = max(size for size in range(1, fits + 1) if train.batch_size % size == 0)
+        return f"{found}: --batch-size {part} --accumulate {train.step_size // part} takes the same steps in parts"
+
+    def _kept(self) -> str:
+        """What there is to go on with."""
+        step = self._last.step
+        return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
     def _told_to_stop(self) -> None:
         self.listener.note("stopping after this step, with a checkpoint; once more: at once")
@@ -253,10 +285,14 @@ def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Toke
 
 
 def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> str:
-    """What a run shows of itself: a text, or the answer that it was never told."""
-    if isinstance(run.model.config, EquationConfig):
-        return run.generate(f"{run.model.config.held_out}=", num_tokens=1, greedy=True)
-    return run.generate(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
+    """What a run shows of itself: a text, or some of the answers that it was never told."""
+    data = run.config["data"]
+    if "held_out" not in data:
+        return run.generate(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
+    of_table = data["max_sum"], data["digits"], data["operators"]
+    named = equations.chosen(data["held_out"], run.config["train"]["seed"], *of_table)
+    some = named[:: -(-len(named) // SAMPLE_ANSWERS)]
+    return ", ".join(run.answer(f"{case}=") for case in some)
 
 
 def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
@@ -266,6 +302,14 @@ def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dic
         "model": json.dumps(configs.to_dict(model_config), sort_keys=True),
         "tokenizer": store.digest(tokenizer.to_dict()),
     }
+
+
+def _memory_of(backend: Backend) -> dict[str, str]:
+    """What the report tells of a device with memory of its own."""
+    if (memory := backends.memory(backend)) is None:
+        return {}
+    peaks = f"{backends.in_words(memory.peak_used)} / {backends.in_words(memory.peak_held)}"
+    return {"GPU memory, peak used/held": peaks}
 
 
 def _without_arrays(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,5 +1,6 @@
 """What a run learns from: a tokenizer, batches to train on, and batches to be measured on."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 
 from baby_xp_data import catalog, equations, nursery
 
-from baby_xp.config import DataConfig, EquationConfig, GPTConfig, ModelConfig, TrainConfig
+from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
 from baby_xp.text.corpus import Corpus, Making, check_length
@@ -52,7 +53,7 @@ def prepare(
 
     Raises BabyError if the text cannot serve.
     """
-    if isinstance(model, EquationConfig):
+    if isinstance(model, EquationConfig) or isinstance(data, EquationData):
         return _equations(data, model, train)
     return _text(read_corpus(data, cache_folder, tokenizer, sha256), model, train)
 
@@ -73,7 +74,7 @@ def read_corpus(
         text = nursery.generate(NURSERY_CHARACTERS, NURSERY_SEED)
         return Corpus.from_text(text, "nursery", tokenizer, sha256=sha256)
     if data.data == "equations":
-        raise BabyError("equations are for the equation model: train equations, or give a text with --data")
+        raise BabyError("equations have presets of their own: train equations or equations-gpt")
     path = catalog.find(data.data) if data.data in catalog.TEXTS else Path(data.data)
     try:
         return Corpus.from_file(path, tokenizer, cache_folder, sha256)
@@ -108,16 +109,45 @@ def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
     return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus)
 
 
-def _equations(data: DataConfig, model: EquationConfig, train: TrainConfig) -> Task:
-    if data.data != "equations":
+def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Task:
+    if not isinstance(data, EquationData):
         raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
-    contexts, targets = equations.training_pairs(model.max_sum, model.held_out)
-    batches = PairBatches(contexts, targets, train.step_size, train.seed)
-    held_out = PairBatches(*equations.held_out_pairs(model.max_sum, model.held_out))
-    num_steps = train.num_steps or train.num_epochs * -(-len(targets) // train.step_size)
-    facts = {"training contexts": len(targets), "held out": model.held_out, "largest sum": model.max_sum}
-    tokenizer = CharTokenizer(tuple(equations.VOCABULARY))
-    validation = held_out.batch(0)
-    return Task(
-        "equations", tokenizer, batches, num_steps, lambda: iter([validation]), len(validation.targets), facts
-    )
+    of_table = {"digits": data.digits, "operators": data.operators}
+    held_out = equations.chosen(data.held_out, train.seed, data.max_sum, **of_table)
+    known = equations.equations(data.max_sum, held_out, **of_table)
+    if not known:
+        raise BabyError(f"{data.held_out} leaves no equation to train on: hold out fewer")
+    if isinstance(model, EquationConfig):
+        _check_context(model.n_ctx, data.digits)
+        leave_out = set()
+        if model.n_ctx < equations.longest(data.digits):
+            leave_out = equations.undetermined(equations.equations(data.max_sum, (), **of_table), model.n_ctx)
+        make = functools.partial(equations.pairs, leave_out=leave_out, n_ctx=model.n_ctx)
+    else:
+        make = functools.partial(equations.rows, n_ctx=model.n_ctx)
+    pairs = make(known)
+    batches = PairBatches(*pairs, train.step_size, train.seed)
+    unseen = PairBatches(*make(equations.held_out_equations(data.max_sum, held_out, **of_table)))
+    num_steps = train.num_steps or train.num_epochs * -(-len(pairs[1]) // train.step_size)
+    facts = {
+        "training equations": len(known), "training contexts": len(pairs[1]), "held out": data.held_out,
+        "held-out equations": len(equations.cases(data.max_sum, held_out, **of_table)),
+    }  # fmt: skip
+    tokenizer = CharTokenizer(tuple(equations.vocabulary(data.operators)))
+    whole = unseen.batch(0)
+
+    def validation() -> Iterator[Batch]:
+        for start in range(0, len(whole.samples), train.batch_size):
+            yield Batch(*(part[start : start + train.batch_size] for part in whole))
+
+    return Task("equations", tokenizer, batches, num_steps, validation, whole.targets.size, facts)
+
+
+def _check_context(n_ctx: int, digits: int) -> None:
+    """Raise BabyError unless the context holds a question such as "12+34="."""
+    least, whole = 2 * digits + 2, equations.longest(digits)
+    if n_ctx < least:
+        raise BabyError(
+            f"n_ctx {n_ctx} does not hold a question with operands of {digits} digit{'s' * (digits > 1)}: "
+            f"{least} is the least, {whole} holds every equation whole"
+        )

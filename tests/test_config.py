@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baby_xp import config as configs
-from baby_xp.config import DataConfig, EquationConfig, GPTConfig, TrainConfig
+from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset
 
@@ -27,12 +27,10 @@ BAD = [
     (GPTConfig, "c_attention", ["mhb", "MHA", {}]),
     (GPTConfig, "c_network", ["mlp ", 1]),
     (GPTConfig, "gelu", ["relu", True]),
-    (EquationConfig, "n_ctx", [3, 5, 0]),
+    (EquationConfig, "n_ctx", [0, 1.5, None]),
     (EquationConfig, "n_hidden", [0, 1.0]),
     (EquationConfig, "activation", ["relu", None]),
     (EquationConfig, "std", [0, -1, NAN, INFINITY, "1", HUGE]),
-    (EquationConfig, "max_sum", [0, "9"]),
-    (EquationConfig, "held_out", [44, None, ["4+4"]]),
     (TrainConfig, "batch_size", [0, -1, 1.0, "16", 2**31]),
     (TrainConfig, "accumulate", [0, -1, 1.0, True, 2**31]),
     (TrainConfig, "num_steps", [0, -1, 2.5, HUGE]),
@@ -57,6 +55,12 @@ BAD = [
     (TrainConfig, "dtype", ["float16", 32]),
     (DataConfig, "data", [1, None, ["a.txt"]]),
     (DataConfig, "tokenizer", ["bpe", 1, None]),
+    (EquationData, "data", [1, None]),
+    (EquationData, "tokenizer", ["byte", "bpe"]),
+    (EquationData, "digits", [0, 3, "2", None]),
+    (EquationData, "operators", ["*", "", "-+", 1]),
+    (EquationData, "max_sum", [-1, 1, 8, "9", None]),
+    (EquationData, "held_out", [44, None, ["4+4"]]),
 ]  # fmt: skip
 
 JSON = st.recursive(
@@ -81,7 +85,7 @@ def test_a_bad_value_is_named_in_one_line(kind, name, value):
 
 def test_the_table_above_has_every_field():
     tested = {(kind, name) for kind, name, _ in BAD}
-    for kind in (GPTConfig, EquationConfig, TrainConfig, DataConfig):
+    for kind in (GPTConfig, EquationConfig, TrainConfig, DataConfig, EquationData):
         names = {(kind, field.name) for field in fields(kind)}
         assert names - tested <= {(EquationConfig, "n_emb")}  # checked in the same line as n_hidden
 
@@ -173,7 +177,7 @@ def test_a_preset_survives_json(name):
     assert configs.model_from_dict(model, "here") == chosen.model
     assert type(configs.model_from_dict(model, "here")) is type(chosen.model)
     assert configs.from_dict(TrainConfig, train, "here") == chosen.train
-    assert configs.from_dict(DataConfig, data, "here") == chosen.data
+    assert configs.data_from_dict({**data, "file": None, "sha256": "1"}, "here") == chosen.data
 
 
 def test_a_model_says_its_kind_and_a_training_has_none():
@@ -195,7 +199,7 @@ def test_an_unknown_kind_of_model_names_the_file(values):
         configs.model_from_dict(values, "some.json")
 
 
-@pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig])
+@pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig, EquationData])
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damaged_json_raises_nothing_but_BabyError(kind, data):

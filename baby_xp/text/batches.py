@@ -84,8 +84,9 @@ class EpochWindows:
 class PairBatches:
     """Pairs of a context and the one token that follows it, for the equation model.
 
-    contexts (n, T) and targets (n,). Without `batch_size`, or with one of n or more, every batch is the whole
-    set in its own order; otherwise batch_size different rows, drawn anew for each step.
+    contexts (n, T) and targets (n,), or (n, T) for a model that predicts every next token. Without `batch_size`,
+    or with one of n or more, every batch is the whole set in its own order; otherwise batch_size different
+    rows, drawn anew for each step.
     Raises BabyError if the shapes do not fit, there are no pairs, or batch_size or the seed is invalid.
     """
 
@@ -93,10 +94,11 @@ class PairBatches:
         self, contexts: np.ndarray, targets: np.ndarray, batch_size: int | None = None, seed: int = 0
     ):
         contexts, targets = np.asarray(contexts), np.asarray(targets)
-        if contexts.ndim != 2 or targets.shape != contexts.shape[:1] or contexts.size == 0:
+        fit = targets.shape in (contexts.shape[:1], contexts.shape)
+        if contexts.ndim != 2 or not fit or contexts.size == 0:
             raise BabyError(
                 f"contexts of shape {contexts.shape} and targets of shape {targets.shape} are not pairs; "
-                "give contexts (n, T) and targets (n,), n and T at least 1"
+                "give contexts (n, T) and targets (n,) or (n, T), n and T at least 1"
             )
         self.contexts = np.ascontiguousarray(contexts, dtype=np.int32)
         self.targets = np.ascontiguousarray(targets, dtype=np.int32)
