@@ -180,10 +180,9 @@ def _shortage_told(found: Shortage) -> str:
 
 def in_words(size: int) -> str:
     """Bytes in words: "1.25 GiB"."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            break
-    return f"{size / unit:.{2 if size < 10 * unit else 1}f} {name}"
+    units = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
+    unit = next((unit for unit in units if size >= unit), 2**10)
+    return f"{size / unit:.{2 if size < 10 * unit else 1}f} {units[unit]}"
 
 
 def states() -> list[State]:

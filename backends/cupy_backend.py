@@ -1,48 +1,279 @@
 """CuPy on an NVIDIA GPU."""
 
-import numpy as np
+import functools
+import math
+import os
+from pathlib import Path
 
-from baby_xp.errors import BackendUnavailable
+import numpy as np
+from baby_xp_backends import cupy_kernels
+
+from baby_xp.backend import Memory, Shortage
+from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.namespace import Namespace
 
 NO_DRIVER = "install NVIDIA's driver for the card (nvidia-smi shows whether it works), or use --backend numpy"
+GIB = 2**30
+WATCHED_CALLS = 2
+"""Calls of each compiled function whose allocations are counted. Later ones allocate the same; to count takes
+microseconds an allocation, of which a step makes hundreds."""
 
 
 class CupyBackend:
-    """Arrays of CuPy, on "cuda" or "cuda:1". The device becomes the current one of the calling thread."""
+    """Arrays of CuPy, on "cuda" or "cuda:1".
+
+    tf32: products of float32 matrices in TensorFloat-32, whose factors keep 10 bits of their fraction in place of
+    23. memory_gib: most GPU memory that CuPy's pool may hold, in GiB; none: all there is.
+
+    CuPy has a current device for each thread: every way into this backend makes its own the current one of the
+    calling thread, so that it may be used from any.
+    """
 
     name = "cupy"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(
+        self,
+        device: str | None = None,
+        dtype: str = "float32",
+        tf32: bool = False,
+        memory_gib: float | None = None,
+    ):
+        if memory_gib is not None and not 0 < memory_gib < math.inf:
+            raise BabyError(f"memory_gib must be above 0, not {memory_gib}: it is in GiB")
+        cold = not kernels_are_cached()
         self._cupy = cupy = import_cupy()
-        self.dtype = dtype
+        self.dtype, self.tf32 = dtype, tf32
         self._device = cupy.cuda.Device(device_index(cupy, device))
         self._device.use()
+        capability = self._device.compute_capability
+        if tf32 and int(capability) < 80:
+            has = f"{capability[:-1]}.{capability[-1]}"
+            needs = "tf32 needs a GPU of compute capability 8.0 or later"
+            raise BabyError(f"{needs}, this one has {has}: say --no-tf32")
+        self._pool = cupy.get_default_memory_pool()
+        limit_pool(self._pool, self._device.id, memory_gib)
+        self._here()
         prove(cupy)
         import array_api_compat.cupy as library
 
-        self.xp = Namespace(library, device=self._device)
+        products = Products(cupy, tf32)
+        self.xp = Namespace(
+            library, device=self._device, kernels=cupy_kernels.KERNELS, matmul=products.matmul,
+            batched_product=products.batched, launch=Launcher(cupy),
+        )  # fmt: skip
         self.version = f"cupy {cupy.__version__}"
-        properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
-        self.device = f"cuda:{self._device.id} ({properties['name'].decode()})"
+        self._card = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
+        self.device = f"cuda:{self._device.id} ({self._card})"
+        self._cold, self._watch = cold, make_watch(cupy, self._pool, self._device.id)
+
+    def _here(self) -> None:
+        """Make the device current in this thread, and the precision of products, which CuPy has but one of."""
+        self._device.use()
+        core = self._cupy._core
+        kind = core._routines_linalg.COMPUTE_TYPE_TF32 if self.tf32 else core._routines_linalg.COMPUTE_TYPE_DEFAULT
+        core.set_compute_type(np.float32, kind)
 
     def asarray(self, host):
+        """Through pinned memory of CuPy's own: the host does not wait for the copy."""
+        self._here()
         dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
-        return self._cupy.asarray(np.asarray(host, dtype=dtype))
+        return self._cupy.array(np.asarray(host, dtype=dtype))
 
     def integers(self, values):
-        return self._cupy.asarray(
-            np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32)
-        )
+        self._here()
+        return self._cupy.array(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
 
     def to_numpy(self, array):
+        self._here()
         return self._cupy.asnumpy(array)
 
     def compile(self, function):
-        return function
+        """The function as it is, on this device; its first calls are watched for the memory they take."""
+        calls = 0
+
+        @functools.wraps(function)
+        def call(*arguments):
+            nonlocal calls
+            self._here()
+            if calls >= WATCHED_CALLS or self._watch.on:
+                return function(*arguments)
+            calls += 1
+            with self._watch:
+                return function(*arguments)
+
+        return call
 
     def synchronize(self):
         self._device.synchronize()
+
+    # what the protocol leaves open -----------------------------------------------------------------------
+
+    def first_use(self) -> str | None:
+        """What to tell before a wait that comes once a machine."""
+        return "compiling GPU kernels, once a machine: the first steps take longer" if self._cold else None
+
+    def details(self) -> str:
+        """What `backends` adds: driver, CUDA, card, memory, TF32."""
+        runtime, capability = self._cupy.cuda.runtime, self._device.compute_capability
+        memory = self.memory()
+        return (
+            f"driver for CUDA {cuda_version(runtime.driverGetVersion())}, "
+            f"CUDA runtime {cuda_version(runtime.runtimeGetVersion())}, "
+            f"compute capability {capability[:-1]}.{capability[-1]}, "
+            f"{memory.free / GIB:.1f} GiB free of {memory.total / GIB:.1f}, TF32 {'on' if self.tf32 else 'off'}"
+        )
+
+    def memory(self) -> Memory:
+        """Of the device, and of this process's pool. Peaks: see WATCHED_CALLS; what the pool holds only grows."""
+        with self._device:
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            used, held, limit = self._pool.used_bytes(), self._pool.total_bytes(), self._pool.get_limit()
+        self._watch.note(used, held)
+        return Memory(used, held, self._watch.used, self._watch.held, free, total, limit or None)
+
+    def shortage(self, error: BaseException) -> Shortage | None:
+        """What was missing, if this error of CuPy, cuBLAS or CUDA is about memory of the device; else None."""
+        if isinstance(error, self._cupy.cuda.memory.OutOfMemoryError):
+            return Shortage(self.device, getattr(error, "_size", None), self.memory())
+        if type(error).__name__ in ("CUBLASError", "CUDARuntimeError", "CUDADriverError") and any(
+            word in str(error) for word in ("ALLOC_FAILED", "cudaErrorMemoryAllocation", "OUT_OF_MEMORY")
+        ):
+            return Shortage(self.device, None, self.memory())
+        return None
+
+
+class Launcher:
+    """Our kernels: compiled when one is first asked for, for each precision; CuPy does so for each device."""
+
+    def __init__(self, cupy):
+        self._module, self._functions = cupy.RawModule, {}
+
+    def __call__(self, name: str, dtype, grid_and_block, *arguments) -> None:
+        """Run a kernel. Arrays are contiguous, numbers NumPy scalars of the type that the source says."""
+        key = name, np.dtype(dtype).name
+        if key not in self._functions:
+            module = self._module(code=cupy_kernels.source(key[1]))
+            self._functions[key] = module.get_function(name)
+        self._functions[key](*grid_and_block, arguments)
+
+
+class Products:
+    """Products of matrices where CuPy's own are slow, or do not follow TF32.
+
+    A 2-D product goes straight to cuBLAS, with transposed factors as flags. One of 3-D by 2-D takes a detour, and
+    a batched one copies a transposed factor and ignores TF32.
+    """
+
+    def __init__(self, cupy, tf32: bool):
+        self._cupy, self._tf32, self._factors = cupy, tf32, {}
+
+    def matmul(self, a, b):
+        """As matmul of the Array API."""
+        if b.ndim == 2 and a.ndim > 2:
+            flat = self._cupy.matmul(a.reshape(-1, a.shape[-1]), b)
+            return flat.reshape(*a.shape[:-1], b.shape[-1])
+        alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
+        if alike and a.dtype == b.dtype and a.dtype.name in ("float32", "float64") and a.size and b.size:
+            contiguous = self._cupy.ascontiguousarray
+            return self.batched(contiguous(a), contiguous(b))
+        return self._cupy.matmul(a, b)
+
+    def batched(self, a, b, transpose_a: bool = False, transpose_b: bool = False, factor: float = 1.0, out=None):
+        """factor * a @ b for contiguous (..., M, K) and (..., K, N) of the same leading axes -> (..., M, N).
+
+        transpose_a, transpose_b: the last two axes of that factor lie the other way round.
+        """
+        M, K = a.shape[-2:][::-1] if transpose_a else a.shape[-2:]
+        N = b.shape[-2] if transpose_b else b.shape[-1]
+        if out is None:
+            out = self._cupy.empty((*a.shape[:-2], M, N), dtype=a.dtype)
+        cublas, kind = self._cupy.cuda.cublas, a.dtype.name
+        of_array, of_sum = self._types(cublas, kind)
+        # cuBLAS counts by columns: what it takes for (K, M) is a, and out^T = b^T a^T
+        cublas.gemmStridedBatchedEx(
+            self._cupy.cuda.get_cublas_handle(),
+            cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
+            cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N,
+            N, M, K, self._pointer(factor, kind),
+            address(b), of_array, b.shape[-1], K * N,
+            address(a), of_array, a.shape[-1], M * K, self._pointer(0.0, kind),
+            address(out), of_array, N, M * N,
+            math.prod(a.shape[:-2]), of_sum, cublas.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+        return out
+
+    def _types(self, cublas, kind: str) -> tuple[int, int]:
+        """Of the arrays, and of the arithmetic."""
+        runtime = self._cupy.cuda.runtime
+        if kind == "float64":
+            return runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F
+        return runtime.CUDA_R_32F, cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if self._tf32 else cublas.CUBLAS_COMPUTE_32F
+
+    def _pointer(self, number: float, kind: str) -> int:
+        """Where a number lies on the host, from which cuBLAS reads it during the call."""
+        if (number, kind) not in self._factors:
+            array = np.array(number, dtype=kind)
+            self._factors[number, kind] = array, array.ctypes.data
+        return self._factors[number, kind][1]
+
+
+def address(array) -> int:
+    """Where an array begins on the device."""
+    return array.data.ptr
+
+
+def make_watch(cupy, pool, device: int):
+    """A hook that follows the pool's memory on one device while it is on, and knows the peaks."""
+
+    class Watch(cupy.cuda.MemoryHook):
+        name = "baby_xp"
+        on, used, held, _now = False, 0, 0, 0
+
+        def __enter__(self):
+            self.on, self._now = True, pool.used_bytes()
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            self.on = False
+            self.note(self._now, pool.total_bytes())
+
+        def malloc_postprocess(self, **of):
+            if of["device_id"] == device and of["mem_ptr"]:
+                self._now += of["mem_size"]
+                self.used = max(self.used, self._now)
+
+        def free_postprocess(self, **of):
+            if of["device_id"] == device:
+                self._now -= of["mem_size"]
+
+        def note(self, used: int, held: int) -> None:
+            self.used, self.held = max(self.used, used), max(self.held, held)
+
+    return Watch()
+
+
+_limits_before: dict[int, int] = {}
+
+
+def limit_pool(pool, device: int, memory_gib: float | None) -> None:
+    """Limit the pool on the current device; None: as it was before anyone limited it here."""
+    if memory_gib is not None:
+        _limits_before.setdefault(device, pool.get_limit())
+        pool.set_limit(size=round(memory_gib * GIB))
+    elif device in _limits_before:
+        pool.set_limit(size=_limits_before.pop(device))
+
+
+def kernels_are_cached() -> bool:
+    """Whether CuPy has compiled anything on this machine before."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def cuda_version(number: int) -> str:
+    """CUDA's number of a version in words: 12090 -> "12.9"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def import_cupy():
@@ -82,6 +313,9 @@ def prove(cupy) -> None:
     try:
         ones = cupy.ones((4, 4), dtype=cupy.float32)
         total = float(cupy.sum((ones + 1) @ ones))
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        remedy = "nvidia-smi shows what holds the GPU's memory; a memory limit may also be too low"
+        raise BackendUnavailable("cupy", f"not even a small array fits ({_one_line(error)})", remedy) from None
     except Exception as error:
         wheel = f"cupy-cuda{cupy.cuda.runtime.runtimeGetVersion() // 1000}x"
         remedy = f"install CUDA's libraries beside CuPy: pip install '{wheel}[ctk]'"

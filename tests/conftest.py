@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import fake_cupy
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ VARIANTS = {
     "torch": ("torch", None),
     "jax": ("jax", None),
     "jax jit": ("jax", None),
+    "cupy kernels": ("cupy", None),  # the source that a GPU gets, run on the CPU: see fake_cupy.py
     "cupy": ("cupy", None),
 }
 
@@ -31,7 +33,9 @@ class Case:
     def __init__(self, variant: str, dtype: str):
         name, device = VARIANTS[variant]
         self.variant, self.dtype = variant, dtype
-        self.backend = backends.load(name, device, dtype)
+        self.backend = (
+            backends.load(name, device, dtype) if variant != "cupy kernels" else fake_cupy.backend(dtype=dtype)
+        )
         self.to_numpy, self.integers = self.backend.to_numpy, self.backend.integers
         self.xp = self.backend.xp
         if variant == "numpy plain":  # the text itself, with none of the faster functions

@@ -1423,7 +1423,9 @@ def test_the_ages_differ_in_their_context_alone():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in AGES[1:]])
-@pytest.mark.parametrize("other", ["torch", "array-api-strict", "jax"])
+@pytest.mark.parametrize(
+    "other", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)]
+)
 def test_a_preset_gives_the_same_losses_on_every_backend(
     work, call, short_nursery, monkeypatch, request, name, other
 ):

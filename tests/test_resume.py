@@ -174,7 +174,7 @@ def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp
     assert Ending.of(resumed) == whole
 
 
-@pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax"])
+@pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_every_backend_resumes_exactly(text, tmp_path, name, monkeypatch):
     case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
     monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 1)  # slow where every operation is compiled
