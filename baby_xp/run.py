@@ -82,8 +82,8 @@ class Run:
     def answer(self, question: str) -> str:
         """The likeliest answer to a question such as "4+4=": "4+4=8".
 
-        Its first digit alone where the context does not hold an equation whole: the other digits then do not follow
-        from what the model sees.
+        Its first digit alone where the context does not hold an equation whole: the other digits then do not
+        follow from what the model sees.
 
         Raises BabyError for a question that the tokenizer cannot encode, and for a run that learned no equations.
         """

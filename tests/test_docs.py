@@ -1,0 +1,476 @@
+"""What a page says can be done, can be done: every block and command runs, every quotation and link is right."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import docs_blocks
+import pytest
+from docs_blocks import LANGUAGES, ROOT, Block, blocks_of
+
+TEXTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench/README.md", ROOT / "data/README.md"]
+)
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
+SECONDS_PER_PAGE, SECONDS_PER_NOTEBOOK = 600, 600
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks_to_run() -> list:
+    return [
+        pytest.param(page, block.place, id=f"{name_of(page)}:{block.place}")
+        for page in PAGES
+        for block in blocks_of(page.read_text("utf-8"))
+        if is_run(block)
+    ]
+
+
+def is_run(block: Block) -> bool:
+    return bool(block.mark == "output" or block.commands or (block.kind == "python" and not block.mark))
+
+
+# what is run --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def outcomes_of(page: Path) -> dict[str, list[str]]:
+    """Run a page in a new folder and a process of its own -> outcome by place."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        results, cwd = Path(folder) / "results.json", Path(folder) / "reader"
+        cwd.mkdir()
+        command = [sys.executable, str(ROOT / "tests/docs_blocks.py"), str(page), str(results)]
+        try:
+            done = subprocess.run(
+                command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", errors="replace",
+                timeout=SECONDS_PER_PAGE, env=docs_blocks.environment(),
+            )  # fmt: skip
+            end = f"exit code {done.returncode}\n{done.stderr[-3000:]}"
+        except subprocess.TimeoutExpired:
+            end = f"the page takes more than {SECONDS_PER_PAGE} seconds"
+        found = json.loads(results.read_text("utf-8")) if results.exists() else {}
+        return {**found, "end": ["failed", end]}
+
+
+@pytest.mark.parametrize(("page", "place"), blocks_to_run())
+def test_block(page, place):
+    """It runs after all blocks before it; what it is said to print, it prints."""
+    judge(page, place)
+
+
+def judge(page: Path, place: str) -> None:
+    """Pass, fail or skip, as the block's outcome has it."""
+    found = outcomes_of(page)
+    if place not in found and any(outcome == "failed" for at, (outcome, _) in found.items() if at != "end"):
+        pytest.skip("a block before it failed")
+    outcome, told = found.get(place, found["end"])
+    if outcome == "skipped":
+        pytest.skip(told)
+    assert outcome == "passed", f"{page.name}, the block of line {place}:\n{told}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_notebook(notebook, tmp_path):
+    """Every cell runs, in order, in a new kernel."""
+    if "matplotlib" in notebook.read_text("utf-8") and importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    done = run_notebook(notebook, tmp_path)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def run_notebook(notebook: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Run it in a folder of its own, its outputs thrown away."""
+    for module in ("nbclient", "nbformat", "ipykernel"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    code = (
+        "import sys, nbformat, nbclient\n"
+        "notebook = nbformat.read(sys.argv[1], 4)\n"
+        "place = {'metadata': {'path': sys.argv[2]}}\n"
+        "nbclient.NotebookClient(notebook, timeout=None, kernel_name='python3', resources=place).execute()\n"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "1", "JUPYTER_PLATFORM_DIRS": "1"}
+    environment["IPYTHONDIR"] = str(folder / "ipython")
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(notebook), str(folder)], cwd=folder, capture_output=True, text=True,
+            encoding="utf-8", errors="replace", timeout=SECONDS_PER_NOTEBOOK, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{notebook.name} takes more than {SECONDS_PER_NOTEBOOK} seconds")
+
+
+# what is not run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_of_a_known_kind(page):
+    """So that none is left out in silence."""
+    assert faults_of(page.read_text("utf-8")) == []
+
+
+def faults_of(text: str) -> list[str]:
+    faults, ran = [], False
+    for block in blocks_of(text):
+        where = f"line {block.line}: "
+        if block.kind not in LANGUAGES | {"indented", "inline"}:
+            faults.append(
+                f"{where}a block of {block.kind or 'no language'}; known: {', '.join(sorted(LANGUAGES))}"
+            )
+        if block.kind == "indented" and re.search(r"^(import |from \S+ import |>>> )", block.text, re.MULTILINE):
+            faults.append(f"{where}Python in an indented block is not run; fence it")
+        if block.mark == "output" and not (ran and block.kind in ("text", "indented")):
+            faults.append(f"{where}output is a text after a block that runs")
+        if block.mark and block.mark != "output" and not block.mark.startswith("code: "):
+            faults.append(f"{where}no such mark: {block.mark!r}")
+        ran = block.mark != "output" and is_run(block)
+    return faults
+
+
+def quotations() -> list:
+    return [
+        pytest.param(block, id=f"{name_of(page)}:{block.line}")
+        for page in PAGES
+        for block in blocks_of(page.read_text("utf-8"))
+        if block.mark.startswith("code:")
+    ]
+
+
+@pytest.mark.parametrize("block", quotations())
+def test_quotation(block):
+    """Code that a page shows stands word for word where it says."""
+    path = ROOT / block.mark.removeprefix("code:").strip()
+    assert path.is_file(), f"{path} is not there"
+    assert is_quoted(block.text, path.read_text("utf-8")), f"not in {path.name} word for word:\n{block.text}"
+
+
+def is_quoted(quotation: str, source: str) -> bool:
+    return "\n" + quotation.strip("\n") + "\n" in f"\n{source}\n"
+
+
+# links --------------------------------------------------------------------------------------------------
+
+
+def text_of(path: Path) -> str:
+    """The Markdown of a page or a notebook."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def without_code(text: str) -> str:
+    text = re.sub(r"^( *)(```+|~~~+).*?^\1\2 *$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"(?:\A|\n\n)(?:    .*\n)+", "\n", text)
+    return re.sub(r"`[^`]*`", "`", text)
+
+
+def links_of(text: str) -> list[str]:
+    return re.findall(r"\[(?:[^][]|\[[^]]*\])*\]\(<?([^)\s>]+)>?[^)]*\)", without_code(text))
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a text."""
+    anchors: set[str] = set()
+    fenced = re.sub(r"^( *)(```+|~~~+).*?^\1\2 *$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#{1,6} +(.*?) *#*$", fenced, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number, name = 0, anchor
+        while name in anchors:
+            number += 1
+            name = f"{anchor}-{number}"
+        anchors.add(name)
+    return anchors | set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+
+
+def broken_links(path: Path) -> list[str]:
+    broken = []
+    for link in links_of(text_of(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        where, _, anchor = link.partition("#")
+        target = (path.parent / where).resolve() if where else path
+        if not target.exists():
+            broken.append(f"{link}: no such file")
+        elif anchor and (target.suffix not in (".md", ".ipynb") or anchor not in anchors_of(text_of(target))):
+            broken.append(f"{link}: no such heading")
+    return broken
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=name_of)
+def test_links_lead_somewhere(path):
+    assert broken_links(path) == []
+
+
+def test_the_index_has_every_page():
+    index = ROOT / "docs/README.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in links_of(index.read_text("utf-8"))}
+    pages = {page for page in [*TEXTS, *NOTEBOOKS] if ROOT / "docs" in page.parents} - {index}
+    assert sorted(map(name_of, pages - linked)) == []
+
+
+# the tables ---------------------------------------------------------------------------------------------
+
+
+def all_commands() -> list[str]:
+    found = [block for page in PAGES for block in blocks_of(page.read_text("utf-8"))]
+    return [part.strip() for block in found for command in block.commands for part in command.text.split("&&")]
+
+
+@pytest.mark.parametrize("beginning", [row[0] for row in (*docs_blocks.SHORTER, *docs_blocks.HELP)])
+def test_the_table_of_shorter_commands_has_no_idle_row(beginning):
+    pattern = rf"python -m {re.escape(beginning)}{'' if beginning.endswith('.') else '( |$)'}"
+    assert any(re.match(pattern, command) for command in all_commands())
+
+
+@pytest.mark.parametrize("text", [row[0] for row in docs_blocks.SHORTER_PYTHON])
+def test_the_table_of_shorter_python_has_no_idle_row(text):
+    pages = [block for page in PAGES for block in blocks_of(page.read_text("utf-8"))]
+    assert any(text in block.text for block in pages if block.kind == "python")
+
+
+# the checks themselves ----------------------------------------------------------------------------------
+
+
+def run(tmp_path, text: str) -> dict[str, list[str]]:
+    """The outcomes of a page made up for a test."""
+    page = tmp_path / "page.md"
+    page.write_text(text, "utf-8")
+    outcomes = dict(outcomes_of(page))
+    outcomes.pop("end")
+    return outcomes
+
+
+def test_blocks_share_names_and_a_folder(tmp_path):
+    text = (
+        "```python\nx = 2\nopen('a', 'w').close()\n```\n\n"
+        '```sh\npython -c \'open("b", "w").close()\'\n```\n\n'
+        "```python\nimport os\nprint(x, sorted(os.listdir()))\n```\n<!-- output -->\n```text\n2 ['a', 'b']\n```\n"
+    )
+    assert {outcome for outcome, _ in run(tmp_path, text).values()} == {"passed"}
+    assert len(run(tmp_path, text)) == 4
+
+
+def test_two_commands_of_one_line_have_a_verdict_each(tmp_path):
+    outcomes = run(tmp_path, "Say `pip install x` or `python -V`.\n")
+    assert outcomes == {"1": ["skipped", "needs a network"], "1b": ["passed", ""]}
+
+
+def test_commands_go_on_in_the_next_line():
+    text = "```sh\n# first\npython a.py \\\n  --b\npython -m c [--d 1]\n            [--e]\n\npython f.py\n```\n"
+    (block,) = blocks_of(text)
+    assert [(command.line, command.text) for command in block.commands] == [
+        (3, "python a.py  --b"), (5, "python -m c [--d 1] [--e]"), (8, "python f.py"),
+    ]  # fmt: skip
+
+
+def test_an_error_names_the_line_of_the_page_and_ends_the_page(tmp_path):
+    outcomes = run(tmp_path, "Words.\n\n```python\nx = 1\nx / 0\n```\n\n```python\nx = 2\n```\n")
+    assert list(outcomes) == ["4"]
+    assert outcomes["4"][0] == "failed"
+    assert "line 5, in <module>\n    x / 0" in outcomes["4"][1]
+    assert "ZeroDivisionError" in outcomes["4"][1]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("```python\nprint(1.25)\n```\n<!-- output -->\n```text\n1.23\n```\n", "what is printed is '1.25'"),
+        ("```python\nraise SystemExit\n```\n", "SystemExit"),
+        ("```sh\npython -c 'import sys; sys.exit(3)'\n```\n", "exit code 3"),
+        ("```sh\nmake\n```\n", "no rule for the program"),
+        ("```console\n$ python -c 'print(1)'\n2\n```\n", "the page says '2'"),
+        ("Words `python -c 'x'`.\n", "NameError"),
+        ("    $ python -c 'x'\n", "NameError"),
+        ("    python -m baby_xp babble    no such command\n", "unknown command"),
+        ("```sh\npython -m bench.train --fast\n```\n", "does not know --fast"),
+    ],
+)
+def test_what_fails(tmp_path, text, told):
+    outcome, said = next(reversed(run(tmp_path, text).values()))
+    assert outcome == "failed"
+    assert told in said
+
+
+@pytest.mark.parametrize(("cell", "code", "told"), [("x = 2", 0, ""), ("y", 1, "name 'y' is not defined")])
+def test_notebooks_run_and_fail(tmp_path, cell, code, told):
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        for source in ("x = 1\nopen('here', 'w').close()", cell)
+    ]
+    notebook = tmp_path / "one.ipynb"
+    notebook.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}), "utf-8")
+    done = run_notebook(notebook, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert (tmp_path / "here").exists()
+
+
+def test_a_command_that_cannot_run_here_is_skipped_with_the_reason(tmp_path):
+    outcomes = run(tmp_path, "```sh\npip install nothing\n```\n\n    pip install . && python -c 'print(1)'\n")
+    assert outcomes == {"2": ["skipped", "needs a network"], "5": ["passed", ""]}
+
+
+def test_an_outcome_becomes_a_verdict(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "    pip install x\n\n```python\nx = 1\n```\n\n```python\ny\n```\n\n```python\nx = 1\n```\n", "utf-8"
+    )
+    judge(page, "4")
+    with pytest.raises(pytest.skip.Exception, match="needs a network"):
+        judge(page, "1")
+    with pytest.raises(AssertionError, match="NameError"):
+        judge(page, "8")
+    with pytest.raises(pytest.skip.Exception, match="a block before it failed"):
+        judge(page, "12")
+
+
+def test_a_page_that_kills_its_process_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport os\nos._exit(7)\n```\n", "utf-8")
+    with pytest.raises(AssertionError, match="exit code 7"):
+        judge(page, "2")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("python -m baby_xp estimate 24-months", "needs shakespeare.txt"),
+        ("python -m baby_xp train nanogpt-cpu", "needs shakespeare.txt"),
+        ('baby_xp.train("nanogpt-cpu")', "needs shakespeare.txt"),
+        ("python -m baby_xp finetune last --data shakespeare", "needs shakespeare.txt"),
+        ("python -m baby_xp train nanogpt-cpu --data my.txt", ""),
+        ("python -m baby_xp train", ""),
+        ("python -m baby_xp train --backend cupy", "needs a GPU"),
+        ('backend.load("cupy"); baby_xp.train(backend="cupy")', "needs a GPU"),
+        ("nvidia-smi", "needs a GPU"),
+        ("pip install -e .", "needs a network"),
+        ("python -m pytest -m gpu", "these are the tests"),
+        ("python -m baby_xp train --backend torch", "needs torch"),
+        ("python -m baby_xp backends", ""),
+    ],
+)
+def test_the_rules_for_what_is_skipped(monkeypatch, text, reason):
+    monkeypatch.delenv("BABY_XP_DATA", raising=False)
+    monkeypatch.setattr(docs_blocks, "_no_gpu", lambda: True)
+    monkeypatch.setattr(docs_blocks, "_missing", lambda module: module == "torch")
+    found = docs_blocks.skipped(text)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+def test_what_is_shortened(monkeypatch):
+    monkeypatch.setenv("BABY_XP_DATA", "somewhere")
+    (train,) = docs_blocks.plans("python -m baby_xp train nanogpt-cpu --num-steps 5000")
+    assert train.arguments[train.arguments.index("--num-steps") + 1] == "20"
+    assert train.changed
+    (equations,) = docs_blocks.plans("python -m baby_xp train equations")
+    assert equations.arguments == ["-m", "baby_xp", "train", "equations"]
+    (other,) = docs_blocks.plans("python -m baby_xp train equations-2")
+    assert "--num-steps" in other.arguments
+    (generate,) = docs_blocks.plans("python -m baby_xp generate RUN --greedy  # until it stops")
+    assert generate.arguments == ["-m", "baby_xp", "generate", "last", "--greedy"]
+
+
+def test_what_a_page_asks_of_the_reader_is_there(tmp_path):
+    text = "```sh\npython -c 'open(\"my.txt\")'\n```\n\n    python -m baby_xp evaluate RUN   measures\n"
+    assert {outcome for outcome, _ in run(tmp_path, text).values()} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"),
+    [
+        ("a  b 3", "a b   3"),
+        ("loss 1.23", "loss 1.2349"),
+        ("loss 1.23", "loss 1.22"),
+        ("error 3.1e-11", "error 8e-12"),
+        ("first\n...\nlast 1", "first\nsecond\nthird\nlast 1"),
+        ("first\n...", "first\nsecond"),
+        ("[ 0.5 -0.1]", "[0.5  -0.1]"),
+        ("[0. 1.]", "[-0.  1.]"),
+    ],
+)
+def test_outputs_that_agree(expected, found):
+    assert docs_blocks.difference(expected, found) == ""
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"),
+    [
+        ("loss 1.23", "loss 1.2"),
+        ("loss 1.23", "lost 1.23"),
+        ("3 steps", "4 steps"),
+        ("error 3.1e-11", "error 2e-6"),
+        ("error 3.1e-5", "error 3.4e-5"),
+        ("[1.]", "[2.]"),
+        ("a", "a\nb"),
+        ("a\nb", "a"),
+        ("a\n...\nc", "a\nb"),
+        ("[0.5 0.1]", "[0.5 -0.1]"),
+    ],
+)
+def test_outputs_that_differ(expected, found):
+    assert docs_blocks.difference(expected, found) != ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\nx\n```\n",
+        "```ruby\nx\n```\n",
+        "    import baby_xp\n    baby_xp.train()\n",
+        "<!-- output -->\n```text\n1\n```\n",
+        "```python\nx\n```\n<!-- output -->\n```python\n1\n```\n",
+        "<!-- do not run -->\n```python\nx\n```\n",
+    ],
+)
+def test_blocks_that_are_not_allowed(text):
+    assert len(faults_of(text)) == 1
+
+
+def test_blocks_that_are_allowed():
+    text = "```python\nx\n```\n\n<!-- output -->\n```text\n1\n```\n\n<!-- code: a.py -->\n```python\nx\n```\n"
+    assert faults_of(text) == []
+    assert [is_run(block) for block in blocks_of(text)] == [True, True, False]
+    text = "```sh\npython -V\n```\n\n    python -V\n\nOr `python -V`.\n\n    a tree\n\n```text\npython -V\n```\n"
+    assert [is_run(block) for block in blocks_of(text)] == [True, True, True, False, False]
+
+
+def test_quotations_are_whole_lines():
+    source = "def f():\n    return 1\n\n\ndef g():\n    return 2\n"
+    assert is_quoted("def f():\n    return 1\n", source)
+    assert not is_quoted("def f():\n    return 2\n", source)
+    assert not is_quoted("def f():\n    return", source)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "other.md").write_text("# One two\n\n## `code` and *more*: yes\n\n# One two\n", "utf-8")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#one-two) [c](other.md#code-and-more-yes) [d](other.md#one-two-1)\n"
+        "[e](https://example.org) `[f](nowhere)` [g](#here)\n\n# Here\n\n"
+        "[h](nowhere.md) [i](other.md#three) [j](#there) ![k](picture.png)\n",
+        "utf-8",
+    )
+    assert broken_links(page) == [
+        "nowhere.md: no such file", "other.md#three: no such heading", "#there: no such heading",
+        "picture.png: no such file",
+    ]  # fmt: skip
+
+
+def test_flags_take_the_place_of_those_that_are_there():
+    words = ["train", "--num-steps", "5000", "--lr=1", "--greedy"]
+    assert docs_blocks.with_flags(words, {"--num-steps": "2", "--lr": "3", "--no-measure": None}) == [
+        "train", "--greedy", "--num-steps", "2", "--lr", "3", "--no-measure",
+    ]  # fmt: skip
