@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,21 @@ def test_settings_that_make_no_sense(name, overrides, match, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_training_sees_what_the_settings_say():
+    four = api.override(preset("equations"), {"max_sum": 18, "held_out": "4+4,9+7"})
+    batch = task.prepare(four.data, four.model, four.train, None).batches.batch(0)
+    contexts, targets = eq.training_pairs(18, ["4+4", "9+7"])  # without those that nobody can tell
+    assert np.array_equal(batch.inputs, contexts)
+    assert np.array_equal(batch.targets, targets)
+    nine = api.override(preset("equations-2"), {"seed": 5})
+    learned = task.prepare(nine.data, nine.model, nine.train, None)
+    held_out = eq.chosen("10%", 5, 0, 2, "+-")
+    assert np.array_equal(learned.batches.contexts, eq.pairs(eq.equations(0, held_out, 2, "+-"), n_ctx=9)[0])
+    unseen = np.concatenate([batch.inputs for batch in learned.validation()])
+    assert np.array_equal(unseen, eq.pairs(eq.held_out_equations(0, held_out, 2, "+-"), n_ctx=9)[0])
+    assert learned.n_validation == len(unseen)
+
+
 # the six steps --------------------------------------------------------------------------------------------
 
 
@@ -184,6 +200,14 @@ def test_the_probability_of_an_answer_is_that_of_all_its_tokens():
     assert probability[0] == pytest.approx(equations.predict(weights, "9+8=", four)["1"])
 
 
+def test_an_answer_that_does_not_end_is_shown_as_one_token_more_than_any_has(tmp_path):
+    run = baby_xp.train(shortened("equations-table"), path=tmp_path, backend="numpy", workers=1)
+    weights = run.model.layout.unpack(np, run.params.copy())
+    weights["output"]["bias"][eq.encode("1")] = 1e3
+    babbling = replace(run, params=run.model.layout.pack(np, weights))
+    assert babbling.answer("9+9=") == "9+9=111"
+
+
 def test_a_run_without_equations_has_no_answers(tmp_path):
     (tmp_path / "text.txt").write_text("a little text of no equations\n" * 20, encoding="utf-8")
     settings = {"data": str(tmp_path / "text.txt"), "num_steps": 1, "n_layers": 1, "n_ctx": 8, "sample_tokens": 0}
@@ -215,6 +239,22 @@ def test_each_case_in_turn_and_every_seed():
     assert len(set(asked)) == len(asked) == 2 * 55
     assert {seed for _, seed in asked} == {7, 8}
     assert {equation for equation, _ in asked} == set(eq.equations(9, ()))
+
+
+def test_each_case_of_a_larger_table():
+    chosen = shortened("equations-table", operators="+-", held_out=lab.EACH, n_hidden=4)
+    results = lab.experiment(chosen, seeds=1, workers=1)
+    assert results.models == 110
+    assert sorted(answer.equation for answer in results.answers) == sorted(eq.equations(0, (), 1, "+-"))
+
+
+def test_a_share_is_another_one_for_each_seed():
+    chosen = shortened("equations-2", digits=1, held_out="20%", seed=3, n_hidden=8)
+    results = lab.experiment(chosen, seeds=2, workers=1)
+    for seed in (3, 4):
+        held_out = eq.held_out_equations(0, eq.chosen("20%", seed, 0, 1, "+-"), 1, "+-")
+        assert [answer.equation for answer in results.answers if answer.seed == seed] == held_out
+    assert results.models == 2
 
 
 def test_processes_give_what_one_gives():
@@ -357,7 +397,10 @@ def test_a_killed_process_ends_the_lab_in_one_line():
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_it_and_leaves_no_process():
     command = [sys.executable, "-m", "baby_xp", "equations", "--seeds", "40", "--workers", "2"]
-    lab_process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lab_process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
+    )  # fmt: skip
     find = ["ps", "--ppid", str(lab_process.pid), "-o", "pid="]
     deadline = time.monotonic() + 60
     while len(children := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()) < 2:
