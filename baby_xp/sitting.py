@@ -8,7 +8,7 @@ was killed, and goes on from its checkpoint.
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.diagnosis import largest_gradient
 from baby_xp.training.loop import Diverged, Result, fit
 from baby_xp.training.stop import Stop
-from baby_xp.training.workers import Workers
+from baby_xp.training.workers import Workers, alone
 
 SAMPLE_TOKENS = 500
 """Tokens of the text at the end of training."""
@@ -67,9 +67,8 @@ class Sitting:
         self.started = self.started or _now()
         self._begin(start)
         try:
-            pool = nullcontext()
-            if self.workers > 1:
-                pool = Workers(self.backend, self.model, self.chosen.train.batch_size, self.workers)
+            of_step = self.backend, self.model, self.chosen.train.batch_size
+            pool = Workers(*of_step, self.workers) if self.workers > 1 else alone(*of_step)
             told = backends.memory_told(self.backend, self._memory_advice)
             with Stop(self._told_to_stop) as stop, pool as workers, told:
                 self.listener.started(self, start.step)

@@ -47,6 +47,7 @@ SHORTER = (
         {"--num-steps": "20", "--eval-every": "10", "--sample-tokens": "20"},
         "takes minutes to hours",
     ),
+    ("baby_xp equations", {"--seeds": "1", "--num-steps": "10"}, "150 models take 20 seconds and more"),
     ("baby_xp finetune", {"--num-steps": "10", "--eval-every": "5"}, "500 steps take half a minute"),
     ("baby_xp resume", {"--num-steps": "30"}, "nobody stopped the run before it, so it goes on by more steps"),
     ("baby_xp equations", {"--seeds": "1", "--num-steps": "20"}, "up to 275 models take minutes"),

@@ -526,3 +526,27 @@ def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, 
     assert not run.files.completion().exists()
     assert not run.files.lock.exists()
     assert not list((tmp_path / "runs").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("n_emb", "threads"), [(8, 1), (256, None)])
+def test_one_process_computes_small_steps_with_one_thread(tmp_path, n_emb, threads):
+    """A product that waits for a second thread on a busy machine can take a hundred times as long."""
+    from threadpoolctl import threadpool_info
+
+    def of_blas():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen, before = [], of_blas()
+
+    class Watch(baby_xp.api.Silent):
+        def progress(self, step, loss, tokens_per_second):
+            seen.extend(of_blas())
+
+    (tmp_path / "text.txt").write_text("to and fro, to and fro\n" * 200, encoding="utf-8")
+    baby_xp.api.train(
+        "baby", path=tmp_path, backend="numpy", workers=1, data=str(tmp_path / "text.txt"), n_emb=n_emb,
+        head_size=8, n_ctx=32, num_steps=1, sample_tokens=0, listener=Watch(),
+    )  # fmt: skip
+    assert seen
+    assert set(seen) == ({threads} if threads else set(before))
+    assert of_blas() == before

@@ -25,7 +25,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,28 @@ INHERITED = os.name != "nt"
 
 def suitable_number(backend, model: Model, batch_size: int) -> int:
     """How many processes suit a run: one a core on NumPy, but one in all for small steps."""
-    tokens = batch_size * model.config.n_ctx
-    if backend.name != "numpy" or 6 * model.n_parameters * tokens < WORTH_SPLITTING:
+    if backend.name != "numpy" or is_small(model, batch_size):
         return 1
     return min(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, batch_size
     )
+
+
+def is_small(model: Model, batch_size: int) -> bool:
+    """Whether a step has so little to compute that it is best done by one core alone."""
+    return 6 * model.n_parameters * batch_size * model.config.n_ctx < WORTH_SPLITTING
+
+
+@contextmanager
+def alone(backend, model: Model, batch_size: int) -> Iterator[None]:
+    """What one process computes in, in place of Workers: a small step with one BLAS thread.
+
+    Two gain nothing there, and where other programs have work too, each product waits for the slower one: a step
+    of 2 ms was seen to take 400.
+    """
+    small = backend.name == "numpy" and is_small(model, batch_size)
+    with threadpool_limits(1) if small else nullcontext():
+        yield
 
 
 class Arena:
