@@ -606,7 +606,7 @@ def presets(arguments: list[str]) -> None:
     from baby_xp.presets import PRESETS
 
     for preset in PRESETS.values():
-        print(f"{preset.name:<13} {preset.about}; data: {preset.data.data}")
+        print(f"{preset.name:<16} {preset.about}; data: {preset.data.data}")
 
 
 def backends(arguments: list[str]) -> None:

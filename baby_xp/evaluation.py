@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from baby_xp_data import equations as known
 
-from baby_xp import quality, task
+from baby_xp import equations, quality, task
 from baby_xp.config import Preset
 from baby_xp.run import Run
 from baby_xp.text.batches import Batch
@@ -27,7 +28,8 @@ class Evaluation:
     loss is in nats a token, bits_per_character in bits, perplexity is exp(loss). entropy is the exact entropy of
     the text in nats a character, where that is known: no model can go below it. known_words and copied_ngrams
     are shares of `num_tokens` generated tokens, see quality.py. accuracy is the share of validation targets that
-    are the model's likeliest token.
+    are the model's likeliest token. answered is the share of held-out equations that are answered rightly, for a
+    run that learns equations.
     """
 
     data: str
@@ -41,6 +43,7 @@ class Evaluation:
     known_words: float | None = None
     copied_ngrams: float | None = None
     ngram: int = NGRAM
+    answered: float | None = None
 
     def lines(self) -> list[str]:
         """The figures as a table for people."""
@@ -50,6 +53,8 @@ class Evaluation:
             ("perplexity", f"{self.perplexity:.3f}"),
             ("likeliest token is right", f"{self.accuracy:.1%}"),
         ]
+        if self.answered is not None:
+            rows.append(("held-out equations answered rightly", f"{self.answered:.1%}"))
         if self.bits_per_character is not None:
             rows.append(("bits per character", f"{self.bits_per_character:.4f}"))
         if self.entropy is not None:
@@ -76,7 +81,7 @@ def evaluate(run: Run, chosen: Preset, sha256: str | None, num_tokens: int, seed
     loss, accuracy = _measure(run, learned.validation())
     found = Evaluation(learned.name, learned.n_validation, loss, math.exp(min(loss, 700)), accuracy)
     if learned.corpus is None:
-        return found
+        return replace(found, answered=_answered(run, chosen))
     train, validation = learned.corpus.train, learned.corpus.validation
     per_character = len(validation) / max(1, sum(map(len, _text(run.tokenizer, validation))))
     text = run.generate(num_tokens=num_tokens, seed=seed)
@@ -111,6 +116,15 @@ def _measure(run: Run, batches: Iterator[Batch]) -> tuple[float, float]:
     with np.errstate(all="ignore"):
         loss = mean_loss(total, batches)
     return loss, right / targets
+
+
+def _answered(run: Run, chosen: Preset) -> float:
+    """The share of held-out equations that a run answers rightly."""
+    data, weights = chosen.data, run.model.layout.unpack(np, run.params)
+    table = {"digits": data.digits, "operators": data.operators}
+    held_out = known.chosen(data.held_out, chosen.train.seed, data.max_sum, **table)
+    asked = known.held_out_equations(data.max_sum, held_out, **table)
+    return float(np.mean(equations.answers(weights, asked, run.model.config, data.digits)[0]))
 
 
 def _text(tokenizer: Tokenizer, ids: np.ndarray) -> Iterator[str]:

@@ -64,7 +64,7 @@ class Results:
         return float(np.mean([answer.right for answer in self.answers]))
 
     @property
-    def share_without_nothing(self) -> float | None:
+    def share_without_zeros(self) -> float | None:
         """The same without 0+0, whose answer begins no other equation of sums; None if it was not asked."""
         others = [answer.right for answer in self.answers if not answer.equation.startswith("0+0=")]
         return float(np.mean(others)) if len(others) < len(self.answers) and others else None
@@ -83,22 +83,23 @@ class Results:
 
     def of_operators(self) -> dict[str, float]:
         """Share answered rightly, operator by operator."""
-        return {operator: float(np.nanmean(self._grid(operator))) for operator in self.chosen.data.operators}
+        asked = {operator: [] for operator in self.chosen.data.operators}
+        for answer in self.answers:
+            a_and_b = data.question(answer.equation)
+            asked["+" if "+" in a_and_b else "-"].append(answer.right)
+        return {operator: float(np.mean(right)) for operator, right in asked.items() if right}
 
     def map(self, operator: str = "+") -> np.ndarray:
         """Share answered rightly (10, 10), by first and second operand, or by their tens; NaN where nothing was
         asked."""
-        return self._grid(operator, 10 ** (self.chosen.data.digits - 1))
-
-    def _grid(self, operator: str, unit: int = 1) -> np.ndarray:
-        size = 10**self.chosen.data.digits // unit
-        right, asked = np.zeros((size, size)), np.zeros((size, size))
+        unit = 10 ** (self.chosen.data.digits - 1)
+        right, asked = np.zeros((10, 10)), np.zeros((10, 10))
         for answer in self.answers:
             question = data.question(answer.equation)[:-1]
             if operator in question:
-                a, b = question.split(operator)
-                right[int(a) // unit, int(b) // unit] += answer.right
-                asked[int(a) // unit, int(b) // unit] += 1
+                a, b = (int(operand) // unit for operand in question.split(operator))
+                right[a, b] += answer.right
+                asked[a, b] += 1
         with np.errstate(invalid="ignore"):
             return right / asked
 
@@ -110,8 +111,8 @@ class Results:
             ("held out", f"{n:,} equation{'s' * (n > 1)}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
             ("answered rightly", f"{self.share:.1%}"),
         ]
-        if self.share_without_nothing is not None:
-            rows.append(("  without 0+0", f"{self.share_without_nothing:.1%}"))
+        if self.share_without_zeros is not None:
+            rows.append(("  without 0+0", f"{self.share_without_zeros:.1%}"))
         if len(seeds) > 1:
             rows.append(("  seed by seed", f"{min(seeds.values()):.1%} to {max(seeds.values()):.1%}"))
         if len(self.chosen.data.operators) > 1:

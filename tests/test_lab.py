@@ -168,6 +168,20 @@ def test_the_steps_give_the_weights_of_the_command_train(name, tmp_path):
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["equations-table", "equations-gpt"])
+def test_evaluate_tells_the_share_of_held_out_equations(name, tmp_path, capsys):
+    settings = {"digits": 1, "operators": "+", "max_sum": 9, "held_out": "30%", "seed": 1}
+    steps = 600 if name == "equations-table" else 150
+    chosen = shortened(name, num_steps=steps, eval_every=steps, **settings)
+    run = baby_xp.train(chosen, path=tmp_path, backend="numpy", workers=1)
+    asked = eq.held_out_equations(9, eq.chosen("30%", 1))
+    right = [run.answer(eq.question(equation)) == equation.rstrip() for equation in asked]
+    assert run.evaluate().answered == np.mean(right)
+    assert 0 < np.mean(right) < 1 or name == "equations-gpt"
+    assert cli.main(["evaluate", "--path", str(tmp_path)]) == 0
+    assert f"held-out equations answered rightly  {np.mean(right):.1%}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", OF_EQUATIONS)
 def test_answers_are_those_that_generation_gives(name, tmp_path):
     small = preset(name).data.digits == 1
@@ -297,7 +311,7 @@ def test_the_figures_of_known_answers():
         ("1+2=3 ", 1, False, 0.2), ("2+1=3 ", 0, True, 0.8), ("2+1=3 ", 1, True, 0.7),
     )  # fmt: skip
     assert results.share == 0.5
-    assert results.share_without_nothing == 0.75
+    assert results.share_without_zeros == 0.75
     assert results.probability == pytest.approx(0.5)
     assert results.of_seeds() == {0: 2 / 3, 1: 1 / 3}
     shares = results.map()
@@ -320,7 +334,9 @@ def test_the_map_of_larger_operands_goes_by_their_tens():
     assert results.map("+")[1, 3] == 0.5
     assert results.map("-")[3, 1] == 1
     assert results.of_operators() == {"+": 0.5, "-": 1.0}
-    assert results.share_without_nothing is None
+    again = fixed(chosen, *[("1+1=2 ", seed, True, 1.0) for seed in range(3)], ("2+2=4 ", 0, False, 0.0))
+    assert again.of_operators() == {"+": 0.75}  # answers count alike, not equations
+    assert results.share_without_zeros is None
 
 
 def test_copying_the_nearest():
