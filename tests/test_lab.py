@@ -170,11 +170,11 @@ def test_the_steps_give_the_weights_of_the_command_train(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["equations-table", "equations-gpt"])
 def test_evaluate_tells_the_share_of_held_out_equations(name, tmp_path, capsys):
-    settings = {"digits": 1, "operators": "+", "max_sum": 9, "held_out": "30%", "seed": 1}
+    settings = {"digits": 1, "operators": "+", "max_sum": 9, "held_out": "60%", "seed": 1}
     steps = 600 if name == "equations-table" else 150
     chosen = shortened(name, num_steps=steps, eval_every=steps, **settings)
     run = baby_xp.train(chosen, path=tmp_path, backend="numpy", workers=1)
-    asked = eq.held_out_equations(9, eq.chosen("30%", 1))
+    asked = eq.held_out_equations(9, eq.chosen("60%", 1))
     right = [run.answer(eq.question(equation)) == equation.rstrip() for equation in asked]
     assert run.evaluate().answered == np.mean(right)
     assert 0 < np.mean(right) < 1 or name == "equations-gpt"
