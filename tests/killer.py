@@ -24,7 +24,8 @@ def main() -> None:
         "baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1}
     )  # imports
     sync = os.fsync
-    os.fsync = lambda file: (sync(file), time.sleep(0.003))  # so that many a kill falls into a checkpoint
+    # so that many a kill falls into a checkpoint, and no machine is so fast that the run ends before the last one
+    os.fsync = lambda file: (sync(file), time.sleep(asked["pause"]))
     kills, left = 0, set()
     while kills < asked["kills"]:
         child = start(folder, asked["settings"])

@@ -279,11 +279,12 @@ def test_two_processes_cannot_go_on_with_one_run(text, tmp_path):
 @pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 40, (0.005, 0.08)), (2, 3, (0.8, 1.2))])
 def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path, workers, kills, seconds):
     """SIGKILL, checkpoints included: they take most of the time here."""
-    steps = {1: 200, 2: 400}[workers]
+    steps, pause = 400, kills * seconds[1] / 400  # a step writes a file or more
     settings = {"workers": workers, "num_steps": steps, "eval_every": steps // 10, "checkpoint_every": 1}
     whole, folder = Ending.of(train(text, tmp_path / "alone", **settings)), tmp_path / "runs"
     asked = {
-        "folder": str(folder), "kills": kills, "seconds": seconds, "seed": 0, "sample_tokens": 20,
+        "folder": str(folder), "kills": kills, "seconds": seconds, "pause": pause, "seed": 0,
+        "sample_tokens": 20,
         "settings": {**TINY, "backend": "numpy", "data": str(text), **settings},
     }  # fmt: skip
     done = subprocess.run([sys.executable, KILLER], input=json.dumps(asked), capture_output=True, text=True)
