@@ -33,8 +33,10 @@ PRESETS = {
             ),
             DataConfig(data="nursery"),
         ),
-        # What mattered, in a study of 300 seeds: an embedding of one number, so that digits can only lie on
-        # a line, and small first weights, so that they come to lie there in order. tanh did better than GELU.
+        # What matters is an embedding of one number: digits can then lie nowhere but on a line, and what holds for
+        # the sums that were seen holds between them. With 16 numbers it fits as well and answers nothing else.
+        # 128 neurons without decay answered every held-out sum that can be had, in 10 seeds of 10; with 64, or
+        # with decay, a seed in five lost some. docs/equations.md has the figures.
         Preset(
             "equations",
             "babyLLM: sums of two digits, and the answer of 4+4, which it never saw",
