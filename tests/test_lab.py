@@ -412,11 +412,16 @@ def test_a_killed_process_ends_the_lab_in_one_line():
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_it_and_leaves_no_process():
-    command = [sys.executable, "-m", "baby_xp", "equations", "--seeds", "40", "--workers", "2"]
+    # who runs the tests may ignore Ctrl-C, and then all that it starts does
+    program = """if True:
+        import signal, sys
+        from baby_xp.cli import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main(["equations", "--seeds", "40", "--workers", "2"]))
+    """
     lab_process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
-    )  # fmt: skip
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     find = ["ps", "--ppid", str(lab_process.pid), "-o", "pid="]
     deadline = time.monotonic() + 60
     while len(children := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()) < 2:
