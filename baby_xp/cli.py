@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from baby_xp import __version__
 from baby_xp.errors import BabyError
+from baby_xp.files import write
 from baby_xp.screen import Screen, counting
 
 if TYPE_CHECKING:
@@ -334,8 +335,6 @@ def generate(arguments: list[str]) -> None:
     """Generate from a run and keep the completion."""
     name, rest = _positional(arguments, "last")
     asked = _tyro(Generation, "baby_xp generate [RUN]", rest, Generation())
-    from baby_xp.runs import store
-
     run = _load(name, asked)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
@@ -350,7 +349,7 @@ def generate(arguments: list[str]) -> None:
     when = datetime.now()
     while (completion := run.files.completion(when)).exists():  # two in one second: the first one stays
         when += timedelta(seconds=1)
-    store.write(completion, text + "\n")
+    write(completion, text + "\n", other=None)
     print(f"kept in {completion}", file=sys.stderr)
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.runs import store
-from baby_xp.text.corpus import shown
+from baby_xp.files import shown, write
 
 if TYPE_CHECKING:
     from baby_xp.inspection import Inspection
@@ -119,5 +118,5 @@ def _save(figure: Any, path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # it draws a box in its place
         figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
-    store.write(path, buffer.getvalue())
+    write(path, buffer.getvalue(), other="--picture")
     return path

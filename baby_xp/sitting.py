@@ -23,6 +23,7 @@ from baby_xp import config as configs
 from baby_xp.backend import Backend
 from baby_xp.config import ModelConfig, Preset
 from baby_xp.errors import BabyError, OutOfMemory
+from baby_xp.files import append_line, write, write_json
 from baby_xp.models import Model
 from baby_xp.run import Run
 from baby_xp.runs import checkpoint as arrays
@@ -100,7 +101,7 @@ class Sitting:
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """Keep a line in the metrics, and pass it on."""
-        store.append_line(self.files.metrics, record)
+        append_line(self.files.metrics, record)
         self.listener.evaluated(record)
 
     def keep(self, checkpoint: Checkpoint) -> None:
@@ -131,10 +132,10 @@ class Sitting:
         if start.progress["records"] or self.files.metrics.exists():
             # it may be gone, or have lines of after the checkpoint
             lines = (json.dumps(record) + "\n" for record in start.progress["records"])
-            store.write(self.files.metrics, "".join(lines))
+            write(self.files.metrics, "".join(lines))
         self._last, self._model_step = _without_arrays(start), None
         if not self.files.state.exists():
-            store.write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
+            write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
             self.keep(start)
         store.write_sealed(self.files.config, self.config(self._result("running")))
 
@@ -196,14 +197,14 @@ class Sitting:
         if final:
             told["val_loss"] = final["val_loss"]
             sample = sample_of(run, self.chosen.train.seed)
-            store.write(self.files.completion(), sample + "\n")
+            write(self.files.completion(), sample + "\n")
         return replace(run, config=self._tell(told, [final] if final else [], sample))
 
     def _tell(self, result: dict[str, Any], more: list[dict[str, Any]], sample: str) -> dict[str, Any]:
         """Write the report and, last of all, the config -> the config."""
         config = self.config(result)
         records = [*self._last.progress["records"], *more]
-        store.write(self.files.report, report.text(config, records, self.learned.facts, sample))
+        write(self.files.report, report.text(config, records, self.learned.facts, sample))
         store.write_sealed(self.files.config, config)
         return config
 
@@ -274,7 +275,7 @@ def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Toke
     backend = backends.load("numpy", dtype=chosen.train.dtype)
     learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
     sitting = Sitting(files, chosen, model, learned, backend, None, 1, None, started=_now())
-    store.write_json(files.tokenizer, tokenizer.to_dict())
+    write_json(files.tokenizer, tokenizer.to_dict())
     belongs = belonging(files.guid, chosen.model, tokenizer)
     arrays.save_weights(files.model, model.layout, params, {**belongs, "step": "0"})
     result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from baby_xp import files
 from baby_xp.config import GPTConfig, ModelConfig, TrainConfig, from_dict
 from baby_xp.errors import BabyError
+from baby_xp.files import shown
 from baby_xp.layers.mixture_of_experts import EXPANSION, EXPERTS
 from baby_xp.models import Model
 from baby_xp.runs import store
-from baby_xp.text.corpus import shown
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 
 SWITCHES = ("c_sequence", "c_attention", "c_network")  # configs before its version 0.0.8 lack them
@@ -92,24 +93,30 @@ def write(
     model, flat = Model(config, tokenizer.vocab_size), np.asarray(params, dtype=np.float64)
     if flat.shape != (model.n_parameters,) or not np.isfinite(flat).all():
         raise BabyError(f"these are not {model.n_parameters} finite numbers; give the parameters of this model")
-    files = [Path(folder) / f"{kind}s" / f"{kind}_{guid}.json" for kind in ("config", "tokenizer", "model")]
-    for path in files:
+    paths = [Path(folder) / f"{kind}s" / f"{kind}_{guid}.json" for kind in ("config", "tokenizer", "model")]
+    for path in paths:
         if os.path.lexists(path):  # runs of ours have files of the same names
             raise BabyError(f"{shown(path)} is there already; name another folder")
-    for name in FOLDERS:
-        with suppress(OSError):  # store.write tells
-            (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
     # everything in ASCII, as json does it: the notebook reads in the encoding of the system
     vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
     try:
-        for path, value in zip(files, (_described(config, train), vocab, named(model, flat)), strict=True):
-            store.write(path, json.dumps(value, default=np.ndarray.tolist))
-    except BaseException:  # all three or none
-        for path in files:
+        for name in FOLDERS:
+            try:
+                made += files.make_folder(Path(folder) / name)
+            except OSError as error:
+                raise files.refusal(Path(folder) / name, error, "written", "--to") from None
+        for path, value in zip(paths, (_described(config, train), vocab, named(model, flat)), strict=True):
+            files.write(path, json.dumps(value, default=np.ndarray.tolist), other="--to")
+    except BaseException:  # all three or none, and no folder without them
+        for path in paths:
             with suppress(OSError):
                 path.unlink()
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
         raise
-    return files
+    return paths
 
 
 # weights ------------------------------------------------------------------------------------------------

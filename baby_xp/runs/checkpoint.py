@@ -3,8 +3,10 @@
 Each file carries a checksum over all that it holds, so that a flipped bit is an error and not a wrong model.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
 from baby_xp.errors import BabyError
+from baby_xp.files import refusal, shown, write
 from baby_xp.runs import store
-from baby_xp.text.corpus import shown
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.tree import Layout
 
@@ -90,17 +92,21 @@ def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
             save_file(arrays, temporary, sealed)
         except SafetensorError as error:
             # "Error while serializing: I/O error: No space left on device (os error 28)"
-            raise OSError(re.sub(r".*I/O error: | \(os error \d+\)$", "", str(error))) from None
+            number = re.search(r"\(os error (\d+)\)$", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code)) from None
 
-    store.write(path, written)
+    write(path, written)
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         data = path.read_bytes()
         arrays = load(data)
+    except FileNotFoundError:
+        raise store.incomplete(path) from None
     except OSError as error:
-        raise BabyError(f"{shown(path)} cannot be read ({error.strerror}); the run is incomplete") from None
+        raise refusal(path, error, "read") from None
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise BabyError(f"{shown(path)} is damaged ({' '.join(str(error).split())})") from None
     # load has checked the header, but does not give what we wrote into it

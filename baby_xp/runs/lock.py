@@ -5,8 +5,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from baby_xp.files import open_in_folder, try_to_lock
+
 PATIENCE = 0.3
-"""Seconds to wait for a lock: `is_held` takes it for a moment."""
+"""Seconds to wait for a lock: `is_held`, and a new run that tidies up, take it for an instant."""
 
 
 class Lock:
@@ -16,40 +18,48 @@ class Lock:
         self.path, self._file = path, None
 
     def acquire(self, patience: float = PATIENCE) -> bool:
-        """Take the lock -> whether it could be had. Raises OSError if the file cannot be written."""
+        """Take the lock -> whether it was free. Raises OSError if the file cannot be written, or the file system
+        cannot lock."""
         end = time.monotonic() + patience
         while True:
-            file = open(self.path, "ab")  # noqa: SIM115  it stays open as long as the lock is held
-            if _lock(file) and self._is_mine(file):
-                self._file = file
-                return True
-            file.close()
+            file = open_in_folder(self.path, "ab")
+            try:
+                if try_to_lock(file) and self._is_mine(file):
+                    self._file = file
+                    return True
+            finally:
+                if self._file is None:
+                    file.close()
             if time.monotonic() > end:
                 return False
             time.sleep(0.01)
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
+        file, self._file = self._file, None
         if os.name == "nt":  # which removes no file that is open
-            self._file.close()
+            file.close()
             with suppress(OSError):
                 self.path.unlink()
             return
         with suppress(OSError):  # removed while it is held: later it may be another process's already
-            self.path.unlink()
-        self._file.close()
+            if self._is_mine(file):
+                self.path.unlink()
+        file.close()
 
     def is_held(self) -> bool:
-        """Whether a process holds the lock."""
-        if not self.path.exists():
-            return False
+        """Whether a process holds the lock. Changes nothing, and needs no permission to write.
+
+        Where that cannot be found out, the file speaks for it: it is there only while the lock is held, or after
+        a kill.
+        """
         try:
-            free = self.acquire(patience=0)
-        except OSError:
+            with open(self.path, "rb") as file:
+                return not try_to_lock(file, shared=True)
+        except FileNotFoundError:
             return False
-        if free:
-            self.release()
-        return not free
+        except OSError:
+            return True
 
     def _is_mine(self, file) -> bool:
         """Whether the locked file is still the one at the path, and not one that its last holder removed."""
@@ -57,19 +67,3 @@ class Lock:
             return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
         except OSError:
             return False
-
-
-def _lock(file) -> bool:
-    """Lock an open file for this process -> whether it could be had."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

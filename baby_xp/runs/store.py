@@ -8,7 +8,7 @@
     outputs/metrics_<guid>.jsonl          losses, one JSON object a line
     outputs/completion_<guid>.txt         the text generated at the end of training
     outputs/completion_<guid>_<yyyymmddhhmmss>.txt    a later generation
-    corpora/<sha256>.ids                  token ids of a text, shared by the runs that read it
+    corpora/<hash>.ids                    token ids of a text, shared by the runs that read it
 
 The layout is The Little Baby's. A run that was finetuned from another has that one's GUID with _finetuned after
 it, a second one _finetuned-2, one that was finetuned from the first _finetuned_finetuned.
@@ -20,9 +20,8 @@ import itertools
 import json
 import os
 import re
-import secrets
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,13 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from baby_xp.errors import BabyError
-from baby_xp.runs.lock import Lock
-from baby_xp.text.corpus import shown
+from baby_xp.files import NO_LOCKS, as_path, make_folder, refusal, shown, try_to_write, write_json
+from baby_xp.runs.lock import PATIENCE, Lock
+from baby_xp.text.corpus import sweep_ids
 
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
-GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(_finetuned(-[1-9][0-9]*)?)*")
+FINETUNED = "(_finetuned(-[1-9][0-9]*)?)*"
+GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" + FINETUNED)
 """A run's GUID, with what finetuning put after it."""
-
+NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
+"""The beginning of one, with all that finetuning put after it."""
 
 SEAL = "checksum"
 
@@ -99,33 +101,90 @@ class NewRun:
 @contextmanager
 def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
     """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
-    there goes again: no run, no file, no folder.
+    there goes again: no run, no file, and no folder that it made, unless another run is there by then.
 
     base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
     Raises BabyError if the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "path")
     made: list[Path] = []
-    corpora = set(_corpora(folder))
-    new = None
+    kept = False
     try:
         for path in (folder, *(folder / name for name in FOLDERS)):
-            _make(path, made)
-            _try_to_write(path)
+            try:
+                made += make_folder(path)
+            except OSError as error:
+                raise refusal(path, error, "written", "--path") from None
+            try_to_write(path)
+        _sweep_abandoned(folder)
         names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
         with ExitStack() as held:
             new = NewRun(_first_free(folder, names, held))
-            yield new
+            try:
+                yield new
+            except BaseException:
+                kept = new.keep
+                if not kept:
+                    _remove(new.files)  # while the lock is held: its name may be another run's afterwards
+                raise
     except BaseException:
-        if new is None or not new.keep:
-            files = new.files.of_training if new else ()
-            for path in (*files, *(set(_corpora(folder)) - corpora)):
-                with suppress(OSError):  # it was not written yet; or, on Windows, is still mapped
-                    path.unlink()
-            for path in reversed(made):
-                with suppress(OSError):  # something of another run may have come to lie in it
-                    path.rmdir()
+        if not kept:
+            _remove_folders(folder, made)
         raise
+
+
+def _remove(files: RunFiles) -> None:
+    """Remove the files that training writes, the config first. Hold the run."""
+    for path in files.of_training:
+        with suppress(OSError):  # it was not written yet
+            path.unlink()
+
+
+def _remove_folders(folder: Path, made: list[Path]) -> None:
+    """Remove those of the folders that were made here, unless a run is there: each has a file in `configs`, its
+    config or its lock, and so that folder goes first."""
+    configs = folder / "configs"
+    try:
+        configs.rmdir()
+    except OSError:
+        return
+    if configs not in made:
+        with suppress(OSError):
+            configs.mkdir()
+    for path in reversed(made):
+        with suppress(OSError):  # something has come to lie in it
+            path.rmdir()
+
+
+def _sweep_abandoned(folder: Path) -> None:
+    """Remove what processes left that were killed before there was a run, or a text as ids, to speak of.
+
+    Such a run has a lock that no process holds, no config, and nothing but the weights that it began with.
+    """
+    for path in _listed(folder / "configs"):
+        named = re.fullmatch(r"\.config_(.*)\.lock", path.name)
+        if named and GUID.fullmatch(named[1]):
+            files = RunFiles(folder, named[1])
+            with suppress(BabyError), hold(files, patience=0):  # which removes the lock of a run that was killed
+                if not os.path.lexists(files.config) and not _has_trained(files):
+                    sweep(files)
+                    _remove(files)
+    sweep_ids(folder / "corpora")
+
+
+def _has_trained(files: RunFiles) -> bool:
+    """Whether a run that has lost its config may hold work of its own, or may not be judged."""
+    from baby_xp.runs.checkpoint import read_metadata
+
+    arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
+    return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
@@ -156,13 +215,17 @@ class Held(BabyError):
 
 
 @contextmanager
-def hold(files: RunFiles) -> Iterator[None]:
-    """Keep other processes from training this run. Raises Held if one does already."""
+def hold(files: RunFiles, patience: float = PATIENCE) -> Iterator[None]:
+    """Keep other processes from training this run. Raises Held if one does already.
+
+    patience: seconds to wait for a process that gives the lock back at this moment.
+    """
     lock = Lock(files.lock)
     try:
-        held = lock.acquire()
+        held = lock.acquire(patience)
     except OSError as error:
-        raise _cannot_write(files.lock, error) from None
+        doing = "locked" if error.errno in NO_LOCKS else "written"
+        raise refusal(files.lock, error, doing, "--path") from None
     if not held:
         raise Held(f"run {files.guid} is being trained by another process; wait for it, or stop it")
     try:
@@ -190,14 +253,16 @@ def find(folder: str | Path, name: str) -> RunFiles:
     What finetuning put after a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such run, or
     several.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "path")
+    if not isinstance(name, str):
+        raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last, as text")
     found = guids(folder)
     if not found:
         raise BabyError(f"there are no runs in {shown(folder)}; train one, or name their folder with --path")
     if name == "last":
         return RunFiles(folder, found[0])
     beginning, mark, suffix = name.partition("_")
-    if not re.fullmatch(r"[0-9a-f-]{1,36}(_finetuned(-[1-9][0-9]{0,8})?){0,9}", name):
+    if not NAME.fullmatch(name):
         raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last")
     fitting = [guid for guid in found if guid.startswith(beginning) and guid[36:] == mark + suffix]
     if len(fitting) != 1:
@@ -209,43 +274,24 @@ def find(folder: str | Path, name: str) -> RunFiles:
 
 
 def guids(folder: Path) -> list[str]:
-    """GUIDs of all runs that have a config, the one last trained first."""
-    with suppress(OSError):
-        names = [
-            (path.stat().st_mtime_ns, path.stem.removeprefix("config_"))
-            for path in (folder / "configs").glob("config_*.json")
-        ]
-        return [guid for _, guid in sorted(names, reverse=True) if GUID.fullmatch(guid)]
-    return []
-
-
-def write(path: Path, data: bytes | str | Callable[[Path], None]) -> None:
-    """Write a file so that it is whole or as before, whatever happens: temporary name, sync, rename.
-
-    data: what the file holds, or what writes it to the temporary name.
-    Raises BabyError if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """GUIDs of all runs that have a config, the one last trained first. Raises BabyError if there are configs that
+    cannot be listed."""
     try:
-        try:
-            if callable(data):
-                data(temporary)
-            with open(temporary, "ab" if callable(data) else "xb") as file:
-                if not callable(data):
-                    file.write(data.encode("utf-8") if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):  # it is gone after the rename
-                temporary.unlink()
+        paths = [path for path in (folder / "configs").iterdir() if path.match("config_*.json")]
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise refusal(folder / "configs", error, "read", "--path") from None
+    names = [(_changed(path), path.stem.removeprefix("config_")) for path in paths]
+    return [guid for _, guid in sorted(names, reverse=True) if GUID.fullmatch(guid)]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, readable by people, as `write` does."""
-    write(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+def _changed(path: Path) -> int:
+    """When a config was last written; that of a link that leads nowhere is as old as can be."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -262,10 +308,17 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises BabyError if it is missing or no JSON."""
     try:
         return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise incomplete(path) from None
     except OSError as error:
-        raise BabyError(f"{shown(path)} cannot be read ({error.strerror}); the run is incomplete") from None
+        raise refusal(path, error, "read") from None
     except (ValueError, RecursionError):
         raise BabyError(f"{shown(path)} is not JSON; the file is damaged or from elsewhere") from None
+
+
+def incomplete(path: Path) -> BabyError:
+    """What to say of a file of a run that is not there."""
+    return BabyError(f"{shown(path)} is missing: the run is incomplete; bring the file back")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -277,48 +330,3 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if seal != digest(value):
         raise BabyError(f"{shown(path)} is not as it was written (its checksum differs); bring the old file back")
     return value
-
-
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in one write: a reader never sees half of it for long."""
-    try:
-        with open(path, "ab") as file:
-            file.write(json.dumps(value).encode("ascii") + b"\n")
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def _make(path: Path, made: list[Path]) -> None:
-    """Make a folder with its parents, and note those that were made."""
-    missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # Path.exists may raise
-    for p in reversed(missing):
-        try:
-            p.mkdir()
-        except FileExistsError:
-            continue  # another run made it in the meantime
-        except OSError as error:
-            raise _cannot_write(p, error) from None
-        made.append(p)
-
-
-def _corpora(folder: Path) -> list[Path]:
-    try:
-        return [path for path in (folder / "corpora").iterdir() if path.suffix == ".ids"]
-    except OSError:  # it is not there, or not to be read: then nothing comes to lie there either
-        return []
-
-
-def _try_to_write(folder: Path) -> None:
-    # permission bits do not tell (file systems mounted read-only, root): only writing does
-    trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-
-
-def _cannot_write(path: Path, error: OSError) -> BabyError:
-    return BabyError(
-        f"{shown(path)} cannot be written ({error.strerror or error}); name another folder with --path"
-    )

@@ -1,6 +1,7 @@
 """Corpora: a text of any size as an array of ids, on disk where it was read from a file."""
 
 import codecs
+import errno
 import hashlib
 import io
 import json
@@ -8,13 +9,14 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from baby_xp.errors import BabyError
+from baby_xp.files import ATTEMPTS, make_folder, refusal, shown, try_to_lock
 from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
@@ -33,6 +35,8 @@ class Corpus:
     name          what to call the text when talking to the user.
     n_characters  length of the text; the ids may be more, as with bytes.
     statistics    paragraphs, sentences, words, characters.
+    file          where the text was read, None for one that came from elsewhere.
+    kept          the file that the ids are mapped from, None for those in memory.
     """
 
     ids: np.ndarray
@@ -41,6 +45,18 @@ class Corpus:
     name: str
     n_characters: int
     statistics: Statistics
+    file: Path | None = None
+    kept: "KeptIds | None" = None
+
+    def check(self) -> None:
+        """Raises BabyError if the ids on disk were changed since they were opened: see KeptIds.check."""
+        if self.kept is not None:
+            self.kept.check()
+
+    def discard(self) -> None:
+        """Remove the ids from the disk if they were not there before."""
+        if self.kept is not None:
+            self.kept.discard()
 
     @property
     def train(self) -> np.ndarray:
@@ -65,11 +81,13 @@ class Corpus:
         `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
         makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
         hash, then for its ids. A later call finds the ids there.
+        A damaged file of ids is made anew.
         Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`,
         holds a character that the tokenizer does not know, or if the folder cannot be written; nothing is
         then left behind.
         """
-        return _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
+        corpus = _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
+        return replace(corpus, file=Path(os.path.abspath(path)))
 
     @classmethod
     def from_text(
@@ -112,12 +130,6 @@ def check_length(corpus: Corpus, n_ctx: int) -> None:
     )
 
 
-def shown(path: str | Path) -> str:
-    """A path as messages show it: on one line, and in characters that any terminal can print."""
-    name = os.fspath(path)
-    return name if name.isprintable() else repr(name)
-
-
 class _Tally:
     """Counts and hashes the chunks that pass through it."""
 
@@ -157,16 +169,19 @@ def _build(
             f"{name} is no longer the text that the run was trained on: its SHA-256 was {sha256[:12]}... and is "
             f"now {tally.sha256[:12]}...; bring the old text back, name it with --data, or finetune on the new one"
         )
-    encoded = _encoded(open_chunks(), tokenizer, name, tally.sha256)
+
+    def encoded() -> Iterator[np.ndarray]:
+        return _encoded(open_chunks(), tokenizer, name, tally.sha256)
+
     if cache_folder is None:
-        ids = np.concatenate(list(encoded))
+        ids, kept = np.concatenate(list(encoded())), None
         ids.flags.writeable = False
     else:
         # Every character is one token, or every byte.
         n_tokens = tally.n_bytes if tokenizer.kind == "byte" else tally.place.index
-        path = Path(cache_folder) / _file_name(tally.sha256, tokenizer)
-        ids = _cached(encoded, n_tokens, _dtype(tokenizer), path)
-    return Corpus(ids, tokenizer, tally.sha256, name, tally.place.index, counter.statistics)
+        kept = KeptIds(Path(cache_folder) / _file_name(tally.sha256, tokenizer), n_tokens, _dtype(tokenizer))
+        ids = kept.mapped(encoded)
+    return Corpus(ids, tokenizer, tally.sha256, name, tally.place.index, counter.statistics, kept=kept)
 
 
 def _encoded(chunks: Iterator[str], tokenizer: Tokenizer, name: str, sha256: str) -> Iterator[np.ndarray]:
@@ -189,58 +204,113 @@ def _file_name(sha256: str, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(key.encode("ascii")).hexdigest() + ".ids"
 
 
-def _cached(encoded: Iterator[np.ndarray], n_tokens: int, dtype: np.dtype, path: Path) -> np.ndarray:
-    """The ids (n_tokens,) mapped from `path`, which is written first unless it is there in full."""
-    try:
-        if not _has_size(path, n_tokens * dtype.itemsize):
-            with _folder(path.parent):
-                _write(encoded, path, n_tokens * dtype.itemsize)
-        return np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,))
-    except OSError as error:
-        raise BabyError(
-            f"the ids of the text cannot be kept in {shown(path.parent)} ({_reason(error)}); "
-            "name a folder that can be written, or make room there"
-        ) from error
+class KeptIds:
+    """The ids (n,) of a text in a file, and after them the SHA-256 of their bytes.
 
+    The hash is checked when the file is opened. Afterwards size and time of the file tell whether it must be
+    checked again: ids that are mapped may be read for the first time hours later.
+    """
 
-def _write(encoded: Iterator[np.ndarray], path: Path, size: int) -> None:
-    # A name of its own for each writer: two that build the same cache at once both succeed.
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for ids in encoded:
-                file.write(ids.data)
-            file.flush()
-            os.fsync(file.fileno())
+    def __init__(self, path: Path, n: int, dtype: np.dtype):
+        self.path, self.n, self.dtype = path, n, dtype
+        self.made = False
+        """Whether this object wrote the file."""
+        self._seen: tuple[int, ...] = ()
+
+    def mapped(self, encoded: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+        """The ids (n,), mapped; `encoded` makes them first, unless they are there whole and undamaged.
+
+        Raises BabyError if they cannot be kept.
+        """
         try:
-            os.replace(temporary, path)
-        except PermissionError:  # Windows does not replace a file that another process has mapped
-            if not _has_size(path, size):
-                raise
-    finally:
-        with suppress(OSError):  # it is gone after the rename
-            temporary.unlink()
+            for _ in range(ATTEMPTS):
+                with suppress(FileNotFoundError):  # another process may clear the folder at any moment
+                    if not self._is_whole():
+                        self._write(encoded())
+                    self._seen = _identity(self.path)
+                    return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        except OSError as error:
+            raise refusal(self.path, error, "written", "--path") from error
 
+    def check(self) -> None:
+        """Raises BabyError if the file was changed since it was opened; one that only looks changed is read again.
 
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
+        That the file was removed does no harm: what is mapped stays.
+        """
+        try:
+            seen = _identity(self.path)
+            if seen == self._seen or self._is_whole():
+                self._seen = seen
+                return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise refusal(self.path, error, "read") from None
+        raise BabyError(
+            f"{shown(self.path)} was changed while it was in use; it is made anew from the text the next time"
+        )
+
+    def discard(self) -> None:
+        """Remove the file if this object wrote it."""
+        if self.made:
+            with suppress(OSError):  # on Windows, it is still mapped
+                self.path.unlink()
+
+    def _is_whole(self) -> bool:
+        with suppress(FileNotFoundError), open(self.path, "rb") as file:
+            size, found = self.n * self.dtype.itemsize, hashlib.sha256()
+            if os.fstat(file.fileno()).st_size != size + found.digest_size:
+                return False
+            while size:
+                piece = file.read(min(size, 1 << 20))
+                found.update(piece)
+                size -= len(piece)
+            return file.read() == found.digest()
         return False
 
-
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """Makes the folder; on failure removes again what was made, unless somebody put something there."""
-    missing = [ancestor for ancestor in (folder, *folder.parents) if not ancestor.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for ancestor in missing:
+    def _write(self, encoded: Iterator[np.ndarray]) -> None:
+        # A name of its own for each writer: two that make the same file at once both succeed.
+        temporary = self.path.with_name(f"{self.path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        made = make_folder(self.path.parent)
+        try:
+            with open(temporary, "xb") as file:
+                with suppress(OSError):  # locked while it grows: see sweep_ids
+                    try_to_lock(file)
+                found = hashlib.sha256()
+                for ids in encoded:
+                    found.update(ids.data)
+                    file.write(ids.data)
+                file.write(found.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.replace(temporary, self.path)
+            except PermissionError:  # Windows does not replace a file that another process has mapped
+                if not self._is_whole():
+                    raise
+            self.made = True
+        except BaseException:
             with suppress(OSError):
-                ancestor.rmdir()
-        raise
+                temporary.unlink()
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def sweep_ids(folder: Path) -> None:
+    """Remove what processes left in a folder of ids that were killed while they wrote there."""
+    for temporary in folder.glob("*.tmp"):
+        with suppress(OSError), open(temporary, "rb") as file:
+            if try_to_lock(file, shared=True):  # nobody writes it; where files cannot be locked, it stays
+                temporary.unlink()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_bytes(path: str | Path, chunk_size: int) -> Iterator[bytes]:
@@ -257,7 +327,7 @@ def _read_bytes(path: str | Path, chunk_size: int) -> Iterator[bytes]:
     except FileNotFoundError:
         raise BabyError(f"there is no file {name}; check the path") from None
     except OSError as error:
-        raise BabyError(f"{name} cannot be read ({_reason(error)}); check its permissions") from error
+        raise refusal(path, error, "read") from None
 
 
 def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
@@ -291,7 +361,3 @@ def _normalised(chunks: Iterator[str], name: str) -> Iterator[str]:
         yield last
     elif empty:
         raise BabyError(f"{name} is empty; give a text to learn from")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

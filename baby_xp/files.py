@@ -1,0 +1,200 @@
+"""Files and folders: written whole, made where they are missing, and one sentence for what the system refuses.
+
+Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`: there
+alone it is decided what to advise.
+"""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from baby_xp.errors import BabyError
+
+ATTEMPTS = 100
+"""How often a folder is made again that another process has removed in the meantime."""
+TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EDEADLK)}
+"""What the system answers where another process has locked a file; EDEADLOCK is that of Windows."""
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM}
+NO_LOCKS = {
+    getattr(errno, name, errno.ENOLCK) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
+}
+"""What a file system answers that cannot lock files at all."""
+
+
+def shown(path: str | Path) -> str:
+    """A path as messages show it: on one line, and in characters that any terminal can print."""
+    name = os.fspath(path)
+    return name if name.isprintable() else repr(name)
+
+
+def as_path(value: Any, what: str) -> Path:
+    """A path that was given as text or as an object that stands for one. Raises BabyError for anything else.
+
+    what: what to call it when talking to the user, such as "path".
+    """
+    try:
+        name = os.fspath(value)
+    except TypeError:
+        name = None
+    if not isinstance(name, str):
+        raise BabyError(f"{what} must be a path, as text or pathlib.Path, not {value!r}")
+    if "\0" in name:
+        raise BabyError(f"{what} {name!r} is no path: it holds a NUL character")
+    return Path(name)
+
+
+def refusal(path: str | Path, error: OSError, doing: str = "written", other: str | None = None) -> BabyError:
+    """The one line for a file or folder that could not be read or written, with what helps against this error.
+
+    doing: "written" or "read". other: what names another place, such as "--path"; None: nothing does.
+    """
+    return BabyError(f"{shown(path)} cannot be {doing} ({reason(error)}); {_advice(error, doing, other)}")
+
+
+def reason(error: Exception) -> str:
+    """What the system said, in a few words."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def _advice(error: OSError, doing: str, other: str | None) -> str:
+    code = error.errno
+    elsewhere = f", or name another place with {other}" if other else ""
+    if code in FULL:
+        return f"make room on that disk{elsewhere}"
+    if code in NOT_ALLOWED:
+        return f"check the permissions of it and of its folders{elsewhere}"
+    if code == errno.EROFS:
+        return f"name another place with {other}" if other else "it is on a file system that is read-only"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open: raise the limit (ulimit -n)"
+    if code == errno.ELOOP:
+        return "its symbolic links lead in a circle: remove one of them"
+    if code == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if code in NO_LOCKS:
+        return f"its file system may lack what is needed{elsewhere}"
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return f"something that is no folder stands where a folder is needed{elsewhere}"
+    if code == errno.EISDIR:
+        return "it is a folder; name a file"
+    if code == errno.ENOENT:
+        return "check the path" if doing == "read" else f"its folder cannot be made{elsewhere}"
+    return f"check the disk{elsewhere}"
+
+
+# folders ------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder with its parents -> those that were missing, outermost first. Raises OSError."""
+    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    made = []
+    for one in reversed(missing):
+        with suppress(FileExistsError):  # another process made it in the meantime
+            one.mkdir()
+            made.append(one)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
+    return made
+
+
+def open_in_folder(path: Path, mode: str) -> Any:
+    """Open a binary file to write, and make its folder first where that is missing. Raises OSError.
+
+    A process that ends may remove an empty folder between the making and the opening: then it is made again.
+    """
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError):
+            return open(path, mode)
+        make_folder(path.parent)
+    return open(path, mode)
+
+
+def try_to_lock(file: Any, shared: bool = False) -> bool:
+    """Lock an open file until it is closed -> whether no other process had locked it. Raises OSError if the file
+    system cannot lock files.
+
+    shared: beside others who lock it so, to find out whether somebody works with it.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        raise
+    return True
+
+
+# whole files --------------------------------------------------------------------------------------------
+
+
+def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | None = "--path") -> None:
+    """Write a file so that it is whole or as before, whatever happens: temporary name, sync, rename.
+
+    data: what the file holds, or what writes it to the temporary name. Its folder is made if it is missing. A lone
+    surrogate in a text, which UTF-8 does not have (a file name may), is written as an escape.
+    Raises BabyError if it cannot be written, which advises to name another place with `other`.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with open_in_folder(temporary, "xb") as file:
+                if not callable(data):
+                    file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if callable(data):
+                _write_by(data, temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # it is gone after the rename
+                temporary.unlink()
+    except OSError as error:
+        raise refusal(path, error, "written", other) from None
+
+
+def _write_by(data: Callable[[Path], None], temporary: Path) -> None:
+    mode = temporary.stat().st_mode  # that of every new file of this user; some libraries choose another one
+    data(temporary)
+    os.chmod(temporary, mode & 0o777)
+    with open(temporary, "ab") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, readable by people, as `write` does."""
+    write(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON object as one line, in one write: a reader never sees half of it for long."""
+    try:
+        with open_in_folder(path, "ab") as file:
+            file.write(json.dumps(value).encode("ascii") + b"\n")
+    except OSError as error:
+        raise refusal(path, error, "written", "--path") from None
+
+
+def try_to_write(folder: Path, other: str | None = "--path") -> None:
+    """Raises BabyError unless files can be made in this folder, which is there."""
+    # permission bits do not tell (file systems mounted read-only, root): only writing does
+    trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise refusal(folder, error, "written", other) from None
