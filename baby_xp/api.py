@@ -81,6 +81,7 @@ def train(
     with store.new_run(path) as new:
         loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
+        new.undo.callback(learned.discard)
         model = Model(chosen.model, learned.tokenizer.vocab_size)
         check_size(model)
         start = checkpoint.first(model, chosen.train)
@@ -115,6 +116,7 @@ def finetune(
         learned = task.prepare(
             chosen.data, chosen.model, chosen.train, new.files.folder / "corpora", _extending(base.tokenizer)
         )
+        new.undo.callback(learned.discard)
         model = Model(chosen.model, learned.tokenizer.vocab_size)
         flat = params.grown(model.spec, chosen.train.seed, base.model.layout, base.params)
         start = checkpoint.first(model, chosen.train, flat)
@@ -149,16 +151,16 @@ def resume(
         model = Model(chosen.model, tokenizer.vocab_size)
         start, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
         _check_belongs(files.state, metadata, files, chosen, tokenizer)
-        moved = config["data"]["file"] and not Path(chosen.data.data).is_file()
-        where = data or (config["data"]["file"] if moved else chosen.data.data)
-        chosen = replace(chosen, data=replace(chosen.data, data=where))
+        known = config["data"]
+        text = task.of_run(chosen.data, known["file"], known["sha256"]) if data is None else None
+        chosen = replace(chosen, data=text or replace(chosen.data, data=data))
         if backend in (None, place["backend"]):
             device = place["device"] if device is None else device
             tf32 = place.get("tf32") if tf32 is None else tf32
         options = {"tf32": tf32, "memory_gib": memory_gib}
         loaded = backends.load(backend or place["backend"], device, chosen.train.dtype, **options)
         learned = task.prepare(
-            chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, config["data"]["sha256"]
+            chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, known["sha256"]
         )
         if workers is None and loaded.name == place["backend"]:
             workers = place["workers"]

@@ -3,7 +3,6 @@
 import codecs
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,9 +121,11 @@ class Run:
         known = self.config["data"]
         if data is None and self.config["result"]["state"] == "imported":
             raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
-        where = data or (known["file"] if known["file"] and not Path(known["data"]).is_file() else known["data"])
-        chosen = replace(chosen, data=replace(chosen.data, data=where))
-        return chosen, None if data else known["sha256"]
+        if data is not None:
+            return replace(chosen, data=replace(chosen.data, data=data)), None
+        from baby_xp import task  # it needs much that generating does not
+
+        return replace(chosen, data=task.of_run(chosen.data, known["file"], known["sha256"])), known["sha256"]
 
     def inspect(
         self,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,8 +157,6 @@ class Sitting:
     def config(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the config file holds."""
         chosen, sha256 = self.chosen, self.learned.facts.get("sha256")
-        path = Path(chosen.data.data)
-        file = str(path.resolve()) if sha256 and path.is_file() else None
         return {
             "guid": self.files.guid,
             "baby_xp": __version__,
@@ -171,7 +168,7 @@ class Sitting:
             "vocab_size": self.model.vocab_size,
             "parameters": self.model.n_parameters,
             "train": configs.to_dict(chosen.train),
-            "data": {**configs.to_dict(chosen.data), "file": file, "sha256": sha256},
+            "data": {**configs.to_dict(chosen.data), "file": self.learned.file, "sha256": sha256},
             "place": self._place(),
             "machine": {
                 "machine": report.machine(), "backend": self.backend.version, "device": self.backend.device,
@@ -266,7 +263,7 @@ class Sitting:
         """Say in the files that the run failed, where that can still be written."""
         if self._last.step:
             reason = " ".join(str(error).split()) or type(error).__name__
-            with suppress(BabyError):
+            with suppress(BabyError, OSError):
                 self._tell(self._result("failed", reason=reason), [], "")
 
 

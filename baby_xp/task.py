@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +11,9 @@ from baby_xp_data import catalog, equations, nursery
 
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
+from baby_xp.files import shown
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
-from baby_xp.text.corpus import Corpus, Making, check_length
+from baby_xp.text.corpus import Corpus, Making, check_length, text_hash
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
 
 NURSERY_CHARACTERS, NURSERY_SEED = 1_000_000, 0
@@ -39,6 +40,18 @@ class Task:
     """What a report tells of the data: numbers of tokens, hash, the exact entropy where it is known."""
     corpus: Corpus | None = None
     """The text, where there is one."""
+    file: str | None = None
+    """The absolute path of the text, if it was named by a path."""
+
+    def check(self) -> None:
+        """Raises BabyError if the ids on disk were changed since they were opened. Costs little."""
+        if self.corpus is not None:
+            self.corpus.check()
+
+    def discard(self) -> None:
+        """Remove the ids from the disk if they were not there before."""
+        if self.corpus is not None:
+            self.corpus.discard()
 
 
 def prepare(
@@ -55,7 +68,48 @@ def prepare(
     """
     if isinstance(model, EquationConfig) or isinstance(data, EquationData):
         return _equations(data, model, train)
-    return _text(read_corpus(data, cache_folder, tokenizer, sha256), model, train)
+    corpus = read_corpus(data, cache_folder, tokenizer, sha256)
+    try:
+        return _text(data.data, corpus, model, train)
+    except BaseException:
+        corpus.discard()
+        raise
+
+
+def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig:
+    """The settings of a run with the place where its text lies now, whatever the current folder is.
+
+    file: where the run read it, None for a text that goes by a name; sha256: its hash. A text is looked for there,
+    and then, for a folder that was moved as a whole, where its name leads from the current folder. Where there are
+    both, the one with that hash is taken. Raises BabyError if there is neither.
+    """
+    if file is None or data.data in catalog.names():
+        return data
+    places = list(dict.fromkeys([file, os.path.realpath(data.data)]))
+    there = [place for place in places if _may_be_there(place)]
+    if not there:
+        raise BabyError(f"the text of the run is no longer at {shown(file)}; name where it is now with --data")
+    fitting = [place for place in there if len(there) == 1 or _hashes_to(place, sha256)]
+    place = (fitting or there)[0]
+    return data if place == os.path.realpath(data.data) else replace(data, data=place)
+
+
+def _may_be_there(path: str) -> bool:
+    """Whether there is such a file, or that cannot be found out: reading it tells why."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
+
+
+def _hashes_to(path: str, sha256: str | None) -> bool:
+    try:
+        return text_hash(path) == sha256
+    except BabyError:
+        return False
 
 
 def read_corpus(
@@ -84,7 +138,7 @@ def read_corpus(
         raise
 
 
-def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
+def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
     check_length(corpus, model.n_ctx)
     if train.num_epochs is None:
         batches = RandomWindows(corpus.train, model.n_ctx, train.step_size, train.seed)
@@ -99,14 +153,15 @@ def _text(corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
         "validation tokens": len(corpus.validation),
         "sha256": corpus.sha256,
     }
-    if corpus.name == "nursery":
+    if name == "nursery":
         facts["entropy, nats per character"] = nursery.entropy_per_character()
 
     def validation() -> Iterator[Batch]:
         return consecutive_windows(corpus.validation, model.n_ctx, train.batch_size)
 
     n_validation = len(corpus.validation) - 1
-    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus)
+    file = None if name in catalog.names() or corpus.file is None else str(corpus.file)
+    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus, file)
 
 
 def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Task:

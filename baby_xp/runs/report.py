@@ -6,6 +6,8 @@ import platform
 import sys
 from typing import Any
 
+from baby_xp.files import shown
+
 REASONS = {
     "steps": "done: all {steps:,} steps",
     "patience": "done after {steps:,} steps: the validation loss no longer fell",
@@ -23,7 +25,7 @@ def text(config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str,
     """The report of a run: its config, the records of its evaluations, facts of its text, its last sample."""
     lines = [f"baby_xp {config['baby_xp']}, run {config['guid']}", *_origin(config), ""]
     lines += _table("Result", _result(config["result"], records, facts))
-    lines += _table("Text", {"name": config["data"]["data"], **facts})
+    lines += _table("Text", {"name": shown(config["data"]["data"]), **facts})
     lines += _table("Model", {**config["model"], "parameters": config["parameters"]})
     lines += _table("Training", config["train"]) + _table("Machine", config["machine"])
     lines += _losses(records)

@@ -23,7 +23,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,14 @@ class RunFiles:
 
 @dataclass
 class NewRun:
-    """A run that is being made. Set `keep` as soon as there is something worth keeping."""
+    """A run that is being made. Set `keep` as soon as there is something worth keeping.
+
+    undo: what else is to be done if it comes to nothing.
+    """
 
     files: RunFiles
     keep: bool = False
+    undo: ExitStack = field(default_factory=ExitStack)
 
 
 @contextmanager
@@ -126,6 +130,7 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
                 kept = new.keep
                 if not kept:
                     _remove(new.files)  # while the lock is held: its name may be another run's afterwards
+                    new.undo.close()
                 raise
     except BaseException:
         if not kept:

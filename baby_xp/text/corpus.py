@@ -87,7 +87,7 @@ class Corpus:
         then left behind.
         """
         corpus = _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
-        return replace(corpus, file=Path(os.path.abspath(path)))
+        return replace(corpus, file=Path(os.path.realpath(path)))
 
     @classmethod
     def from_text(
@@ -114,6 +114,14 @@ def read_text(path: str | Path, chunk_size: int = CHUNK) -> Iterator[str]:
     no such file or it cannot be read; on the way if it is not UTF-8; at the end if it held nothing.
     """
     return _normalised(_decoded(_read_bytes(path, chunk_size), shown(path)), shown(path))
+
+
+def text_hash(path: str | Path) -> str:
+    """The sha256 of the corpus of a file. Raises BabyError as `read_text` does."""
+    tally = _Tally(shown(path))
+    for _ in tally.over(read_text(path)):
+        pass
+    return tally.sha256
 
 
 def check_length(corpus: Corpus, n_ctx: int) -> None:

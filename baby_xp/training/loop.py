@@ -262,6 +262,7 @@ class _Run:
         self._read()
         if self._moment() == self._kept:
             return
+        self.task.check()  # what the steps learned from must have been the text
         checkpoint = self.checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
             raise Diverged("parameters became numbers that are not finite", self.step)
