@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import baby_xp.files
 import baby_xp.sitting
 from baby_xp import backend as backends
 from baby_xp import optim, params, task
@@ -532,14 +533,14 @@ def edit(path: Path, change) -> None:
     value = json.loads(path.read_text())
     seal = value.pop("checksum", None)
     change(value)
-    (store.write_sealed if seal else store.write_json)(path, value)
+    (store.write_sealed if seal else baby_xp.files.write_json)(path, value)
 
 
 def scribble(path: Path, change) -> None:
     """Change a JSON file as an editor does, without a new seal."""
     value = json.loads(path.read_text())
     change(value)
-    store.write_json(path, value)
+    baby_xp.files.write_json(path, value)
 
 
 def _fill(path: Path, value: float) -> None:
@@ -946,7 +947,7 @@ def test_a_run_is_there_from_its_start(work, call):
 
 def test_the_order_of_writing_makes_a_run_safe(work, monkeypatch):
     """The config comes last at the start and at the end; a checkpoint before the weights that follow from it."""
-    order, write, append = [], store.write, store.append_line
+    order, write, append = [], baby_xp.files.write, baby_xp.files.append_line
     kind = lambda path: path.name.partition("_")[0]  # noqa: E731
     monkeypatch.setattr(store, "write", lambda path, data: (order.append(kind(path)), write(path, data)))
     monkeypatch.setattr(store, "append_line", lambda path, data: (order.append(kind(path)), append(path, data)))

@@ -179,7 +179,8 @@ def test_ids_are_mapped_and_written_once(tmp_path):
     (file,) = cache.iterdir()
     assert isinstance(first.ids, np.memmap)
     assert file.suffix == ".ids"
-    assert file.read_bytes() == first.ids.tobytes()
+    data = first.ids.tobytes()
+    assert file.read_bytes() == data + hashlib.sha256(data).digest()
     written = file.stat().st_mtime_ns, file.stat().st_ino
     again = Corpus.from_text("to be or not to be", "the same text", first.tokenizer, cache)
     assert again.ids.tolist() == first.ids.tolist()

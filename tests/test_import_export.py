@@ -1,14 +1,16 @@
 """Models of the original Little Baby become runs of ours, and go back."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 
+import baby_xp.files
 from baby_xp import api
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
-from baby_xp.runs import store
 
 NAMES = ["pre-mha-mlp", "post-mha-mlp", "pre-moh-mlp", "pre-mha-moe"]
 TEXT = "The cat sat on the mat. " * 60
@@ -79,17 +81,27 @@ def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):
 
 def test_an_export_that_fails_half_way_leaves_nothing(imported, tmp_path, monkeypatch):
     _, run, _ = imported
-    write = store.write
+    write = baby_xp.files.write
 
-    def full(path, data):
+    def full(path, data, other):
         if path.name.startswith("model_"):
             raise BabyError("the disk is full")
-        write(path, data)
+        write(path, data, other)
 
-    monkeypatch.setattr(store, "write", full)
+    monkeypatch.setattr(baby_xp.files, "write", full)
     with pytest.raises(BabyError, match="full"):
         api.export_littlebaby(run, tmp_path / "out")
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "out").exists()  # nor any of the folders
+
+
+def test_an_export_to_a_full_disk_names_its_own_flag(imported, tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(BabyError, match=r"make room on that disk, or name another place with --to$"):
+        api.export_littlebaby(imported[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):

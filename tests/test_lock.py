@@ -1,5 +1,6 @@
 """Locks: one holder at a time, in this process and in others, and none once the holder is gone."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_asking_leaves_nothing(path):
     assert not path.exists()
     path.write_bytes(b"")  # its holder was killed
     assert not Lock(path).is_held()
-    assert not path.exists()
+    assert path.exists()  # who asks changes nothing
     assert not Lock(path.parent / "gone" / "a.lock").is_held()
 
 
@@ -107,10 +108,53 @@ def test_asking_does_not_take_it_from_its_holder(path):
 
 def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "gone" / "a.lock", tmp_path / "folder"):
-        with pytest.raises(OSError, match=path.name):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.lock", tmp_path / "folder"):
+        with pytest.raises(OSError, match=r"folder|file"):
             Lock(path).acquire()
     assert not Lock(tmp_path / "folder").is_held()
+
+
+def test_a_lock_whose_folder_is_gone_makes_it(tmp_path):
+    lock = Lock(tmp_path / "gone" / "a.lock")
+    assert lock.acquire()
+    lock.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is of POSIX")
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_that_cannot_lock_is_not_a_lock_that_is_taken(path, monkeypatch, name):
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(getattr(errno, name), name)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=name):
+        Lock(path).acquire()
+    assert not Lock(path).is_held()
+
+
+def test_asking_needs_no_permission_to_write(path, holder, monkeypatch):
+    """As another user has who may read the runs alone."""
+    opened = open
+
+    def read_only(file, mode="r"):
+        if mode != "rb":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(file, mode)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    assert Lock(path).is_held()
+
+
+def test_a_lock_that_may_not_be_looked_at_counts_as_held(path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path.touch()
+    monkeypatch.setattr("builtins.open", refuse)
+    assert Lock(path).is_held()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
@@ -118,14 +162,14 @@ def test_a_lock_on_a_file_that_was_removed_is_none(path, monkeypatch):
     """Its last holder removes it after the next one has opened it: who then locked it would not be alone."""
     from baby_xp.runs import lock as module
 
-    locking, removed = module._lock, []
+    locking, removed = module.try_to_lock, []
 
     def removed_before(file):
         if not removed:
             removed.append(path.unlink())
         return locking(file)
 
-    monkeypatch.setattr(module, "_lock", removed_before)
+    monkeypatch.setattr(module, "try_to_lock", removed_before)
     first = Lock(path)
     assert first.acquire(patience=10)
     assert path.exists()

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import baby_xp.api
+import baby_xp.files
 from baby_xp.cli import main
+from baby_xp.errors import BabyError
 from baby_xp.runs import checkpoint, store, table
 from baby_xp.runs.store import RunFiles
 from baby_xp.runs.table import Summary
@@ -29,7 +31,7 @@ def a_run(folder: Path, guid: str, state: str, *, step: int = 3, val_loss=1.25, 
     state_of = Checkpoint({**arrays, "step": np.array([step], np.int32)})
     checkpoint.save_state(files.state, state_of, {"step": str(step), "num_steps": "1200"})
     for loss in losses:
-        store.append_line(files.metrics, {"step": 1, "val_loss": loss})
+        baby_xp.files.append_line(files.metrics, {"step": 1, "val_loss": loss})
     config = {
         "preset": "baby", "started": STARTED, "data": {"data": "my text.txt"},
         "result": {"state": state, "steps": step, "val_loss": val_loss, **result},
@@ -136,8 +138,12 @@ def test_the_newest_comes_first(tmp_path):
 def test_a_folder_without_runs_has_an_empty_table(tmp_path, kind):
     folder = tmp_path / "runs"
     {"nothing": lambda: None, "empty": folder.mkdir, "file": lambda: folder.write_text("x")}[kind]()
-    assert table.summaries(folder) == []
-    assert listed(folder) == [f"no runs in {folder} yet"]
+    if kind == "file":
+        with pytest.raises(BabyError, match="cannot be read"):
+            table.summaries(folder)
+    else:
+        assert table.summaries(folder) == []
+        assert listed(folder) == [f"no runs in {folder} yet"]
 
 
 def test_reading_the_table_changes_no_file(tmp_path):
@@ -162,7 +168,7 @@ def test_the_command_line_lists_all_runs_a_line_each(tmp_path):
     for age, (guid, state) in enumerate(runs):
         files = a_run(tmp_path, guid, state, val_loss=None if guid == tuned else 1.25)
         os.utime(files.config, ns=(0, 10**18 + age))
-    store.write_json(RunFiles(tmp_path, GUIDS[4]).config, {})
+    baby_xp.files.write_json(RunFiles(tmp_path, GUIDS[4]).config, {})
     with store.hold(RunFiles(tmp_path, GUIDS[3])):
         head, *lines = listed(tmp_path)
     assert head.split() == ["run", "state", "preset", "steps", "val", "loss", "started", "data"]

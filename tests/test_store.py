@@ -9,9 +9,11 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-import baby_xp
+import baby_xp.files
 from baby_xp.errors import BabyError
 from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
@@ -44,14 +46,14 @@ def runs(tmp_path) -> Path:
 
 @pytest.mark.parametrize("data", [b"\x00\xff", "caf\u00e9 \U0001f600\n", "", b""])
 def test_what_was_written_is_there_byte_for_byte(tmp_path, data):
-    store.write(tmp_path / "a", data)
+    baby_xp.files.write(tmp_path / "a", data)
     assert (tmp_path / "a").read_bytes() == (data if isinstance(data, bytes) else data.encode())
     assert all_of(tmp_path) == {"a"}
 
 
 def test_a_second_write_replaces_the_first(tmp_path):
-    store.write(tmp_path / "a", "first, and longer")
-    store.write(tmp_path / "a", "second")
+    baby_xp.files.write(tmp_path / "a", "first, and longer")
+    baby_xp.files.write(tmp_path / "a", "second")
     assert (tmp_path / "a").read_text() == "second"
     assert all_of(tmp_path) == {"a"}
 
@@ -82,7 +84,7 @@ def failure(request, monkeypatch):
     """A way in which writing fails, and the exception that the caller sees."""
     if request.param == "write":
         opened = open
-        monkeypatch.setattr(store, "open", lambda *args: FullFile(opened(*args)), raising=False)
+        monkeypatch.setattr(baby_xp.files, "open", lambda *args: FullFile(opened(*args)), raising=False)
     elif request.param == "interrupt":
 
         def interrupt(*args):
@@ -101,7 +103,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_no_other(tmp_path, fail
     if before is not None:
         path.write_bytes(before)
     with pytest.raises(failure) as caught:
-        store.write(path, b"new " * 1000)
+        baby_xp.files.write(path, b"new " * 1000)
     assert all_of(tmp_path) == (set() if before is None else {"a.json"})
     if before is not None:
         assert path.read_bytes() == before
@@ -115,19 +117,85 @@ def test_the_data_is_synced_before_the_rename(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    store.write(tmp_path / "a", "b")
+    baby_xp.files.write(tmp_path / "a", "b")
     assert order == ["fsync", "replace"]
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
-    with pytest.raises(BabyError, match="cannot be written"):
-        store.write(tmp_path / "gone" / "a", "b")
-    assert all_of(tmp_path) == set()
+def test_a_folder_that_is_gone_is_made_again(tmp_path):
+    baby_xp.files.write(tmp_path / "gone" / "b" / "a", "b")
+    baby_xp.files.append_line(tmp_path / "lines" / "a.jsonl", {})
+    assert all_of(tmp_path) == {"gone", "gone/b", "gone/b/a", "lines", "lines/a.jsonl"}
+
+
+def test_a_folder_that_others_take_away_again_and_again_is_made_as_often(tmp_path, monkeypatch):
+    """As a run that fails does with a folder that it made and that is still empty."""
+    opened, left = open, [3]
+
+    def removed_before(path, mode):
+        if left[0]:
+            left[0] -= 1
+            path.parent.rmdir()
+        return opened(path, mode)
+
+    monkeypatch.setattr(baby_xp.files, "open", removed_before, raising=False)
+    (tmp_path / "a").mkdir()
+    baby_xp.files.append_line(tmp_path / "a" / "b.jsonl", {})
+    assert (tmp_path / "a" / "b.jsonl").read_text() == "{}\n"
+
+
+def test_a_file_in_the_way_of_a_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
+        with pytest.raises(BabyError, match=r"cannot be written .*; something that is no folder stands"):
+            baby_xp.files.write(path, "b")
+    assert all_of(tmp_path) == {"file"}
+
+
+ADVICE = {
+    errno.ENOSPC: "make room on that disk, or name another place with --path",
+    errno.EROFS: "name another place with --path",
+    errno.EACCES: "check the permissions of it and of its folders, or name another place with --path",
+    errno.EMFILE: "too many files are open: raise the limit",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOLCK: "its file system may lack what is needed, or name another place with --path",
+    errno.EIO: "check the disk, or name another place with --path",
+}
+
+
+@pytest.mark.parametrize("code", ADVICE, ids=errno.errorcode.get)
+def test_what_the_system_refuses_comes_with_what_helps_against_it(tmp_path, monkeypatch, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(BabyError) as caught:
+        baby_xp.files.write(tmp_path / "a", "b")
+    assert f"cannot be written ({os.strerror(code)}); {ADVICE[code]}" in str(caught.value)
+    with pytest.raises(BabyError) as caught:
+        baby_xp.files.write(tmp_path / "a", "b", other=None)
+    assert "--path" not in str(caught.value)
+
+
+def test_a_text_with_half_a_character_is_written(tmp_path):
+    """A file name may have one, and a report names its text."""
+    baby_xp.files.write(tmp_path / "a", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "a").read_text("utf-8") in ("caf\\udce9", "caf\u00e9")
+
+
+def test_what_others_write_gets_the_mode_of_every_new_file(tmp_path):
+    def private(path: Path) -> None:
+        path.unlink()
+        path.touch(0o600)
+        path.write_text("x")
+
+    baby_xp.files.write(tmp_path / "theirs", private)
+    baby_xp.files.write(tmp_path / "ours", "x")
+    assert (tmp_path / "theirs").stat().st_mode == (tmp_path / "ours").stat().st_mode
 
 
 def test_json_goes_there_and_back_in_plain_ascii(tmp_path):
     value = {"a": [1, 2.5, None, "caf\u00e9"], "b": {"c": True}}
-    store.write_json(tmp_path / "a.json", value)
+    baby_xp.files.write_json(tmp_path / "a.json", value)
     assert store.read_json(tmp_path / "a.json") == value
     assert (tmp_path / "a.json").read_bytes().isascii()
 
@@ -139,10 +207,11 @@ def test_a_file_that_is_no_json_is_named(tmp_path, data):
         store.read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
-def test_json_that_cannot_be_read_is_named(tmp_path, make):
-    make(tmp_path / "a.json")
-    with pytest.raises(BabyError, match=r"a\.json cannot be read .*; the run is incomplete"):
+def test_json_that_is_missing_or_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(BabyError, match=r"a\.json is missing: the run is incomplete; bring the file back"):
+        store.read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(BabyError, match=r"a\.json cannot be read \(.*\); it is a folder"):
         store.read_json(tmp_path / "a.json")
 
 
@@ -210,7 +279,7 @@ def test_a_file_without_a_seal_is_no_file_of_a_run(sealed, data):
 
 
 def test_a_sealed_file_that_is_missing_leaves_the_run_incomplete(tmp_path):
-    with pytest.raises(BabyError, match=r"a\.json cannot be read .*; the run is incomplete"):
+    with pytest.raises(BabyError, match=r"a\.json is missing: the run is incomplete"):
         store.read_sealed(tmp_path / "a.json")
 
 
@@ -224,15 +293,16 @@ def test_sealing_again_is_a_change_that_is_taken(sealed):
 
 def test_lines_are_appended(tmp_path):
     for i in range(3):
-        store.append_line(tmp_path / "a.jsonl", {"step": i, "text": "a\nb"})
+        baby_xp.files.append_line(tmp_path / "a.jsonl", {"step": i, "text": "a\nb"})
     lines = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line)["step"] for line in lines[:-1]] == [0, 1, 2]
     assert lines[-1] == b""
 
 
 def test_a_line_that_cannot_be_appended_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(BabyError, match="cannot be written"):
-        store.append_line(tmp_path / "gone" / "a.jsonl", {})
+        baby_xp.files.append_line(tmp_path / "a.jsonl", {})
 
 
 # finding ------------------------------------------------------------------------------------------------
@@ -266,7 +336,7 @@ def test_a_beginning_that_fits_none_names_the_last(runs):
     "", "../x", "a/b", "a\\b", ".", "..", "/etc", "*", "A" * 8, "aaaa\n", "a" * 37, "Last", "\x00", "g",
     "_finetuned", "c_", "c_fine", "c_tuned", "c_finetuned-", "c_finetuned-0", "c_finetuned-02", "c_finetuned--2",
     "c_finetuned-x", "c_finetuned2", "c_finetuned/..", "c_finetuned_", "c_Finetuned", "c_finetuned-\u0662",
-    "c" + "_finetuned" * 10, "c_finetuned\n",
+    "c_finetuned\n",
 ])  # fmt: skip
 def test_a_name_that_could_be_a_path_or_a_pattern_is_refused(runs, name):
     with pytest.raises(BabyError, match="is not a run: give a GUID, the beginning of one, or last"):
@@ -277,7 +347,8 @@ def test_a_name_that_could_be_a_path_or_a_pattern_is_refused(runs, name):
 def test_a_folder_without_runs_says_so(tmp_path, kind):
     folder = tmp_path / "runs"
     {"nothing": lambda: None, "empty": folder.mkdir, "file": lambda: folder.write_text("x")}[kind]()
-    with pytest.raises(BabyError, match=r"there are no runs in .*runs; train one, or name their folder"):
+    said = "runs/configs cannot be read" if kind == "file" else "there are no runs in .*; train one, or name their"
+    with pytest.raises(BabyError, match=said):
         store.find(folder, "last")
 
 
@@ -308,7 +379,10 @@ def test_other_files_among_the_configs_are_passed_over(runs, name):
     assert store.guids(runs) == GUIDS[::-1]
 
 
-SUFFIXES = ["", "_finetuned", "_finetuned-2", "_finetuned-11", "_finetuned_finetuned", "_finetuned-2_finetuned-3"]
+SUFFIXES = [
+    "", "_finetuned", "_finetuned-2", "_finetuned-11", "_finetuned_finetuned", "_finetuned-2_finetuned-3",
+    "_finetuned" * 12,
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -466,6 +540,7 @@ def fail(
             for path in new.files.of_training:
                 path.write_text("x")
             (folder / "corpora" / "new.ids").write_bytes(b"x")
+            new.undo.callback((folder / "corpora" / "new.ids").unlink)
             new.keep = keep
             raise error
 
@@ -519,6 +594,79 @@ def test_a_run_that_fails_leaves_what_another_run_put_there_meanwhile(tmp_path):
     assert all_of(tmp_path / "runs") == {"configs", f"configs/config_{GUIDS[0]}.json"}
 
 
+def test_a_run_that_fails_leaves_the_folders_and_ids_of_one_that_has_just_begun(tmp_path):
+    """Which has no file but its lock, and will write into folders that are still empty."""
+    folder, begun = tmp_path / "runs", []
+
+    def begin():
+        begun.append(store.new_run(folder))
+        begun.append(begun[0].__enter__())
+        (folder / "corpora" / "other.ids").write_bytes(b"x")
+
+    fail(folder, meanwhile=begin)
+    made, other = begun
+    lock = str(other.files.lock.relative_to(folder))
+    assert all_of(folder) == {*store.FOLDERS, "corpora/other.ids", lock}
+    made.__exit__(None, None, None)
+
+
+def test_what_fails_while_another_holds_its_name_does_not_touch_it(runs):
+    """A finetuning that fails gives its name back; whoever has it next must keep what it wrote."""
+    removed = []
+
+    class Watched(store.Lock):
+        def release(self):
+            removed.append(all_of(runs))
+            super().release()
+
+    before = all_of(runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "Lock", Watched)
+        fail(runs, base=GUIDS[1])
+    name = RunFiles(runs, f"{GUIDS[1]}_finetuned").lock.name
+    assert {Path(path).name for path in removed[-1] - before} == {*store.FOLDERS, name} - {"configs", "models"}
+
+
+def killed_at_the_start(folder: Path, guid: str, step: str | None = "0") -> RunFiles:
+    """What a run leaves that is killed before its config is written; step: that of its checkpoint."""
+    files = RunFiles(folder, guid)
+    for name in store.FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    files.lock.write_bytes(b"")
+    files.tokenizer.write_text("{}")
+    if step is not None:
+        save_file({"a": np.zeros(1)}, files.state, {"step": step})
+    (folder / "models" / f".{files.model.name}.0a1b2c3d.tmp").write_text("x")
+    return files
+
+
+@pytest.mark.parametrize("step", [None, "0"])
+def test_the_next_run_sweeps_what_one_left_that_was_killed_before_it_had_a_config(tmp_path, step):
+    killed_at_the_start(tmp_path, GUIDS[0], step)
+    with store.new_run(tmp_path) as new:
+        new.files.config.write_text("{}")
+    assert all_of(tmp_path) == {*store.FOLDERS, f"configs/{new.files.config.name}"}
+
+
+def test_a_run_that_has_trained_and_lost_its_config_is_not_swept(tmp_path):
+    killed_at_the_start(tmp_path, GUIDS[0], "7")
+    killed_at_the_start(tmp_path, GUIDS[1]).metrics.write_text("{}")
+    killed_at_the_start(tmp_path, GUIDS[2]).model.write_text("what is damaged may be mended")
+    before = {path for path in all_of(tmp_path) if not path.endswith(".lock")}
+    with store.new_run(tmp_path) as new:
+        new.files.config.write_text("{}")
+    assert all_of(tmp_path) == before | {f"configs/{new.files.config.name}"}
+
+
+def test_a_run_that_is_held_is_not_swept(tmp_path):
+    killed_at_the_start(tmp_path, GUIDS[0])
+    with store.hold(RunFiles(tmp_path, GUIDS[0])):
+        before = all_of(tmp_path)
+        with store.new_run(tmp_path) as new:
+            new.files.config.write_text("{}")
+        assert all_of(tmp_path) == before | {f"configs/{new.files.config.name}"}
+
+
 def test_a_run_that_ends_well_leaves_no_trial_file(tmp_path):
     with store.new_run(tmp_path / "runs") as new:
         new.files.config.write_text("{}")
@@ -528,7 +676,7 @@ def test_a_run_that_ends_well_leaves_no_trial_file(tmp_path):
 @pytest.mark.parametrize("inside", ["", "/runs", "/a/b"])
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path, inside):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BabyError, match=r"file.* cannot be written .*; name another folder with --path"):
+    with pytest.raises(BabyError, match=r"file.* cannot be written .*; something that is no folder stands"):
         store.new_run(f"{tmp_path}/file{inside}").__enter__()
     assert all_of(tmp_path) == {"file"}
 
@@ -580,10 +728,8 @@ def test_a_run_is_let_go_whatever_happens(runs, error):
 def test_a_lock_that_cannot_be_written_is_an_error(runs):
     files = RunFiles(runs, GUIDS[0])
     files.lock.mkdir()
-    with pytest.raises(BabyError, match=r"\.lock cannot be written \(.*\); name another folder with --path"):
+    with pytest.raises(BabyError, match=r"\.lock cannot be written \(.*\); it is a folder"):
         store.hold(files).__enter__()
-    with pytest.raises(BabyError, match="cannot be written"):
-        store.hold(RunFiles(runs / "gone", GUIDS[0])).__enter__()
 
 
 def test_asking_whether_a_run_is_held_leaves_nothing(runs):
@@ -614,7 +760,7 @@ def test_what_a_write_that_was_killed_leaves_is_swept(runs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the tidying took place
         patch.setattr(Path, "unlink", lambda path: None)
-        store.write(files.model, b"x" * 100)
+        baby_xp.files.write(files.model, b"x" * 100)
     assert len(all_of(runs) - before) == 1
     store.sweep(files)
     assert all_of(runs) == before

@@ -50,16 +50,15 @@ class Lock:
     def is_held(self) -> bool:
         """Whether a process holds the lock. Changes nothing, and needs no permission to write.
 
-        Where that cannot be found out, the file speaks for it: it is there only while the lock is held, or after
-        a kill.
+        Where the file may not be read, that it is there speaks for it.
         """
         try:
             with open(self.path, "rb") as file:
                 return not try_to_lock(file, shared=True)
-        except FileNotFoundError:
-            return False
-        except OSError:
+        except PermissionError:
             return True
+        except OSError:
+            return False
 
     def _is_mine(self, file) -> bool:
         """Whether the locked file is still the one at the path, and not one that its last holder removed."""

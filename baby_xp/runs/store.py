@@ -105,7 +105,7 @@ class NewRun:
 @contextmanager
 def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
     """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
-    there goes again: no run, no file, and no folder that it made, unless another run is there by then.
+    there goes again: no run, no file, and no folder that it made, unless another run trains there by then.
 
     base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
     Raises BabyError if the folder cannot be written.
@@ -146,16 +146,10 @@ def _remove(files: RunFiles) -> None:
 
 
 def _remove_folders(folder: Path, made: list[Path]) -> None:
-    """Remove those of the folders that were made here, unless a run is there: each has a file in `configs`, its
-    config or its lock, and so that folder goes first."""
-    configs = folder / "configs"
-    try:
-        configs.rmdir()
-    except OSError:
+    """Remove those of the folders that were made here and are empty, unless another run trains there, which will
+    write into them: its lock tells."""
+    if any(path.suffix == ".lock" for path in _listed(folder / "configs")):
         return
-    if configs not in made:
-        with suppress(OSError):
-            configs.mkdir()
     for path in reversed(made):
         with suppress(OSError):  # something has come to lie in it
             path.rmdir()

@@ -262,8 +262,7 @@ class KeptIds:
     def discard(self) -> None:
         """Remove the file if this object wrote it."""
         if self.made:
-            with suppress(OSError):  # on Windows, it is still mapped
-                self.path.unlink()
+            _remove(self.path)
 
     def _is_whole(self) -> bool:
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
@@ -294,17 +293,22 @@ class KeptIds:
                 os.fsync(file.fileno())
             try:
                 os.replace(temporary, self.path)
+                self.made = True
             except PermissionError:  # Windows does not replace a file that another process has mapped
                 if not self._is_whole():
                     raise
-            self.made = True
         except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
+            _remove(temporary)
             for folder in reversed(made):
                 with suppress(OSError):
                     folder.rmdir()
             raise
+        _remove(temporary)  # where it was not renamed
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def sweep_ids(folder: Path) -> None:
