@@ -19,6 +19,7 @@ from baby_xp.backend import Backend
 from baby_xp.config import DataConfig, EquationConfig, Preset, TrainConfig, settings_of
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
+from baby_xp.files import as_path
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
 from baby_xp.run import Run
@@ -215,7 +216,8 @@ def import_littlebaby(
     original's GUID, where its files are named by one. It generates and can be finetuned; there is nothing to
     resume. dtype: the original computes in float64. Raises BabyError if the files do not hold one whole model.
     """
-    found = littlebaby.read(Path(model), *(one and Path(one) for one in (config, tokenizer)))
+    beside = [one and as_path(one, what) for one, what in ((config, "config"), (tokenizer, "tokenizer"))]
+    found = littlebaby.read(as_path(model, "model"), *beside)
     # the original's rate is constant and without warm-up; decay and moments are those of its optimizer
     settings = {"num_epochs": 1, "schedule": "constant", "warmup_steps": 0, "beta2": 0.999, "weight_decay": 0.01}
     train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
@@ -231,7 +233,8 @@ def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:
     Raises BabyError for a model that the original cannot hold, and if such a file is there already.
     """
     chosen = settings_of(run.config, str(run.files.config))
-    return littlebaby.write(Path(folder), run.guid, chosen.model, run.tokenizer, run.params, chosen.train)
+    folder = as_path(folder, "folder")
+    return littlebaby.write(folder, run.guid, chosen.model, run.tokenizer, run.params, chosen.train)
 
 
 def list_runs(path: str | Path = "runs") -> list[Summary]:

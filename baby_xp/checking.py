@@ -35,6 +35,7 @@ from baby_xp.errors import BabyError
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.namespace import REPLACEABLE
+from baby_xp.runs import store
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training.step import loss_and_gradients, step_noise
 
@@ -189,7 +190,7 @@ def _places(model: Model) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
 def _batch(run: "Run", chosen: Preset, sha256: str | None, tokens: int, batch: int, seed: int) -> Batch:
     """A batch of the run's training text, or of its equations."""
     learned = task.prepare(
-        chosen.data, chosen.model, chosen.train, run.files.folder / "corpora", run.tokenizer, sha256
+        chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256
     )
     if learned.corpus is None:  # equations: as many rows as have so many targets
         whole = learned.batches.batch(0)

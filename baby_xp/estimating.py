@@ -28,6 +28,7 @@ from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.config import LARGEST, EquationConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError, OutOfMemory
+from baby_xp.files import refusal
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
 from baby_xp.sitting import SAMPLE_TOKENS
@@ -164,12 +165,19 @@ def estimate(
     """
     chosen = api.override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
     options = {"tf32": tf32, "memory_gib": memory_gib}
-    with tempfile.TemporaryDirectory(prefix="baby_xp_", ignore_cleanup_errors=True) as folder:
+    with _scratch_folder() as folder:
         if measure:
             facts, trial = _tried(chosen, backend, device, workers, options, folder)
         else:
             facts, trial = _looked_up(chosen, backend, device, workers, options, Path(folder)), None
     return Estimate(replace(chosen, train=replace(chosen.train, num_steps=facts.num_steps)), facts, trial)
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(prefix="baby_xp_", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise refusal(error.filename or "the folder for temporary files", error, "written", "TMPDIR") from None
 
 
 def _looked_up(
@@ -317,7 +325,7 @@ class _Watch(api.Silent):
         self.learned, self.workers = sitting.learned, sitting.workers
         self.moving = SimpleNamespace(**vars(sitting.learned))
         self.moving.num_steps, self.moving.n_validation = LARGEST, 1
-        self.moving.validation = self._some_validation
+        self.moving.validation, self.moving.check = self._some_validation, sitting.learned.check
         sitting.learned = self.moving
         self.began = time.perf_counter()
 

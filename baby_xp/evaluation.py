@@ -12,6 +12,7 @@ from baby_xp_data import equations as known
 from baby_xp import equations, quality, task
 from baby_xp.config import Preset
 from baby_xp.run import Run
+from baby_xp.runs import store
 from baby_xp.text.batches import Batch
 from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.training.evaluate import mean_loss
@@ -76,7 +77,7 @@ def evaluate(run: Run, chosen: Preset, sha256: str | None, num_tokens: int, seed
     Raises BabyError if the text cannot serve.
     """
     learned = task.prepare(
-        chosen.data, chosen.model, chosen.train, run.files.folder / "corpora", run.tokenizer, sha256
+        chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256
     )
     loss, accuracy = _measure(run, learned.validation())
     found = Evaluation(learned.name, learned.n_validation, loss, math.exp(min(loss, 700)), accuracy)

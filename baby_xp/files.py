@@ -50,6 +50,14 @@ def as_path(value: Any, what: str) -> Path:
     return Path(name)
 
 
+def absolute(path: str | Path) -> str:
+    """Where a path leads from the current folder, links followed; as it is, where that folder is gone."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return os.fspath(path)
+
+
 def refusal(path: str | Path, error: OSError, doing: str = "written", other: str | None = None) -> BabyError:
     """The one line for a file or folder that could not be read or written, with what helps against this error.
 
@@ -142,7 +150,7 @@ def try_to_lock(file: Any, shared: bool = False) -> bool:
 # whole files --------------------------------------------------------------------------------------------
 
 
-def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | None = "--path") -> None:
+def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | None = None) -> None:
     """Write a file so that it is whole or as before, whatever happens: temporary name, sync, rename.
 
     data: what the file holds, or what writes it to the temporary name. Its folder is made if it is missing. A lone
@@ -186,10 +194,10 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         with open_in_folder(path, "ab") as file:
             file.write(json.dumps(value).encode("ascii") + b"\n")
     except OSError as error:
-        raise refusal(path, error, "written", "--path") from None
+        raise refusal(path, error) from None
 
 
-def try_to_write(folder: Path, other: str | None = "--path") -> None:
+def try_to_write(folder: Path, other: str | None = None) -> None:
     """Raises BabyError unless files can be made in this folder, which is there."""
     # permission bits do not tell (file systems mounted read-only, root): only writing does
     trial = folder / f".trial.{secrets.token_hex(4)}.tmp"

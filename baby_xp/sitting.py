@@ -7,6 +7,7 @@ was killed, and goes on from its checkpoint.
 """
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -128,12 +129,12 @@ class Sitting:
     def _begin(self, start: Checkpoint) -> None:
         """The files as of the start: from now on the run can be found, and goes on from there."""
         store.sweep(self.files)
-        if start.progress["records"] or self.files.metrics.exists():
+        if start.progress["records"] or os.path.lexists(self.files.metrics):
             # it may be gone, or have lines of after the checkpoint
             lines = (json.dumps(record) + "\n" for record in start.progress["records"])
             write(self.files.metrics, "".join(lines))
         self._last, self._model_step = _without_arrays(start), None
-        if not self.files.state.exists():
+        if not os.path.lexists(self.files.state):
             write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
             self.keep(start)
         store.write_sealed(self.files.config, self.config(self._result("running")))

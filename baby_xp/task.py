@@ -11,7 +11,7 @@ from baby_xp_data import catalog, equations, nursery
 
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
-from baby_xp.files import shown
+from baby_xp.files import absolute, shown
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
 from baby_xp.text.corpus import Corpus, Making, check_length, text_hash
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
@@ -58,7 +58,7 @@ def prepare(
     data: DataConfig,
     model: ModelConfig,
     train: TrainConfig,
-    cache_folder: Path,
+    cache_folder: Path | None,
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
 ) -> Task:
@@ -85,13 +85,13 @@ def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig
     """
     if file is None or data.data in catalog.names():
         return data
-    places = list(dict.fromkeys([file, os.path.realpath(data.data)]))
+    places = list(dict.fromkeys([file, absolute(data.data)]))
     there = [place for place in places if _may_be_there(place)]
     if not there:
         raise BabyError(f"the text of the run is no longer at {shown(file)}; name where it is now with --data")
     fitting = [place for place in there if len(there) == 1 or _hashes_to(place, sha256)]
     place = (fitting or there)[0]
-    return data if place == os.path.realpath(data.data) else replace(data, data=place)
+    return data if place == absolute(data.data) else replace(data, data=place)
 
 
 def _may_be_there(path: str) -> bool:
@@ -114,7 +114,7 @@ def _hashes_to(path: str, sha256: str | None) -> bool:
 
 def read_corpus(
     data: DataConfig,
-    cache_folder: Path,
+    cache_folder: Path | None,
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
 ) -> Corpus:

@@ -273,9 +273,12 @@ def test_workers_are_for_numpy(refused):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["text.txt", "text.txt/runs", "text.txt/a/b", "a" * 300], ids=lambda p: p[:14])
-def test_a_folder_that_cannot_be_written(refused, path):
-    words = (f"{path[:8]}", "cannot be written", "name another folder with --path")
+@pytest.mark.parametrize(("path", "advice"), [
+    ("text.txt", "name another place with --path"), ("text.txt/runs", "name another place with --path"),
+    ("text.txt/a/b", "name another place with --path"), ("a" * 300, "choose a shorter name"),
+], ids=lambda p: p[:14])  # fmt: skip
+def test_a_folder_that_cannot_be_written(refused, path, advice):
+    words = (f"{path[:8]}", "cannot be written", advice)
     refused("train", f"--path={path}", *flags(data="text.txt"), words=words)
 
 
@@ -518,7 +521,8 @@ def test_an_ambiguous_beginning_of_a_guid(work, refused, monkeypatch):
 
 @pytest.mark.parametrize("path", ["nowhere", "text.txt", "."])
 def test_a_folder_without_runs(refused, path):
-    refused("generate", f"--path={path}", words=("there are no runs in", "train one", "--path"))
+    words = ("text.txt/configs cannot be read",) if path == "text.txt" else ("there are no runs in", "train one")
+    refused("generate", f"--path={path}", words=(*words, "--path"))
 
 
 @pytest.fixture
@@ -570,11 +574,11 @@ def _fill(path: Path, value: float) -> None:
         ("config", lambda path: scribble(path, lambda c: c["train"].update(lr=1.0)), ("checksum differs",)),
         ("config", lambda path: scribble(path, lambda c: c.update(new=None)), ("checksum differs",)),
         ("config", lambda path: scribble(path, lambda c: c.pop("checksum")), ("has no checksum",)),
-        ("tokenizer", Path.unlink, ("tokenizer_", "cannot be read", "incomplete")),
+        ("tokenizer", Path.unlink, ("tokenizer_", "is missing", "incomplete")),
         ("tokenizer", lambda path: path.write_text("null"), ("tokenizer_",)),
         ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].pop()), ("tokenizer_",)),
         ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].reverse()), ("with another tokenizer",)),
-        ("model", Path.unlink, ("model_", "cannot be read", "incomplete")),
+        ("model", Path.unlink, ("model_", "is missing", "incomplete")),
         ("model", lambda path: path.write_bytes(b""), ("model_", "is damaged")),
         ("model", lambda path: path.write_bytes(path.read_bytes()[:-1]), ("model_", "is damaged")),
         ("model", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), ("model_", "checksum differs")),
@@ -947,14 +951,15 @@ def test_a_run_is_there_from_its_start(work, call):
 
 def test_the_order_of_writing_makes_a_run_safe(work, monkeypatch):
     """The config comes last at the start and at the end; a checkpoint before the weights that follow from it."""
-    order, write, append = [], baby_xp.files.write, baby_xp.files.append_line
-    kind = lambda path: path.name.partition("_")[0]  # noqa: E731
-    monkeypatch.setattr(store, "write", lambda path, data: (order.append(kind(path)), write(path, data)))
-    monkeypatch.setattr(store, "append_line", lambda path, data: (order.append(kind(path)), append(path, data)))
+    order, rename, append = [], os.replace, baby_xp.sitting.append_line
+    note = lambda path: order.append(Path(path).name.partition("_")[0])  # noqa: E731
+    monkeypatch.setattr(os, "replace", lambda old, new: (note(new), rename(old, new)))
+    monkeypatch.setattr(baby_xp.sitting, "append_line", lambda path, data: (note(path), append(path, data)))
     losses = iter([3.0, 4.0, 2.0, 2.0])  # the best of the third step is another than that of the second
     monkeypatch.setattr(loop._Run, "_validation_loss", lambda *args: next(losses))
     baby_xp.api.train("baby", **text_settings(eval_every=1, checkpoint_every=1))
-    assert order == [
+    assert order[0].endswith(".ids")
+    assert order[1:] == [
         "tokenizer", "state", "model", "config",
         "metrics", "state", "model", "metrics", "state", "metrics", "state", "model", "metrics",
         "completion", "report", "config",

@@ -223,7 +223,7 @@ def test_a_missing_file_is_named(tmp_path, made, kind):
 
 @pytest.mark.parametrize("model", ["", "a\0b", "x" * 5000, "nowhere/model_\n.json"])
 def test_a_path_that_cannot_be_a_file_is_refused(tmp_path, model):
-    with pytest.raises(BabyError, match="cannot be read") as caught:
+    with pytest.raises(BabyError, match=r"cannot be read|is no path") as caught:
         littlebaby.read(tmp_path / model)
     message_of(caught)
 

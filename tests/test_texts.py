@@ -311,3 +311,31 @@ def test_the_hash_of_a_text_is_that_of_its_corpus(home):
     for data in (b"a\r\nb\rc", b"\xef\xbb\xbfcaf\xc3\xa9"):
         Path("input.txt").write_bytes(data)
         assert text_hash("input.txt") == Corpus.from_file("input.txt", "byte", "cache").sha256
+
+
+def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch):
+    """Its ids are then in memory."""
+    run = api.train("baby", data="input.txt", **TINY)
+    loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
+    shutil.rmtree("runs/corpora")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+    def read_only(self, *how, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("touch", "mkdir"):
+        monkeypatch.setattr(Path, name, read_only)
+    assert run.evaluate(num_tokens=5).loss == loss
+    assert run.check(tokens=4, elements=1, directions=1) == rows
+    assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+
+def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
+    run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
+    loss = run.evaluate(num_tokens=5).loss
+
+    def gone():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    assert api.load(path=home.parent / "runs", backend="numpy").evaluate(num_tokens=5).loss == loss

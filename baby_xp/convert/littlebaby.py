@@ -55,7 +55,7 @@ def read(model: Path, config: Path | None = None, tokenizer: Path | None = None)
 
     Raises BabyError unless the three files hold one whole model, of a kind that we have as well.
     """
-    model = Path(model)
+    model = files.as_path(model, "model")
     weights, tag = _load(model), model.stem.removeprefix("model_")
     # a finetuned model has a tokenizer of its own, and the config of the one that it was made from
     config = Path(config or _find(model, "config", tag, tag.partition("_finetuned")[0]))
@@ -98,6 +98,7 @@ def write(
         if os.path.lexists(path):  # runs of ours have files of the same names
             raise BabyError(f"{shown(path)} is there already; name another folder")
     made: list[Path] = []
+    written: list[Path] = []
     # everything in ASCII, as json does it: the notebook reads in the encoding of the system
     vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
     try:
@@ -107,9 +108,10 @@ def write(
             except OSError as error:
                 raise files.refusal(Path(folder) / name, error, "written", "--to") from None
         for path, value in zip(paths, (_described(config, train), vocab, named(model, flat)), strict=True):
+            written.append(path)
             files.write(path, json.dumps(value, default=np.ndarray.tolist), other="--to")
     except BaseException:  # all three or none, and no folder without them
-        for path in paths:
+        for path in written:
             with suppress(OSError):
                 path.unlink()
         for path in reversed(made):
@@ -244,9 +246,8 @@ def _load(path: Path) -> Any:
     """The value in a JSON file. Raises BabyError for a pickle, and makes nothing of what it holds."""
     try:
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise BabyError(f"{shown(path)} cannot be read ({reason}); name a file of the original's") from None
+    except OSError as error:
+        raise files.refusal(path, error, "read") from None
     if path.suffix.lower() in (".pkl", ".pickle") or data.startswith(b"\x80"):
         raise BabyError(
             f"{shown(path)} is a pickle, and reading one runs whatever code is in it; get the JSON files, "

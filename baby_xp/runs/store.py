@@ -119,7 +119,7 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
                 made += make_folder(path)
             except OSError as error:
                 raise refusal(path, error, "written", "--path") from None
-            try_to_write(path)
+            try_to_write(path, "--path")
         _sweep_abandoned(folder)
         names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
         with ExitStack() as held:
@@ -193,7 +193,7 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
         files = RunFiles(folder, name)
         with ExitStack() as attempt:
             try:
-                attempt.enter_context(hold(files))
+                attempt.enter_context(hold(files, other="--path"))
             except Held as error:
                 held_by_others = error
                 continue
@@ -214,23 +214,35 @@ class Held(BabyError):
 
 
 @contextmanager
-def hold(files: RunFiles, patience: float = PATIENCE) -> Iterator[None]:
+def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) -> Iterator[None]:
     """Keep other processes from training this run. Raises Held if one does already.
 
-    patience: seconds to wait for a process that gives the lock back at this moment.
+    patience: seconds to wait for a process that gives the lock back at this moment. other: what names another
+    place than this one, for the advice where it cannot be locked.
     """
     lock = Lock(files.lock)
     try:
         held = lock.acquire(patience)
     except OSError as error:
         doing = "locked" if error.errno in NO_LOCKS else "written"
-        raise refusal(files.lock, error, doing, "--path") from None
+        raise refusal(files.lock, error, doing, other) from None
     if not held:
         raise Held(f"run {files.guid} is being trained by another process; wait for it, or stop it")
     try:
         yield
     finally:
         lock.release()
+
+
+def folder_for_ids(files: RunFiles) -> Path | None:
+    """Where to keep the ids of a text that a run is measured on; None, in memory, where nothing can be written."""
+    folder = files.folder / "corpora"
+    try:
+        make_folder(folder)
+        try_to_write(folder)
+    except (OSError, BabyError):
+        return None
+    return folder
 
 
 def is_held(files: RunFiles) -> bool:

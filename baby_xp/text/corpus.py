@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.files import ATTEMPTS, make_folder, refusal, shown, try_to_lock
+from baby_xp.files import ATTEMPTS, absolute, make_folder, refusal, shown, try_to_lock
 from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
@@ -73,10 +73,11 @@ class Corpus:
         cls,
         path: str | Path,
         tokenizer: str | Tokenizer | Making,
-        cache_folder: str | Path,
+        cache_folder: str | Path | None,
         sha256: str | None = None,
     ) -> "Corpus":
-        """The corpus of a UTF-8 file of any size, its ids memory-mapped from a file in `cache_folder`.
+        """The corpus of a UTF-8 file of any size, its ids memory-mapped from a file in `cache_folder`, or
+        in memory if that is None.
 
         `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
         makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
@@ -87,7 +88,7 @@ class Corpus:
         then left behind.
         """
         corpus = _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
-        return replace(corpus, file=Path(os.path.realpath(path)))
+        return replace(corpus, file=Path(absolute(path)))
 
     @classmethod
     def from_text(
@@ -239,7 +240,7 @@ class KeptIds:
                     return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as error:
-            raise refusal(self.path, error, "written", "--path") from error
+            raise refusal(self.path, error) from error
 
     def check(self) -> None:
         """Raises BabyError if the file was changed since it was opened; one that only looks changed is read again.
