@@ -124,8 +124,9 @@ def test_a_file_named_like_a_built_in_text_is_not_it(home):
     assert run.config["data"] == {**run.config["data"], "data": "nursery", "file": None}
     assert run.evaluate(num_tokens=5).entropy > 0
     # as commits before wrote it
-    assert task.of_run(DataConfig("nursery"), str(home / "nursery"), "0" * 64) == DataConfig("nursery")
-    assert task.of_run(DataConfig("shakespeare"), str(home / "shakespeare"), "0" * 64).data == "shakespeare"
+    (home.parent / "nursery").write_text("not a rhyme either")
+    assert task.of_run(DataConfig("nursery"), str(home.parent / "nursery"), "0" * 64) == DataConfig("nursery")
+    assert task.of_run(DataConfig("shakespeare"), str(home.parent / "nursery"), "0" * 64).data == "shakespeare"
     named = api.train("baby", data="./nursery", **{**TINY, "num_steps": 2})
     assert named.config["data"]["file"] == str(home / "nursery")
 
@@ -148,7 +149,7 @@ def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
 
 @pytest.mark.skipif(os.name == "nt", reason="there, every file name is text")
 def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home):
-    name = os.fsdecode(b"caf\xe9.txt")
+    name = os.fsdecode(b"caf\xe9\n.txt")
     try:
         os.rename("input.txt", name)
     except OSError:
@@ -157,7 +158,7 @@ def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home):
     run = api.train("baby", data=name, listener=Meddler(stop), **TINY)
     assert run.config["result"]["state"] == "stopped"
     assert_same(api.resume(), whole)
-    assert "\\udce9" in run.files.report.read_text("utf-8")
+    assert "caf\\udce9\\n.txt" in run.files.report.read_text("utf-8")
     assert api.load(backend="numpy").evaluate(num_tokens=5).tokens > 0
 
 
