@@ -13,10 +13,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from baby_xp_data import equations
+
 from baby_xp import backend as backends
 from baby_xp import params, task
 from baby_xp.backend import Backend
-from baby_xp.config import DataConfig, EquationConfig, Preset, TrainConfig, settings_of
+from baby_xp.config import DataConfig, EquationConfig, EquationData, Preset, TrainConfig, settings_of
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path
@@ -112,6 +114,8 @@ def finetune(
     chosen = override(finetuning(base), {**overrides, "data": data})
     if _sizes(chosen.model) != _sizes(base.model.config):
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
+    if chosen.data.tokenizer != base.tokenizer.kind:
+        raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
     with store.new_run(path, base=base.guid) as new:
         loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = task.prepare(
@@ -243,16 +247,47 @@ def list_runs(path: str | Path = "runs") -> list[Summary]:
 
 
 def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
-    """The preset with some fields of its model, train or data config replaced. BabyError for unknown ones."""
+    """The preset with some fields of its model, train or data config replaced.
+
+    Who names num_epochs and no num_steps means epochs: num_steps of the preset no longer holds. Where the table
+    of equations is another one, it is given a held-out case of its own. Raises BabyError for an unknown setting,
+    and for one that would change nothing.
+    """
     known = {part: {f.name for f in fields(getattr(chosen, part))} for part in ("model", "train", "data")}
     unknown = [name for name in overrides if not any(name in names for names in known.values())]
     if unknown:
         raise BabyError(f"preset {chosen.name} has no setting {unknown[0]!r}")
+    if overrides.get("num_epochs") is not None and "num_steps" not in overrides:
+        overrides = {**overrides, "num_steps": None}
     parts = {
         part: replace(getattr(chosen, part), **{name: overrides[name] for name in names & overrides.keys()})
         for part, names in known.items()
     }
-    return replace(chosen, **parts)
+    found = replace(chosen, **parts)
+    _refuse_what_changes_nothing(found, overrides)
+    data, of_table = found.data, {"max_sum", "digits", "operators"}
+    if isinstance(data, EquationData) and of_table & overrides.keys() and "held_out" not in overrides:
+        suited = equations.suited(data.held_out, data.max_sum, data.digits, data.operators)
+        found = replace(found, data=replace(data, held_out=suited))
+    return found
+
+
+def _refuse_what_changes_nothing(chosen: Preset, overrides: dict[str, Any]) -> None:
+    """Raises BabyError for a setting that was asked for and has no effect beside the others."""
+    train, data = chosen.train, chosen.data
+    of_equations = isinstance(data, EquationData)
+    if "stride" in overrides and train.stride != 1:
+        what = f"stride {train.stride} has no effect"
+        if of_equations:
+            raise BabyError(f"{what} on equations, which are not cut out of a text: leave out --stride")
+        if train.num_epochs is None:
+            raise BabyError(f"{what} on windows from random places: give --num-epochs too, or leave out --stride")
+    if "min_lr" in overrides and train.schedule == "constant":
+        raise BabyError(
+            "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
+        )
+    if "max_sum" in overrides and of_equations and "+" not in data.operators:
+        raise BabyError("max_sum has no effect without sums: add + to --operators, or leave out --max-sum")
 
 
 def finetuning(base: Run) -> Preset:

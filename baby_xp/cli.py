@@ -6,20 +6,24 @@ Input that cannot be used ends in one line on stderr and exit code 2.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
-import os
 import re
 import shlex
+import signal
 import sys
+import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from baby_xp import __version__
-from baby_xp.errors import BabyError
-from baby_xp.files import write
+from baby_xp.errors import BabyError, NothingTrained
+from baby_xp.files import refusal, write
 from baby_xp.screen import Screen, counting
+from baby_xp.streams import Output, OutputLost, guarded, printable
+from baby_xp.training.stop import interruptible, interruption
 
 if TYPE_CHECKING:
     from baby_xp.config import Preset
@@ -49,26 +53,49 @@ RUN is a GUID, the beginning of one, or last. COMMAND --help tells its options.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and goes on
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with guarded() as output:
+        code, line = _ending(list(sys.argv[1:] if arguments is None else arguments), output)
+        if line:
+            print(f"baby_xp: {line}", file=sys.stderr)
+        return code
+
+
+def _ending(arguments: list[str], output: Output) -> tuple[int, str]:
+    """Run one command -> exit code, and in one line what went wrong."""
     try:
-        return _dispatch(arguments)
+        with interruptible():
+            try:
+                code = _dispatch(arguments)
+            except SystemExit as end:  # after --help
+                code = int(end.code or 0)
+            finally:  # nothing may be left to write when the interpreter ends
+                with contextlib.suppress(OutputLost):
+                    output.flush()
+    except OutputLost as lost:
+        return _lost(lost)
+    except NothingTrained as error:
+        return _interrupted(interruption())[0], str(error)
     except BabyError as error:
-        print(f"baby_xp: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2, " ".join(str(error).split())
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "an array did not fit"
-        print(f"baby_xp: not enough memory ({reason}); choose a smaller model or batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("baby_xp: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `baby_xp ... | head`: nobody reads on
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 2, f"not enough memory ({reason}); choose a smaller model or batch"
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
+    except OSError as error:  # the last resort: who opens a file says more of it
+        doing = "read" if isinstance(error, FileNotFoundError) else "used"
+        return 2, str(refusal(error.filename or "a file or a process", error, doing))
+    return _lost(output.lost) if output.lost else (code, "")
+
+
+def _lost(lost: OutputLost) -> tuple[int, str]:
+    """Exit code and line where standard output was lost; of a pipe that nobody reads, there is nothing to say."""
+    return lost.code, str(lost) if lost.code == 2 else ""
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> tuple[int, str]:
+    """Exit code and line after a signal, Ctrl-C or another one."""
+    return 128 + getattr(interrupt, "number", signal.SIGINT), f"interrupted {interrupt}".rstrip()
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -119,10 +146,10 @@ class TrainPlace(GpuPlace):
 
 def train(arguments: list[str]) -> None:
     """Train a preset, with flags for every field of its configs."""
-    chosen, place = _parse_preset("train", arguments, TrainPlace())
+    chosen, asked, place = _parse_preset("train", arguments, TrainPlace())
     from baby_xp import api
 
-    run = api.train(chosen, listener=Screen(place.backend), **dataclasses.asdict(place))
+    run = api.train(chosen, listener=Screen(place.backend), **dataclasses.asdict(place), **asked)
     _show_end(run, place.path)
 
 
@@ -136,11 +163,11 @@ class EstimatePlace(TrainPlace):
 
 def estimate(arguments: list[str]) -> None:
     """Tell what a run would take, with the flags of train."""
-    chosen, place = _parse_preset("estimate", arguments, EstimatePlace())
+    chosen, asked, place = _parse_preset("estimate", arguments, EstimatePlace())
     from baby_xp import estimating
 
     where = {name: value for name, value in dataclasses.asdict(place).items() if name != "path"}
-    print("\n".join(estimating.lines(estimating.estimate(chosen, **where))))
+    print("\n".join(estimating.lines(estimating.estimate(chosen, **where, **asked))))
 
 
 @dataclass(frozen=True)
@@ -169,12 +196,9 @@ def finetune(arguments: list[str]) -> None:
     default = {"model": Changes(chosen.model.dropout), "train": chosen.train, "data": Text("")}
     about = f"Finetune run {base.guid} on another text."
     asked, place = _parse_settings(default, TrainPlace(), about, "baby_xp finetune RUN", rest)
-    if not asked["data"].data:
+    if not asked.get("data"):
         raise BabyError("finetuning needs a text: name it with --data")
-    settings = {
-        field.name: getattr(part, field.name) for part in asked.values() for field in dataclasses.fields(part)
-    }
-    run = api.finetune(base.guid, listener=Screen(place.backend), **dataclasses.asdict(place), **settings)
+    run = api.finetune(base.guid, listener=Screen(place.backend), **dataclasses.asdict(place), **asked)
     _show_end(run, place.path)
 
 
@@ -224,15 +248,13 @@ def resume(arguments: list[str]) -> None:
     asked = _tyro(Resumption, "baby_xp resume [RUN]", rest, Resumption())
     from baby_xp import api
 
-    given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
-    if not {"--tf32", "--no-tf32"} & set(rest):
-        del given["tf32"]
+    given = {name: value for name, value in _given(asked, rest).items() if value is not None}
     run = api.resume(name, listener=Screen(asked.backend or ""), **given)
     _show_end(run, asked.path)
 
 
-def _parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tuple["Preset", Any]:
-    """A preset with its fields replaced by flags, and the place."""
+def _parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tuple["Preset", dict[str, Any], Any]:
+    """A preset, the settings that flags give in place of its own, and the place."""
     from baby_xp.presets import preset
 
     name, rest = _positional(arguments, "baby")
@@ -240,13 +262,16 @@ def _parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tupl
     parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
     program, about = f"baby_xp {command} {chosen.name}", f"{command} {chosen.name}: {chosen.about}."
     asked, place = _parse_settings(parts, place, about, program, rest)
-    return replace(chosen, **asked), place
+    return chosen, asked, place
 
 
 def _parse_settings(
     parts: dict[str, Any], place: TrainPlace, about: str, program: str, arguments: list[str]
 ) -> tuple[dict[str, Any], Any]:
-    """Configs with their fields replaced by flags, and the place."""
+    """The settings that flags give in place of those of the configs `parts`, and the place.
+
+    Those that are not given are not among them: it matters what was asked for, not only what results.
+    """
     import tyro
 
     default = {**parts, "place": place}
@@ -255,7 +280,10 @@ def _parse_settings(
     settings = make_dataclass("Settings", fields, frozen=True)
     settings.__doc__ = about
     asked = _tyro(settings, program, arguments, settings(**default))
-    return {name: getattr(asked, name) for name in parts}, asked.place
+    given: dict[str, Any] = {}
+    for name in parts:
+        given |= _given(getattr(asked, name), arguments)
+    return given, asked.place
 
 
 def _path_of(arguments: list[str]) -> str:
@@ -276,13 +304,13 @@ def _known(arguments: list[str], *flags: str) -> list[str | None]:
 
 
 def _show_end(run: Any, path: str) -> None:
-    """Tell how a sitting ended. Raises KeyboardInterrupt if Ctrl-C ended it: the exit code is that of one."""
+    """Tell how a sitting ended. Raises KeyboardInterrupt if a signal ended it: the exit code is that of one."""
     result = run.config["result"]
     resuming = f"python -m baby_xp resume {_short(run.guid)}{_path_flag(path)}"
     if result["reason"] == "interrupted":
         print(f"stopped after step {result['steps']}, with a checkpoint; to go on: {resuming}")
-        raise KeyboardInterrupt
-    print(f"\n{_sample(run)}\n")
+        raise interruption()
+    print(f"\n{printable(_sample(run))}\n")
     if result["reason"] == "time":
         print(f"the time is up: stopped after step {result['steps']}; to go on: {resuming}")
     if result["reason"] == "patience":
@@ -331,19 +359,27 @@ class Generation(GpuPlace):
     """Those with the best validation loss, or those of the last checkpoint."""
 
 
+WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
+"""Settings that have no effect where nothing is drawn."""
+
+
 def generate(arguments: list[str]) -> None:
     """Generate from a run and keep the completion."""
     name, rest = _positional(arguments, "last")
     asked = _tyro(Generation, "baby_xp generate [RUN]", rest, Generation())
+    if asked.greedy and (ways := [name for name in _given(asked, rest) if name in WAYS_TO_DRAW]):
+        flags = " and ".join(map(_flag, ways))
+        raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
     run = _load(name, asked)
+    _note_on_equations(run, asked.prompt)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
     )  # fmt: skip
     text = asked.prompt
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
         text += piece
     print()
     when = datetime.now()
@@ -351,6 +387,20 @@ def generate(arguments: list[str]) -> None:
         when += timedelta(seconds=1)
     write(completion, text + "\n", other=None)
     print(f"kept in {completion}", file=sys.stderr)
+
+
+def _note_on_equations(run: Any, prompt: str) -> None:
+    """Say so if a run that learned equations is given something else to go on from."""
+    from baby_xp_data import equations as table
+
+    data = run.config["data"]
+    if not prompt or "digits" not in data:
+        return
+    of_table = data["max_sum"], data["digits"], data["operators"]
+    if not table.begins_answer(prompt, *of_table):
+        example = table.example(*of_table[1:])
+        what = f"its equations were asked like {example}=, and {prompt!r} is none of them"
+        print(f"note: {what}; what follows means nothing", file=sys.stderr, flush=True)
 
 
 def _load(name: str, asked: Any) -> Any:
@@ -550,18 +600,20 @@ def equations(arguments: list[str]) -> None:
     kind, rest = _positional(arguments, "mlp")
     if kind not in ("mlp", "gpt"):
         raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
-    from baby_xp import lab
+    from baby_xp import api, lab
 
     chosen = lab.suitable(kind, *_known(rest, "--digits", "--max-sum", "--operators"))
     parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
     about = f"Train {chosen.name} with equations held out ({lab.EACH}: each in turn), and ask for them."
     asked, experiment = _parse_settings(parts, Experiment(), about, f"baby_xp equations {kind}", rest)
+    lab.refuse_ignored(asked)
+    chosen = api.override(chosen, asked)
     if experiment.picture:
         from baby_xp import pictures
 
         pictures.check(experiment.picture)
     with counting("models") as told:
-        results = lab.experiment(replace(chosen, **asked), experiment.seeds, experiment.workers, told)
+        results = lab.experiment(chosen, experiment.seeds, experiment.workers, told)
     print("\n".join(results.lines()))
     if experiment.picture:
         print(f"\npicture {pictures.answers(results, experiment.picture)}")
@@ -588,7 +640,8 @@ def runs(arguments: list[str]) -> None:
         print(f"no runs in {asked.path} yet")
         return
     width = max(len(_short(run.guid)) for run in found)
-    print(f"{'run':<{width}}  {'state':<8} {'preset':<12} {'steps':>15}  {'val loss':>8}  {'started':<16}  data")
+    head = f"{'run':<{width}}  {'state':<8} {'preset':<12} {'steps':>15}  {'val loss':>8}"
+    print(f"{head}  {'started (UTC)':<16}  data")
     for run in found:
         steps = f"{run.steps:,} of {run.num_steps:,}" if run.num_steps else ""
         loss = "" if run.val_loss is None else f"{run.val_loss:.4f}"
@@ -652,15 +705,122 @@ def _tyro(kind: type, program: str, arguments: list[str], default: Any) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise BabyError(f"{_first_message(stderr.getvalue())}; see {program.split(' [')[0]} --help") from None
+        message = _wrong_flag(_flags(default), arguments) or _refused(stop) or _first_message(stderr.getvalue())
+        raise BabyError(f"{message}; see {program.split(' [')[0]} --help") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _given(config: Any, arguments: list[str]) -> dict[str, Any]:
+    """The fields of a config that are named on the command line."""
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+        if names & {_flag(field.name), _flag(f"no_{field.name}")}
+    }  # fmt: skip
+
+
+def _flags(config: Any) -> dict[str, Any]:
+    """The flags of a config, with those of the configs in it, and the type of each."""
+    found: dict[str, Any] = {}
+    kinds = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= _flags(value) if dataclasses.is_dataclass(value) else {_flag(field.name): kinds[field.name]}
+    return found
+
+
+MOST_QUOTED = 80
+"""Characters of an argument that a message repeats."""
+
+
+def _wrong_flag(flags: dict[str, Any], arguments: list[str]) -> str | None:
+    """What is wrong with the first argument that is wrong by itself; None if none is."""
+    rest = list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag.replace("_", "-")
+        kind = flags.get(name)
+        if kind is None and flags.get(f"--{name[5:]}") is bool and name.startswith("--no-"):
+            kind = bool
+        if not flag.startswith("-"):
+            return f"{_quoted(flag + equals + value)} is one argument too many"
+        if kind is None and flag not in ("-h", "--help"):
+            near = difflib.get_close_matches(name, flags, 1, 0.75)
+            return f"there is no option {_quoted(flag)}" + (f"; did you mean {near[0]}?" if near else "")
+        if kind is bool and equals:
+            other = "" if name.startswith("--no-") else f" or --no-{name[2:]}"
+            return f"{flag} takes no value: give {name}{other}"
+        if kind in (None, bool):
+            continue
+        if get_origin(kind) is tuple:
+            while rest and not rest[0].startswith("-"):
+                rest.pop(0)
+            continue
+        if not equals and rest and _is_value(rest[0]):
+            value, equals = rest.pop(0), "="
+        if not equals:
+            return f"{flag} needs a value" + _one_with_a_dash(flag, flags, rest)
+        if wanted := _wanted(kind, value):
+            return f"{flag} must be {wanted}, not {_quoted(value)}"
+    return None
+
+
+def _is_value(argument: str) -> bool:
+    return re.match(r"-$|-[.\d]|[^-]|$", argument) is not None
+
+
+def _one_with_a_dash(flag: str, flags: dict[str, Any], rest: list[str]) -> str:
+    """How to give a value that begins with a dash, if this may be one."""
+    if not rest or rest[0].partition("=")[0].replace("_", "-") in flags:
+        return ""
+    value = rest[0] if rest[0].isprintable() and len(rest[0]) <= MOST_QUOTED else "-..."
+    return f"; one that begins with - is given as {shlex.quote(f'{flag}={value}')}"
+
+
+def _wanted(kind: Any, value: str) -> str | None:
+    """What a value of this type must be, if this one is not."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if type(None) in kinds and value == "None":
+        return None
+    names = []
+    for one in kinds:
+        if get_origin(one) is Literal:
+            if value in get_args(one):
+                return None
+            names.append(f"one of {', '.join(get_args(one))}")
+        elif one in (int, float):
+            with contextlib.suppress(ValueError):
+                one(value)
+                return None
+            names.append("a whole number" if one is int else "a number")
+        elif one is not type(None):
+            return None  # any text will do
+    return " or ".join(names)
+
+
+def _quoted(text: str) -> str:
+    """As it was given, on one line and not too long."""
+    return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}...")
+
+
+def _refused(error: BaseException | None) -> str | None:
+    """The message of the config that refused a value, if that is what led to this error."""
+    while error is not None:
+        if isinstance(error, BabyError):
+            return str(error)
+        error = error.__context__
+    return None
 
 
 def _first_message(box: str) -> str:
     """The first message in tyro's box: what stands before its first rule, on one line."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
     message = []
     for line in lines[1:]:
-        if line.startswith("──"):
+        if line and not line.strip("─-"):
             break
         message.append(line)
     text = " ".join(" ".join(message).split()) or " ".join(box.split())

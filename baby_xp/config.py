@@ -90,7 +90,7 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose gradients add up to one step: a large step in the memory of a small one."""
     num_steps: int | None = None
-    """Steps in all; None: as many as num_epochs needs."""
+    """Steps in all; None, or if num_epochs alone is given: as many as that needs."""
     num_epochs: int | None = None
     """Passes over the training windows, each in a new order; None: windows from random places."""
     stride: int = 1

@@ -5,6 +5,10 @@ class BabyError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
 
 
+class NothingTrained(BabyError):
+    """An interrupt came before the first step of a training was done."""
+
+
 class BackendUnavailable(BabyError):
     """A backend cannot work on this machine. `reason` says why, `remedy` what would mend it."""
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,17 @@ from baby_xp.presets import preset
 
 EACH = "each"
 """As held_out: every case in turn."""
-PROGRAM = "from baby_xp.lab import _child; _child()"
+IGNORED = (
+    "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
+)  # fmt: skip
+"""Settings of training that mean nothing here: a model is asked when it is trained, and not kept."""
+PROGRAM = """import signal
+for name in ("SIGTERM", "SIGHUP"):  # these are for the parent, which then ends this one
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+from baby_xp.lab import _child
+_child()
+"""
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,16 @@ def suitable(kind: str, digits: Any = None, max_sum: Any = None, operators: Any 
     return replace(chosen, data=replace(chosen.data, held_out=EACH))
 
 
+def refuse_ignored(names: Collection[str]) -> None:
+    """Raises BabyError if one of these settings has no effect here."""
+    for name in IGNORED:
+        if name in names:
+            raise BabyError(
+                f"{name} has no effect on equations, which trains each model to its end and keeps none: "
+                f"leave out --{name.replace('_', '-')}"
+            )
+
+
 def experiment(
     chosen: Preset, seeds: int = 5, workers: int | None = None, told: Callable[[int, int], None] | None = None
 ) -> Results:
@@ -167,6 +187,9 @@ def experiment(
     """
     if not isinstance(chosen.data, EquationData):
         raise BabyError(f"the lab is for equations, not for {chosen.name}: choose a preset such as equations")
+    usual = TrainConfig(num_steps=1)
+    # eval_every apart: it is never nothing, and each preset has its own
+    refuse_ignored([name for name in IGNORED[1:] if getattr(chosen.train, name) != getattr(usual, name)])
     if seeds < 1:
         raise BabyError(f"seeds must be at least 1, not {seeds}")
     if workers is not None and workers < 1:

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from baby_xp.streams import OutputLost, printable
+
 
 class Screen:
-    """A bar on a terminal, a line an evaluation everywhere."""
+    """A bar on a terminal, a line an evaluation everywhere. What cannot be shown does not end a training."""
 
     def __init__(self, asked_backend: str):
         self.asked = asked_backend
@@ -23,7 +25,8 @@ class Screen:
         if self.asked == "auto":
             why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
         processes = f", {sitting.workers} processes" if sitting.workers > 1 else ""
-        print(f"{sitting.model.n_parameters:,} parameters on {backend.version}, {backend.device}{processes}{why}")
+        size = f"{sitting.model.n_parameters:,} parameters"
+        lines = [f"{size} on {backend.version}, {backend.device}{processes}{why}"]
         facts = {
             "training tokens": "training",
             "validation tokens": "validation",
@@ -31,13 +34,16 @@ class Screen:
         }
         shown = [f"{learned.facts[name]:,} {short}" for name, short in facts.items() if name in learned.facts]
         vocabulary = learned.tokenizer.vocab_size
-        print(f"{learned.name}: {vocabulary} different tokens, {' and '.join(shown)}", flush=True)
+        lines.append(f"{learned.name}: {vocabulary} different tokens, {' and '.join(shown)}")
         if sitting.base:
-            print(f"finetuned from run {sitting.base}", flush=True)
+            lines.append(f"finetuned from run {sitting.base}")
         if step:
-            print(f"going on with run {sitting.files.guid} after step {step}", flush=True)
+            lines.append(f"going on with run {sitting.files.guid} after step {step}")
         if note := first_use(backend):
-            print(note, flush=True)
+            lines.append(note)
+        self.guid = sitting.files.guid
+        with self._anyhow():
+            print("\n".join(lines), flush=True)
         self.entropy = learned.facts.get("entropy, nats per character")
         self.bar = tqdm(
             total=learned.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -60,9 +66,10 @@ class Screen:
             if self.entropy is not None:
                 line = f"{line[:-1]}; no model can go below {self.entropy:.4f})"
         if sample := " ".join(record.get("sample", "").split()):
-            line += f"  {sample}"
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+            line += f"  {printable(sample)}"
+        with self._anyhow():
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """A line on stderr."""
@@ -70,6 +77,14 @@ class Screen:
             print(text, file=sys.stderr, flush=True)
         else:
             self.bar.write(text, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _anyhow(self) -> Iterator[None]:
+        """Training goes on where its progress cannot be shown; who still sees stderr is told, once."""
+        try:
+            yield
+        except OutputLost as lost:
+            self.note(f"{lost.problem}: the training goes on, it is run {self.guid}")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.backend import Backend
 from baby_xp.config import ModelConfig, Preset
-from baby_xp.errors import BabyError, OutOfMemory
+from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
 from baby_xp.models import Model
 from baby_xp.run import Run
@@ -187,7 +187,7 @@ class Sitting:
         """Write the files of a sitting that ended well."""
         checkpoint, final = result.checkpoint, result.final
         if result.reason == "interrupted" and checkpoint.step == 0:
-            raise BabyError("interrupted before the first step was done; nothing was trained")
+            raise NothingTrained("interrupted before the first step was done; nothing was trained")
         self._last = _without_arrays(checkpoint)
         self._write_model(checkpoint)  # a kill may have come between the last checkpoint and its weights
         told = self._result("done" if result.reason in ("steps", "patience") else "stopped", reason=result.reason)

@@ -223,6 +223,39 @@ def chosen(held_out: str, seed: int, max_sum: int = 9, digits: int = 1, operator
     return named
 
 
+def suited(held_out: str, max_sum: int = 9, digits: int = 1, operators: str = "+") -> str:
+    """`held_out`, or a case of this table where it names cases that only other tables have.
+
+    For what was chosen with another table in mind: a share suits every table. BabyError as for `table`.
+    """
+    named = [case.strip() for case in held_out.split(",")]
+    if not all(re.fullmatch(r"[0-9]+[+-][0-9]+", case, re.ASCII) for case in named):
+        return held_out
+    table(max_sum, digits, operators)
+    try:
+        cases(max_sum, named, digits, operators)
+    except BabyError:
+        return example(1, operators)
+    return held_out
+
+
+def example(digits: int = 1, operators: str = "+") -> str:
+    """A case that a table has, such as "4+4"."""
+    if "+" in operators:
+        return "4+4" if digits == 1 else "12+34"
+    return "8-4" if digits == 1 else "34-12"
+
+
+def begins_answer(text: str, max_sum: int = 9, digits: int = 1, operators: str = "+") -> bool:
+    """Whether a text is a question of the table such as "4+4=", or goes on from one as its equation does."""
+    parts = re.match(r"([0-9]+)([+-])([0-9]+)=", text, re.ASCII)
+    if parts is None or len(parts[1]) > digits or len(parts[3]) > digits or parts[2] not in operators:
+        return False
+    a, operator, b = int(parts[1]), parts[2], int(parts[3])
+    known = operator == "-" or not max_sum or a + b <= max_sum
+    return known and written((a, operator, b)).startswith(text)
+
+
 def cases(max_sum: int, held_out: Collection[str], digits: int = 1, operators: str = "+") -> list[Case]:
     """The held-out cases, each with its mirror, without repeats, in the order given.
 

@@ -1,45 +1,106 @@
-"""Ends a run at the next good moment when the user asks for it: Ctrl-C, or the system's request to end."""
+"""Ends a run at the next good moment when the user or the system asks for it: Ctrl-C, SIGTERM, SIGHUP.
+
+SIGTERM is the system's request to end, and SIGHUP what comes when the terminal or the connection is closed. A
+signal that is ignored when the program starts stays so: that is how `nohup` keeps a program alive.
+"""
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
+
+# Windows has no SIGHUP
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ONCE_SECONDS = 1.0
+"""The same request often comes twice, from the system and from a shell: within this time it counts once."""
+
+_asked_by = signal.SIGINT
+"""What last asked a training to stop. Signals are the whole process's, and so is this."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl-C asks the program to end. What handles Ctrl-C handles it too."""
+
+    def __init__(self, number: int):
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.number = number
+
+
+def interruption() -> KeyboardInterrupt:
+    """What to raise after a training that was asked to stop."""
+    return KeyboardInterrupt() if _asked_by == signal.SIGINT else Interrupted(_asked_by)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt: clean-up code runs."""
+    last = -ONCE_SECONDS
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= ONCE_SECONDS:
+            raise Interrupted(number)
+
+    handlers = _listen(SIGNALS[1:], interrupt)
+    try:
+        yield
+    finally:
+        _put_back(handlers)
 
 
 class Stop:
-    """A request to stop: `asked` becomes true at the first Ctrl-C or SIGTERM, the second interrupts at once.
+    """A request to stop: `asked` becomes true at the first signal, another Ctrl-C or SIGTERM interrupts at once.
 
+    Another SIGHUP does not: where a terminal is closed, the system and the shell may both send one.
     A context manager: signals are listened to inside only, and in the main thread only, as Python has it.
     Elsewhere, Ctrl-C is a KeyboardInterrupt as ever. `told` is called when the request comes.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = SIGNALS
 
     def __init__(self, told: Callable[[], None] = lambda: None):
         self.asked, self._told = False, told
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        global _asked_by
+        _asked_by = signal.SIGINT
+        self._before = _listen(SIGNALS, self._ask)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            with suppress(TypeError):  # a handler that was not set from Python cannot be put back
-                signal.signal(number, handler)
+        _put_back(self._before)
         self._before = {}
 
     def over(self, items: Iterable) -> Iterator:
         """The items, until the request comes: then a KeyboardInterrupt. For work that can be done again."""
         for item in items:
             if self.asked:
-                raise KeyboardInterrupt
+                raise interruption()
             yield item
 
     def _ask(self, number: int, frame: Any) -> None:
+        global _asked_by
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if number == getattr(signal, "SIGHUP", None):
+                return
+            raise interruption()
+        self.asked, _asked_by = True, number
         self._told()
+
+
+def _listen(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Handle these signals, where they are not ignored -> the handlers before. Nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def _put_back(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        with suppress(TypeError):  # a handler that was not set from Python cannot be put back
+            signal.signal(number, handler)

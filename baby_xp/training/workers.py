@@ -48,6 +48,8 @@ ANSWER = struct.Struct("<q")
 PROGRAM = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # these are for the main process, which then ends this one
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from baby_xp.training.workers import serve
 serve()
 """
@@ -363,7 +365,10 @@ def serve() -> None:
     """What a worker process does until its input ends."""
     # answers go out unbuffered: nothing is left to flush, at the end, to a main process that is gone
     commands, answers = sys.stdin.buffer, io.FileIO(sys.stdout.fileno(), "w", closefd=False)
-    setup = json.loads(commands.readline())
+    line = commands.readline()
+    if not line.endswith(b"\n"):  # the main process is gone already
+        return
+    setup = json.loads(line)
     rank, dtype = setup["rank"], setup["dtype"]
     model = Model(configs.model_from_dict(setup["config"], "worker"), setup["vocab_size"])
     backend = backends.load("numpy", dtype=dtype)

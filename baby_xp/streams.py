@@ -1,0 +1,143 @@
+"""The standard streams of a command: there in any case, and what happens when they cannot be written."""
+
+import contextlib
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from baby_xp.errors import BabyError
+from baby_xp.files import reason, refusal
+
+BROKEN_PIPE = 141
+"""Exit code where nobody reads on, as in `baby_xp ... | head`: that of a program that SIGPIPE ends."""
+
+
+class OutputLost(BabyError):
+    """Standard output cannot be written. `problem`: the same without advice; `code`: the command's exit code."""
+
+    def __init__(self, error: OSError):
+        super().__init__(str(refusal("standard output", error, "written", None)))
+        self.problem = f"standard output cannot be written ({reason(error)})"
+        self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 2
+
+
+class Output:
+    """Standard output. The first failure to write it raises OutputLost; what is written after that goes nowhere.
+
+    So whoever can do without it, such as a training, goes on; `lost` remembers it to the end.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream, self.lost = stream, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write to the stream. Raises OutputLost."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream. Raises OutputLost."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Any, *arguments: Any) -> None:
+        if self.lost:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.lost = OutputLost(error)
+            _discard(self._stream)
+            raise self.lost from None
+
+
+class Errors:
+    """Standard error. That it cannot be written never matters: there is nowhere left to say so."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write to the stream, where that is possible."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, where that is possible."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Any, *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError:
+            _discard(self._stream)
+        except RuntimeError:  # a signal came in the middle of a write, and its handler writes too
+            pass
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[Output]:
+    """Standard output and standard error that can always be used inside -> standard output."""
+    _occupy()
+    before = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        # a stream is None where its descriptor was closed when Python started
+        streams = [stack.enter_context(_nowhere()) if stream is None else stream for stream in before]
+        for stream in streams:  # a terminal that lacks a character shows another
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        output = sys.stdout = Output(streams[0])
+        sys.stderr = Errors(streams[1])
+        try:
+            yield output
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def printable(text: str) -> str:
+    """A text as a terminal shall get it: control characters, which could do anything there, as escapes.
+
+    Where standard output is no terminal, the text as it is.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
+        for character in text
+    )  # fmt: skip
+
+
+def _occupy() -> None:
+    """Fill what is closed of the descriptors 0, 1 and 2: the next file to be opened would be standard output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)  # to worker processes, as these streams are
+
+
+def _nowhere() -> Any:
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
+
+
+def _discard(stream: Any) -> None:
+    """Lead a stream to nowhere, so that what is left in its buffer does no harm when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # one that has no descriptor
+        number = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, number)
+        finally:
+            os.close(nowhere)
