@@ -1,6 +1,7 @@
 """The `backend` fixture: every law runs on every array library that is there, and a table says what ran."""
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from baby_xp import backend as backends
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VARIANTS = {
     "numpy": ("numpy", None),
@@ -113,6 +118,21 @@ def _folder(variable: str) -> Path:
     if not folder:
         pytest.skip(f"{variable} is not set: it names the folder with these files")
     return Path(folder)
+
+
+@pytest.fixture
+def signals():
+    """Whatever the handlers are for who runs the tests: here those that a program begins with."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    usual = dict.fromkeys(before, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+    yield usual
+    now = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert now == usual
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from baby_xp.runs.store import FOLDERS, RunFiles
 from baby_xp.text.batches import RandomWindows
 from baby_xp.text.tokenizer import tokenizer_from_dict
 from baby_xp.training import loop
+from baby_xp.training.stop import Stop
 
 TINY = {
     "n-ctx": 8, "n-emb": 8, "head-size": 8, "n-heads": 2, "n-layers": 1, "batch-size": 4, "num-steps": 3,
@@ -94,10 +95,10 @@ def all_of(folder: Path) -> dict[str, bytes | None]:
 def refused(call, work):
     """Run a command that must fail: one line, exit code 2, and the folder is as it was. -> the line."""
 
-    def run(*arguments: str, words: tuple[str, ...] = ()) -> str:
+    def run(*arguments: str, words: tuple[str, ...] = (), code: int = 2) -> str:
         before = all_of(work)
-        code, _, err = call(*arguments)
-        assert code == 2
+        found, _, err = call(*arguments)
+        assert found == code
         assert err.startswith("baby_xp: ")
         assert err.count("\n") == 1
         assert err.endswith("\n")
@@ -638,13 +639,13 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(work, refused, monkey
     if existed:
         a_run(work / "runs")
     interrupt_at(monkeypatch, 0)
-    refused("train", "--path=runs", *flags(data="text.txt"), words=("interrupted before the first step",))
+    words = ("interrupted before the first step",)
+    refused("train", "--path=runs", *flags(data="text.txt"), words=words, code=130)
     assert (work / "runs").exists() == existed
 
 
-def check_stopped(code: int, out: str, steps: int, settings: list[str], call) -> None:
+def check_stopped(out: str, steps: int, settings: list[str], call) -> None:
     """A run under "stopped" ended early with so many steps, and is that of a run of only so many steps."""
-    assert code == 130
     run = baby_xp.api.load(path="stopped", weights="last")
     last = out.splitlines()[-1]
     assert last.startswith(f"stopped after step {steps}, with a checkpoint; to go on: python -m baby_xp resume ")
@@ -675,8 +676,8 @@ def test_an_interrupt_gives_the_step_at_hand_up_and_keeps_those_before(work, cal
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         code, out, err = call("train", "--path=stopped", *settings)
-    assert err == "baby_xp: interrupted\n"
-    check_stopped(code, out, step, settings, call)
+    assert (code, err) == (130, "baby_xp: interrupted\n")
+    check_stopped(out, step, settings, call)
 
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -698,32 +699,31 @@ STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
 
 
 @needs_signals
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, number, step):
+def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, signals, number, step):
     settings = flags(data="text.txt", num_steps=5, **CONSTANT)
-    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         signals_at(patch, step, number)
         code, out, err = call("train", "--path=stopped", *settings)
-    assert err == f"{STOPPING}baby_xp: interrupted\n"
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    assert (code, err) == (128 + number, f"{STOPPING}baby_xp: interrupted{by}\n")
     # the measurement that is due after the second step is left out: it can be done later
     assert [record["step"] for path in work.glob("stopped/outputs/metrics*") for record in lines_of(path)] == (
         [2] if step == 2 else []
     )
     if step != 1:
-        check_stopped(code, out, step + 1, settings, call)
-    assert {one: signal.getsignal(one) for one in handlers} == handlers
+        check_stopped(out, step + 1, settings, call)
 
 
 @needs_signals
-def test_a_second_signal_gives_the_step_at_hand_up(work, call, monkeypatch):
+def test_a_second_signal_gives_the_step_at_hand_up(work, call, monkeypatch, signals):
     settings = flags(data="text.txt", num_steps=5, **CONSTANT)
     with monkeypatch.context() as patch:
         signals_at(patch, 3, signal.SIGINT, signal.SIGTERM)
         code, out, err = call("train", "--path=stopped", *settings)
-    assert err == f"{STOPPING}baby_xp: interrupted\n"
-    check_stopped(code, out, 3, settings, call)
+    assert (code, err) == (130, f"{STOPPING}baby_xp: interrupted\n")
+    check_stopped(out, 3, settings, call)
 
 
 def test_an_interrupt_while_progress_is_shown_keeps_that_step(work):

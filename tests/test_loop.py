@@ -17,11 +17,12 @@ from baby_xp.models import Model
 from baby_xp.task import Task
 from baby_xp.text.batches import RandomWindows, consecutive_windows
 from baby_xp.training import checkpoint, diagnosis, loop
+from baby_xp.training import stop as training_stop
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.evaluate import mean_loss
 from baby_xp.training.loop import Diverged, fit
 from baby_xp.training.step import make_step, noisy_loss_and_gradients, total_loss
-from baby_xp.training.stop import Stop
+from baby_xp.training.stop import Stop, interruptible, interruption
 from baby_xp.tree import leaves
 
 MODEL = Model(GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1, dropout=0.1), 11)
@@ -627,17 +628,6 @@ def test_where_the_first_loss_is_no_number_there_is_nothing_to_find():
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
-@pytest.fixture
-def handlers():
-    """The handlers of the signals, which a test may not change for good."""
-    before = {number: signal.getsignal(number) for number in Stop.SIGNALS}
-    yield before
-    now = {number: signal.getsignal(number) for number in Stop.SIGNALS}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    assert now == before
-
-
 def send(number: int, times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), number)
@@ -645,36 +635,79 @@ def send(number: int, times: int = 1) -> None:
 
 
 @needs_signals
-@pytest.mark.parametrize("number", Stop.SIGNALS, ids=["Ctrl-C", "SIGTERM"])
-def test_the_first_signal_asks_and_the_second_interrupts(handlers, number):
+@pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second):
     told = []
     with Stop(lambda: told.append("once")) as stop:
         assert not stop.asked
         send(number)
         assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            send(number)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            send(second)
     assert told == ["once"]
+    assert [getattr(one, "number", signal.SIGINT) for one in (caught.value, interruption())] == [number, number]
 
 
 @needs_signals
-def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(handlers):
+def test_the_terminal_that_is_closed_interrupts_nothing(signals):
+    """The system and the shell may both say so, and what is asked for is asked for by then."""
+    with Stop() as stop:
+        send(signal.SIGHUP, times=3)
+        assert stop.asked
+
+
+@needs_signals
+@pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_that_is_ignored_stays_so(signals, number):
+    """As nohup has it."""
+    usual = signal.signal(number, signal.SIG_IGN)
+    with interruptible(), Stop() as stop:
+        send(number)
+        assert not stop.asked
+    assert signal.signal(number, usual) == signal.SIG_IGN
+
+
+@needs_signals
+@pytest.mark.parametrize("number", Stop.SIGNALS[1:], ids=lambda number: number.name)
+def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
+    cleaned = []
+
+    def command():
+        try:
+            send(number)
+        finally:
+            send(number, times=2)
+            cleaned.append(True)
+
+    with interruptible(), pytest.raises(KeyboardInterrupt, match=f"by {number.name}") as caught:
+        command()
+    assert (caught.value.number, cleaned) == (number, [True])
+    monkeypatch.setattr(training_stop, "ONCE_SECONDS", 0.0)
+    with interruptible():  # who asks again, later, is heard
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                send(number)
+
+
+@needs_signals
+def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(signals):
     with pytest.raises(KeyboardInterrupt), Stop():
         send(signal.SIGTERM, times=2)
 
 
-def test_in_another_thread_signals_are_left_alone(handlers):
+def test_in_another_thread_signals_are_left_alone(signals):
     seen = []
 
     def elsewhere():
-        with Stop() as stop:
+        with interruptible(), Stop() as stop:
             seen.append({number: signal.getsignal(number) for number in Stop.SIGNALS})
             seen.append(stop.asked)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [handlers, False]
+    assert seen == [signals, False]
 
 
 def test_work_over_items_is_cut_short_by_the_request():

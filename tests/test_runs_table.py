@@ -171,7 +171,7 @@ def test_the_command_line_lists_all_runs_a_line_each(tmp_path):
     baby_xp.files.write_json(RunFiles(tmp_path, GUIDS[4]).config, {})
     with store.hold(RunFiles(tmp_path, GUIDS[3])):
         head, *lines = listed(tmp_path)
-    assert head.split() == ["run", "state", "preset", "steps", "val", "loss", "started", "data"]
+    assert head.split() == ["run", "state", "preset", "steps", "val", "loss", "started", "(UTC)", "data"]
     steps, when = ["3", "of", "1,200"], ["2026-01-02", "03:04", "my", "text.txt"]
     assert [line.split() for line in lines] == [
         ["40000000", "damaged"],

@@ -509,13 +509,16 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training):
 
 
 @needs_signals
-@pytest.mark.parametrize(("number", "group"), [("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True)])
+@pytest.mark.parametrize(("number", "group"), [
+    ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
+])  # fmt: skip
 def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, tmp_path, number, group):
     """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
     (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
     out, err = (text.decode() for text in training.communicate(timeout=20))
-    assert training.returncode == 130
-    assert err == "stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted\n"
+    assert training.returncode == 128 + getattr(signal, number)
+    by = "" if number == "SIGINT" else f" by {number}"
+    assert err == f"stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted{by}\n"
     (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.num_steps) == ("stopped", 100_000_000)
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
