@@ -37,7 +37,7 @@ def installed(tmp_path_factory) -> Path:
     command = ["pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     built = subprocess.run(
         [sys.executable, "-m", *command, "--quiet", "--target", target, sources],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     return target
@@ -58,7 +58,7 @@ def python(request, installed, tmp_path):
 
     def run(*arguments) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
+            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
             env={**os.environ, "PYTHONPATH": str(installed)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_the_script_runs(installed):
     if not script.exists():
         pytest.skip("pip makes no script in bin here")
     done = subprocess.run(
-        [sys.executable, script, "--version"], capture_output=True, text=True, timeout=60,
+        [sys.executable, script, "--version"], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(installed)},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"baby_xp {found_version(installed)}\n")
