@@ -406,7 +406,7 @@ def test_python_that_cannot_be_found_ends_training_in_one_line(arenas, monkeypat
 
 
 def test_workers_find_modules_where_this_process_finds_them(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(f"open({ascii(str(tmp_path / 'seen'))}, 'w').close()")
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     with Setting("float32").pool(2):
         assert (tmp_path / "seen").exists()
