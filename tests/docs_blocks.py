@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RUN, COMMANDS, SESSION, NOT_RUN = {"python"}, {"sh"}, {"console"}, {"text", "json"}
 LANGUAGES = RUN | COMMANDS | SESSION | NOT_RUN
-SECONDS_PER_COMMAND = 120
+SECONDS_PER_COMMAND = 600
 
 PLACEHOLDERS = {"RUN": "last", "PRESET": "baby", "FOLDER": "a-folder"}
 """What stands in a page for a thing of the reader's."""

@@ -28,8 +28,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def no_proxy(monkeypatch):
+    """What is on this machine is asked directly, whatever proxy the environment names."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+@pytest.fixture
+def server(no_proxy):
     server = HTTPServer(("127.0.0.1", 0), Handler)
     server.paths = []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -137,8 +143,7 @@ def test_a_failed_download(server, cache, add, capfd, path, content, reason):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_refused_connection(cache, add, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_a_refused_connection(cache, add, no_proxy):
     with socket.socket() as taken:  # bound but not listening: a connection is refused
         taken.bind(("127.0.0.1", 0))
         add(f"http://127.0.0.1:{taken.getsockname()[1]}/moon.txt")

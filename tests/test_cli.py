@@ -1309,7 +1309,8 @@ def test_every_command_has_help(call, arguments):
         assert "--no-cache" in out
 
 
-def test_the_help_of_finetuning_shows_the_settings_of_the_run(call, trained):
+def test_the_help_of_finetuning_shows_the_settings_of_the_run(call, trained, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # a narrow terminal breaks its lines
     code, out, err = call("finetune", "last", f"--path={trained.folder}", "--help")
     assert (code, err) == (0, "")
     assert trained.guid in out

@@ -19,7 +19,7 @@ TEXTS = sorted(
 )
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
-SECONDS_PER_PAGE, SECONDS_PER_NOTEBOOK = 600, 600
+SECONDS_PER_PAGE, SECONDS_PER_NOTEBOOK = 1800, 1800
 
 
 def name_of(path: Path) -> str:
@@ -99,7 +99,9 @@ def run_notebook(notebook: Path, folder: Path) -> subprocess.CompletedProcess:
         "nbclient.NotebookClient(notebook, timeout=None, kernel_name='python3', resources=place).execute()\n"
     )
     environment = {**os.environ, "PYTHONUTF8": "1", "JUPYTER_PLATFORM_DIRS": "1"}
-    environment["IPYTHONDIR"] = str(folder / "ipython")
+    # neither the user's kernels and settings, nor a home that can be written
+    for name in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
+        environment[name] = str(folder / "jupyter")
     try:
         return subprocess.run(
             [sys.executable, "-c", code, str(notebook), str(folder)], cwd=folder, capture_output=True, text=True,

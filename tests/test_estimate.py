@@ -310,7 +310,7 @@ def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file):
     waiting_for(lambda: not list(folder.iterdir()))
 
 
-def waiting_for(what, seconds: float = 20.0) -> None:
+def waiting_for(what, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end

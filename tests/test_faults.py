@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -325,7 +324,10 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     backend.load("numpy")
     main([sys.argv[1], "--help"])  # all is imported while the files of Python can be read
 if os.getuid() == 0:
-    os.setgid(65534), os.setuid(65534)
+    try:
+        os.setgid(65534), os.setuid(65534)
+    except OSError:
+        sys.exit(77)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -333,17 +335,19 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others on this system")
 @pytest.mark.parametrize("command", ["train", "resume"])
 def test_a_folder_without_permission_is_one_line(copy, text, command):
-    """As another user where the tests run as root, whom no permission holds back."""
-    for folder in copy.folder.parents:
-        if Path(tempfile.gettempdir()) in folder.parents:
-            folder.chmod(0o755)
+    """As another user where the tests run as root, whom no permission holds back.
+
+    That user may be kept out of the folders above, and so the folder of the runs is the current one.
+    """
     for path in [copy.folder, *copy.folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: path.read_bytes() for path in copy.folder.rglob("*") if path.is_file()}
-    arguments = [command, f"--path={copy.folder}", "--backend=numpy"]
-    refused = subprocess.run([sys.executable, "-c", AS_NOBODY, *arguments], capture_output=True, text=True)
+    program = [sys.executable, "-c", AS_NOBODY, command, "--path=.", "--backend=numpy"]
+    refused = subprocess.run(program, cwd=copy.folder, capture_output=True, text=True)
     for path in [copy.folder, *copy.folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
+    if refused.returncode == 77:
+        pytest.skip("the tests run as a root that may not become another user")
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("\n") == 1
     assert "Permission denied" in refused.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def test_the_command_line_finetunes_with_the_settings_of_the_run(base, texts, ca
     assert main(["finetune", base.guid[:8], "--data", texts["other"], folder, "--num-steps=3"]) == 0
     out = capsys.readouterr().out
     assert f"finetuned from run {base.guid}" in out
-    assert f"generate {base.guid[:8]}_finetuned {folder.replace('=', ' ')}" in out
+    assert f"generate {base.guid[:8]}_finetuned --path {shlex.quote(str(base.files.folder))}" in out
     tuned = api.load(path=base.files.folder)
     assert (tuned.config["train"]["lr"], tuned.config["train"]["num_steps"]) == (TINY["lr"], 3)
 

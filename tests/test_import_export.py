@@ -109,7 +109,7 @@ def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
     assert (
         main(["export", "littlebaby", run.guid[:8], f"--path={run.files.folder}", f"--to={tmp_path / 'out'}"]) == 0
     )
-    model = capsys.readouterr().out.split()[-1]
+    model = capsys.readouterr().out.splitlines()[-1]
     assert main(["import", "littlebaby", model, f"--path={tmp_path / 'third'}"]) == 0
     assert f"run {run.guid}" in capsys.readouterr().out
 

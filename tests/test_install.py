@@ -1,6 +1,7 @@
 """An installation that is a copy works from anywhere, the checkout's own folder included."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-WHERE = "import baby_xp, baby_xp_backends, baby_xp_data; print(baby_xp.__file__, *baby_xp_backends.__path__)"
+WHERE = """import json, baby_xp, baby_xp_backends, baby_xp_data
+print(json.dumps([baby_xp.__file__, *baby_xp_backends.__path__]))
+"""
 # Libraries that take long to import are made missing: test_cli.py shows them.
 LIST_BACKENDS = """import sys
 sys.modules["torch"] = sys.modules["jax"] = None
@@ -34,7 +37,7 @@ def installed(tmp_path_factory) -> Path:
     command = ["pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     built = subprocess.run(
         [sys.executable, "-m", *command, "--quiet", "--target", target, sources],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     return target
@@ -55,7 +58,7 @@ def python(request, installed, tmp_path):
 
     def run(*arguments) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60,
+            [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
             env={**os.environ, "PYTHONPATH": str(installed)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -66,7 +69,7 @@ def python(request, installed, tmp_path):
 
 
 def test_the_copy_is_what_is_imported_unless_the_checkout_is_the_current_folder(python, installed):
-    package, backends = python("-c", WHERE).split()
+    package, backends = json.loads(python("-c", WHERE))
     expected = installed if python.cwd != CHECKOUT else CHECKOUT  # `python -c` looks here first
     assert Path(package) == expected / "baby_xp" / "__init__.py"
     assert Path(backends) == installed / "baby_xp_backends"  # the checkout has no folder of that name
@@ -122,7 +125,7 @@ def test_the_script_runs(installed):
     if not script.exists():
         pytest.skip("pip makes no script in bin here")
     done = subprocess.run(
-        [sys.executable, script, "--version"], capture_output=True, text=True, timeout=60,
+        [sys.executable, script, "--version"], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(installed)},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"baby_xp {found_version(installed)}\n")

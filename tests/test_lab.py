@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -394,20 +393,21 @@ def test_a_loss_that_bursts_ends_in_one_line(workers):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_killed_process_ends_the_lab_in_one_line():
-    chosen = preset("equations")
-    children = lambda: subprocess.run(  # noqa: E731
-        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True, check=False
-    ).stdout.splitlines()
+def test_a_killed_process_ends_the_lab_in_one_line(monkeypatch):
+    children, popen = [], subprocess.Popen
+
+    def recorded(*args, **kwargs):
+        children.append(popen(*args, **kwargs))
+        return children[-1]
 
     def kill(done, of):
-        for line in children():
-            if "baby_xp.lab" in line:
-                os.kill(int(line.split()[0]), signal.SIGKILL)
+        for child in children:
+            child.send_signal(signal.SIGKILL)
 
+    monkeypatch.setattr(subprocess, "Popen", recorded)
     with pytest.raises(BabyError, match="a process ended before its model was done"):
-        lab.experiment(chosen, seeds=20, workers=2, told=kill)
-    assert not [line for line in children() if "baby_xp.lab" in line and "defunct" not in line]
+        lab.experiment(preset("equations"), seeds=20, workers=2, told=kill)
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -415,26 +415,27 @@ def test_ctrl_c_ends_it_and_leaves_no_process():
     # who runs the tests may ignore Ctrl-C, and then all that it starts does
     program = """if True:
         import signal, sys
+        from baby_xp import lab
         from baby_xp.cli import main
+        def feed(child, *queues, feed=lab._feed):
+            sys.stdout.write(f"{child.pid}\\n")  # in one piece: there is a thread for each child
+            sys.stdout.flush()
+            feed(child, *queues)
+        lab._feed = feed
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main(["equations", "--seeds", "40", "--workers", "2"]))
     """
     lab_process = subprocess.Popen(
         [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    find = ["ps", "--ppid", str(lab_process.pid), "-o", "pid="]
-    deadline = time.monotonic() + 60
-    while len(children := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()) < 2:
-        assert time.monotonic() < deadline, "its processes did not come up"
-        time.sleep(0.1)
-    time.sleep(1)
+    children = [int(lab_process.stdout.readline()) for _ in range(2)]
     lab_process.send_signal(signal.SIGINT)
-    _, errors = lab_process.communicate(timeout=60)
+    _, errors = lab_process.communicate(timeout=120)
     assert lab_process.returncode == 130
     assert errors.strip() == "baby_xp: interrupted"
-    find = ["ps", "-p", ",".join(children), "-o", "pid="]
-    left = subprocess.run(find, capture_output=True, text=True, check=False)
-    assert not left.stdout.split()
+    for child in children:
+        with pytest.raises(ProcessLookupError):  # not even as a zombie
+            os.kill(child, 0)
 
 
 # the command ----------------------------------------------------------------------------------------------
