@@ -16,7 +16,7 @@ from typing import Any, Literal
 from baby_xp_data import equations
 
 from baby_xp import backend as backends
-from baby_xp import params, task
+from baby_xp import checks, limits, params, task
 from baby_xp.backend import Backend
 from baby_xp.config import DataConfig, EquationConfig, EquationData, Preset, TrainConfig, settings_of
 from baby_xp.convert import littlebaby
@@ -34,8 +34,6 @@ from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 from baby_xp.training import checkpoint
 from baby_xp.training.workers import suitable_number
 
-MOST_PARAMETERS = 2**40
-"""More than any machine holds, and few enough that all sizes in bytes can be computed with."""
 FINETUNE_STEPS = 500
 RESUMABLE = (
     "num_steps", "lr", "min_lr", "clip", "eval_every", "sample_tokens", "patience", "max_minutes",
@@ -80,13 +78,14 @@ def train(
     Raises BabyError for input that cannot be used, and if the loss stops being a number: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """
-    chosen = override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
+    chosen = override(preset_of(preset), overrides)
+    limits.check_context(chosen)
     with store.new_run(path) as new:
         loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         new.undo.callback(learned.discard)
         model = Model(chosen.model, learned.tokenizer.vocab_size)
-        check_size(model)
+        check_size(chosen, model, loaded, learned, workers)
         start = checkpoint.first(model, chosen.train)
         return _sit(new, chosen, model, learned, loaded, device, workers, listener, start)
 
@@ -94,7 +93,7 @@ def train(
 def finetune(
     name: str = "last",
     *,
-    data: str,
+    data: str | Path,
     path: str | Path = "runs",
     backend: str = "auto",
     device: str | None = None,
@@ -123,6 +122,7 @@ def finetune(
         )
         new.undo.callback(learned.discard)
         model = Model(chosen.model, learned.tokenizer.vocab_size)
+        check_size(chosen, model, loaded, learned, workers)
         flat = params.grown(model.spec, chosen.train.seed, base.model.layout, base.params)
         start = checkpoint.first(model, chosen.train, flat)
         return _sit(new, chosen, model, learned, loaded, device, workers, listener, start, base.guid)
@@ -137,7 +137,7 @@ def resume(
     workers: int | None = None,
     tf32: bool | None = None,
     memory_gib: float | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     listener: Any = None,
     **overrides: Any,
 ) -> Run:
@@ -190,10 +190,11 @@ def load(
     weights: those with the best validation loss, or those of the last checkpoint. tf32, memory_gib: as in `train`.
     Raises BabyError if the run cannot be loaded, or its files do not belong together.
     """
-    if weights not in ("best", "last"):
-        raise BabyError(f"weights must be best or last, not {weights!r}")
+    weights = checks.choice("weights", weights, ("best", "last"))
     files = store.find(path, name)
     config, tokenizer, chosen = _read(files)
+    if weights == "last" and config["result"]["state"] == "imported":
+        raise BabyError(f"run {files.guid} was imported: it has the weights that it came with, and no last ones")
     model = Model(chosen.model, tokenizer.vocab_size)
     if weights == "best":
         flat, metadata = arrays.load_weights(files.model, model.layout)
@@ -244,6 +245,11 @@ def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:
 def list_runs(path: str | Path = "runs") -> list[Summary]:
     """All runs under `path`, the one last trained first."""
     return table.summaries(path)
+
+
+def preset_of(preset: str | Preset) -> Preset:
+    """A preset by its name, or as it was given. Raises BabyError for what is neither."""
+    return preset if isinstance(preset, Preset) else find_preset(checks.text("preset", preset))
 
 
 def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
@@ -365,9 +371,20 @@ def _sit(
     number = number_of_workers(workers, backend, model, chosen.train.batch_size)
     chosen = replace(chosen, train=replace(chosen.train, num_steps=learned.num_steps))
     sitting = Sitting(
-        new.files, chosen, model, learned, backend, device, number, listener or Silent(), base, started, keep
+        new.files, chosen, model, learned, backend, device, number, _listening(listener), base, started, keep
     )
     return sitting.run(start)
+
+
+def _listening(listener: Any) -> Any:
+    """The listener, or a silent one. Raises BabyError for an object that cannot be told of training."""
+    if listener is None:
+        return Silent()
+    for name in ("started", "progress", "evaluated", "note"):
+        if not callable(getattr(listener, name, None)):
+            kind = checks.shown_value(listener)
+            raise BabyError(f"listener must have the methods of baby_xp.api.Silent; {kind} has no {name}")
+    return listener
 
 
 def _extending(tokenizer: Tokenizer) -> Any:
@@ -381,18 +398,20 @@ def _sizes(config: Any) -> Any:
     return replace(config, dropout=0.0)
 
 
-def check_size(model: Model) -> None:
-    """Raises BabyError for a model that no machine holds."""
-    if model.n_parameters > MOST_PARAMETERS:
-        raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
+def check_size(
+    chosen: Preset, model: Model, backend: Backend, learned: task.Task, workers: int | None
+) -> None:
+    """Raises BabyError for a run that does not fit this machine, before anything of it is made."""
+    limits.check_size(model)
+    number = number_of_workers(workers, backend, model, chosen.train.batch_size)
+    limits.check_training(chosen, model, backend, learned.batches, number)
 
 
 def number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:
     """Processes that share a step: as many as were asked for, or as suit. Raises BabyError if that cannot be."""
     if asked is None:
         return suitable_number(backend, model, batch_size)
-    if asked < 1:
-        raise BabyError(f"workers must be at least 1, not {asked}")
+    asked = checks.whole("workers", asked, most=checks.most_processes())
     if asked > 1 and backend.name != "numpy":
         raise BabyError(f"workers are processes of the numpy backend; with {backend.name} leave out --workers")
     return min(asked, batch_size)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from baby_xp import checks
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.namespace import Namespace
 
@@ -91,6 +92,29 @@ class Backend(Protocol):
         """Wait until everything asked of the device is done."""
 
 
+class Restorable:
+    """Base of a backend that is pickled as the arguments that made it, and made anew from them: arrays of a device
+    and modules cannot be. A deep copy of what holds a backend shares it."""
+
+    def __new__(cls, *arguments: Any, **options: Any):
+        backend = super().__new__(cls)
+        backend._made_by = arguments, options
+        return backend
+
+    def __reduce__(self):
+        return _made_again, (type(self), *self._made_by)
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: Any):
+        return self
+
+
+def _made_again(kind: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return kind(*arguments, **options)
+
+
 @dataclass(frozen=True)
 class State:
     """What `backends` shows of one: whether it works, and if not, why and what to do."""
@@ -113,16 +137,21 @@ def names() -> list[str]:
 def load(name: str = "auto", device: str | None = None, dtype: str = "float32", **options: Any) -> Backend:
     """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work.
 
+    dtype: "float32" or "float64".
     options: those of one kind of backend, such as CuPy's tf32 and memory_gib; None and False stand for one that is
     not given. BabyError for one that the backend does not have.
     """
+    name = checks.text("backend", name)
+    device = None if device is None else checks.text("device", device)
+    dtype = checks.choice("dtype", dtype, ("float32", "float64"))
     if name == "auto":
         return choose(device, dtype, **options)[0]
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
     kind = next(iter(points)).load()
-    given = {option: value for option, value in options.items() if value is not None and value is not False}
+    left_out = lambda value: value is None or (isinstance(value, bool | np.bool_) and not value)  # noqa: E731
+    given = {option: value for option, value in options.items() if not left_out(value)}
     for option in given.keys() - inspect.signature(kind).parameters.keys():
         raise BabyError(f"{name} has no option {option}: leave it out, or use a backend that has it, such as cupy")
     return kind(device=device, dtype=dtype, **given)
@@ -180,7 +209,7 @@ def _shortage_told(found: Shortage) -> str:
 
 def in_words(size: int) -> str:
     """Bytes in words: "1.25 GiB"."""
-    units = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
+    units = {2**60: "EiB", 2**50: "PiB", 2**40: "TiB", 2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
     unit = next((unit for unit in units if size >= unit), 2**10)
     return f"{size / unit:.{2 if size < 10 * unit else 1}f} {units[unit]}"
 

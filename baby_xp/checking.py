@@ -29,9 +29,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from baby_xp import backend as backends
-from baby_xp import task
+from baby_xp import checks, limits, task
 from baby_xp.config import Preset
-from baby_xp.errors import BabyError
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.namespace import REPLACEABLE
@@ -83,11 +82,9 @@ def check(
     directions: int,
 ) -> list[Row]:
     """A row for each parameter array; as Run.check, which tells more. The text is that of `chosen`."""
-    asked = {"tokens": tokens, "batch": batch, "directions": directions, "seed": seed, "elements": elements}
-    for name, value in asked.items():
-        least = 0 if name in ("seed", "elements") else 1
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            raise BabyError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    tokens, batch = checks.whole("tokens", tokens), checks.whole("batch", batch)
+    seed, elements = checks.whole("seed", seed, least=0), checks.whole("elements", elements, least=0)
+    directions = checks.whole("directions", directions)
     host = _batch(run, chosen, sha256, tokens, batch, seed)
     with threadpool_limits(1):  # products this small only wait for each other's threads
         slopes = Slopes(run.model, run.params.astype(np.float64), host, seed)
@@ -196,8 +193,11 @@ def _batch(run: "Run", chosen: Preset, sha256: str | None, tokens: int, batch: i
         whole = learned.batches.batch(0)
         number = batch * tokens if whole.targets.ndim == 1 else batch
         rows = np.random.default_rng(seed).permutation(len(whole.samples))[:number]
+        limits.check_batch(run.model, len(rows), chosen.model.n_ctx)
         return Batch(whole.inputs[rows], whole.targets[rows], np.arange(len(rows), dtype=np.int32))
-    return RandomWindows(learned.corpus.train, min(tokens, chosen.model.n_ctx), batch, seed).batch(0)
+    tokens = min(tokens, chosen.model.n_ctx)
+    limits.check_batch(run.model, batch, tokens)
+    return RandomWindows(learned.corpus.train, tokens, batch, seed).batch(0)
 
 
 # in words -------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ Every field is a flag of the command line (n_ctx is --n-ctx) and a key of the ru
 The Little Baby's where it has them.
 """
 
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from baby_xp import optim
+from baby_xp import checks, optim, rng
+from baby_xp.checks import LARGEST
 from baby_xp.errors import BabyError
 
-LARGEST = 2**31 - 1
-"""The largest whole number of a config: sizes and steps are counted in int32."""
+MOST_LAYERS = 10_000
+"""With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
+LARGEST_DROPOUT = 0.99999
+"""Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ class GPTConfig:
     """Form of GELU: the tanh approximation, or the definition by erf."""
 
     def __post_init__(self):
-        _whole(self, "n_ctx", "n_emb", "head_size", "n_heads", "n_layers")
+        _check(self, checks.whole, "n_ctx", "n_emb", "head_size", "n_heads")
+        _check(self, checks.whole, "n_layers", most=MOST_LAYERS)
         _choice(self, "c_sequence", "c_attention", "c_network", "gelu")
         if self.head_size % self.n_heads:
             raise BabyError(
                 f"n_heads {self.n_heads} does not divide head_size {self.head_size}: "
                 f"choose a head_size that is a multiple of n_heads"
             )
-        if not (_number(self.dropout) and 0 <= self.dropout < 1):
-            raise BabyError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
+        _check(self, checks.number, "dropout", least=0, below=1)
+        if rng.drop_threshold(self.dropout) == rng.HALVES:
+            met = f"dropout is met to 1 / {rng.HALVES}"
+            raise BabyError(f"dropout {self.dropout} drops everything, as {met}: choose {LARGEST_DROPOUT} at most")
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,9 @@ class EquationConfig:
     """Spread of the first weights."""
 
     def __post_init__(self):
-        _whole(self, "n_ctx", "n_emb", "n_hidden")
+        _check(self, checks.whole, "n_ctx", "n_emb", "n_hidden")
         _choice(self, "activation")
-        _positive(self, "std")
+        _check(self, checks.number, "std", above=0)
 
 
 ModelConfig = GPTConfig | EquationConfig
@@ -131,28 +137,21 @@ class TrainConfig:
     """Precision of all numbers."""
 
     def __post_init__(self):
-        _whole(self, "batch_size", "accumulate", "stride", "eval_every")
-        _whole(
-            self,
-            *(
-                name
-                for name in ("num_steps", "num_epochs", "base_batch_size")
-                if getattr(self, name) is not None
-            ),
-        )
-        _positive(self, "lr")
+        _check(self, checks.whole, "batch_size", "accumulate", "stride", "eval_every")
+        optional = ("num_steps", "num_epochs", "base_batch_size")
+        _check(self, checks.whole, *(name for name in optional if getattr(self, name) is not None))
+        _check(self, checks.number, "lr", above=0)
         _choice(self, "schedule", "dtype")
-        _at_least_zero(self, "min_lr", "weight_decay", "clip")
-        _at_least_zero(self, "max_minutes", "checkpoint_minutes")
-        _whole(self, "warmup_steps", "sample_tokens", "patience", "checkpoint_every", least=0)
+        _check(
+            self, checks.number, "min_lr", "weight_decay", "clip", "max_minutes", "checkpoint_minutes", least=0
+        )
+        _check(self, checks.whole, "warmup_steps", "sample_tokens", "patience", "checkpoint_every", least=0)
         if self.step_size > LARGEST:
             raise BabyError(f"a step of {self.batch_size} x {self.accumulate} sequences is too large")
-        _whole(self, "seed", least=0, most=2**64 - 1)
+        _check(self, checks.whole, "seed", least=0, most=2**64 - 1)
         if self.num_steps is None and self.num_epochs is None:
             raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
-        for name in ("beta1", "beta2"):
-            if not (_number(getattr(self, name)) and 0 < getattr(self, name) < 1):
-                raise BabyError(f"{name} must lie between 0 and 1, not {getattr(self, name)!r}")
+        _check(self, checks.number, "beta1", "beta2", above=0, below=1)
         if self.schedule == "cosine" and self.min_lr > self.peak_lr:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
@@ -179,8 +178,7 @@ class DataConfig:
     """One id a character of the text, or one id a byte of its UTF-8."""
 
     def __post_init__(self):
-        if not isinstance(self.data, str):
-            raise BabyError(f"data must be a path or the name of a text, not {self.data!r}")
+        _check(self, checks.path, "data")
         _choice(self, "tokenizer")
 
 
@@ -202,12 +200,11 @@ class EquationData(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         _choice(self, "operators")
-        _whole(self, "digits", most=2)
-        _whole(self, "max_sum", least=0)
+        _check(self, checks.whole, "digits", most=2)
+        _check(self, checks.whole, "max_sum", least=0)
         if 0 < self.max_sum < 9:
             raise BabyError(f"max_sum must be at least 9, or 0 for all sums, not {self.max_sum}")
-        if not isinstance(self.held_out, str):
-            raise BabyError(f"held_out must be a sum such as 4+4 or a share such as 10%, not {self.held_out!r}")
+        _check(self, checks.text, "held_out", hint="a sum such as 4+4 or a share such as 10%")
         if self.data != "equations":
             raise BabyError(f"data of this preset is equations, not {self.data!r}: leave out --data")
         if self.tokenizer != "char":
@@ -278,35 +275,12 @@ def settings_of(config: dict[str, Any], where: str) -> Preset:
     )
 
 
-def _whole(config, *names: str, least: int = 1, most: int = LARGEST) -> None:
+def _check(config: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:
+    """Check some fields, and keep them as plain Python values: JSON has no others."""
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise BabyError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if value > most:
-            raise BabyError(f"{name} must be a whole number of at most {most}")
+        object.__setattr__(config, name, check(name, getattr(config, name), **limits))
 
 
-def _positive(config, *names: str) -> None:
+def _choice(config: Any, *names: str) -> None:
     for name in names:
-        if not (_number(getattr(config, name)) and getattr(config, name) > 0):
-            raise BabyError(f"{name} must be a number above 0, not {getattr(config, name)!r}")
-
-
-def _at_least_zero(config, *names: str) -> None:
-    for name in names:
-        if not (_number(getattr(config, name)) and getattr(config, name) >= 0):
-            raise BabyError(f"{name} must be a number of at least 0, not {getattr(config, name)!r}")
-
-
-def _number(value) -> bool:
-    """Whether it is a finite number. (math.isfinite raises for a whole number that no float can hold.)"""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
-
-
-def _choice(config, *names: str) -> None:
-    for name in names:
-        allowed = config.__dataclass_fields__[name].type.__args__
-        if getattr(config, name) not in allowed:
-            raise BabyError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
+        _check(config, checks.choice, name, allowed=config.__dataclass_fields__[name].type.__args__)

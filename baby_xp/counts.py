@@ -8,8 +8,7 @@ import math
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
-from baby_xp.training.step import shard_sizes
-from baby_xp.tree import leaves
+from baby_xp.training.step import number_of_shards
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
@@ -22,9 +21,9 @@ KINDS = {
 def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Number of parameters, by kind."""
     found: dict[str, int] = {}
-    for path, spec in leaves(Model(config, vocab_size).spec):
+    for path, shape, number in Model(config, vocab_size).shapes:
         kind = KINDS[_part(path)]
-        found[kind] = found.get(kind, 0) + math.prod(spec.shape)
+        found[kind] = found.get(kind, 0) + math.prod(shape) * number
     return found
 
 
@@ -48,9 +47,9 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     """
     N = batch_size * config.n_ctx
     weights = sum(
-        math.prod(spec.shape)
-        for path, spec in leaves(Model(config, vocab_size).spec)
-        if len(spec.shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
+        math.prod(shape) * number
+        for path, shape, number in Model(config, vocab_size).shapes
+        if len(shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
     )
     if isinstance(config, EquationConfig):
         return 2 * batch_size * weights  # one row a context, not a token
@@ -95,8 +94,8 @@ def _scores_saved(config: GPTConfig) -> int:
     those that are left of them too.
     """
     rows, T = max(32, config.head_size // config.n_heads), config.n_ctx
-    ends = [min(start + rows, T) for start in range(0, T, rows)]
-    scores = config.n_heads * sum((end - start) * end for start, end in zip(range(0, T, rows), ends, strict=True))
+    blocks, rest = divmod(T, rows)
+    scores = config.n_heads * (rows**2 * blocks * (blocks + 1) // 2 + rest * T)
     return scores * (2 if config.dropout else 1)
 
 
@@ -129,12 +128,19 @@ def arrays(
     exchange are its gradients, the weights and moments a second time, and weights that are only evaluated.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
-    shares = [-(-batch_size * (rank + 1) // workers) + (-batch_size * rank // workers) for rank in range(workers)]
-    shards = [max(shard_sizes(share, config.n_ctx, tokens_at_once)) for share in shares]
-    kept = sum(saved_bytes(config, vocab_size, shard, itemsize) for shard in shards)
+    least, more = divmod(batch_size, workers)  # so many sequences a worker, and so many workers with one more
+    kept = sum(
+        number * saved_bytes(config, vocab_size, _largest_shard(share, config.n_ctx, tokens_at_once), itemsize)
+        for share, number in ((least, workers - more), (least + 1, more)) if number
+    )  # fmt: skip
     exchange = {"exchange of workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
     parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
     return {**parts, **exchange}
+
+
+def _largest_shard(B: int, T: int, tokens_at_once: int | None) -> int:
+    """Sequences of the largest shard of a share."""
+    return -(-B // number_of_shards(B, T, tokens_at_once))
 
 
 def batch_that_fits(

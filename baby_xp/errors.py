@@ -16,6 +16,9 @@ class BackendUnavailable(BabyError):
         super().__init__(f"backend {name!r} cannot work here: {reason}; {remedy}")
         self.name, self.reason, self.remedy = name, reason, remedy
 
+    def __reduce__(self):
+        return type(self), (self.name, self.reason, self.remedy)
+
 
 class OutOfMemory(BabyError):
     """An array did not fit the memory of a device. `shortage`: what was needed and what was free; `advice`: what
@@ -24,3 +27,6 @@ class OutOfMemory(BabyError):
     def __init__(self, shortage: str, advice: str = "", kept: str = ""):
         super().__init__("; ".join(filter(None, (shortage, advice, kept))))
         self.shortage, self.advice, self.kept = shortage, advice, kept
+
+    def __reduce__(self):
+        return type(self), (self.shortage, self.advice, self.kept)

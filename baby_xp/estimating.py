@@ -7,7 +7,6 @@ folder that goes again.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,14 +22,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from baby_xp import api, counts, memory, task
+from baby_xp import api, checks, counts, limits, memory, processes, task
 from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp.config import LARGEST, EquationConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError, OutOfMemory
 from baby_xp.files import refusal
 from baby_xp.models import Model
-from baby_xp.presets import preset as find_preset
 from baby_xp.sitting import SAMPLE_TOKENS
 from baby_xp.task import Task
 from baby_xp.text.batches import EpochWindows
@@ -161,10 +159,15 @@ def estimate(
 ) -> Estimate:
     """What `train` with the same arguments will take. measure: also try it, which takes some seconds.
 
-    Nothing is left behind. Raises BabyError for what `train` would not take either, or if the trial fails.
+    Nothing is left behind. Raises BabyError for what `train` would not take either, or if the trial fails. Without
+    `measure`, a run that is too large for this machine is counted all the same.
     """
-    chosen = api.override(find_preset(preset) if isinstance(preset, str) else preset, overrides)
-    options = {"tf32": tf32, "memory_gib": memory_gib}
+    chosen = api.override(api.preset_of(preset), overrides)
+    options = {
+        "tf32": checks.flag("tf32", tf32),
+        "memory_gib": None if memory_gib is None else checks.number("memory_gib", memory_gib, above=0),
+    }
+    workers = None if workers is None else checks.whole("workers", workers, most=checks.most_processes())
     with _scratch_folder() as folder:
         if measure:
             facts, trial = _tried(chosen, backend, device, workers, options, folder)
@@ -185,9 +188,10 @@ def _looked_up(
 ) -> Facts:
     """The facts without a trial, in the same order of checks as `train`."""
     loaded = backends.load(backend, device, chosen.train.dtype, **options)
+    limits.check_context(chosen)
     learned = task.prepare(chosen.data, chosen.model, chosen.train, folder / "corpora")
     model = Model(chosen.model, learned.tokenizer.vocab_size)
-    api.check_size(model)
+    limits.check_size(model)
     number = api.number_of_workers(workers, loaded, model, chosen.train.batch_size)
     return _facts(learned, loaded, number, folder)
 
@@ -235,8 +239,7 @@ def _tried(
         "preset": {"name": chosen.name, **parts}, "backend": backend, "device": device, "workers": workers,
         **options, "path": folder, "seconds": SECONDS, "most_seconds": MOST_SECONDS,
     }  # fmt: skip
-    # a script may have added to the path
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = processes.environment()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
         encoding="utf-8", env=environment, start_new_session=True,  # Ctrl-C is for this process, which ends it

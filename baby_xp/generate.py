@@ -8,10 +8,12 @@ tokens at the same positions: the logits are equal. A model of a fixed context s
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
+from baby_xp import checks
 from baby_xp.errors import BabyError
 
 
@@ -30,14 +32,25 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.temperature < np.inf:
-            raise BabyError(
-                f"temperature must be above 0, not {self.temperature}; for the likeliest token say --greedy"
-            )
-        if self.top_k < 0:
-            raise BabyError(f"top_k must be at least 1, or 0 for all tokens, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise BabyError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        plain = {
+            "temperature": checks.number(
+                "temperature", self.temperature, above=0, hint="for the likeliest token say --greedy"
+            ),
+            "top_k": checks.whole("top_k", self.top_k, least=0, most=None, hint="0 stands for all tokens"),
+            "top_p": checks.number("top_p", self.top_p, above=0, most=1),
+            "greedy": checks.flag("greedy", self.greedy),
+            "seed": checks.whole("seed", self.seed, least=None, most=None),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Sampling":
+        """From arguments that were given by name. Raises BabyError for a name that is none of the fields."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            raise BabyError(f"there is no setting {unknown[0]!r}; how tokens are drawn: {', '.join(known)}")
+        return cls(**settings)
 
 
 def window_start(length: int, n_ctx: int) -> int:

@@ -21,12 +21,14 @@ from baby_xp_data import equations as data
 from threadpoolctl import threadpool_limits
 
 from baby_xp import backend as backends
+from baby_xp import checks, equations, limits, processes, task
 from baby_xp import config as configs
-from baby_xp import equations, task
 from baby_xp.config import EquationConfig, EquationData, Preset, TrainConfig
 from baby_xp.errors import BabyError
+from baby_xp.models import Model
 from baby_xp.presets import preset
 
+MOST_SEEDS = 1_000_000
 EACH = "each"
 """As held_out: every case in turn."""
 IGNORED = (
@@ -185,18 +187,19 @@ def experiment(
     None for one a core. `told(done, of)` is called after each model. Raises BabyError for a setting that makes no
     sense.
     """
-    if not isinstance(chosen.data, EquationData):
-        raise BabyError(f"the lab is for equations, not for {chosen.name}: choose a preset such as equations")
+    if not isinstance(chosen, Preset) or not isinstance(chosen.data, EquationData):
+        given = chosen.name if isinstance(chosen, Preset) else checks.shown_value(chosen)
+        raise BabyError(f"the lab is for equations, not for {given}: choose a preset such as equations")
     usual = TrainConfig(num_steps=1)
     # eval_every apart: it is never nothing, and each preset has its own
     refuse_ignored([name for name in IGNORED[1:] if getattr(chosen.train, name) != getattr(usual, name)])
-    if seeds < 1:
-        raise BabyError(f"seeds must be at least 1, not {seeds}")
-    if workers is not None and workers < 1:
-        raise BabyError(f"workers must be at least 1, not {workers}")
+    seeds = checks.whole("seeds", seeds, most=MOST_SEEDS)
+    workers = _cores() if workers is None else checks.whole("workers", workers, most=checks.most_processes())
+    if told is not None:
+        checks.function("told", told)
     jobs = _jobs(chosen, seeds)
-    task.prepare(jobs[0].data, chosen.model, chosen.train, None)  # what is wrong shows before the first model
-    number = min(len(jobs), workers or _cores())
+    number = min(len(jobs), workers)
+    _check_first(jobs[0])
     begin, answers, losses, copied = time.perf_counter(), [], [], []
     for done, (answered, loss, share) in enumerate(_all(jobs, number), 1):
         answers += answered
@@ -207,6 +210,14 @@ def experiment(
     answers.sort(key=lambda answer: answer.seed)
     seconds = time.perf_counter() - begin
     return Results(chosen, tuple(answers), float(np.mean(copied)), len(jobs), seconds, number, tuple(losses))
+
+
+def _check_first(job: Preset) -> None:
+    """Raises BabyError for what is wrong with a model, or its data, before the first one is trained."""
+    limits.check_context(job)
+    learned = task.prepare(job.data, job.model, job.train, None)
+    model, backend = Model(job.model, learned.tokenizer.vocab_size), backends.load("numpy", dtype=job.train.dtype)
+    limits.check_training(job, model, backend, learned.batches, 1)
 
 
 def run_job(chosen: Preset) -> tuple[list[Answer], float, list[float]]:
@@ -291,11 +302,10 @@ def _all(jobs: list[Preset], number: int) -> Iterator[tuple[list[Answer], float,
     found: queue.SimpleQueue = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    children = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(number)
-    ]
+    children: list[subprocess.Popen] = []
     try:
+        for _ in range(number):
+            children.append(_start())
         for child in children:
             threading.Thread(target=_feed, args=(child, waiting, found), daemon=True).start()
         for _ in jobs:
@@ -310,6 +320,17 @@ def _all(jobs: list[Preset], number: int) -> Iterator[tuple[list[Answer], float,
             for pipe in (child.stdin, child.stdout):
                 with suppress(OSError):
                     pipe.close()
+
+
+def _start() -> subprocess.Popen:
+    """A process that trains models. Raises BabyError if the system refuses it."""
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=processes.environment(),
+        )  # fmt: skip
+    except OSError as error:
+        raise processes.refusal("processes of the lab", error) from None
 
 
 def _feed(child: subprocess.Popen, waiting: queue.SimpleQueue, found: queue.SimpleQueue) -> None:

@@ -1,4 +1,5 @@
-"""What memory processes take, as Linux tells it in /proc. On other systems nothing is known: [] and None.
+"""What memory the machine has, and what processes take of it, as Linux tells it in /proc. On other systems nothing
+is known of processes: [] and None.
 
 A process is told by two sizes in bytes:
 
@@ -17,6 +18,17 @@ from pathlib import Path
 Sizes = dict[str, int]
 PROC = Path("/proc")
 STATUS = "print(open('/proc/self/status').read())"
+
+
+def of_machine() -> int | None:
+    """Bytes of memory that this machine has, with what it may swap; None where the system does not tell."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    with suppress(OSError, KeyError, ValueError):
+        size += 1024 * int(_fields((PROC / "meminfo").read_text())["SwapTotal"][0])
+    return size if size > 0 else None
 
 
 def taken(children: Sequence[int] = ()) -> list[Sizes]:

@@ -1,6 +1,7 @@
 """Pictures, for the extra `plots`. matplotlib is imported when a picture is asked for, and not before."""
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.files import shown, write
+from baby_xp.files import as_path, reason, shown, write
 
 if TYPE_CHECKING:
     from baby_xp.inspection import Inspection
@@ -17,17 +18,18 @@ if TYPE_CHECKING:
 COLOURS, FUTURE = "magma_r", "0.9"
 """Pale for no weight, dark for all of it, readable without colours too; grey where a token may not look."""
 MOST_LABELS = 80
+OF_OTHERS = {"pgf"}
+"""Kinds of pictures that matplotlib writes with the help of other programs."""
 
 
 def check(file: str | Path) -> Path:
     """Where a picture is to be written. Raises BabyError if that cannot be: said before the work, not after it."""
-    path = Path(file)
-    figure = _figure(1, 1)
-    known = figure.canvas.get_supported_filetypes()
+    path = as_path(file, "picture")
+    known = _figure(1, 1).canvas.get_supported_filetypes().keys() - OF_OTHERS
     kind = path.suffix.lower().removeprefix(".")
     if kind not in known:
         raise BabyError(f"{shown(path)}: a picture's name ends in one of .{', .'.join(sorted(known))}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise BabyError(f"{shown(path)} cannot be written: there is no folder {shown(path.parent)}")
     return path
 
@@ -108,7 +110,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BabyError(f"pictures need matplotlib ({error}): pip install 'baby_xp[plots]'") from None
+        raise BabyError(f"pictures need matplotlib ({error}): pip install -e '.[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -117,6 +119,12 @@ def _save(figure: Any, path: Path) -> Path:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # it draws a box in its place
-        figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
+        try:
+            figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
+        except MemoryError:
+            raise
+        except Exception as error:  # of matplotlib, and of the libraries that write a kind of picture
+            advice = "try a name that ends in .png or .svg, or a picture of less"
+            raise BabyError(f"{shown(path)} cannot be drawn ({reason(error)}); {advice}") from None
     write(path, buffer.getvalue(), other="--picture")
     return path

@@ -1,13 +1,16 @@
 """A run in memory: a trained model that generates."""
 
 import codecs
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from baby_xp_data import equations
 
+from baby_xp import checks, limits
 from baby_xp.backend import Backend, Shortage, memory_told
 from baby_xp.config import settings_of
 from baby_xp.errors import BabyError
@@ -51,13 +54,15 @@ class Run:
 
         Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
         """
-        return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
+        pieces = self.stream(prompt, num_tokens, use_cache, **sampling)
+        return prompt + "".join(pieces)
 
     def stream(
         self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
     ) -> Iterator[str]:
         """The continuation, piece by piece as it is generated."""
-        settings, ids = self._start(prompt, num_tokens, sampling)
+        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
+        use_cache = checks.flag("use_cache", use_cache)
         with memory_told(self.backend, _more_memory):
             params = self.backend.asarray(self.params)
         tokens = generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache)
@@ -70,40 +75,41 @@ class Run:
 
         Text i is what `generate` gives with the seed `seed` + i. Raises BabyError as `generate` does.
         """
-        if number < 1:
-            raise BabyError(f"number must be at least 1, not {number}")
-        settings, ids = self._start(prompt, num_tokens, sampling)
+        number = checks.whole("number", number, most=None)
+        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
+        limits.check_texts(self.model, self.backend, number)
         with memory_told(self.backend, lambda shortage: f"ask for fewer texts, or {_more_memory(shortage)}"):
             params, prompts = self.backend.asarray(self.params), [ids] * number
             steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
         return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
 
     def answer(self, question: str) -> str:
-        """The likeliest answer to a question such as "4+4=": "4+4=8".
+        """The likeliest answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
 
         Its first digit alone where the context does not hold an equation whole: the other digits then do not
         follow from what the model sees.
 
-        Raises BabyError for a question that the tokenizer cannot encode, and for a run that learned no equations.
+        Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
-        data, text = self.config["data"], question
+        data = self.config["data"]
         if "digits" not in data:
             raise BabyError(f"run {self.guid} did not learn equations: let it generate")
+        text = _question(question, data["digits"], data["operators"], data["max_sum"])
         whole = self.model.config.n_ctx >= equations.longest(data["digits"])
-        for piece in self.stream(question, data["digits"] + 2 if whole else 1, greedy=True):
+        for piece in self.stream(text, data["digits"] + 2 if whole else 1, greedy=True):
             if piece == " ":
                 break
             text += piece
         return text
 
-    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray]:
-        """What to draw by, and the ids to go on from."""
-        if num_tokens < 1:
-            raise BabyError(f"num_tokens must be at least 1, not {num_tokens}")
-        settings = Sampling(**sampling)
-        return settings, self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
+    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray, int]:
+        """What to draw by, the ids to go on from, and the number of tokens."""
+        prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
+        settings = Sampling.of(sampling)
+        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
+        return settings, ids, num_tokens
 
-    def evaluate(self, data: str | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
+    def evaluate(self, data: str | Path | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
         """Measure the run over the whole validation part of its text, or of another one (`data`).
 
         num_tokens are generated, with `seed`, and compared with the training part of that text.
@@ -112,6 +118,8 @@ class Run:
         """
         from baby_xp import evaluation  # it needs much that generating does not
 
+        num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
+        data = None if data is None else checks.path("data", data)
         with memory_told(self.backend, _more_memory):
             return evaluation.evaluate(self, *self._settings(data), num_tokens, seed)
 
@@ -144,6 +152,11 @@ class Run:
         """
         from baby_xp import inspection  # it needs much that generating does not
 
+        prompt, backward = checks.text("prompt", prompt), checks.flag("backward", backward)
+        if change is not None and not isinstance(change, Mapping):
+            raise BabyError(f"change must map names of arrays to functions, not be {checks.shown_value(change)}")
+        for name, function in (change or {}).items():
+            checks.function(f"change of {name}", function)
         return inspection.inspect(self, prompt, backward, change)
 
     def neighbours(self, token: str, k: int = 5) -> list[tuple[str, float]]:
@@ -154,6 +167,7 @@ class Run:
         """
         from baby_xp import inspection
 
+        token, k = checks.text("token", token), checks.whole("k", k, least=0)
         return inspection.neighbours(self, token, k)
 
     def check(
@@ -163,7 +177,7 @@ class Run:
         seed: int = 0,
         elements: int = 4,
         directions: int = 3,
-        data: str | None = None,
+        data: str | Path | None = None,
     ) -> "list[Row]":
         """Hold the gradient of every parameter against finite differences, in float64 on text of the run's own.
 
@@ -173,6 +187,7 @@ class Run:
         """
         from baby_xp import checking
 
+        data = None if data is None else checks.path("data", data)
         return checking.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
 
     def _told(self, tokens: Iterator[int]) -> Iterator[int]:
@@ -197,6 +212,19 @@ class Run:
             return self.tokenizer.encode("\n", "prompt")
         except BabyError:
             return np.zeros(1, np.int32)
+
+
+def _question(question: str, digits: int, operators: str, max_sum: int) -> str:
+    """A question as equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is none of the table."""
+    asked = "".join(checks.text("question", question).split()).removesuffix("=")
+    parts = re.fullmatch(r"(0|[1-9][0-9]*)([+-])(0|[1-9][0-9]*)", asked)
+    known = f"4{operators[0]}4="
+    if parts is None or parts[2] not in operators or max(len(parts[1]), len(parts[3])) > digits:
+        what = f"with {' or '.join(operators)} and operands of {digits} digit{'s' * (digits > 1)} at most"
+        raise BabyError(f"{checks.shown_value(question)} is no question of this run: ask {known}, {what}")
+    if parts[2] == "+" and max_sum and (total := int(parts[1]) + int(parts[3])) > max_sum:
+        raise BabyError(f"{asked} makes {total}, and the run knows sums up to {max_sum}: ask {known}, for example")
+    return f"{asked}="
 
 
 def _more_memory(shortage: Shortage) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from baby_xp_backends import cupy_kernels
 
-from baby_xp.backend import Memory, Shortage
+from baby_xp import checks
+from baby_xp.backend import Memory, Restorable, Shortage
 from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.namespace import Namespace
 
@@ -19,7 +20,7 @@ WATCHED_CALLS = 2
 microseconds an allocation, of which a step makes hundreds."""
 
 
-class CupyBackend:
+class CupyBackend(Restorable):
     """Arrays of CuPy, on "cuda" or "cuda:1".
 
     tf32: products of float32 matrices in TensorFloat-32, whose factors keep 10 bits of their fraction in place of
@@ -38,8 +39,9 @@ class CupyBackend:
         tf32: bool = False,
         memory_gib: float | None = None,
     ):
-        if memory_gib is not None and not 0 < memory_gib < math.inf:
-            raise BabyError(f"memory_gib must be above 0, not {memory_gib}: it is in GiB")
+        tf32 = checks.flag("tf32", tf32)
+        if memory_gib is not None:
+            memory_gib = checks.number("memory_gib", memory_gib, above=0, hint="it is in GiB")
         cold = not kernels_are_cached()
         self._cupy = cupy = import_cupy()
         self.dtype, self.tf32 = dtype, tf32
@@ -282,7 +284,7 @@ def import_cupy():
         import cupy
     except Exception as error:  # a broken installation fails with more than ImportError
         reason = f"CuPy cannot be imported ({_one_line(error)})"
-        remedy = "pip install 'baby_xp[cuda13]', or 'baby_xp[cuda12]' for a driver of CUDA 12; never both"
+        remedy = "pip install -e '.[cuda13]', or '.[cuda12]' for a driver of CUDA 12; never both"
         raise BackendUnavailable("cupy", reason, remedy) from None
     driver, wheel = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
     if driver == 0:

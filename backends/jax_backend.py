@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from baby_xp.backend import Restorable
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
 
-class JaxBackend:
+class JaxBackend(Restorable):
     """Arrays of JAX, on its default device or on "cpu", "gpu", "gpu:1"."""
 
     name = "jax"
@@ -17,7 +18,7 @@ class JaxBackend:
             import jax.numpy as library
         except ImportError as error:
             raise BackendUnavailable(
-                "jax", f"JAX cannot be imported ({error})", "pip install 'baby_xp[jax]'"
+                "jax", f"JAX cannot be imported ({error})", "pip install -e '.[jax]'"
             ) from None
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)  # for the whole process: float32 arrays stay float32

@@ -10,6 +10,7 @@ import array_api_compat.numpy as library
 import numpy as np
 from baby_xp_backends.numpy_kernels import KERNELS
 
+from baby_xp.backend import Restorable
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
@@ -17,7 +18,7 @@ TOKENS_AT_ONCE = 1024
 """So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""
 
 
-class NumpyBackend:
+class NumpyBackend(Restorable):
     """Arrays of NumPy."""
 
     name = "numpy"

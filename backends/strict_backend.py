@@ -6,11 +6,12 @@ devices that some array library might lack: it stands in for a GPU in the tests.
 
 import numpy as np
 
+from baby_xp.backend import Restorable
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
 
-class StrictBackend:
+class StrictBackend(Restorable):
     """Arrays of array-api-strict, on "CPU_DEVICE" or one of its fake devices."""
 
     name = "array-api-strict"

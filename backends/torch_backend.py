@@ -1,10 +1,11 @@
 """PyTorch, as an array library alone: no autograd, no modules. It checks the maths, and its GPU can run it."""
 
+from baby_xp.backend import Restorable
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
 
-class TorchBackend:
+class TorchBackend(Restorable):
     """Arrays of PyTorch, on "cpu", "cuda" or any device that it knows."""
 
     name = "torch"
@@ -15,7 +16,7 @@ class TorchBackend:
             import torch
         except ImportError as error:
             raise BackendUnavailable(
-                "torch", f"PyTorch cannot be imported ({error})", "pip install 'baby_xp[torch]'"
+                "torch", f"PyTorch cannot be imported ({error})", "pip install -e '.[torch]'"
             ) from None
         self._torch, self.dtype = torch, dtype
         try:

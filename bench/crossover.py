@@ -34,7 +34,7 @@ def main() -> int:
     if asked.out:
         stem = report.keep(asked.out, result, text, "-crossover")
         if importlib.util.find_spec("matplotlib") is None:
-            missing = "matplotlib is not installed: no plot (pip install 'baby_xp[plots]')"
+            missing = "matplotlib is not installed: no plot (pip install -e '.[plots]')"
             print(f"bench.crossover: {missing}", file=sys.stderr)
         else:
             from bench import plots

@@ -45,7 +45,7 @@ def main() -> int:
     if asked.out:
         stem = report.keep(asked.out, result, text, "-scaling")
         if importlib.util.find_spec("matplotlib") is None:
-            missing = "matplotlib is not installed: no plot (pip install 'baby_xp[plots]')"
+            missing = "matplotlib is not installed: no plot (pip install -e '.[plots]')"
             print(f"bench.scaling: {missing}", file=sys.stderr)
         else:
             from bench import plots

@@ -271,7 +271,7 @@ def test_sizes_below_one_are_refused(name, value):
     if name == "batch_size" and value is not None:
         makers += [lambda: PairBatches(*pairs(5), batch_size=value)]
     for make in makers:
-        with pytest.raises(BabyError, match=f"^{name} is {value!r}; ") as error:
+        with pytest.raises(BabyError, match=f"^{name} must be a whole number of at least 1, not {value!r}$") as error:
             make()
         message_of(error)
 
@@ -284,7 +284,7 @@ def test_seeds_are_64_bits(seed):
         lambda: EpochWindows(ids, 2, 2, 1, seed),
         lambda: PairBatches(*pairs(5), seed=seed),
     ):
-        with pytest.raises(BabyError, match=f"^seed is {seed!r}; ") as error:
+        with pytest.raises(BabyError, match=f"^seed must be a whole number of at .*, not {seed!r}$") as error:
             make()
         message_of(error)
 

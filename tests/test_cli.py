@@ -188,8 +188,8 @@ BAD_SETTINGS = [
     ("c-attention", "mhb", ("--c-attention", "mhb")),
     ("dtype", "float16", ("--dtype", "float16")),
     ("tokenizer", "bpe", ("--tokenizer", "bpe")),
-    ("workers", "0", ("workers must be at least 1, not 0",)),
-    ("workers", "-2", ("workers must be at least 1, not -2",)),
+    ("workers", "0", ("workers must be a whole number of at least 1, not 0",)),
+    ("workers", "-2", ("workers must be a whole number of at least 1, not -2",)),
     ("workers", "two", ("--workers", "two")),
     ("device", "mars", ("numpy", "no device 'mars'", "leave out --device or say --device cpu")),
     ("backend", "tensorflow", ("unknown backend 'tensorflow'", "choose one of auto, numpy, cupy")),
@@ -247,10 +247,10 @@ def test_a_backend_that_cannot_work_is_named_with_reason_and_remedy(refused):
 
 
 @pytest.mark.parametrize(("name", "module", "remedy"), [
-    ("torch", "torch", "pip install 'baby_xp[torch]'"),
-    ("jax", "jax", "pip install 'baby_xp[jax]'"),
+    ("torch", "torch", "pip install -e '.[torch]'"),
+    ("jax", "jax", "pip install -e '.[jax]'"),
     ("array-api-strict", "array_api_strict", "pip install array-api-strict"),
-    ("cupy", "cupy", "pip install 'baby_xp[cuda13]', or 'baby_xp[cuda12]'"),
+    ("cupy", "cupy", "pip install -e '.[cuda13]', or '.[cuda12]'"),
 ])  # fmt: skip
 def test_a_library_that_is_missing_is_named_with_the_remedy(refused, monkeypatch, name, module, remedy):
     monkeypatch.setitem(sys.modules, module, None)
@@ -477,17 +477,17 @@ def on_trained(refused, trained):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--temperature=0"], ("temperature must be above 0, not 0", "--greedy")),
+        (["--temperature=0"], ("temperature must be a number above 0, not 0", "--greedy")),
         (["--temperature=-1"], ("temperature", "-1")),
         (["--temperature=nan"], ("temperature", "nan")),
         (["--temperature=inf"], ("temperature", "inf")),
         (["--temperature=hot"], ("--temperature", "hot")),
         (["--top-k=-1"], ("top_k", "-1")),
         (["--top-k=1.5"], ("--top-k", "1.5")),
-        (["--top-p=0"], ("top_p must be above 0 and at most 1, not 0",)),
+        (["--top-p=0"], ("top_p must be a number above 0 and at most 1, not 0",)),
         (["--top-p=1.1"], ("top_p", "1.1")),
         (["--top-p=nan"], ("top_p", "nan")),
-        (["--num-tokens=0"], ("num_tokens must be at least 1, not 0",)),
+        (["--num-tokens=0"], ("num_tokens must be a whole number of at least 1, not 0",)),
         (["--num-tokens=-5"], ("num_tokens", "-5")),
         (["--num-tokens=x"], ("--num-tokens",)),
         (["--seed=x"], ("--seed",)),
@@ -1265,7 +1265,7 @@ def test_backends_without_any_library_but_numpy(call, monkeypatch):
     assert {name: state.split()[0] for name, state in states(out).items()} == {
         name: "works" if name == "numpy" else "missing" for name in NAMES
     }
-    assert "pip install 'baby_xp[torch]'" in states(out)["torch"]
+    assert "pip install -e '.[torch]'" in states(out)["torch"]
     assert out.splitlines()[-1].startswith("auto takes numpy: no GPU to use (CuPy cannot be imported")
 
 

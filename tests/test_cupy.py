@@ -171,7 +171,7 @@ def test_an_option_that_is_not_given_is_no_option():
 def test_auto_passes_options_on_and_refuses_them_where_it_takes_numpy(machine, monkeypatch):
     chosen, _ = backends.choose(tf32=True)
     assert (chosen.name, chosen.tf32) == ("cupy", True)
-    with pytest.raises(BabyError, match="memory_gib must be above 0"):
+    with pytest.raises(BabyError, match="memory_gib must be a number above 0"):
         backends.choose(memory_gib=-1)
     monkeypatch.setitem(fake_cupy.sys.modules, "cupy", None)
     with pytest.raises(BabyError, match="numpy has no option tf32"):
@@ -183,7 +183,7 @@ def test_auto_passes_options_on_and_refuses_them_where_it_takes_numpy(machine, m
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
 def test_a_memory_limit_that_makes_no_sense_is_refused(machine, value):
-    with pytest.raises(BabyError, match="memory_gib must be above 0"):
+    with pytest.raises(BabyError, match="memory_gib must be a number above 0"):
         backends.load("cupy", memory_gib=value)
 
 

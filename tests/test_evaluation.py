@@ -145,7 +145,7 @@ def test_texts_generated_together_are_those_generated_one_by_one(run):
     assert found == [run.generate("the ", 30, seed=5 + i, **settings) for i in range(3)]
     assert len(set(found)) == 3
     assert run.generate_several(1, num_tokens=5) == [run.generate(num_tokens=5)]
-    with pytest.raises(BabyError, match="number must be at least 1, not 0"):
+    with pytest.raises(BabyError, match="number must be a whole number of at least 1, not 0"):
         run.generate_several(0)
-    with pytest.raises(BabyError, match="num_tokens must be at least 1, not 0"):
+    with pytest.raises(BabyError, match="num_tokens must be a whole number of at least 1, not 0"):
         run.generate_several(2, num_tokens=0)

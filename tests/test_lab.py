@@ -376,7 +376,7 @@ def test_what_an_experiment_begins_with(asked, name, held_out):
 
 @pytest.mark.parametrize(("seeds", "workers"), [(0, 1), (-1, None), (1, 0)])
 def test_no_models_at_all(seeds, workers):
-    with pytest.raises(BabyError, match="must be at least 1"):
+    with pytest.raises(BabyError, match="must be a whole number of at least 1"):
         lab.experiment(shortened("equations"), seeds, workers)
 
 
@@ -466,14 +466,14 @@ def test_the_command_draws_its_map(capsys, tmp_path):
     ("arguments", "match"),
     [
         (["rnn"], "the lab trains the equation model"),
-        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--seeds", "0"], "seeds must be a whole number of at least 1"),
         (["--held-out", "9+9"], "above the largest sum 9"),
         (["--held-out", "each,4+4"], "a held-out case is digit+digit"),
         (["--digits", "3"], "digits must be a whole number of at most 2"),
         (["--digits", "two"], "digits"),
         (["--digits", "2", "--n-ctx", "5"], "n_ctx 5 does not hold a question"),
         (["--operators", "*"], "operators"),
-        (["--workers", "0"], "workers must be at least 1"),
+        (["--workers", "0"], "workers must be a whole number of at least 1"),
         (["--data", "nursery"], "leave out --data"),
         (["--picture", "map.xyz"], "map.xyz"),
         (["--picture", "nowhere/map.png"], "no folder"),

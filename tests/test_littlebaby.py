@@ -265,7 +265,7 @@ FAULTS = {
     "enormous width": ("config", "n_emb", 2**31 - 1, "is too small for the"),
     "enormous depth": ("config", "n_layers", 2**31 - 1, "has 2 blocks, its config n_layers 2147483647"),
     "heads that do not divide": ("config", "n_heads", 4, "n_heads 4 does not divide head_size 6"),
-    "dropout": ("config", "dropout", 1.0, "dropout must be from 0 to below 1"),
+    "dropout": ("config", "dropout", 1.0, "dropout must be a number of at least 0 and below 1"),
     "rate": ("config", "lr", "fast", "lr must be a number above 0"),
     "epochs": ("config", "num_epochs", 0, "num_epochs must be a whole number of at least 1"),
     "vocabulary": ("tokenizer", "vocab", ["a", "b"], "vocab_size"),

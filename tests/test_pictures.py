@@ -106,7 +106,7 @@ def test_the_equation_model_has_nothing_to_draw_here(drawing, tmp_path):
 def test_without_matplotlib_the_remedy_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BabyError, match=r"pip install 'baby_xp\[plots\]'") as caught:
+    with pytest.raises(BabyError, match=r"pip install -e '\.\[plots\]'") as caught:
         inspection.report(a_run(gpt_config()), inspection.Wish("the cat", picture=str(tmp_path / "a.png")))
     assert "\n" not in str(caught.value)
     assert inspection.report(a_run(gpt_config()), inspection.Wish("the cat"))

@@ -1,12 +1,12 @@
 """The models, and one object that goes by the kind of config: `Model(config, vocab_size)`."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from baby_xp import params
 from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.models import gpt, mlp
-from baby_xp.tree import Layout, Tree
+from baby_xp.tree import Layout, Tree, leaves
 
 MODULES = {GPTConfig: gpt, EquationConfig: mlp}
 
@@ -33,10 +33,21 @@ class Model:
         """Where each parameter lies in the flat buffer (P,)."""
         return Layout.of(self.spec)
 
+    @cached_property
+    def shapes(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Path, shape and number of all parameters, where those of block 0 stand for those of every block: known
+        at once, however many blocks there are."""
+        config, blocks = self.config, getattr(self.config, "n_layers", 1)
+        one = replace(config, n_layers=1) if blocks > 1 else config
+        return [
+            (path, tuple(spec.shape), blocks if path.startswith("blocks.") else 1)
+            for path, spec in leaves(self.module.spec(one, self.vocab_size))
+        ]
+
     @property
     def n_parameters(self) -> int:
         """Number of parameters, P."""
-        return params.count(self.spec)
+        return sum(math.prod(shape) * number for _, shape, number in self.shapes)
 
     @property
     def dropouts(self) -> int:

@@ -6,12 +6,12 @@ never changes, and does not promise it for what `Generator` draws from that stre
 """
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from baby_xp import checks
 from baby_xp.errors import BabyError
 
 # Sets these streams apart from others that are keyed by the same seed, such as that of the weights.
@@ -210,20 +210,8 @@ def _plain(ids: np.ndarray) -> np.ndarray:
 
 
 def _size(name: str, value: Any) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        size = 0
-    if size < 1:
-        raise BabyError(f"{name} is {value!r}; give a whole number of at least 1")
-    return size
+    return checks.whole(name, value, most=None)
 
 
 def _seed(value: Any) -> int:
-    try:
-        seed = operator.index(value)
-    except TypeError:
-        seed = -1
-    if not 0 <= seed < 2**64:
-        raise BabyError(f"seed is {value!r}; give a whole number from 0 to 2**64 - 1")
-    return seed
+    return checks.whole("seed", value, least=0, most=2**64 - 1)

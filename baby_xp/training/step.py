@@ -94,8 +94,13 @@ def shards(xp, batch):
 
 def shard_sizes(B: int, T: int, tokens_at_once: int | None) -> list[int]:
     """Samples of each shard of B samples of T tokens."""
-    number = max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
+    number = number_of_shards(B, T, tokens_at_once)
     return [B * (i + 1) // number - B * i // number for i in range(number)]
+
+
+def number_of_shards(B: int, T: int, tokens_at_once: int | None) -> int:
+    """Into how many shards B samples of T tokens go."""
+    return max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
 
 
 @replaceable

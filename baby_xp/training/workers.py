@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_limits
 
 from baby_xp import backend as backends
 from baby_xp import config as configs
+from baby_xp import processes
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.params import decay_mask
@@ -190,7 +191,7 @@ class Workers:
             for rank in range(1, self.number):
                 self._wait(rank)
         except (OSError, OverflowError) as error:
-            raise BabyError(f"workers cannot be started ({error}); try --workers 1") from None
+            raise processes.refusal("workers", error) from None
         if INHERITED:
             self._forget_file()
 
@@ -219,8 +220,8 @@ class Workers:
             [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=(self._file,) if INHERITED else (),
             env={
-                **os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a script may have added to it
+                **processes.environment(),
+                "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             },
         )  # fmt: skip
         child.stdin.write(json.dumps(setup).encode() + b"\n")
