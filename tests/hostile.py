@@ -1,19 +1,21 @@
-"""Runs command lines of baby_xp, each in a fork of its own, and tells what became of it. test_hostile.py starts it.
+"""Runs command lines of baby_xp, each in its own fork, and reports how each one ended. test_hostile.py starts it.
 
-Takes a folder, makes runs in it, and then takes a JSON object a line: a command line, and what may be done with it.
-Answers with one a line. The forks are those of a process that has loaded nothing but baby_xp: JAX and PyTorch, which
-the tests may have loaded, do not stand a fork. No command can take more than its share of memory, disk, processes
-and time, and the folder is as at the start before each of them.
+It takes a folder and trains a few runs there. Then it reads JSON objects, one per line: a command line and how to
+run it; it answers each with one JSON object. It forks from a process that has loaded nothing but baby_xp, since
+JAX and PyTorch, which the tests may have loaded, cannot be forked. No command can take more than its share of
+memory, disk, processes and time, and before each command the folder is as it was at the start.
 """
 
 import contextlib
 import faulthandler
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -24,6 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
+import baby_xp
 import baby_xp.sitting
 from baby_xp import cli
 
@@ -31,10 +34,14 @@ MEMORY = 4 * 2**30
 """Bytes of address space of a process."""
 FILE = 64 * 2**20
 """Bytes of a file."""
+MODULES = [f"matplotlib.backends.backend_{kind}" for kind in ("agg", "svg", "pdf", "ps", "pgf")]
+"""What is imported only when it is needed, and by then may not be readable."""
 PROCESSES = 40
 """Processes of a command."""
 LONG = 2.0
 """Seconds after which a command that may take long is stopped."""
+NOBODY = 65534
+"""The user for commands that test permissions, which do not apply to root."""
 PATIENCE = 10.0
 """Seconds of computing (or three times as many of waiting) after which a command hangs."""
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
@@ -78,6 +85,10 @@ class Base:
         _call("inspect", "--picture=picture.png", "--backward", "--prompt=the cat")
         _call("estimate", *training, "--no-measure")
         os.chdir(self.folder.parent)
+        own = pkgutil.walk_packages(baby_xp.__path__, "baby_xp.")
+        for module in [*MODULES, *(found.name for found in own if found.name != "baby_xp.__main__")]:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
 
     def _train(self, name: str, *arguments: str) -> None:
         told = _call(*arguments)
@@ -99,6 +110,10 @@ class Base:
         (self.here / "locked").mkdir()
         (self.here / "locked" / "text.txt").write_text(TEXT, encoding="utf-8")
         (self.here / "locked").chmod(0)
+        if os.geteuid() == 0:
+            for parent, folders, files in os.walk(self.folder.parent):
+                for name in [".", *folders, *files]:
+                    os.chown(os.path.join(parent, name), NOBODY, NOBODY, follow_symlinks=False)
 
     def resolve(self, argument: str) -> str:
         """@char stands for a GUID, @model for a file that can be imported."""
@@ -145,9 +160,10 @@ def _remove(folder: Path) -> None:
 def run(base: Base, asked: dict) -> dict:
     """Run one command line in a fork -> how it ended, what it printed, and what it changed.
 
-    asked: "line"; "long": "never", "begun" (once it has printed something) or "always", when it may take long and is
-    stopped after LONG seconds; "stop": the name of the signal for that; "instead": Python text that defines another
-    `main`, to try this function itself; "patience", "memory": other limits.
+    asked: "line"; "long": "never", "begun" (once it has printed something) or "always", when it may take long
+    and is stopped after LONG seconds; "stop": the name of the signal for that; "nobody": not as root;
+    "instead": Python text that defines another `main`, to try this function itself; "patience", "memory": other
+    limits.
     """
     patience, memory = asked.get("patience", PATIENCE), asked.get("memory", MEMORY)
     before, (reading, writing) = base.all(), os.pipe()
@@ -192,9 +208,15 @@ def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err,
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8")
+        sys.stderr = io.TextIOWrapper(
+            io.FileIO(2, "w", closefd=False), "utf-8", "backslashreplace", write_through=True
+        )
         os.chdir(base.here)
+        if asked.get("nobody") and os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
         program = cli.main
         if asked.get("instead"):
             names: dict = {}
@@ -205,12 +227,11 @@ def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err,
         except SystemExit as stop:
             told.update(code=stop.code or 0, exit=True)
         except BaseException:
-            told["error"] = traceback.format_exc()
+            told["error"] = traceback.format_exc()[-10000:]
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        told["threads"] = sorted(thread.name for thread in __import__("threading").enumerate())[1:]
     finally:
-        os.write(answer, json.dumps(told).encode("ascii")[:60000])
+        os.write(answer, json.dumps(told).encode("ascii"))
         os._exit(0)
 
 
@@ -252,7 +273,7 @@ def _watch(child: int, asked: dict, begin: float, patience: float, out) -> dict:
 
 
 def _stop(child: int, name: str) -> str:
-    """Send the signal: SIGINT to all its processes, as a terminal does, SIGTERM to itself alone."""
+    """Send the signal: SIGINT to all its processes, as a terminal does, SIGTERM to it alone."""
     if name == "SIGTERM" and _handles(child, signal.SIGTERM):
         os.kill(child, signal.SIGTERM)
         return name
@@ -270,7 +291,7 @@ def _handles(process: int, number: int) -> bool:
 
 
 def _group(leader: int) -> tuple[int, float, int]:
-    """Processes of the command: how many, seconds they computed, bytes they hold. Without /proc, nothing of it."""
+    """Processes of the command: their number, seconds computed, bytes held. Zeros where there is no /proc."""
     number, ticks, pages = 0, 0, 0
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -279,7 +300,11 @@ def _group(leader: int) -> tuple[int, float, int]:
             with open(f"/proc/{entry}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
             if int(fields[2]) == leader and fields[0] not in (b"Z", b"X"):
-                number, ticks, pages = number + 1, ticks + int(fields[11]) + int(fields[12]), pages + int(fields[21])
+                number, ticks, pages = (
+                    number + 1,
+                    ticks + int(fields[11]) + int(fields[12]),
+                    pages + int(fields[21]),
+                )
     return number, ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
 
 
@@ -308,6 +333,10 @@ def _text(file) -> str:
 def main() -> None:
     """Answer until the input ends."""
     base = Base(Path(sys.argv[1]))
+    if os.geteuid() == 0:  # nobody may pass
+        for folder in base.folder.parents:
+            if Path(tempfile.gettempdir()) in folder.parents:
+                folder.chmod(0o755)
     baby_xp.sitting.SAMPLE_TOKENS = 20
     # tyro reads the docstrings of fields from the sources, anew for each command
     inspect.findsource = functools.cache(inspect.findsource)
