@@ -22,7 +22,7 @@ from baby_xp import __version__
 from baby_xp.errors import BabyError, NothingTrained
 from baby_xp.files import refusal, write
 from baby_xp.screen import Screen, counting
-from baby_xp.streams import Output, OutputLost, guarded, printable
+from baby_xp.streams import Output, OutputLost, guarded, one_line, printable
 from baby_xp.training.stop import interruptible, interruption
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guarded() as output:
         code, line = _ending(list(sys.argv[1:] if arguments is None else arguments), output)
         if line:
-            print(f"baby_xp: {line}", file=sys.stderr)
+            print(f"baby_xp: {one_line(line)}", file=sys.stderr)
         return code
 
 
@@ -76,9 +76,9 @@ def _ending(arguments: list[str], output: Output) -> tuple[int, str]:
     except NothingTrained as error:
         return _interrupted(interruption())[0], str(error)
     except BabyError as error:
-        return 2, " ".join(str(error).split())
+        return 2, str(error)
     except MemoryError as error:
-        reason = " ".join(str(error).split()) or "an array did not fit"
+        reason = str(error) or "an array did not fit"
         return 2, f"not enough memory ({reason}); choose a smaller model or batch"
     except KeyboardInterrupt as interrupt:
         return _interrupted(interrupt)

@@ -10,6 +10,8 @@ from typing import Any
 from baby_xp.errors import BabyError
 from baby_xp.files import reason, refusal
 
+LONGEST = 480
+"""Characters of a message: more than any of ours has, but for what a user gave."""
 BROKEN_PIPE = 141
 """Exit code where nobody reads on, as in `baby_xp ... | head`: that of a program that SIGPIPE ends."""
 
@@ -99,6 +101,14 @@ def guarded() -> Iterator[Output]:
             yield output
         finally:
             sys.stdout, sys.stderr = before
+
+
+def one_line(message: str) -> str:
+    """A message as one line of characters that any terminal can show, without the middle of a long one."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def printable(text: str) -> str:

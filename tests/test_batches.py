@@ -271,7 +271,8 @@ def test_sizes_below_one_are_refused(name, value):
     if name == "batch_size" and value is not None:
         makers += [lambda: PairBatches(*pairs(5), batch_size=value)]
     for make in makers:
-        with pytest.raises(BabyError, match=f"^{name} must be a whole number of at least 1, not {value!r}$") as error:
+        said = f"^{name} must be a whole number of at least 1, not {value!r}$"
+        with pytest.raises(BabyError, match=said) as error:
             make()
         message_of(error)
 
