@@ -100,17 +100,48 @@ def _advice(error: OSError, doing: str, other: str | None) -> str:
 # folders ------------------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder with its parents -> those that were missing, outermost first. Raises OSError."""
+def make_folder(folder: Path, made: list[Path] | None = None) -> None:
+    """Make a folder with its parents, and note in `made` those that were missing. Raises OSError."""
     missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
-    made = []
     for one in reversed(missing):
         with suppress(FileExistsError):  # another process made it in the meantime
             one.mkdir()
-            made.append(one)
-    if not os.path.isdir(folder):
+            if made is not None:
+                made.append(one)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
-    return made
+
+
+def make_writable_folder(folder: Path, made: list[Path], other: str | None = None) -> None:
+    """The same. Raises BabyError if it cannot be made, or no file can be made in it."""
+    # permission bits do not tell (file systems mounted read-only, root): only writing does
+    trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
+    try:
+        for attempt in range(ATTEMPTS):
+            try:
+                make_folder(folder, made)
+                trial.touch(exist_ok=False)
+                return trial.unlink()
+            except FileNotFoundError:  # another process removed it: see open_in_folder
+                if attempt == ATTEMPTS - 1:
+                    raise
+    except OSError as error:
+        raise refusal(folder, error, "written", other) from None
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Remove those of these folders that are empty, the last one first."""
+    for folder in reversed(made):
+        with suppress(OSError):  # something has come to lie in it
+            folder.rmdir()
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where that cannot be found out."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def open_in_folder(path: Path, mode: str) -> Any:
@@ -195,14 +226,3 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
             file.write(json.dumps(value).encode("ascii") + b"\n")
     except OSError as error:
         raise refusal(path, error) from None
-
-
-def try_to_write(folder: Path, other: str | None = None) -> None:
-    """Raises BabyError unless files can be made in this folder, which is there."""
-    # permission bits do not tell (file systems mounted read-only, root): only writing does
-    trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise refusal(folder, error, "written", other) from None

@@ -132,6 +132,7 @@ def test_a_file_system_that_cannot_lock_is_not_a_lock_that_is_taken(path, monkey
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(OSError, match=name):
         Lock(path).acquire()
+    assert not path.exists()
     assert not Lock(path).is_held()
 
 

@@ -783,3 +783,47 @@ def test_nothing_in_the_package_can_load_code_from_a_file():
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
                 assert (called.value.id, called.attr) not in {("np", "load"), ("np", "save")}, path
+
+
+# what a machine that looks for more found ---------------------------------------------------------------
+
+
+def test_where_files_cannot_be_locked_nothing_is_left_of_a_run(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="Windows locks in another way")
+
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(BabyError, match=r"\.lock cannot be locked .*; its file system may lack .* --path"):
+        store.new_run(tmp_path / "runs").__enter__()
+    assert all_of(tmp_path) == set()
+
+
+def test_folders_that_a_failing_run_takes_away_while_another_begins_are_made_again(tmp_path, monkeypatch):
+    touch, left = Path.touch, [5]
+
+    def removed_before(path, **how):
+        if left[0]:
+            left[0] -= 1
+            for folder in (path.parent, *path.parent.parents):
+                if folder == tmp_path:
+                    break
+                folder.rmdir()
+        touch(path, **how)
+
+    monkeypatch.setattr(Path, "touch", removed_before)
+    with store.new_run(tmp_path / "a" / "runs") as new:
+        assert store.is_held(new.files)
+
+
+@pytest.mark.parametrize("sweep", [store.sweep, lambda files: store.sweep_ids(files.folder / "models")])
+def test_a_folder_that_cannot_be_listed_is_not_swept(runs, monkeypatch, sweep):
+    """A stale handle of a network file system, say: the first file to be written tells of it."""
+
+    def refuse(*args):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    sweep(RunFiles(runs, GUIDS[0]))

@@ -104,7 +104,7 @@ def write(
     try:
         for name in FOLDERS:
             try:
-                made += files.make_folder(Path(folder) / name)
+                files.make_folder(Path(folder) / name, made)
             except OSError as error:
                 raise files.refusal(Path(folder) / name, error, "written", "--to") from None
         for path, value in zip(paths, (_described(config, train), vocab, named(model, flat)), strict=True):
@@ -114,9 +114,7 @@ def write(
         for path in written:
             with suppress(OSError):
                 path.unlink()
-        for path in reversed(made):
-            with suppress(OSError):
-                path.rmdir()
+        files.remove_folders(made)
         raise
     return paths
 

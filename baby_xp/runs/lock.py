@@ -22,11 +22,17 @@ class Lock:
         cannot lock."""
         end = time.monotonic() + patience
         while True:
+            was_there = os.path.lexists(self.path)
             file = open_in_folder(self.path, "ab")
             try:
                 if try_to_lock(file) and self._is_mine(file):
                     self._file = file
                     return True
+            except OSError:
+                if not was_there:  # where there are no locks, nothing is left of one
+                    with suppress(OSError):
+                        self.path.unlink()
+                raise
             finally:
                 if self._file is None:
                     file.close()

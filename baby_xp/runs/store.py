@@ -14,7 +14,6 @@ The layout is The Little Baby's. A run that was finetuned from another has that 
 it, a second one _finetuned-2, one that was finetuned from the first _finetuned_finetuned.
 """
 
-import glob
 import hashlib
 import itertools
 import json
@@ -29,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from baby_xp.errors import BabyError
-from baby_xp.files import NO_LOCKS, as_path, make_folder, refusal, shown, try_to_write, write_json
+from baby_xp.files import (
+    NO_LOCKS,
+    as_path,
+    listed,
+    make_writable_folder,
+    refusal,
+    remove_folders,
+    shown,
+    write_json,
+)  # fmt: skip
 from baby_xp.runs.lock import PATIENCE, Lock
 from baby_xp.text.corpus import sweep_ids
 
@@ -115,11 +123,7 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
     kept = False
     try:
         for path in (folder, *(folder / name for name in FOLDERS)):
-            try:
-                made += make_folder(path)
-            except OSError as error:
-                raise refusal(path, error, "written", "--path") from None
-            try_to_write(path, "--path")
+            make_writable_folder(path, made, "--path")
         _sweep_abandoned(folder)
         names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
         with ExitStack() as held:
@@ -148,11 +152,9 @@ def _remove(files: RunFiles) -> None:
 def _remove_folders(folder: Path, made: list[Path]) -> None:
     """Remove those of the folders that were made here and are empty, unless another run trains there, which will
     write into them: its lock tells."""
-    if any(path.suffix == ".lock" for path in _listed(folder / "configs")):
+    if any(path.suffix == ".lock" for path in listed(folder / "configs")):
         return
-    for path in reversed(made):
-        with suppress(OSError):  # something has come to lie in it
-            path.rmdir()
+    remove_folders(made)
 
 
 def _sweep_abandoned(folder: Path) -> None:
@@ -160,7 +162,7 @@ def _sweep_abandoned(folder: Path) -> None:
 
     Such a run has a lock that no process holds, no config, and nothing but the weights that it began with.
     """
-    for path in _listed(folder / "configs"):
+    for path in listed(folder / "configs"):
         named = re.fullmatch(r"\.config_(.*)\.lock", path.name)
         if named and GUID.fullmatch(named[1]):
             files = RunFiles(folder, named[1])
@@ -177,13 +179,6 @@ def _has_trained(files: RunFiles) -> bool:
 
     arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
     return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
@@ -236,13 +231,13 @@ def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) 
 
 def folder_for_ids(files: RunFiles) -> Path | None:
     """Where to keep the ids of a text that a run is measured on; None, in memory, where nothing can be written."""
-    folder = files.folder / "corpora"
+    made: list[Path] = []
     try:
-        make_folder(folder)
-        try_to_write(folder)
-    except (OSError, BabyError):
+        make_writable_folder(files.folder / "corpora", made)
+    except BabyError:
+        remove_folders(made)
         return None
-    return folder
+    return files.folder / "corpora"
 
 
 def is_held(files: RunFiles) -> bool:
@@ -253,9 +248,10 @@ def is_held(files: RunFiles) -> bool:
 def sweep(files: RunFiles) -> None:
     """Remove what a process that was killed while it wrote a file of this run left behind. Hold the run first."""
     for path in files.of_training:
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            with suppress(OSError):
-                temporary.unlink()
+        for other in listed(path.parent):
+            if other.name.startswith(f".{path.name}.") and other.suffix == ".tmp":
+                with suppress(OSError):
+                    other.unlink()
 
 
 def find(folder: str | Path, name: str) -> RunFiles:

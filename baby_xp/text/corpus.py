@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.files import ATTEMPTS, absolute, make_folder, refusal, shown, try_to_lock
+from baby_xp.files import ATTEMPTS, absolute, listed, make_folder, refusal, remove_folders, shown, try_to_lock
 from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
@@ -280,8 +280,9 @@ class KeptIds:
     def _write(self, encoded: Iterator[np.ndarray]) -> None:
         # A name of its own for each writer: two that make the same file at once both succeed.
         temporary = self.path.with_name(f"{self.path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        made = make_folder(self.path.parent)
+        made: list[Path] = []
         try:
+            make_folder(self.path.parent, made)
             with open(temporary, "xb") as file:
                 with suppress(OSError):  # locked while it grows: see sweep_ids
                     try_to_lock(file)
@@ -300,9 +301,7 @@ class KeptIds:
                     raise
         except BaseException:
             _remove(temporary)
-            for folder in reversed(made):
-                with suppress(OSError):
-                    folder.rmdir()
+            remove_folders(made)
             raise
         _remove(temporary)  # where it was not renamed
 
@@ -314,10 +313,11 @@ def _remove(path: Path) -> None:
 
 def sweep_ids(folder: Path) -> None:
     """Remove what processes left in a folder of ids that were killed while they wrote there."""
-    for temporary in folder.glob("*.tmp"):
-        with suppress(OSError), open(temporary, "rb") as file:
-            if try_to_lock(file, shared=True):  # nobody writes it; where files cannot be locked, it stays
-                temporary.unlink()
+    for path in listed(folder):
+        if path.suffix == ".tmp":
+            with suppress(OSError), open(path, "rb") as file:
+                if try_to_lock(file, shared=True):  # nobody writes it; where files cannot be locked, it stays
+                    path.unlink()
 
 
 def _identity(path: Path) -> tuple[int, ...]:
