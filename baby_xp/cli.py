@@ -756,7 +756,7 @@ def _wrong_flag(flags: dict[str, Any], arguments: list[str]) -> str | None:
         if kind in (None, bool):
             continue
         if get_origin(kind) is tuple:
-            while rest and not rest[0].startswith("-"):
+            while rest and _is_value(rest[0]):
                 rest.pop(0)
             continue
         if not equals and rest and _is_value(rest[0]):
@@ -769,7 +769,10 @@ def _wrong_flag(flags: dict[str, Any], arguments: list[str]) -> str | None:
 
 
 def _is_value(argument: str) -> bool:
-    return re.match(r"-$|-[.\d]|[^-]|$", argument) is not None
+    """Whether tyro takes it for the value of the flag before it: a number may be negative."""
+    body = argument.lstrip("-")
+    looks_like_a_flag = body != argument and body[:1].isalpha() and body.lower() not in ("inf", "infinity", "nan")
+    return argument != "--" and not looks_like_a_flag
 
 
 def _one_with_a_dash(flag: str, flags: dict[str, Any], rest: list[str]) -> str:

@@ -1,0 +1,388 @@
+"""What is asked for: flags that are typed, settings that need one another, and those that would change nothing."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from baby_xp_data import equations
+
+import baby_xp
+from baby_xp import api, cli, config, estimating, lab, task
+from baby_xp.cli import main
+from baby_xp.config import TrainConfig
+from baby_xp.errors import BabyError
+from baby_xp.presets import preset
+from baby_xp.screen import Screen
+from baby_xp.training.workers import PROGRAM
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+TINY = {
+    "n_layers": 1, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_ctx": 8, "batch_size": 4, "num_steps": 4,
+    "sample_tokens": 0, "workers": 1, "backend": "numpy",
+}  # fmt: skip
+
+
+def flags(**values) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """The current folder, with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command -> exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(list(arguments)), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Run a command -> what it would call the library with."""
+
+    def run(module, function: str, *arguments: str) -> tuple[list, dict]:
+        class Enough(Exception):
+            pass
+
+        seen = []
+
+        def record(*values, **named):
+            seen.append((list(values), named))
+            raise Enough
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, record)
+            with contextlib.suppress(Enough):
+                main(list(arguments))
+        return seen[0]
+
+    return run
+
+
+# flags that were typed ----------------------------------------------------------------------------------
+
+PLACE = {"backend": "auto", "device": None, "path": "runs", "tf32": False, "memory_gib": None, "workers": None}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ([], {}),
+    (["--lr", "0.5"], {"lr": 0.5}),
+    (["--lr=0.003"], {"lr": 0.003}),  # the preset's own: it was asked for all the same
+    (["--num_epochs", "2", "--gelu=erf", "--data", "--lr"], None),
+    (["--num_epochs", "2", "--gelu=erf", "--data=--lr"], {"num_epochs": 2, "gelu": "erf", "data": "--lr"}),
+    (["--num-steps=None", "--num-epochs=1"], {"num_steps": None, "num_epochs": 1}),
+])  # fmt: skip
+@pytest.mark.parametrize(("command", "place"), [("train", {}), ("estimate", {"measure": True})])
+def test_the_settings_that_are_typed_are_asked_for(asked, call, command, place, arguments, expected):
+    if expected is None:
+        assert call(command, *arguments)[0] == 2
+        return
+    module = {"train": api, "estimate": estimating}[command]
+    values, named = asked(module, command, command, *arguments, "--tf32")
+    assert [one.name for one in values] == ["baby"]
+    named.pop("listener", None)
+    where = {**PLACE, **place, "tf32": True}
+    if command == "estimate":
+        del where["path"]
+    assert named == {**where, **expected}
+
+
+def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
+    assert call("train", "--data=text.txt", *flags(**TINY))[0] == 0
+    (name,), named = asked(api, "finetune", "finetune", "--data=text.txt", "--dropout=0.1", "--num-epochs=1")
+    del named["listener"]
+    assert name == api.load(backend="numpy").guid
+    assert named == {**PLACE, "data": "text.txt", "dropout": 0.1, "num_epochs": 1}
+    (name,), named = asked(api, "resume", "resume", "last", "--num-steps=9", "--no-tf32", "--min-lr=None")
+    del named["listener"]
+    assert (name, named) == ("last", {"num_steps": 9, "tf32": False})
+
+
+# epochs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "overrides", "expected"), [
+    ("baby", {"num_epochs": 1}, (None, 1)),
+    ("baby", {"num_epochs": 2, "num_steps": 7}, (7, 2)),
+    ("baby", {"num_epochs": None}, (2500, None)),
+    ("baby", {}, (2500, None)),
+    ("3-months", {"num_steps": 7}, (7, 1)),
+    ("3-months", {"num_epochs": 2}, (None, 2)),
+    ("equations", {"num_epochs": 3}, (None, 3)),
+])  # fmt: skip
+def test_who_names_epochs_means_epochs(name, overrides, expected):
+    train = api.override(preset(name), overrides).train
+    assert (train.num_steps, train.num_epochs) == expected
+
+
+def test_an_epoch_is_trained_where_one_is_asked_for(call):
+    settings = {name: value for name, value in TINY.items() if name != "num_steps"}
+    for command in (["train"], ["finetune", "last"]):
+        if command[0] == "finetune":
+            settings = {name: settings[name] for name in ("batch_size", "sample_tokens", "workers", "backend")}
+        code, _, _ = call(*command, "--data=text.txt", "--num-epochs=1", "--stride=50", *flags(**settings))
+        run = api.load(backend="numpy")
+        n_train = int(0.9 * 960)
+        assert (code, run.config["result"]["steps"]) == (0, -(-((n_train - 9) // 50 + 1) // 4))
+
+
+# settings that have no effect ---------------------------------------------------------------------------
+
+IN_VAIN = [
+    ("baby", {"stride": 3}, ("stride 3", "give --num-epochs too, or leave out --stride")),
+    ("baby", {"stride": 3, "num_epochs": None}, ("stride 3", "--num-epochs")),
+    ("3-months", {"stride": 3, "num_epochs": None, "num_steps": 5}, ("stride 3", "--num-epochs")),
+    ("equations", {"stride": 3, "num_epochs": 1}, ("stride 3", "equations", "leave out --stride")),
+    ("equations-gpt", {"stride": 2}, ("stride 2", "equations", "leave out --stride")),
+    ("baby", {"min_lr": 1e-5, "schedule": "constant"}, ("min_lr", "--schedule cosine", "leave out --min-lr")),
+    ("3-months", {"min_lr": 1e-5}, ("min_lr", "--schedule cosine")),
+    ("equations", {"operators": "-", "max_sum": 12}, ("max_sum", "--operators", "leave out --max-sum")),
+]
+WITH_EFFECT = [
+    ("baby", {"stride": 1}),
+    ("baby", {"stride": 3, "num_epochs": 1}),
+    ("3-months", {"stride": 3, "num_steps": 5}),
+    ("3-months", {"schedule": "cosine", "min_lr": 1e-5}),
+    ("baby", {"schedule": "constant"}),
+    ("equations", {"operators": "+-", "max_sum": 12}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "words"), IN_VAIN)
+def test_a_setting_that_would_change_nothing_is_refused(call, work, name, overrides, words):
+    with pytest.raises(BabyError) as refused:
+        api.override(preset(name), overrides)
+    for word in words:
+        assert word in str(refused.value)
+    for command in ("train", "estimate"):
+        assert call(command, name, *flags(**overrides)) == (2, "", f"baby_xp: {refused.value}\n")
+    assert [path.name for path in work.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(("name", "overrides"), WITH_EFFECT)
+def test_a_setting_that_changes_something_is_not(name, overrides):
+    chosen = api.override(preset(name), overrides)
+    found = {**vars(chosen.model), **vars(chosen.train), **vars(chosen.data)}
+    assert overrides.items() <= found.items()
+
+
+def test_what_a_run_was_once_trained_with_is_not_refused():
+    """Its config may hold what is refused by now."""
+    train = config.from_dict(TrainConfig, {"num_steps": 9, "stride": 3, "schedule": "constant"}, "x")
+    chosen = replace(preset("baby"), train=train)
+    assert api.override(chosen, {}) == chosen
+    assert api.override(chosen, {"lr": 0.1}).train.lr == 0.1
+    with pytest.raises(BabyError, match="min_lr has no effect"):
+        api.override(chosen, {"min_lr": 0.1})
+
+
+def test_finetuning_keeps_the_tokenizer(call):
+    assert call("train", "--data=text.txt", *flags(**TINY))[0] == 0
+    with pytest.raises(BabyError, match="finetuning keeps the tokenizer, which is char"):
+        baby_xp.finetune("last", data="text.txt", backend="numpy", tokenizer="byte")
+
+
+@pytest.mark.parametrize("name", lab.IGNORED)
+def test_the_lab_refuses_what_it_ignores(call, name):
+    value = {"max_minutes": 2.0, "checkpoint_minutes": 2.0}.get(name, 2)
+    code, out, err = call("equations", *flags(**{name: value}))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"baby_xp: {name} has no effect on equations")
+    assert err.endswith(f": leave out --{name.replace('_', '-')}\n")
+    if name != "eval_every":  # presets have one, and none is the usual one
+        with pytest.raises(BabyError, match=f"{name} has no effect"):
+            lab.experiment(api.override(preset("equations"), {name: value}), seeds=1, workers=1)
+
+
+@pytest.mark.parametrize(("more", "named"), [
+    (["--top-k=3"], "--top-k"),
+    (["--temperature=1.0"], "--temperature"),
+    (["--top-p=0.5", "--top_k", "2"], "--top-k and --top-p"),
+])  # fmt: skip
+def test_greedy_leaves_nothing_to_draw(call, more, named):
+    line = f"baby_xp: --greedy always takes the most likely token: leave out {named}, or --greedy\n"
+    assert call("generate", "--greedy", *more) == (2, "", line)
+
+
+# equations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ({}, "4+4"),
+    ({"operators": "-"}, "8-4"),
+    ({"operators": "+-"}, "4+4"),
+    ({"max_sum": 0}, "4+4"),
+    ({"operators": "-", "held_out": "3-1"}, "3-1"),
+    ({"operators": "-", "held_out": "4+4"}, "4+4"),  # it was asked for, and will be refused
+    ({"digits": 2, "max_sum": 99, "n_ctx": 9}, "4+4"),
+])  # fmt: skip
+def test_a_table_has_a_held_out_case_of_its_own(overrides, expected):
+    assert api.override(preset("equations"), overrides).data.held_out == expected
+    for share in ("10%", lab.EACH):
+        chosen = replace(preset("equations"), data=replace(preset("equations").data, held_out=share))
+        assert api.override(chosen, overrides).data.held_out == overrides.get("held_out", share)
+
+
+@pytest.mark.parametrize(("held_out", "table", "expected"), [
+    ("4+4,3+5", (9, 1, "+"), "4+4,3+5"),
+    ("4+4, 9+9", (9, 1, "+"), "4+4"),
+    ("12+34", (9, 1, "+-"), "4+4"),
+    ("12+34", (99, 2, "+-"), "12+34"),
+    ("12+34", (0, 2, "-"), "8-4"),
+    ("8-4", (9, 1, "+"), "4+4"),
+    ("4*4", (9, 1, "-"), "4*4"),
+    ("", (9, 1, "-"), ""),
+])  # fmt: skip
+def test_what_suits_a_table_is_in_it(held_out, table, expected):
+    found = equations.suited(held_out, *table)
+    assert found == expected
+    if found != held_out:
+        assert equations.cases(table[0], found, *table[1:])
+
+
+def test_a_table_of_differences_alone_is_trained_and_measured(call):
+    more = flags(num_steps=2, backend="numpy")
+    assert call("train", "equations", "--operators", "-", *more)[::2] == (0, "")
+    assert api.load(backend="numpy").config["data"]["held_out"] == "8-4"
+    assert call("estimate", "equations", "--operators", "-", "--no-measure", "--backend=numpy")[::2] == (0, "")
+    for kind in ("mlp", "gpt"):
+        chosen = lab.suitable(kind, None, None, "-")
+        lab._jobs(api.override(chosen, {"operators": "-"}), 1)
+
+
+@pytest.mark.parametrize(("text", "table", "expected"), [
+    ("4+4=", (9, 1, "+"), True), ("4+4=8", (9, 1, "+"), True), ("4+4=8 ", (9, 1, "+"), True),
+    ("4+4=9", (9, 1, "+"), False), ("4+4", (9, 1, "+"), False), ("4 + 4 =", (9, 1, "+"), False),
+    ("9+1=", (9, 1, "+"), False), ("9+1=", (0, 1, "+"), True), ("12+3=", (0, 1, "+"), False),
+    ("12+34=4", (0, 2, "+-"), True), ("8-4=", (9, 1, "+"), False), ("4-8=-", (9, 1, "+-"), True),
+    ("04+4=", (0, 2, "+"), False), ("x4+4=", (9, 1, "+"), False), ("4+4= 4+4=", (9, 1, "+"), False),
+])  # fmt: skip
+def test_what_is_a_question_of_a_table(text, table, expected):
+    assert equations.begins_answer(text, *table) is expected
+
+
+@pytest.mark.parametrize(("digits", "operators", "expected"), [
+    (1, "+", "4+4"), (2, "+-", "12+34"), (1, "-", "8-4"), (2, "-", "34-12"),
+])  # fmt: skip
+def test_an_example_is_a_question_of_its_table(digits, operators, expected):
+    assert equations.example(digits, operators) == expected
+    assert equations.begins_answer(f"{expected}=", 0, digits, operators)
+
+
+def test_a_prompt_that_is_no_question_is_generated_from_with_a_note(call):
+    assert call("train", "equations", *flags(num_steps=2, backend="numpy"))[0] == 0
+    for prompt, noted in (("4+4=", False), ("4 + 4 =", True), ("4+4", True), ("9+9=", True), ("", False)):
+        code, out, err = call("generate", f"--prompt={prompt}", "--num-tokens=2", "--greedy", "--backend=numpy")
+        *notes, kept = err.splitlines()
+        assert (code, out[: len(prompt)], kept[:8]) == (0, prompt, "kept in ")
+        note = f"note: its equations were asked like 4+4=, and {prompt!r} is none of them; "
+        assert notes == ([f"{note}what follows means nothing"] if noted else [])
+
+
+# what is wrong with a flag ------------------------------------------------------------------------------
+
+DASH = "needs a value; one that begins with - is given as "
+WRONG = [
+    ("train", ["--num-steps", "1e4"], "--num-steps must be a whole number, not '1e4'"),
+    ("train", ["--num_steps=2.5"], "--num_steps must be a whole number, not '2.5'"),
+    ("train", ["--clip=0.5", "--lr", "fast"], "--lr must be a number, not 'fast'"),
+    ("train", ["--lr="], "--lr must be a number, not ''"),
+    ("train", ["--c-attention=mhb"], "--c-attention must be one of mha, moh, not 'mhb'"),
+    ("train", ["--workers", "two"], "--workers must be a whole number, not 'two'"),
+    ("train", ["--tf32=yes"], "--tf32 takes no value: give --tf32 or --no-tf32"),
+    ("train", ["--no-tf32=yes"], "--no-tf32 takes no value: give --no-tf32"),
+    ("train", ["--tf32", "yes"], "'yes' is one argument too many"),
+    ("train", ["--lr"], "--lr needs a value"),
+    ("train", ["--lr", "--clip", "1"], "--lr needs a value"),
+    ("train", ["--n-layer=3"], "there is no option '--n-layer'; did you mean --n-layers?"),
+    ("train", ["--no-lr"], "there is no option '--no-lr'; did you mean --min-lr?"),
+    ("train", ["--zzz"], "there is no option '--zzz'"),
+    ("train", ["-x"], "there is no option '-x'"),
+    ("train", [f"--lr={'9' * 200}x"], f"--lr must be a number, not '{'9' * 80}...'"),
+    ("train", ["--lr=\x1b[1m"], "--lr must be a number, not '\\x1b[1m'"),
+    ("train", ["--num-epochs=0"], "num_epochs must be a whole number of at least 1, not 0"),
+    ("train", ["--min-lr", "-inf"], "min_lr must be a number of at least 0, not -inf"),
+    ("generate", ["--prompt", "-x"], f"--prompt {DASH}--prompt=-x"),
+    ("generate", ["--prompt", "--to be"], f"--prompt {DASH}'--prompt=--to be'"),
+    ("generate", ["--prompt", "-x\x1b"], f"--prompt {DASH}--prompt=-..."),
+    ("generate", ["--prompt", "-", "--top-k", "-x"], f"--top-k {DASH}--top-k=-x"),
+    ("inspect", ["--off", "0.1", "0.2", "--top=x"], "--top must be a whole number, not 'x'"),
+    ("runs", ["--path"], "--path needs a value"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(("command", "arguments", "message"), WRONG)
+def test_what_is_wrong_with_a_flag_is_said_in_one_sentence(monkeypatch, command, arguments, message, encoding):
+    err = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert main([command, *arguments]) == 2
+    err.flush()
+    name = "train baby" if command == "train" else command
+    assert err.buffer.getvalue().decode() == f"baby_xp: {message}; see baby_xp {name} --help\n"
+
+
+@pytest.mark.parametrize(("box", "message"), [
+    ("╭─ Parsing error ─╮\n│ What is │\n│ wrong │\n│ ───────── │\n│ For full helptext │\n╰───╯", "What is wrong"),
+    ("+- Parsing error -+\n| What is |\n| wrong |\n| --------- |\n| For full helptext |\n+---+", "What is wrong"),
+    ("something else", "something else"),
+])  # fmt: skip
+def test_of_what_tyro_alone_can_say_the_first_message_is_taken(box, message):
+    assert cli._first_message(box) == message
+
+
+# signals ------------------------------------------------------------------------------------------------
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_before_training_ends_it_in_one_line(call, work, monkeypatch, signals, number):
+    monkeypatch.setattr(task, "prepare", lambda *_: os.kill(os.getpid(), number))
+    line = f"baby_xp: interrupted by {number.name}\n"
+    assert call("train", "--data=text.txt", *flags(**TINY)) == (128 + number, "", line)
+    assert [path.name for path in work.iterdir()] == ["text.txt"]
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_has_the_code_of_one(call, monkeypatch, signals, number):
+    monkeypatch.setattr(Screen, "started", lambda self, *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(Screen, "note", lambda self, text: None)
+    line = "baby_xp: interrupted before the first step was done; nothing was trained\n"
+    assert call("train", "--data=text.txt", *flags(**TINY)) == (128 + number, "", line)
+
+
+@needs_signals
+def test_a_training_under_nohup_outlives_its_terminal(call, monkeypatch, signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    shown = Screen.evaluated
+
+    def evaluated(self, record):
+        os.kill(os.getpid(), signal.SIGHUP)
+        shown(self, record)
+
+    monkeypatch.setattr(Screen, "evaluated", evaluated)
+    assert call("train", "--data=text.txt", *flags(**TINY))[::2] == (0, "")
+    assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_IGN
+    assert api.load(backend="numpy").config["result"]["state"] == "done"
+
+
+@pytest.mark.parametrize("line", [b"", b'{"file": 3, "ra'])
+def test_a_worker_whose_main_process_is_gone_before_it_began_says_nothing(line):
+    done = subprocess.run([sys.executable, "-c", PROGRAM], input=line, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

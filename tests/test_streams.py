@@ -1,0 +1,251 @@
+"""Streams that are closed, full or read by nobody: one line and an exit code, and no training is lost by them."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import baby_xp
+import baby_xp.sitting
+from baby_xp import streams
+from baby_xp.cli import COMMANDS, main
+
+TINY = [
+    "--n-layers=1", "--n-emb=8", "--head-size=8", "--n-heads=2", "--n-ctx=8", "--batch-size=4", "--num-steps=4",
+    "--eval-every=2", "--sample-tokens=5", "--workers=1", "--backend=numpy", "--data=text.txt",
+]  # fmt: skip
+TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
+FULL_LINE = "baby_xp: standard output cannot be written (No space left on device); make room on that disk\n"
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="descriptors as POSIX has them")
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+class Broken(io.StringIO):
+    """A stream that fails: at each write, or when it is flushed."""
+
+    def __init__(self, code: int, at_write: bool = True):
+        super().__init__()
+        self.error, self.at_write = OSError(code, os.strerror(code)), at_write
+
+    def write(self, text: str) -> int:
+        if self.at_write:
+            raise self.error
+        return super().write(text)
+
+    def flush(self) -> None:
+        raise self.error
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 40)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+    return tmp_path
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run a command with these streams -> exit code, and what the streams hold."""
+
+    def run(*arguments: str, out=None, err=None) -> tuple[int, str, str]:
+        out, err = (io.StringIO() if stream is None else stream for stream in (out, err))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            code = main(list(arguments))
+            assert (sys.stdout, sys.stderr) == (out, err)
+        return code, out.getvalue(), err.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def run(call) -> None:
+    """One finished run."""
+    assert call("train", *TINY)[0] == 0
+
+
+EVERY_COMMAND = [
+    [], ["--version"], ["presets"], ["runs"], ["generate", "--num-tokens=3"], ["evaluate", "--num-tokens=9"],
+    ["inspect", "--prompt=the"], ["check", "--elements=1", "--directions=1"], ["train", "--help"],
+    ["export", "littlebaby"], ["equations", "--seeds=1", "--workers=1", "--num-steps=1", "--held-out=4+4"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
+@pytest.mark.parametrize("arguments", EVERY_COMMAND, ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(run, call, arguments, at_write):
+    assert call(*arguments, out=Broken(errno.ENOSPC, at_write))[::2] == (2, FULL_LINE)
+
+
+@pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
+@pytest.mark.parametrize("arguments", [["presets"], ["train", "--help"], ["inspect"]], ids=" ".join)
+def test_nobody_who_reads_on_is_no_error(run, call, arguments, at_write):
+    assert call(*arguments, out=Broken(errno.EPIPE, at_write))[::2] == (141, "")
+
+
+@pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141), (errno.EIO, 2)])
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, number, code, at_write):
+    arguments = ["train", *TINY]
+    assert call(*arguments)[0] == 0
+    if command == "finetune":
+        arguments = ["finetune", baby_xp.load(backend="numpy").guid, *TINY[5:]]
+        assert call(*arguments)[0] == 0
+    expected = baby_xp.load(backend="numpy").config["result"]["val_loss"]
+    found, _, err = call(*arguments, out=Broken(number, at_write))
+    newest = baby_xp.load(backend="numpy")
+    result = newest.config["result"]
+    assert (found, result["state"], result["reason"], result["steps"]) == (code, "done", "steps", 4)
+    assert result["val_loss"] == expected
+    assert newest.files.completion().exists()
+    assert newest.files.report.exists()
+    problem = f"standard output cannot be written ({os.strerror(number)})"
+    note, *line = err.splitlines()
+    assert note == f"{problem}: the training goes on, it is run {newest.guid}"
+    assert [one.partition(";")[0] for one in line] == ([f"baby_xp: {problem}"] if code == 2 else [])
+
+
+def test_errors_that_cannot_be_written_do_not_matter(call, monkeypatch):
+    broken = Broken(errno.ENOSPC)
+    code, out, _ = call("train", *TINY, err=broken)
+    assert (code, "more: python -m baby_xp generate" in out) == (0, True)
+    assert call("generate", "--num-tokens=3", err=broken)[0] == 0
+    assert call("fly", err=broken)[:2] == (2, "")
+    assert call("presets", out=Broken(errno.EIO), err=broken)[0] == 2
+
+
+def test_a_signal_in_the_middle_of_a_message_does_not_matter():
+    """Python refuses a write inside a write."""
+
+    class Busy(io.StringIO):
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    assert streams.Errors(Busy()).write("stopping") == 8
+
+
+def test_an_error_is_the_commands_own_where_output_is_lost_too(call, monkeypatch):
+    def fail(arguments):
+        print("something", flush=False)
+        raise baby_xp.BabyError("the text is empty")
+
+    monkeypatch.setitem(COMMANDS, "presets", fail)
+    assert call("presets", out=Broken(errno.ENOSPC, at_write=False))[::2] == (2, "baby_xp: the text is empty\n")
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (OSError(errno.EMFILE, "No more"),
+     "a file or a process cannot be used (No more); too many files are open: raise the limit (ulimit -n)"),
+    (OSError(errno.EIO, "Input/output error", "x.txt"),
+     "x.txt cannot be used (Input/output error); check the disk"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "x\n.txt"),
+     "'x\\n.txt' cannot be read (No such file or directory); check the path"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"),
+     "a file or a process cannot be used (Broken pipe); check the disk"),
+])  # fmt: skip
+def test_whatever_else_the_system_refuses_is_one_line(call, monkeypatch, error, line):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "presets", fail)
+    assert call("presets") == (2, "", f"baby_xp: {line}\n")
+
+
+@pytest.mark.parametrize("missing", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize("command", ["train", "presets", "fly"])
+def test_streams_that_are_not_there(monkeypatch, capsys, command, missing):
+    """Python has None for a stream whose descriptor was closed, and prints for stderr then what is for stdout."""
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            if missing in (name, "both"):
+                patch.setattr(sys, name, None)
+        code = main([command, *(TINY if command == "train" else [])])
+    assert code == (2 if command == "fly" else 0)
+    out, err = capsys.readouterr()
+    assert bool(out) == (command != "fly" and missing == "stderr")
+    assert bool(err) == (command == "fly" and missing == "stdout")
+
+
+CLOSING = "import os, sys; [os.close(int(one)) for one in sys.argv[1]]; os.execv(sys.executable, sys.argv[2:])"
+
+
+def with_closed(numbers: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python where these descriptors are closed."""
+    program = [sys.executable, "-c", CLOSING, numbers, sys.executable, *arguments]
+    return subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+@needs_posix
+@pytest.mark.parametrize("numbers", ["0", "1", "2", "12", "02", "012"])
+def test_no_file_takes_the_place_of_a_closed_stream(work, numbers):
+    """And processes that are started then have these streams too."""
+    program = """if True:
+        import os
+        from baby_xp import streams
+        streams._occupy()
+        with open("found.txt", "w") as file:
+            print(file.fileno(), [os.get_inheritable(number) for number in range(3)], file=file)
+    """
+    assert with_closed(numbers, "-c", program).returncode == 0
+    assert (work / "found.txt").read_text() == "3 [True, True, True]\n"
+
+
+@needs_posix
+def test_a_training_with_all_streams_closed(work):
+    done = with_closed("012", "-m", "baby_xp", "train", *TINY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run = baby_xp.load(backend="numpy")
+    assert run.config["result"]["state"] == "done"
+    assert [json.loads(line)["step"] for line in run.files.metrics.read_text().splitlines()][:2] == [2, 4]
+
+
+@needs_full
+@pytest.mark.parametrize("arguments", [["presets"], ["train", "--help"]], ids=" ".join)
+def test_nothing_is_left_to_write_when_the_interpreter_ends(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "baby_xp", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        assert (done.returncode, done.stderr) == (2, FULL_LINE)
+        done = subprocess.run([sys.executable, "-m", "baby_xp", "fly"], stdout=full, stderr=full)
+        assert done.returncode == 2
+
+
+# what a terminal gets -----------------------------------------------------------------------------------
+
+ODD = "a\x1b[31mb\0c\x07d\re\x9bf\x7fg\n\th\u00e4"
+ESCAPED = "a\\x1b[31mb\\x00c\\x07d\\re\\x9bf\\x7fg\n\th\u00e4"
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal, ESCAPED), (io.StringIO, ODD)])
+def test_control_characters_are_escaped_on_a_terminal_alone(monkeypatch, stream, shown):
+    monkeypatch.setattr(sys, "stdout", stream())
+    assert streams.printable(ODD) == shown
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_what_a_run_says_cannot_steer_the_terminal(work, call, terminal):
+    (work / "text.txt").write_text("\x1b\0\x1b\x07" * 200, encoding="utf-8", newline="\n")
+    raw, escaped = {"\x1b", "\0", "\x07"}, {"\\x1b", "\\x00", "\\x07"}
+    for arguments in (["train", *TINY], ["generate", "--prompt=\x1b\0\x07", "--num-tokens=30"]):
+        code, out, _ = call(*arguments, out=Terminal() if terminal else io.StringIO())
+        assert code == 0
+        assert {one for one in raw | escaped if one in out} == (escaped if terminal else raw)
+    (completion,) = (work / "runs" / "outputs").glob("completion_*_*.txt")
+    assert completion.read_text(encoding="utf-8").startswith("\x1b\0\x07")  # what is kept is the text itself
