@@ -1,4 +1,4 @@
-"""Does steps of test_machine.py in forks of a process that has loaded nothing but baby_xp, and ends them meanwhile.
+"""Does steps of test_machine.py in forks of a process that has loaded nothing but baby_xp, and ends them.
 
 JAX and PyTorch, which the tests have loaded by then, do not stand a fork. Takes one job as JSON a line and answers
 each with one line: name and arguments of what to do, and what happens meanwhile:
@@ -23,6 +23,7 @@ import baby_xp
 def main() -> None:
     sys.stdin.reconfigure(encoding="utf-8")
     with world.small_and_quick():
+        world.load_all()
         for line in sys.stdin:
             print(json.dumps(done(json.loads(line))), flush=True)
 

@@ -6,7 +6,9 @@ goes wrong at a counted file operation. So a sequence that fails fails again.
 
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -66,7 +68,7 @@ EVENTS = {"open", "fcntl.flock"} | WRITES | READS | REMOVES
 
 
 class Watch:
-    """Sees every file operation under one folder, just before it is done. One audit hook, as none can be removed."""
+    """Sees every file operation under one folder, before it is done: an audit hook, which cannot be removed."""
 
     def __init__(self):
         self.root, self.action, self.count, self.hooked = "", None, 0, False
@@ -199,6 +201,7 @@ def small_and_quick() -> Iterator[None]:
             (lock, "time", SimpleNamespace(monotonic=Clock().perf_counter, sleep=lambda seconds: None)),
             (checkpoint, "save_file", _save),
             (os, "fsync", fsync),
+            (importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
@@ -295,6 +298,25 @@ def perform(name: str, arguments: dict[str, Any]) -> Any:
     if name == "export":
         return run, baby_xp.export_littlebaby(run, **given)
     return run, getattr(run, name)(**given)
+
+
+def load_all() -> None:
+    """Call everything once, while every file of Python can be read and before a fork."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, path = os.path.join(folder, "text.txt"), os.path.join(folder, "runs")
+        Path(text).write_bytes(TEXTS["a"])
+        options = {**SMALL, "path": path, "num_steps": 2}
+        run = perform("train", {**options, **GPT, "preset": "baby", "data": text, "dropout": 0.1})
+        perform("train", {**options, "preset": "equations", "batch_size": 8})
+        perform("finetune", {**options, "run": run.guid, "data": text})
+        perform("resume", {"path": path, "num_steps": 4, "run": run.guid})
+        where = {"path": path, "run": run.guid}
+        perform("evaluate", {**where, "num_tokens": 3})
+        perform("check", {**where, "tokens": 4, "batch": 1, "elements": 1, "directions": 1})
+        perform("inspect", {**where, "prompt": "as", "backward": True})
+        _, paths = perform("export", {**where, "folder": os.path.join(folder, "out")})
+        perform("import", {"model": str(paths[2]), "path": os.path.join(folder, "others")})
+        perform("runs", {"path": path})
 
 
 # what is on disk ----------------------------------------------------------------------------------------
@@ -499,7 +521,7 @@ class Children:
 class Broken(AssertionError):
     """Something does not hold. Each kind has a class of its own, so that hypothesis can tell them apart."""
 
-    kinds: dict[str, type] = {}
+    kinds: ClassVar[dict[str, type]] = {}
 
     @classmethod
     def of(cls, kind: str) -> type["Broken"]:

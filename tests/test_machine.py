@@ -18,9 +18,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -47,7 +47,7 @@ class Machine(RuleBasedStateMachine):
     children: world.Children
     real_time = False
     """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
-    counts = Counter()
+    counts: ClassVar[Counter] = Counter()
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
             self.world.close()
 
     def finish(self):
-        """At the end, what was damaged is mended, and every run that was stopped goes on to the end of its twin."""
+        """At the end, what was damaged is mended, and every run that was stopped goes on to its twin's end."""
         self.world.tell("at the end:")
         self.bring_texts_back()
         for known in list(self.world.known.values()):
@@ -603,30 +603,9 @@ def machine(tmp_path_factory):
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
     with shrinking, world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_") as folder:
         twins = world.Twins(Path(folder))
-        load_all(twins, children)
+        world.load_all()
         yield type("Machine", (Machine,), {"twins": twins, "children": children, "counts": Counter()})
     children.end()
-
-
-def load_all(twins: world.Twins, children: world.Children) -> None:
-    """Import all that the steps need while every file of Python can be read."""
-    first = World(twins, children)
-    try:
-        options = {**SMALL, "path": str(first.folder), "num_steps": 2}
-        data = str(first.places["a"])
-        run = world.perform("train", {**options, **GPT, "preset": "baby", "data": data})
-        world.perform("train", {**options, "preset": "equations", "batch_size": 8})
-        world.perform("finetune", {**options, "run": run.guid, "data": data})
-        world.perform("resume", {"path": str(first.folder), "num_steps": 4, "run": run.guid})
-        where = {"path": str(first.folder), "run": run.guid}
-        world.perform("evaluate", {**where, "num_tokens": 3})
-        world.perform("check", {**where, "tokens": 4, "batch": 1, "elements": 1, "directions": 1})
-        world.perform("inspect", {**where, "prompt": "as", "backward": True})
-        _, paths = world.perform("export", {**where, "folder": str(first.root / "out/x")})
-        world.perform("import", {"model": str(paths[2]), "path": str(first.root / "other")})
-        world.perform("runs", {"path": str(first.folder)})
-    finally:
-        first.close()
 
 
 def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
