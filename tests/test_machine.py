@@ -1,0 +1,697 @@
+"""A machine that looks for more: random steps on one folder of small runs, with all that can happen to it.
+
+After each step, other runs are as they were, bit for bit; every error is one BabyError of one line; every run in
+the list loads or says why not; nothing is left over; and a run that was stopped and resumed ends with the numbers
+of a twin that nothing disturbed. machine_world.py has what is done and what is held, this file the rules.
+
+BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
+
+goes on with new sequences for so many minutes and tells each kind of failure once, with the steps that led to it.
+BABY_XP_HOUR_LOG names a file for the same to be followed.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import ClassVar
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("resource", reason="permissions, forks and limits are others on this system")
+
+import hypothesis
+import machine_world as world
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.internal.conjecture import engine
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
+
+CHANCE = st.randoms(use_true_random=False)
+MOST_RUNS = 5
+HOUR = "BABY_XP_HOUR_MINUTES"
+
+
+class Machine(RuleBasedStateMachine):
+    """The rules. What each step does is drawn by `chance`, whose every draw hypothesis can shrink."""
+
+    twins: world.Twins
+    children: world.Children
+    real_time = False
+    """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
+    counts: ClassVar[Counter] = Counter()
+
+    def __init__(self):
+        super().__init__()
+        self.world = World(self.twins, self.children)
+        self.counts["sequences"] += 1
+
+    def teardown(self):
+        try:
+            if not self.world.pending:
+                self.finish()
+        finally:
+            self.world.close()
+
+    def finish(self):
+        """At the end, what was damaged is mended, and every run that was stopped goes on to its twin's end."""
+        self.world.tell("at the end:")
+        self.bring_texts_back()
+        for known in list(self.world.known.values()):
+            self.heal_run(known)
+        for guid in list(self.world.known):
+            self.world.do(self.resume_of(guid))
+
+    # what is drawn ---------------------------------------------------------------------------------------
+
+    def has_runs(self) -> bool:
+        return bool(self.world.known)
+
+    def has_room(self) -> bool:
+        return len(self.world.known) < MOST_RUNS
+
+    def a_run(self, chance: Random) -> str:
+        return chance.choice(list(self.world.known))
+
+    def name_of(self, chance: Random, guid: str) -> str:
+        """The run's GUID, or the beginning of it where that is enough, or "last" where it is that one."""
+        if chance.random() < 0.8:
+            return guid
+        listed = world.store.guids(self.world.folder)
+        if listed and listed[0] == guid:
+            return "last"
+        others = [one for one in listed if one[:8] == guid[:8]]
+        return guid[:8] + guid[36:] if others == [guid] else guid
+
+    def stopping(self, chance: Random) -> dict:
+        """Settings that may end training before its last step, and those of checkpoints."""
+        often = {"checkpoint_every": chance.choice([0, 1, 2]), "checkpoint_minutes": chance.choice([0, 0.1])}
+        how = chance.choice(["not", "not", "time", "interrupt"])
+        if how == "time":
+            often["max_minutes"] = chance.choice([0.001, 0.1, 0.2, 0.4])
+        if how == "interrupt":
+            often["interrupt"] = [chance.randrange(8), chance.choice([False, True])]
+        return often
+
+    def train_of(self, chance: Random, may_stop: bool = True) -> Op:
+        stop = self.stopping(chance) if may_stop else {}
+        stops = "max_minutes" in stop or "interrupt" in stop
+        common = {**SMALL, **stop, "path": str(self.world.folder), "num_steps": STEPS, "eval_every": 3}
+        must = None if "interrupt" in stop else True  # before the first step, an interrupt is an error
+        if chance.random() < 0.15:
+            arguments = {**common, "preset": "equations", "batch_size": 8, "n_hidden": 8}
+            return Op("train", arguments, makes=True, must=must, may_stop=stops)
+        name = chance.choice(sorted(TEXTS))
+        place = self.world.places[name]
+        if chance.random() < 0.3 and Path.cwd() == self.world.root:
+            place = place.relative_to(self.world.root)
+        arguments = {
+            **common, **GPT, "preset": "baby", "data": str(place), "dropout": chance.choice([0.0, 0.3]),
+            "tokenizer": chance.choice(["char", "byte"]),
+        }  # fmt: skip
+        if name in self.world.changed:
+            return Op("train", {**arguments, "data": str(self.bad_text(chance))}, makes=True, must=False)
+        return Op("train", arguments, makes=True, must=must, text=name, may_stop=stops)
+
+    def bad_text(self, chance: Random) -> Path:
+        return self.world.root / f"texts/{chance.choice(list(world.BAD_TEXTS))}.txt"
+
+    def bad_train_of(self, chance: Random) -> Op:
+        arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "baby"}
+        arguments.pop("n_hidden", None)
+        return Op("train", {**arguments, "data": str(self.bad_text(chance))}, makes=True, must=False)
+
+    def finetune_of(self, chance: Random, guid: str, may_stop: bool = True) -> Op:
+        known, name = self.world.known[guid], chance.choice(sorted(TEXTS))
+        stop = self.stopping(chance) if may_stop else {}
+        arguments = {
+            **SMALL, **stop, "run": self.name_of(chance, guid), "path": str(self.world.folder),
+            "data": str(self.world.places[name]), "num_steps": TUNED, "eval_every": 2,
+        }  # fmt: skip
+        can = self.can_be_tuned(known)
+        must = None if "interrupt" in stop or not known.is_sound or name in self.world.changed else can
+        base = self.world.twins.keep_base(self.world.files(guid)) if known.is_sound and can else None
+        if base is None or name in self.world.changed:  # it may work all the same, and has no twin then
+            arguments["data"] = str(self.bad_text(chance))
+            must = False
+        return Op("finetune", arguments, makes=True, must=must, text=name, base=base, may_stop=bool(stop))
+
+    def can_be_tuned(self, known: world.Known) -> bool:
+        return known.config["model"]["kind"] == "gpt"
+
+    def resume_of(self, guid: str, chance: Random | None = None) -> Op:
+        known = self.world.known[guid]
+        result, asked = known.config["result"], known.config["train"]["num_steps"]
+        arguments = {"run": guid, "path": str(self.world.folder), "max_minutes": 0}
+        there = self.world.text_is_there(known)
+        if chance is None and not there:
+            arguments["data"] = str(self.world.places[known.text])
+            there = known.text not in self.world.changed
+        if chance is not None:
+            arguments |= {"run": self.name_of(chance, guid), **self.stopping(chance)}
+            arguments.setdefault("max_minutes", 0)
+            if known.text is not None and chance.random() < 0.3:
+                arguments["data"] = str(self.world.places[known.text])
+                there = known.text not in self.world.changed
+            if known.base is None and asked == STEPS and chance.random() < 0.3:
+                arguments["num_steps"] = MORE
+        is_done = result["state"] == "done" and (arguments.get("num_steps") or 0) <= result["steps"]
+        stops = bool(arguments["max_minutes"]) or "interrupt" in arguments
+        may_write = self.has_files_to_write(known)
+        must = None if not known.is_sound or "interrupt" in arguments or not may_write else True
+        if is_done or known.imported or (must and not there):
+            must = False
+        return Op("resume", arguments, touches=guid, must=must, may_stop=stops, may_fail_late=not may_write)
+
+    def has_files_to_write(self, known: world.Known) -> bool:
+        """Whether no folder or link stands where a file of the run is to be written."""
+        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *world.OUTPUTS)]
+        return not any(path.is_symlink() or path.is_dir() for path in paths)
+
+    def use_of(self, chance: Random, guid: str) -> Op:
+        known, name = self.world.known[guid], chance.choice(
+            ["load", "generate", "stream", "evaluate", "evaluate", "evaluate", "check", "inspect"]
+        )  # fmt: skip
+        arguments = {"run": self.name_of(chance, guid), "path": str(self.world.folder)}
+        must, text = True, known.text
+        learns_text = known.text is not None or known.imported is not None
+        if name in ("generate", "stream"):
+            arguments |= {"prompt": "a" if learns_text else "4+", "num_tokens": chance.choice([1, 12])}
+        if name == "inspect":
+            arguments |= {"prompt": "as" if learns_text else "4+4=8", "backward": chance.choice([False, True])}
+        if name == "check":
+            arguments |= {"tokens": 4, "batch": 1, "elements": 1, "directions": 1}
+        if name == "evaluate":
+            arguments |= {"num_tokens": 9}
+        if name in ("evaluate", "check"):
+            if known.imported is not None or (known.text is not None and chance.random() < 0.3):
+                text = chance.choice(sorted(TEXTS)) if chance.random() < 0.5 else known.text
+                if text is not None:
+                    arguments["data"] = str(self.world.places[text])
+                must = None if text is not None and text == known.text else (False if text is None else None)
+            elif not self.world.text_is_there(known):
+                must = False
+            if text in self.world.changed:
+                must, text = None, f"changed {text}"
+        must = must if known.is_sound or must is False else None
+        op = Op(name, arguments, must=must)
+        if name == "load":
+            return op
+        if name == "stream":  # as an iterator, it does nothing by itself
+            op.name = "generate"
+            op.arguments["use_cache"] = False
+        op.check = lambda value: self.world.compare(op, value, text)
+        return op
+
+    def export_of(self, chance: Random, guid: str) -> Op:
+        known = self.world.known[guid]
+        self.world.exported += 1
+        folder = self.world.root / f"out/{self.world.exported}"
+        can = known.config["model"]["kind"] == "gpt" and known.config["data"]["tokenizer"] == "char"
+        if known.imported:
+            can = True
+        must = (can if known.is_sound else None) if can else (False if known.is_sound else None)
+
+        def check(value):
+            run, paths = value
+            params = world.digest(run.params.astype("float64"))
+            self.world.exports.append(world.Export(str(paths[2]), guid, params, known))
+
+        arguments = {"run": self.name_of(chance, guid), "path": str(self.world.folder), "folder": str(folder)}
+        return Op("export", arguments, must=must, check=check)
+
+    def import_of(self, chance: Random) -> Op:
+        export = chance.choice(self.world.exports)
+        arguments = {"model": export.model, "path": str(self.world.folder), "dtype": "float64"}
+        if chance.random() < 0.6:  # under a name that is no GUID
+            self.world.exported += 1
+            folder = self.world.root / f"out/{self.world.exported}"
+            folder.mkdir()
+            for kind in ("model", "config", "tokenizer"):
+                source = Path(export.model).parents[1] / f"{kind}s/{kind}_{export.guid}.json"
+                shutil.copyfile(source, folder / f"{kind}_x.json")
+            self.world.others = self.world.surroundings()
+            return Op("import", {**arguments, "model": str(folder / "model_x.json")}, makes=True, must=True,
+                      imported=export)  # fmt: skip
+        taken = any(world.owner(name) == export.guid for name in self.world.tree().files)
+        return Op("import", arguments, makes=True, must=not taken, imported=export)
+
+    def an_op(self, chance: Random) -> Op:
+        """Any call, for those rules where something goes wrong meanwhile."""
+        kinds = ["train", "train", "bad train", "runs"]
+        if self.world.known:
+            kinds += ["finetune", "resume", "resume", "use", "use", "export"]
+        if self.world.exports:
+            kinds += ["import"]
+        kind = chance.choice(kinds)
+        if kind in ("train", "bad train", "finetune", "import") and not self.has_room():
+            kind = "resume"
+        return self.op_of_kind(chance, kind)
+
+    def op_of_kind(self, chance: Random, kind: str) -> Op:
+        if kind == "runs":
+            return Op("runs", {"path": str(self.world.folder)}, must=True)
+        if kind in ("finetune", "resume", "use", "export"):
+            guid = self.a_run(chance)
+            return {
+                "finetune": lambda: self.finetune_of(chance, guid),
+                "resume": lambda: self.resume_of(guid, chance),
+                "use": lambda: self.use_of(chance, guid),
+                "export": lambda: self.export_of(chance, guid),
+            }[kind]()
+        return {"train": self.train_of, "bad train": self.bad_train_of, "import": self.import_of}[kind](chance)
+
+    # calls -----------------------------------------------------------------------------------------------
+
+    def step(self):
+        self.counts["steps"] += 1
+
+    @precondition(has_room)
+    @rule(chance=CHANCE)
+    def train(self, chance):
+        self.step()
+        self.world.do(self.train_of(chance))
+
+    @precondition(has_room)
+    @rule(chance=CHANCE)
+    def train_on_a_bad_text(self, chance):
+        self.step()
+        self.world.do(self.bad_train_of(chance))
+
+    @precondition(lambda self: self.has_runs() and self.has_room())
+    @rule(chance=CHANCE)
+    def finetune(self, chance):
+        self.step()
+        self.world.do(self.finetune_of(chance, self.a_run(chance)))
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def resume(self, chance):
+        self.step()
+        self.world.do(self.resume_of(self.a_run(chance), chance))
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def use(self, chance):
+        self.step()
+        self.world.do(self.use_of(chance, self.a_run(chance)))
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def export(self, chance):
+        self.step()
+        self.world.do(self.export_of(chance, self.a_run(chance)))
+
+    @precondition(lambda self: self.world.exports and self.has_room())
+    @rule(chance=CHANCE)
+    def import_(self, chance):
+        self.step()
+        self.world.do(self.import_of(chance))
+
+    # with something going wrong --------------------------------------------------------------------------
+
+    @rule(chance=CHANCE)
+    def a_fault(self, chance):
+        """The system refuses something meanwhile: the disk is full, broken, read-only, without locks."""
+        self.step()
+        op, name = self.an_op(chance), chance.choice(sorted(FAULTS))
+        whole = FAULTS[name][1] & {"remove", "lock"}
+        fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
+        told = f"{name} from operation {fault.at}{' once' * fault.once}"
+        trouble = world.WATCH.doing(self.world.root, fault)
+        self.world.do(op, trouble, told, harmless=lambda: not fault.fired)
+
+    @rule(chance=CHANCE)
+    def no_file_may_grow(self, chance):
+        """Real writes fail, wherever they are done."""
+        self.step()
+        op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
+        self.world.do(op, world.file_size_limit(limit), f"files up to {limit} bytes")
+
+    @rule(chance=CHANCE)
+    def forbidden(self, chance):
+        """A folder or file may not be read, or not be written."""
+        self.step()
+        op = self.an_op(chance)
+        target = chance.choice(sorted([self.world.folder, self.world.root / "texts", *self.paths()]))
+        mode = chance.choice([0o000, 0o444, 0o555])
+
+        @contextlib.contextmanager
+        def trouble():
+            with world.plain_user(self.world.root):
+                before = target.stat().st_mode & 0o777 if target.exists() else None
+                if before is not None:
+                    target.chmod(mode)
+                try:
+                    yield
+                finally:
+                    if before is not None:
+                        target.chmod(before)
+
+        self.world.do(op, trouble(), f"mode {mode:03o} of {target.relative_to(self.world.root)}")
+
+    def paths(self) -> list[Path]:
+        """All that is in the folder of runs, but for what links lead to."""
+        return [path for path in self.world.folder.rglob("*") if not path.is_symlink()]
+
+    @rule(chance=CHANCE)
+    def killed(self, chance):
+        """In a process that is ended meanwhile."""
+        self.step()
+        op = self.an_op(chance)
+        while op.name not in ("train", "finetune", "resume"):
+            op = self.an_op(chance)
+        op.arguments.pop("interrupt", None)
+        if self.real_time and chance.random() < 0.5:
+            job = {"seconds": chance.choice([0.01, 0.02, 0.05, 0.1, 0.15])}
+        else:
+            first = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            signals = [(chance.randrange(150), int(first))]
+            if chance.random() < 0.3:
+                second = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+                signals.append((signals[0][0] + chance.choice([0, 1, 2, 5, 15]), int(second)))
+            job = {"signals": signals}
+        self.world.do(op, job, f"in a child, {job}")
+
+    @rule(chance=CHANCE)
+    def meanwhile(self, chance):
+        """Another step comes in between."""
+        self.step()
+        outer, at = self.an_op(chance), chance.randrange(120)
+        inner = [None]
+
+        def action(number, event, args):
+            if number == at:
+                inner[0] = self.inner_step(chance, outer)
+
+        trouble = world.WATCH.doing(self.world.root, action)
+        self.world.do(outer, trouble, f"at operation {at}:", harmless=lambda: inner[0] in (None, "harmless"))
+
+    def inner_step(self, chance: Random, outer: Op) -> str:
+        """A step while another is at work -> "harmless" if that must succeed all the same."""
+        self.counts["steps"] += 1
+        kinds = ["bad train", "bad train", "train", "runs", "outputs", "corpora", "ids"]
+        others = [guid for guid in self.world.known if guid != outer.touches]
+        kinds += ["resume the same"] if outer.touches else []
+        kinds += ["use", "finetune", "export"] if others else []
+        kind = chance.choice(kinds)
+        if kind in ("outputs", "corpora"):
+            outer.keeps_outputs = outer.keeps_outputs and kind != "outputs"
+            self.delete_folder(kind)
+            return "harmless" if outer.name in ("train", "finetune", "resume") and kind == "corpora" else kind
+        if kind == "ids":
+            self.damage_ids(chance)
+            return kind
+        if kind == "resume the same":
+            op = self.resume_of(outer.touches)
+            op.must, op.touches = None, None
+            self.world.do(op)
+            return kind
+        if kind in ("use", "finetune", "export"):
+            guid = chance.choice(others)
+            op = {"use": self.use_of, "export": self.export_of}.get(kind, self.finetune_of)(chance, guid)
+        else:
+            op = self.op_of_kind(chance, kind)
+        if op.name == "train" and kind == "train":
+            op.arguments.pop("interrupt", None)
+            op.must = True
+        self.world.do(op)
+        return "harmless"
+
+    # damage ----------------------------------------------------------------------------------------------
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def damage(self, chance):
+        """A file of a run is no longer what it was."""
+        self.step()
+        guid = self.a_run(chance)
+        part = chance.choice([*PARTS, *PARTS, *world.OUTPUTS])
+        others = [one for one in self.world.known if one != guid]
+        kinds = ["flip", "flip", "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
+        kind = chance.choice([*kinds, "mixed up"] if others else kinds)
+        source = self.world.path_of(chance.choice(others), part) if kind == "mixed up" else None
+        path = self.world.path_of(guid, part)
+        if path.is_file() and not path.is_symlink() and (source is None or source.is_file()):
+            self.world.tell(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
+            self.world.damage(guid, path, lambda: spoil(chance, path, kind, source))
+            self.world.check_list(self.world.listed())
+
+    @precondition(lambda self: any(known.hurt for known in self.world.known.values()))
+    @rule(chance=CHANCE)
+    def heal(self, chance):
+        """The old files of a run are brought back."""
+        self.step()
+        hurt = [known for known in self.world.known.values() if known.hurt]
+        self.heal_run(chance.choice(hurt))
+        self.world.check_list(self.world.listed())
+
+    def heal_run(self, known: world.Known) -> None:
+        if known.hurt:
+            self.world.tell(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
+            self.world.heal(known)
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def an_older_checkpoint(self, chance):
+        """The state of an earlier time is brought back: the run goes on from there."""
+        self.step()
+        known = self.world.known[self.a_run(chance)]
+        path = self.world.files(known.guid).state
+        if known.is_sound and path.is_file():
+            if known.old is not None and known.config["result"]["state"] != "done":
+                self.world.tell(f"an older state of {known.guid[:4]}{known.guid[36:]}")
+                path.write_bytes(known.old)
+                known.step = int(world.read_arrays(path)[1]["step"])
+            known.old = path.read_bytes()
+            self.world.check_list(self.world.listed())
+
+    @rule(chance=CHANCE)
+    def damaged_ids(self, chance):
+        """The ids of a text, which all runs share, are damaged or deleted."""
+        self.step()
+        self.damage_ids(chance)
+
+    def damage_ids(self, chance: Random) -> None:
+        paths = sorted((self.world.folder / "corpora").glob("*.ids"))
+        if paths:
+            path = chance.choice(paths)
+            kind = chance.choice(["flip", "zero", "cut", "longer", "empty", "gone"])
+            self.world.tell(f"damage ids {path.name[:4]}: {kind}")
+            spoil(chance, path, kind, None)
+            if path.exists():
+                self.world.damaged_ids[path.name] = world.digest(path.read_bytes())
+
+    @rule(chance=CHANCE)
+    def delete_a_folder(self, chance):
+        self.step()
+        self.delete_folder(chance.choice(["outputs", "outputs", "corpora", "corpora", "models", "tokenizers",
+                                          "configs"]))  # fmt: skip
+        self.world.check_list(self.world.listed())
+
+    def delete_folder(self, name: str) -> None:
+        folder = self.world.folder / name
+        if folder.is_dir():
+            self.world.tell(f"delete the folder {name}")
+            self.world.delete_folder(folder)
+
+    @precondition(has_runs)
+    @rule(chance=CHANCE)
+    def delete_a_run(self, chance):
+        self.step()
+        guid = self.a_run(chance)
+        self.world.tell(f"delete all files of {guid[:4]}{guid[36:]}")
+        self.world.delete(guid)
+        self.world.check_list(self.world.listed())
+
+    # places ----------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.folder.exists())
+    @rule(chance=CHANCE)
+    def move_the_folder(self, chance):
+        self.step()
+        name = chance.choice(["runs", "moved", "mit Ümlaut und Leerzeichen"])
+        if self.world.folder.name != name:
+            self.world.tell(f"move the folder to {name}")
+            self.world.folder = self.world.folder.rename(self.world.root / name)
+            self.world.check_list(self.world.listed())
+
+    @rule(chance=CHANCE)
+    def go_elsewhere(self, chance):
+        """Into another current folder, which has another text of the same name."""
+        self.step()
+        folder = chance.choice(["", "elsewhere"])
+        self.world.tell(f"cd ./{folder}")
+        os.chdir(self.world.root / folder)
+
+    @rule(chance=CHANCE)
+    def a_text_goes(self, chance):
+        """A text is renamed, altered, or brought back."""
+        self.step()
+        name, how = chance.choice(sorted(TEXTS)), chance.choice(["rename", "alter", "back", "back"])
+        home, place = self.world.root / f"texts/{name}.txt", self.world.places[name]
+        if how == "rename" and place == home:
+            self.world.places[name] = place.rename(self.world.root / f"texts/renamed_{name}.txt")
+        elif how == "alter" and name not in self.world.changed:
+            place.write_bytes(TEXTS[name].replace(b"s", b"t", 1))
+            self.world.changed.add(name)
+        elif how == "back":
+            self.bring_text_back(name)
+        self.world.tell(f"text {name}: {how}")
+        self.world.others = self.world.surroundings()
+
+    def bring_text_back(self, name: str) -> None:
+        self.world.places[name] = self.world.places[name].rename(self.world.root / f"texts/{name}.txt")
+        if name in self.world.changed:
+            self.world.changed.remove(name)
+            self.world.places[name].write_bytes(TEXTS[name])
+
+    def bring_texts_back(self) -> None:
+        for name in TEXTS:
+            self.bring_text_back(name)
+        self.world.others = self.world.surroundings()
+
+
+def spoil(chance: Random, path: Path, kind: str, source: Path | None) -> None:
+    """Damage a file."""
+    data = path.read_bytes()
+    place = chance.randrange(len(data)) if data and kind in ("flip", "cut") else 0
+    front = chance.choice([False, True])  # most of a file are its arrays: what stands before them is hit seldom
+    place = place % 400 if front else place
+    written = {
+        "flip": lambda: data[:place] + bytes([data[place] ^ (1 << chance.randrange(8))]) + data[place + 1 :],
+        "zero": lambda: bytes(len(data)),
+        "cut": lambda: data[:place],
+        "longer": lambda: data + bytes([chance.choice([0, 10, 32, 65])]),
+        "empty": lambda: b"",
+        "mixed up": lambda: source.read_bytes(),
+    }
+    if kind in written and (data or kind != "flip"):
+        path.write_bytes(written[kind]())
+        return
+    if kind == "flip":
+        return
+    path.unlink()
+    if kind == "link":
+        path.symlink_to("nowhere")
+    elif kind == "circle":
+        path.symlink_to(path.name)
+    elif kind == "folder":
+        path.mkdir()
+
+
+# tests --------------------------------------------------------------------------------------------------
+
+QUICK = settings(
+    max_examples=8, stateful_step_count=12, derandomize=True, deadline=None, database=None, print_blob=False,
+    phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """The class, with what all sequences share."""
+    children = world.Children()
+    shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
+    with shrinking, world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_") as folder:
+        twins = world.Twins(Path(folder))
+        world.load_all()
+        yield type("Machine", (Machine,), {"twins": twins, "children": children, "counts": Counter()})
+    children.end()
+
+
+def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
+    run_state_machine_as_test(machine, settings=QUICK)
+
+
+# the hour -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hour
+@pytest.mark.skipif(HOUR not in os.environ, reason=f"{HOUR} is not set: it tells for how long to look")
+def test_an_hour_of_random_sequences(machine, capsys):
+    minutes = float(os.environ[HOUR] or 60)
+    log = os.environ.get("BABY_XP_HOUR_LOG")
+    hour = Hour(machine, time.monotonic() + 60 * minutes, log and Path(log))
+    with capsys.disabled():
+        hour.run()
+    assert not hour.found, "\n\n".join(hour.found.values())
+
+
+class Hour:
+    """Runs the machine with one seed after the other, and goes on after a failure."""
+
+    def __init__(self, machine: type, end: float, log: Path | None):
+        self.machine, self.end, self.log = machine, end, log
+        self.machine.real_time = True
+        self.found: dict[str, str] = {}
+        self.often = Counter()
+
+    def run(self) -> None:
+        self.tell(f"\nfrom seed {time.time_ns()} on")
+        told = time.monotonic()
+        while time.monotonic() < self.end:
+            seed = time.time_ns()
+            if error := self.tried(seed, [Phase.generate], 10, self.machine.counts):
+                self.failed(seed, error)
+            if time.monotonic() > told + 60:
+                told = time.monotonic()
+                self.tell(self.summary())
+        self.tell(self.summary())
+
+    def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> BaseException | None:
+        chosen = settings(
+            max_examples=examples, stateful_step_count=25, phases=phases, derandomize=False, deadline=None,
+            database=None, print_blob=False, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+        )  # fmt: skip
+        seeded = hypothesis.seed(seed)(type("Machine", (self.machine,), {"counts": counts}))
+        try:
+            with contextlib.redirect_stdout(None):
+                run_state_machine_as_test(seeded, settings=chosen)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return error
+        return None
+
+    def failed(self, seed: int, error: BaseException) -> None:
+        kind, told = self.described(error)
+        self.often[kind] += 1
+        if kind in self.found:
+            return
+        shorter = self.tried(seed, [Phase.generate, Phase.shrink], 10, Counter())
+        if shorter is not None and self.described(shorter)[0] == kind:
+            told = self.described(shorter)[1]
+        self.found[kind] = told
+        self.tell(f"FAILURE {len(self.found)} (seed {seed}): {told}\n")
+
+    def described(self, error: BaseException) -> tuple[str, str]:
+        """The kind of a failure, and the steps that led to it."""
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        kind = getattr(error, "kind", None)
+        if kind is None:  # one of the machine's own
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            told = "".join(traceback.format_exception(error))
+            return f"{type(error).__name__} in {last.name}, line {last.lineno}", told
+        return kind, str(error)
+
+    def summary(self) -> str:
+        counts = self.machine.counts
+        often = "".join(f"\n  {number:>4} x {kind}" for kind, number in self.often.most_common())
+        told = f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
+        return told + often
+
+    def tell(self, text: str) -> None:
+        print(text, flush=True)
+        if self.log:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
