@@ -280,7 +280,8 @@ class Line:
         """When it may take long: see `run` of hostile.py."""
         if self.start[:1] and self.start[0] in TRAINING:
             return "begun"
-        numbers = re.findall(r"[0-9]{4,}|[0-9]e[0-9]", " ".join(self.arguments).replace("_", ""))
+        # thousands, or as many steps as the program chooses
+        numbers = re.findall(r"[0-9]{4,}|[0-9]e[0-9]|epochs|None", " ".join(self.arguments).replace("_", ""))
         return "always" if numbers and self.start[0] != "estimate" else "never"
 
     def __str__(self) -> str:
