@@ -1,4 +1,4 @@
-"""Runs command lines of baby_xp, each in its own fork, and reports how each one ended. test_hostile.py starts it.
+"""Runs command lines of baby_xp, each in a fork, and reports how each one ended. test_hostile.py starts it.
 
 It takes a folder and trains a few runs there. Then it reads JSON objects, one per line: a command line and how to
 run it; it answers each with one JSON object. It forks from a process that has loaded nothing but baby_xp, since
@@ -42,6 +42,8 @@ LONG = 2.0
 """Seconds after which a command that may take long is stopped."""
 NOBODY = 65534
 """The user for commands that test permissions, which do not apply to root."""
+MARK = "BABY_XP_TESTS_COMMAND"
+"""Environment variable of the processes that a command starts: some have a session of their own."""
 PATIENCE = 10.0
 """Seconds of computing (or three times as many of waiting) after which a command hangs."""
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
@@ -201,6 +203,7 @@ def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err,
     told = {"code": None, "error": "", "exit": False}
     try:
         os.setsid()
+        os.environ[MARK] = str(os.getpid())
         faulthandler.register(signal.SIGUSR1, where, all_threads=True)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
@@ -252,7 +255,7 @@ def _watch(child: int, asked: dict, begin: float, patience: float, out) -> dict:
             may_stop = asked["long"] == "always" or (
                 asked["long"] == "begun" and os.fstat(out.fileno()).st_size > 0
             )
-            if not ended["stopped"] and lasted > LONG and may_stop:
+            if not ended["stopped"] and lasted > asked.get("after", LONG) and may_stop:
                 ended["stopped"], stopped_at, computed_at_stop = _stop(child, asked["stop"]), lasted, computed
             if number > PROCESSES:
                 ended["hang"] = f"more than {PROCESSES} processes"
@@ -290,33 +293,38 @@ def _handles(process: int, number: int) -> bool:
     return False
 
 
-def _group(leader: int) -> tuple[int, float, int]:
-    """Processes of the command: their number, seconds computed, bytes held. Zeros where there is no /proc."""
-    number, ticks, pages = 0, 0, 0
+def _processes(leader: int) -> list[tuple[int, list[bytes]]]:
+    """The processes of a command, each with what /proc tells of it; none where there is no /proc."""
+    found, mark = [], f"{MARK}={leader}".encode()
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if not entry.isdigit():
-                continue
-            with open(f"/proc/{entry}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            if int(fields[2]) == leader and fields[0] not in (b"Z", b"X"):
-                number, ticks, pages = (
-                    number + 1,
-                    ticks + int(fields[11]) + int(fields[12]),
-                    pages + int(fields[21]),
-                )
-    return number, ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
+            own = int(fields[2]) == leader or mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            if own and fields[0] not in (b"Z", b"X"):
+                found.append((int(entry), fields))
+    return found
+
+
+def _group(leader: int) -> tuple[int, float, int]:
+    """Processes of a command: their number, seconds computed, bytes held."""
+    found = [fields for _, fields in _processes(leader)]
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in found)
+    pages = sum(int(fields[21]) for fields in found)
+    return len(found), ticks / os.sysconf("SC_CLK_TCK"), pages * resource.getpagesize()
 
 
 def _end_group(leader: int) -> int:
     """Kill what the command left running -> how many processes that were."""
-    for _ in range(40):
-        if not (left := _group(leader)[0]):
+    for _ in range(20):
+        if not (left := _processes(leader)):
             return 0
         time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-    return left
+    for process, _ in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return len(left)
 
 
 def _text(file) -> str:
