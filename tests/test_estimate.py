@@ -298,7 +298,7 @@ def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
 
 
 @needs_signals
-def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file):
+def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file, signals):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""
     settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": 2}
     call = f"estimating.SECONDS = 1.0; estimating.estimate('baby', **{settings!r})"

@@ -51,6 +51,11 @@ def _has(distribution: str) -> bool:
     return True
 
 
+def environment(installed: Path) -> dict[str, str]:
+    """That of who runs the tests, with the installation before all else but the folder that Python begins with."""
+    return {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": ""}
+
+
 @pytest.fixture(params=["elsewhere", "checkout"])
 def python(request, installed, tmp_path):
     """Run Python with that installation, from some folder."""
@@ -59,7 +64,7 @@ def python(request, installed, tmp_path):
     def run(*arguments) -> str:
         done = subprocess.run(
             [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "PYTHONPATH": str(installed)},
+            env=environment(installed),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -126,7 +131,7 @@ def test_the_script_runs(installed):
         pytest.skip("pip makes no script in bin here")
     done = subprocess.run(
         [sys.executable, script, "--version"], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env=environment(installed),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"baby_xp {found_version(installed)}\n")
 

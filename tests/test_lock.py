@@ -29,7 +29,7 @@ def path(tmp_path) -> Path:
 
 
 @pytest.fixture
-def holder(path):
+def holder(path, signals):
     """Another process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
     try:

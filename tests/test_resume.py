@@ -20,6 +20,7 @@ from baby_xp.run import Run
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.batches import RandomWindows
 
+pytestmark = pytest.mark.usefixtures("signals")
 KILLER = Path(__file__).with_name("killer.py")
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {

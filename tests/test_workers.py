@@ -293,7 +293,7 @@ def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypat
 
 def test_there_are_no_more_workers_than_samples():
     setting = Setting("float32")
-    for asked, given in ((1, 1), (4, 4), (50, BATCH)):
+    for asked, given in ((1, 1), (4, 4), (30, BATCH)):
         assert baby_xp.api.number_of_workers(asked, setting.backend, setting.model, BATCH) == given
 
 
@@ -474,7 +474,7 @@ def children_of(pid: int) -> list[str]:
 
 
 @pytest.fixture
-def training(tmp_path, text_file):
+def training(tmp_path, text_file, signals):
     """A program that trains with two workers beside itself, past its first evaluation.
 
     The folder "temporary" is its own for temporary files.
