@@ -271,9 +271,9 @@ def test_sizes_below_one_are_refused(name, value):
     if name == "batch_size" and value is not None:
         makers += [lambda: PairBatches(*pairs(5), batch_size=value)]
     for make in makers:
-        with pytest.raises(BabyError, match=f"^{name} must be a whole number of at least 1, not {value!r}$") as error:
+        with pytest.raises(BabyError) as error:
             make()
-        message_of(error)
+        assert str(error.value) == f"{name} must be a whole number of at least 1, not {value!r}"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None])
@@ -286,7 +286,7 @@ def test_seeds_are_64_bits(seed):
     ):
         with pytest.raises(BabyError, match=f"^seed must be a whole number of at .*, not {seed!r}$") as error:
             make()
-        message_of(error)
+        assert "\n" not in str(error.value)
 
 
 def test_a_step_before_the_first_is_refused():
