@@ -79,6 +79,7 @@ def train(
     is then kept, if there was one after the start, and otherwise nothing.
     """
     chosen = override(preset_of(preset), overrides)
+    _check_place(workers, listener)
     limits.check_context(chosen)
     with store.new_run(path) as new:
         loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
@@ -109,6 +110,7 @@ def finetune(
     The text is measured before the first step too. overrides: fields of TrainConfig, and dropout; the others
     are `finetuning` of the run's. Raises BabyError as `train` does, and for a run of the equation model.
     """
+    _check_place(workers, listener)
     base = load(name, path=path, backend="numpy")
     chosen = override(finetuning(base), {**overrides, "data": data})
     if _sizes(chosen.model) != _sizes(base.model.config):
@@ -374,6 +376,13 @@ def _sit(
         new.files, chosen, model, learned, backend, device, number, _listening(listener), base, started, keep
     )
     return sitting.run(start)
+
+
+def _check_place(workers: Any, listener: Any) -> None:
+    """Raises BabyError, before anything is read or written, for what could be no number of workers or listener."""
+    if workers is not None:
+        checks.whole("workers", workers, most=checks.MOST_PROCESSES)
+    _listening(listener)
 
 
 def _listening(listener: Any) -> Any:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from baby_xp_data import equations
 
 from baby_xp import counts, memory
 from baby_xp.backend import Backend, in_words
-from baby_xp.config import EquationConfig, EquationData, Preset
+from baby_xp.config import EquationConfig, EquationData, ModelConfig, Preset
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import EpochWindows
@@ -22,6 +23,8 @@ MOST_CHARACTERS = 2**25
 """Of all equations, each filled up to the context: they are made at once, in some seconds."""
 BATCH_BYTES = 16
 """Of a token in a step's batch: input and target, on the host and on the backend, int32 each."""
+PROCESS_BYTES = 10 * 2**20
+"""Of a worker at least, for Python and NumPy alone."""
 
 
 def check_size(model: Model) -> None:
@@ -36,7 +39,8 @@ def check_context(chosen: Preset) -> None:
     if isinstance(data, EquationData):
         most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
         if n_ctx > most:
-            raise BabyError(f"n_ctx {n_ctx} is too long for equations: choose {most:,} at most, or far less")
+            whole = equations.longest(data.digits)
+            raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
 
 
 def check_training(chosen: Preset, model: Model, backend: Backend, batches: Any, workers: int) -> None:
@@ -55,8 +59,13 @@ def check_training(chosen: Preset, model: Model, backend: Backend, batches: Any,
     sizes = model.vocab_size, together, min(workers, together), itemsize
     parts = counts.arrays(chosen.model, *sizes, backend.xp.tokens_at_once)
     parts["batch"] = BATCH_BYTES * sequences * chosen.model.n_ctx
-    if sum(parts.values()) > room:
-        raise BabyError(f"training this takes {_too_much(sum(parts.values()), room)}: lower {_to_lower(parts)}")
+    if workers > 1:
+        parts["processes"] = (workers - 1) * PROCESS_BYTES
+        # in what they exchange there is room for a whole batch, though there may be less to learn from
+        parts["batch"] += BATCH_BYTES // 2 * chosen.train.batch_size * chosen.model.n_ctx
+    if (taken := sum(parts.values())) > room:
+        lower = _to_lower(parts, chosen.model)
+        raise BabyError(f"training this takes {_too_much(taken, room)}: lower {lower}")
 
 
 def check_batch(model: Model, batch: int, tokens: int) -> None:
@@ -92,11 +101,13 @@ def _too_much(size: int, room: int) -> str:
     return f"at least {in_words(size)}, and this machine has {in_words(room)} of memory"
 
 
-def _to_lower(parts: dict[str, int]) -> str:
+def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
     """The settings that most of the memory is for."""
     largest = max(parts, key=parts.get)
     if largest == "batch":
         return "--batch-size or --accumulate"
-    if largest == "activations":
-        return "--n-ctx, --n-emb, --head-size or --n-layers"
-    return "--workers" if largest == "exchange of workers" else "--n-emb, --head-size, --n-layers or --n-ctx"
+    if largest in ("processes", "exchange of workers"):
+        return "--workers"
+    if isinstance(config, EquationConfig):
+        return "--n-ctx, --n-emb or --n-hidden"
+    return "--n-ctx, --n-emb, --head-size or --n-layers"
