@@ -381,7 +381,7 @@ def _sit(
 def _check_place(workers: Any, listener: Any) -> None:
     """Raises BabyError, before anything is read or written, for what could be no number of workers or listener."""
     if workers is not None:
-        checks.whole("workers", workers, most=checks.MOST_PROCESSES)
+        checks.whole("workers", workers, most=checks.most_processes())
     _listening(listener)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import shlex
 import signal
@@ -371,11 +372,11 @@ def generate(arguments: list[str]) -> None:
         flags = " and ".join(map(_flag, ways))
         raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
     run = _load(name, asked)
-    _note_on_equations(run, asked.prompt)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
     )  # fmt: skip
+    _note_on_equations(run, asked.prompt)
     text = asked.prompt
     print(printable(text), end="", flush=True)
     for piece in pieces:
@@ -383,7 +384,7 @@ def generate(arguments: list[str]) -> None:
         text += piece
     print()
     when = datetime.now()
-    while (completion := run.files.completion(when)).exists():  # two in one second: the first one stays
+    while os.path.lexists(completion := run.files.completion(when)):  # two in one second: the first one stays
         when += timedelta(seconds=1)
     write(completion, text + "\n", other=None)
     print(f"kept in {completion}", file=sys.stderr)

@@ -190,20 +190,31 @@ def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | N
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            with open_in_folder(temporary, "xb") as file:
-                if not callable(data):
-                    file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            if callable(data):
-                _write_by(data, temporary)
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):  # it is gone after the rename
-                temporary.unlink()
+        for attempt in range(ATTEMPTS):
+            try:
+                _write_whole(path, temporary, data)
+                return
+            except FileNotFoundError:  # another process has tidied up: see open_in_folder, and sweep in store.py
+                if attempt == ATTEMPTS - 1:
+                    raise
+            finally:
+                with suppress(OSError):  # it is gone after the rename
+                    temporary.unlink()
     except OSError as error:
         raise refusal(path, error, "written", other) from None
+
+
+def _write_whole(path: Path, temporary: Path, data: bytes | str | Callable[[Path], None]) -> None:
+    with open_in_folder(temporary, "xb") as file:
+        if not callable(data):
+            with suppress(OSError):  # who tidies up can tell it from one that was left
+                try_to_lock(file)
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+    if callable(data):
+        _write_by(data, temporary)
+    os.replace(temporary, path)
 
 
 def _write_by(data: Callable[[Path], None], temporary: Path) -> None:

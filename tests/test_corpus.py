@@ -173,7 +173,8 @@ def test_many_chunks_are_one_text(tmp_path, monkeypatch):
         assert corpus.tokenizer.decode(corpus.ids) == text.replace("\r\n", "\n")
 
 
-def test_ids_are_mapped_and_written_once(tmp_path):
+def test_ids_are_written_once_and_mapped_where_they_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     path, cache = write(tmp_path, b"to be or not to be"), tmp_path / "new" / "cache"
     first = Corpus.from_file(path, "char", cache)
     (file,) = cache.iterdir()
@@ -182,7 +183,10 @@ def test_ids_are_mapped_and_written_once(tmp_path):
     data = first.ids.tobytes()
     assert file.read_bytes() == data + hashlib.sha256(data).digest()
     written = file.stat().st_mtime_ns, file.stat().st_ino
+    monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 1000)
     again = Corpus.from_text("to be or not to be", "the same text", first.tokenizer, cache)
+    assert not isinstance(again.ids, np.memmap)
+    assert not again.ids.flags.writeable
     assert again.ids.tolist() == first.ids.tolist()
     assert list(cache.iterdir()) == [file]
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
@@ -204,7 +208,8 @@ def test_a_truncated_file_of_ids_is_written_anew(tmp_path):
     assert Corpus.from_file(path, "char", cache).ids.tolist() == expected
 
 
-def test_memory_stays_bounded(tmp_path):
+def test_memory_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 1_000_000)
     line = "It was the best of times, it was the worst of times, “it was” the age of wisdom;\n"
     path = write(tmp_path, line.encode() * (20_000_000 // len(line.encode())))
     tracemalloc.start()

@@ -74,6 +74,9 @@ class FullFile:
     def __exit__(self, *error):
         self.file.close()
 
+    def fileno(self):
+        return self.file.fileno()
+
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         no_space()
@@ -651,7 +654,7 @@ def test_a_run_that_has_trained_and_lost_its_config_is_not_swept(tmp_path):
     killed_at_the_start(tmp_path, GUIDS[0], "7")
     killed_at_the_start(tmp_path, GUIDS[1]).metrics.write_text("{}")
     killed_at_the_start(tmp_path, GUIDS[2]).model.write_text("what is damaged may be mended")
-    before = {path for path in all_of(tmp_path) if not path.endswith(".lock")}
+    before = {path for path in all_of(tmp_path) if not path.endswith((".lock", ".tmp"))}
     with store.new_run(tmp_path) as new:
         new.files.config.write_text("{}")
     assert all_of(tmp_path) == before | {f"configs/{new.files.config.name}"}

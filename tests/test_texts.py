@@ -198,7 +198,21 @@ def test_damaged_ids_whose_text_is_gone_are_an_error(home):
         run.evaluate()
 
 
-def test_ids_that_change_while_they_are_trained_on_end_the_training_before_the_next_checkpoint(home):
+def test_ids_that_change_while_they_are_trained_on_do_no_harm(home):
+    """Cut short, even: what is mapped ends the process then."""
+    whole = api.train("baby", data="input.txt", path="whole", **TINY)
+    for number, damage in enumerate(DAMAGE.values()):
+        folder = Path(f"runs{number}")
+
+        def meddle(folder=folder, damage=damage):
+            path = ids_of(folder)
+            path.write_bytes(damage(path.read_bytes()))
+
+        assert_same(api.train("baby", data="input.txt", path=folder, listener=Meddler(meddle), **TINY), whole)
+
+
+def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home, monkeypatch):
+    monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     whole = api.train("baby", data="input.txt", path="whole", **TINY)
 
     def damage():
@@ -214,7 +228,8 @@ def test_ids_that_change_while_they_are_trained_on_end_the_training_before_the_n
     assert_same(api.resume(), whole)
 
 
-def test_ids_that_only_look_changed_or_are_gone_do_no_harm(home):
+def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypatch):
+    monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     whole = api.train("baby", data="input.txt", path="whole", **TINY)
     touched = api.train(
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY

@@ -36,6 +36,7 @@ from baby_xp.files import (
     refusal,
     remove_folders,
     shown,
+    try_to_lock,
     write_json,
 )  # fmt: skip
 from baby_xp.runs.lock import PATIENCE, Lock
@@ -170,7 +171,24 @@ def _sweep_abandoned(folder: Path) -> None:
                 if not os.path.lexists(files.config) and not _has_trained(files):
                     sweep(files)
                     _remove(files)
+    for path in (path for name in FOLDERS for path in listed(folder / name)):
+        if path.suffix == ".tmp" and path.name.startswith("."):
+            _sweep_half(folder, path)
     sweep_ids(folder / "corpora")
+
+
+def _sweep_half(folder: Path, path: Path) -> None:
+    """Remove a file that a process left half written, unless its run is being trained, or somebody writes it."""
+    written = re.fullmatch(r"\.(.*)\.[0-9a-f]{8}\.tmp", path.name)
+    of_run = written and GUID.search(written[1])
+    files = RunFiles(folder, of_run[0]) if of_run else None
+    if files and written[1] in {one.name for one in files.of_training}:
+        with suppress(BabyError), hold(files, patience=0), suppress(OSError):
+            path.unlink()
+    elif written:
+        with suppress(OSError), open(path, "rb") as file:
+            if try_to_lock(file, shared=True):
+                path.unlink()
 
 
 def _has_trained(files: RunFiles) -> bool:

@@ -24,6 +24,10 @@ Making = Callable[[Iterator[str]], Tokenizer]
 """Makes a tokenizer of the chunks of a text."""
 CHUNK = 1 << 18  # a chunk and what is made of it stay in cache: faster than 1 MiB, in a quarter of the memory
 TRAIN_SHARE = 0.9
+HASH_SIZE = hashlib.sha256().digest_size
+IN_MEMORY = 1 << 27
+"""Bytes of ids up to which they are read whole. What is mapped instead takes no memory of its own, but what is
+changed in the file changes here, and the system ends a process (SIGBUS) that reads where it was cut."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class Corpus:
     n_characters  length of the text; the ids may be more, as with bytes.
     statistics    paragraphs, sentences, words, characters.
     file          where the text was read, None for one that came from elsewhere.
-    kept          the file that the ids are mapped from, None for those in memory.
+    kept          the file of the ids, None for those that are in memory alone.
     """
 
     ids: np.ndarray
@@ -76,8 +80,7 @@ class Corpus:
         cache_folder: str | Path | None,
         sha256: str | None = None,
     ) -> "Corpus":
-        """The corpus of a UTF-8 file of any size, its ids memory-mapped from a file in `cache_folder`, or
-        in memory if that is None.
+        """The corpus of a UTF-8 file of any size, its ids kept in a file in `cache_folder` unless that is None.
 
         `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
         makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
@@ -189,7 +192,7 @@ def _build(
         # Every character is one token, or every byte.
         n_tokens = tally.n_bytes if tokenizer.kind == "byte" else tally.place.index
         kept = KeptIds(Path(cache_folder) / _file_name(tally.sha256, tokenizer), n_tokens, _dtype(tokenizer))
-        ids = kept.mapped(encoded)
+        ids = kept.ids(encoded)
     return Corpus(ids, tokenizer, tally.sha256, name, tally.place.index, counter.statistics, kept=kept)
 
 
@@ -216,8 +219,8 @@ def _file_name(sha256: str, tokenizer: Tokenizer) -> str:
 class KeptIds:
     """The ids (n,) of a text in a file, and after them the SHA-256 of their bytes.
 
-    The hash is checked when the file is opened. Afterwards size and time of the file tell whether it must be
-    checked again: ids that are mapped may be read for the first time hours later.
+    The hash is checked when the file is opened. Those of a long text are mapped, and may be read for the first
+    time hours later: size and time of the file then tell whether it must be checked again.
     """
 
     def __init__(self, path: Path, n: int, dtype: np.dtype):
@@ -226,27 +229,46 @@ class KeptIds:
         """Whether this object wrote the file."""
         self._seen: tuple[int, ...] = ()
 
-    def mapped(self, encoded: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
-        """The ids (n,), mapped; `encoded` makes them first, unless they are there whole and undamaged.
+    def ids(self, encoded: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+        """The ids (n,), read-only; `encoded` makes them first, unless they are there whole and undamaged.
 
         Raises BabyError if they cannot be kept.
         """
         try:
             for _ in range(ATTEMPTS):
                 with suppress(FileNotFoundError):  # another process may clear the folder at any moment
-                    if not self._is_whole():
-                        self._write(encoded())
-                    self._seen = _identity(self.path)
-                    return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
+                    if (ids := self._opened()) is not None:
+                        return ids
+                    self._write(encoded())
+                    if (ids := self._opened()) is not None:
+                        return ids
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as error:
             raise refusal(self.path, error) from error
 
+    def _opened(self) -> np.ndarray | None:
+        """The ids from the file; None if it does not hold them."""
+        if self.n * self.dtype.itemsize > IN_MEMORY:
+            if not self._is_whole():
+                return None
+            self._seen = _identity(self.path)
+            return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
+        try:
+            data = memoryview(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        ids, end = data[:-HASH_SIZE], data[-HASH_SIZE:]
+        if len(ids) != self.n * self.dtype.itemsize or hashlib.sha256(ids).digest() != end:
+            return None
+        return np.frombuffer(ids, self.dtype)
+
     def check(self) -> None:
-        """Raises BabyError if the file was changed since it was opened; one that only looks changed is read again.
+        """Raises BabyError if the file is mapped and was changed since; one that only looks changed is read again.
 
         That the file was removed does no harm: what is mapped stays.
         """
+        if not self._seen:
+            return
         try:
             seen = _identity(self.path)
             if seen == self._seen or self._is_whole():
@@ -268,7 +290,7 @@ class KeptIds:
     def _is_whole(self) -> bool:
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
             size, found = self.n * self.dtype.itemsize, hashlib.sha256()
-            if os.fstat(file.fileno()).st_size != size + found.digest_size:
+            if os.fstat(file.fileno()).st_size != size + HASH_SIZE:
                 return False
             while size:
                 piece = file.read(min(size, 1 << 20))
