@@ -152,6 +152,26 @@ class Fault:
         raise OSError(self.code, os.strerror(self.code), *(arg for arg in args[:1] if isinstance(arg, str)))
 
 
+class Writing:
+    """Sees whether each file is written under another name, synced and renamed; but for metrics, which grow."""
+
+    def __init__(self):
+        self.wrong: list[str] = []
+        self.dirty: set[str] = set()
+
+    def __call__(self, number: int, event: str, args: tuple) -> None:
+        if event == "os.fsync":
+            self.dirty.discard(os.path.realpath(f"/proc/self/fd/{args[0]}"))
+        if event == "open" and group(event, args) == "write":
+            name = os.fsdecode(args[0])
+            if name.endswith(".tmp"):
+                self.dirty.add(name)
+            elif not name.endswith(".lock") and not (name.endswith(".jsonl") and args[2] & os.O_APPEND):
+                self.wrong.append(f"{name} is written in place")
+        if event == "os.rename" and os.fsdecode(args[0]) in self.dirty:
+            self.wrong.append(f"{os.fsdecode(args[1])} is renamed before it is on disk")
+
+
 def fsync(file: Any) -> None:
     """In the place of os.fsync: a power cut is not what is tried here."""
     WATCH.event("os.fsync", (file,))
@@ -634,8 +654,8 @@ SEEN: dict[str, str] = {}
 class World:
     """A folder of runs, the texts that they learn from, and a record of all that is known of them."""
 
-    def __init__(self, twins: Twins, children: Children):
-        self.twins, self.children = twins, children
+    def __init__(self, twins: Twins, children: Children, failures: list[tuple[str, str]]):
+        self.twins, self.children, self.failures = twins, children, failures
         self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="baby_xp_machine_")))
         self.before = os.getcwd()
         for name in ("texts", "elsewhere/texts", "out"):
@@ -678,7 +698,10 @@ class World:
             return
         self.tell(f"BROKEN: {kind}")
         steps = "\n".join(f"{number:>3}  {line}" for number, line in enumerate(self.journal, 1))
-        self.pending = self.pending or Broken.of(kind)(f"{kind}: {text}\n{steps}")
+        if self.pending is None:
+            told = f"{kind}: {text}\n{steps}"
+            self.failures.append((kind, told))
+            self.pending = Broken.of(kind)(told)
         raise self.pending
 
     def surroundings(self) -> Tree:
@@ -786,8 +809,11 @@ class World:
             if isinstance(trouble, dict):
                 outcome = self._in_child(op, trouble)
             else:
-                with trouble or contextlib.nullcontext():
+                writing = Writing()
+                with trouble or WATCH.doing(self.root, writing):
                     outcome = self._here(op)
+                if writing.wrong:
+                    self.fail("a file may be half-written", ", ".join(writing.wrong))
                 if self.pending:  # what a step inside of this one found
                     raise self.pending
             self.journal[line] = self.journal[line].removesuffix("...") + f"-> {outcome}"
@@ -864,7 +890,7 @@ class World:
         may_touch = {op.touches} if outcome.error is None or in_trouble or op.may_fail_late else set()
         self._check_others(frame, after, fresh | may_touch, around, outcome, inner)
         self._check_ids(inner)
-        self._check_leftovers(frame, after, outcome, inner)
+        self._check_leftovers(frame, after, outcome, inner, in_trouble)
         for guid in sorted(fresh):
             self._register(guid, op)
         for guid in sorted((fresh | may_touch) & listed & self.known.keys()):
@@ -950,7 +976,9 @@ class World:
             if data[-32:] != hashlib.sha256(data[:-32]).digest():
                 self.fail("ids are damaged", path.name)
 
-    def _check_leftovers(self, frame: Frame, after: Tree, outcome: Outcome, inner: bool) -> None:
+    def _check_leftovers(
+        self, frame: Frame, after: Tree, outcome: Outcome, inner: bool, in_trouble: bool
+    ) -> None:
         left = {name for name in after.files if is_leftover(name)}
         if inner:
             return
@@ -960,7 +988,7 @@ class World:
             self.fail("something is left over", ", ".join(sorted(new)))
             self.leftovers |= new
         self.leftovers &= left
-        if frame.op.makes and outcome.value is not None:
+        if frame.op.makes and outcome.value is not None and not in_trouble:
             if left:
                 self.fail("what a kill left is not swept", ", ".join(sorted(left)))
             here = {owner(name) for name in after.files}

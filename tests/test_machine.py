@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -37,6 +38,7 @@ from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, 
 
 CHANCE = st.randoms(use_true_random=False)
 MOST_RUNS = 5
+DAMAGE_TO_IDS = (*["flip"] * 3, *["zero"] * 3, "cut", "longer", "empty", "gone")
 HOUR = "BABY_XP_HOUR_MINUTES"
 
 
@@ -48,10 +50,11 @@ class Machine(RuleBasedStateMachine):
     real_time = False
     """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
     counts: ClassVar[Counter] = Counter()
+    failures: ClassVar[list] = []
 
     def __init__(self):
         super().__init__()
-        self.world = World(self.twins, self.children)
+        self.world = World(self.twins, self.children, self.failures)
         self.counts["sequences"] += 1
 
     def teardown(self):
@@ -260,14 +263,20 @@ class Machine(RuleBasedStateMachine):
         if kind == "runs":
             return Op("runs", {"path": str(self.world.folder)}, must=True)
         if kind in ("finetune", "resume", "use", "export"):
-            guid = self.a_run(chance)
-            return {
-                "finetune": lambda: self.finetune_of(chance, guid),
-                "resume": lambda: self.resume_of(guid, chance),
-                "use": lambda: self.use_of(chance, guid),
-                "export": lambda: self.export_of(chance, guid),
-            }[kind]()
+            return self.op_on(chance, self.a_run(chance), kind)
         return {"train": self.train_of, "bad train": self.bad_train_of, "import": self.import_of}[kind](chance)
+
+    def op_on(self, chance: Random, guid: str, kind: str | None = None) -> Op:
+        """A call for this run."""
+        kind = kind or chance.choice(["resume", "resume", "use", "use", "finetune", "export"])
+        if kind == "finetune" and not self.has_room():
+            kind = "use"
+        return {
+            "finetune": lambda: self.finetune_of(chance, guid),
+            "resume": lambda: self.resume_of(guid, chance),
+            "use": lambda: self.use_of(chance, guid),
+            "export": lambda: self.export_of(chance, guid),
+        }[kind]()
 
     # calls -----------------------------------------------------------------------------------------------
 
@@ -408,7 +417,8 @@ class Machine(RuleBasedStateMachine):
             self.delete_folder(kind)
             return "harmless" if outer.name in ("train", "finetune", "resume") and kind == "corpora" else kind
         if kind == "ids":
-            self.damage_ids(chance)
+            # a file that is cut while it is mapped ends the process by SIGBUS, and no program can help that
+            self.damage_ids(chance, ["flip", "zero", "longer", "gone"])
             return kind
         if kind == "resume the same":
             op = self.resume_of(outer.touches)
@@ -436,14 +446,16 @@ class Machine(RuleBasedStateMachine):
         guid = self.a_run(chance)
         part = chance.choice([*PARTS, *PARTS, *world.OUTPUTS])
         others = [one for one in self.world.known if one != guid]
-        kinds = ["flip", "flip", "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
-        kind = chance.choice([*kinds, "mixed up"] if others else kinds)
+        kinds = [*["flip"] * 6, "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
+        kind = chance.choice([*kinds, *["mixed up"] * 4] if others else kinds)
         source = self.world.path_of(chance.choice(others), part) if kind == "mixed up" else None
         path = self.world.path_of(guid, part)
         if path.is_file() and not path.is_symlink() and (source is None or source.is_file()):
             self.world.tell(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
             self.world.damage(guid, path, lambda: spoil(chance, path, kind, source))
             self.world.check_list(self.world.listed())
+            if chance.random() < 0.6:
+                self.world.do(self.op_on(chance, guid))
 
     @precondition(lambda self: any(known.hurt for known in self.world.known.values()))
     @rule(chance=CHANCE)
@@ -479,12 +491,17 @@ class Machine(RuleBasedStateMachine):
         """The ids of a text, which all runs share, are damaged or deleted."""
         self.step()
         self.damage_ids(chance)
+        reading = [guid for guid, known in self.world.known.items() if known.text is not None]
+        if reading and chance.random() < 0.8:
+            guid = chance.choice(reading)
+            op = self.resume_of(guid, chance) if chance.random() < 0.5 else self.use_of(chance, guid)
+            self.world.do(op)
 
-    def damage_ids(self, chance: Random) -> None:
+    def damage_ids(self, chance: Random, kinds: Sequence[str] = DAMAGE_TO_IDS) -> None:
         paths = sorted((self.world.folder / "corpora").glob("*.ids"))
         if paths:
             path = chance.choice(paths)
-            kind = chance.choice(["flip", "zero", "cut", "longer", "empty", "gone"])
+            kind = chance.choice(kinds)
             self.world.tell(f"damage ids {path.name[:4]}: {kind}")
             spoil(chance, path, kind, None)
             if path.exists():
@@ -631,7 +648,6 @@ class Hour:
 
     def __init__(self, machine: type, end: float, log: Path | None):
         self.machine, self.end, self.log = machine, end, log
-        self.machine.real_time = True
         self.found: dict[str, str] = {}
         self.often = Counter()
 
@@ -640,49 +656,45 @@ class Hour:
         told = time.monotonic()
         while time.monotonic() < self.end:
             seed = time.time_ns()
-            if error := self.tried(seed, [Phase.generate], 10, self.machine.counts):
-                self.failed(seed, error)
+            self.machine.real_time = seed % 3 == 0  # such a failure cannot be shortened: it may not come again
+            for kind, steps in self.tried(seed, [Phase.generate], 10, self.machine.counts)[:1]:
+                self.failed(seed, kind, steps)
             if time.monotonic() > told + 60:
                 told = time.monotonic()
                 self.tell(self.summary())
         self.tell(self.summary())
 
-    def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> BaseException | None:
+    def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> list[tuple[str, str]]:
+        """Sequences of this seed -> the failures in the order in which they were found: kind and steps."""
         chosen = settings(
             max_examples=examples, stateful_step_count=25, phases=phases, derandomize=False, deadline=None,
             database=None, print_blob=False, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
         )  # fmt: skip
-        seeded = hypothesis.seed(seed)(type("Machine", (self.machine,), {"counts": counts}))
+        failures: list[tuple[str, str]] = []
+        parts = {"counts": counts, "failures": failures}
         try:
             with contextlib.redirect_stdout(None):
-                run_state_machine_as_test(seeded, settings=chosen)
+                run_state_machine_as_test(hypothesis.seed(seed)(type("Machine", (self.machine,), parts)),
+                                          settings=chosen)  # fmt: skip
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            return error
-        return None
+            if not failures:  # it is the machine's own
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                kind = f"{type(error).__name__} in {last.name}, line {last.lineno}"
+                failures.append((kind, "".join(traceback.format_exception(error))))
+        return failures
 
-    def failed(self, seed: int, error: BaseException) -> None:
-        kind, told = self.described(error)
+    def failed(self, seed: int, kind: str, steps: str) -> None:
+        """Count a failure; tell it, in as few steps as can be found in short time, if it is a new one."""
         self.often[kind] += 1
         if kind in self.found:
             return
-        shorter = self.tried(seed, [Phase.generate, Phase.shrink], 10, Counter())
-        if shorter is not None and self.described(shorter)[0] == kind:
-            told = self.described(shorter)[1]
-        self.found[kind] = told
-        self.tell(f"FAILURE {len(self.found)} (seed {seed}): {told}\n")
-
-    def described(self, error: BaseException) -> tuple[str, str]:
-        """The kind of a failure, and the steps that led to it."""
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        kind = getattr(error, "kind", None)
-        if kind is None:  # one of the machine's own
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            told = "".join(traceback.format_exception(error))
-            return f"{type(error).__name__} in {last.name}, line {last.lineno}", told
-        return kind, str(error)
+        if not self.machine.real_time:
+            again = self.tried(seed, [Phase.generate, Phase.shrink], 10, Counter())
+            steps = min([steps, *(other for found, other in again if found == kind)], key=len)
+        self.found[kind] = steps
+        self.tell(f"FAILURE {len(self.found)} (seed {seed}): {steps}\n")
 
     def summary(self) -> str:
         counts = self.machine.counts
