@@ -54,7 +54,8 @@ class Somewhere:
 def test_numbers_of_numpy_and_paths_as_objects_train_as_plain_ones_do(run, folder):
     numbers = {
         "num_steps": np.int64(4), "batch_size": np.uint8(4), "n_emb": np.int32(16), "seed": np.uint64(0),
-        "lr": np.float64(run.config["train"]["lr"]), "dropout": np.float32(0), "clip": np.int16(1), "workers": np.int64(1),
+        "lr": np.float64(run.config["train"]["lr"]), "dropout": np.float32(0), "clip": np.int16(1),
+        "workers": np.int64(1),
     }  # fmt: skip
     again = baby_xp.train(
         "baby", data=Somewhere(folder / "text.txt"), path=Somewhere(folder / "again"),
