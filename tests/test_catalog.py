@@ -1,9 +1,12 @@
 """The catalog: names, files that are given, and downloads from a server on this machine."""
 
+import errno
 import hashlib
+import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pooch
 import pytest
@@ -175,3 +178,40 @@ def test_a_wrong_file_in_the_folder_of_the_user(server, cache, add, tmp_path, mo
     message = failure()
     assert message.startswith(f"{tmp_path / 'moon.txt'} is not the expected moon (its SHA-256 differs)")
     assert server.paths == []
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/texts", "nowhere", "moon.txt/texts"])
+def test_a_folder_of_the_user_that_is_not_there_holds_nothing(server, cache, add, tmp_path, monkeypatch, folder):
+    add(url(server))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moon.txt").write_bytes(TEXT)
+    monkeypatch.setenv(catalog.FOLDER_VARIABLE, folder)
+    assert catalog.find("moon") == cache / "moon.txt"
+
+
+@pytest.mark.parametrize("function", ["stat", "open"])
+def test_a_folder_or_file_of_the_user_without_permission(server, cache, add, tmp_path, monkeypatch, function):
+    (tmp_path / "moon.txt").write_bytes(TEXT)
+    add(url(server))
+    monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))
+    target, name = (os, "stat") if function == "stat" else (Path, "open")
+    real = getattr(target, name)
+
+    def denied(path, *arguments, **more):
+        if isinstance(path, Path) and path.name == "moon.txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(target, name, denied)
+    message, advice = failure().split("; ")
+    assert message == f"{tmp_path / 'moon.txt'} cannot be read ({os.strerror(errno.EACCES)})"
+    assert advice == "check the permissions of it and of its folders, or name another place with BABY_XP_DATA"
+    assert server.paths == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege")
+def test_links_of_the_user_that_lead_in_a_circle(server, cache, add, tmp_path, monkeypatch):
+    (tmp_path / "moon.txt").symlink_to("moon.txt")
+    add(url(server))
+    monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))
+    assert "symbolic links lead in a circle" in failure()

@@ -1,13 +1,17 @@
 """Configs: every field is checked when a config is made, and a config survives the way to JSON and back."""
 
 import json
+import math
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baby_xp import config as configs
+from baby_xp import rng
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset
@@ -21,8 +25,8 @@ BAD = [
     (GPTConfig, "n_emb", [0, -1, 2.0, None, [8]]),
     (GPTConfig, "head_size", [0, -4, "128", {}]),
     (GPTConfig, "n_heads", [0, 3, 5, 256]),
-    (GPTConfig, "n_layers", [0, -1, False]),
-    (GPTConfig, "dropout", [1, 1.0, -0.1, NAN, INFINITY, "0.1", None, HUGE, True]),
+    (GPTConfig, "n_layers", [0, -1, False, 10_001, 2**31 - 1]),
+    (GPTConfig, "dropout", [1, 1.0, -0.1, NAN, INFINITY, "0.1", None, HUGE, True, 0.999999]),
     (GPTConfig, "c_sequence", ["middle", "", None, [], 0]),
     (GPTConfig, "c_attention", ["mhb", "MHA", {}]),
     (GPTConfig, "c_network", ["mlp ", 1]),
@@ -53,7 +57,7 @@ BAD = [
     (TrainConfig, "checkpoint_minutes", [-0.5, NAN, INFINITY, True]),
     (TrainConfig, "seed", [-1, 0.5, 2**64, NAN]),
     (TrainConfig, "dtype", ["float16", 32]),
-    (DataConfig, "data", [1, None, ["a.txt"]]),
+    (DataConfig, "data", [1, None, ["a.txt"], b"a.txt", "a\0b"]),
     (DataConfig, "tokenizer", ["bpe", 1, None]),
     (EquationData, "data", [1, None]),
     (EquationData, "tokenizer", ["byte", "bpe"]),
@@ -95,6 +99,8 @@ def test_the_table_above_has_every_field():
     [
         (GPTConfig, {"dropout": 0}),
         (GPTConfig, {"dropout": 0.999}),
+        (GPTConfig, {"dropout": configs.LARGEST_DROPOUT}),
+        (GPTConfig, {"n_layers": configs.MOST_LAYERS}),
         (GPTConfig, {"n_ctx": 1, "n_emb": 1, "head_size": 1, "n_heads": 1, "n_layers": 1}),
         (TrainConfig, {"lr": 1, "min_lr": 1}),
         (TrainConfig, {"min_lr": 5.0, "schedule": "constant"}),
@@ -111,6 +117,32 @@ def test_the_table_above_has_every_field():
 def test_values_at_the_edge_are_taken(kind, values):
     config = made(kind, **values)
     assert {name: getattr(config, name) for name in values} == values
+
+
+def test_a_dropout_that_drops_everything_names_one_that_does_not():
+    for rate in (65535.5 / 65536, 0.999999, math.nextafter(1, 0)):
+        with pytest.raises(BabyError, match=r"drops everything, as .* 1 / 65536: choose 0\.99999 at most"):
+            GPTConfig(dropout=rate)
+    assert rng.drop_threshold(configs.LARGEST_DROPOUT) == rng.HALVES - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "plain"),
+    [
+        (GPTConfig, {"n_ctx": np.int64(8), "dropout": np.float32(0.5)}, {"n_ctx": 8, "dropout": 0.5}),
+        (GPTConfig, {"dropout": np.int8(0), "gelu": np.str_("erf")}, {"dropout": 0, "gelu": "erf"}),
+        (EquationConfig, {"n_emb": np.uint8(2), "std": np.float16(0.5)}, {"n_emb": 2, "std": 0.5}),
+        (TrainConfig, {"num_steps": np.array(7), "lr": np.float64(0.1)}, {"num_steps": 7, "lr": 0.1}),
+        (TrainConfig, {"seed": np.uint64(2**64 - 1)}, {"seed": 2**64 - 1}),
+        (DataConfig, {"data": Path("a") / "b.txt"}, {"data": str(Path("a") / "b.txt")}),
+        (EquationData, {"digits": np.int64(2), "max_sum": np.int64(0)}, {"digits": 2, "max_sum": 0}),
+    ],
+)
+def test_numbers_of_numpy_and_paths_are_kept_as_plain_values(kind, values, plain):
+    config = made(kind, **values)
+    assert config == made(kind, **plain)
+    assert all(type(getattr(config, name)) is type(value) for name, value in plain.items())
+    assert json.loads(json.dumps(configs.to_dict(config))) == configs.to_dict(made(kind, **plain))
 
 
 def test_training_must_end_somewhere():

@@ -359,7 +359,7 @@ def test_the_room_ends_at_the_limit_or_at_the_end_of_the_device():
 @pytest.mark.parametrize(
     ("size", "words"),
     [(0, "0.00 KiB"), (512, "0.50 KiB"), (2**10, "1.00 KiB"), (12 * 2**20, "12.0 MiB"), (3 * 2**29, "1.50 GiB"),
-     (2**45, "32768.0 GiB")],
+     (2**45, "32.0 TiB")],
 )  # fmt: skip
 def test_bytes_are_told_in_words(size, words):
     assert backends.in_words(size) == words

@@ -1,5 +1,6 @@
 """The estimate: what is counted is what happens, and a trial tells and leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from baby_xp.models import Model
 from baby_xp.namespace import Namespace
 from baby_xp.presets import PRESETS
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import initial_state, make_step, step_noise
+from baby_xp.training.step import initial_state, make_step, shard_sizes, step_noise
 
 V, BATCH = 11, 3
 SWITCHES = [
@@ -179,6 +180,32 @@ def test_arrays_of_workers_are_those_of_their_shares():
     in_shards = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
     assert in_shards["activations"] == 3 * counts.saved_bytes(config, V, 1)
     assert three["exchange of workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
+
+
+@pytest.mark.parametrize("config", GPTS, ids=name_of)
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
+    model = Model(dataclasses.replace(config, n_layers=n_layers), V)
+    assert model.n_parameters == model.layout.size == params.count(model.spec)
+    another = Model(model.config, V)
+    assert another.n_parameters == model.n_parameters
+    assert "spec" not in vars(another)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "at_once"), [(1, 8, None), (7, 16, None), (7, 64, 100), (50, 64, 1024), (3, 99, 8)]
+)
+def test_the_largest_shard_is_that_of_the_list(B, T, at_once):
+    assert counts._largest_shard(B, T, at_once) == max(shard_sizes(B, T, at_once))
+
+
+@pytest.mark.parametrize("n_ctx", [1, 31, 32, 33, 64, 100, 257])
+@pytest.mark.parametrize("head_size", [16, 128])
+def test_scores_are_summed_by_a_formula(n_ctx, head_size):
+    config = dataclasses.replace(GPTS[0], n_ctx=n_ctx, head_size=head_size, n_heads=2, dropout=0.0)
+    rows = max(32, head_size // 2)
+    blocks = [(start, min(start + rows, n_ctx)) for start in range(0, n_ctx, rows)]
+    assert counts._scores_saved(config) == 2 * sum((end - start) * end for start, end in blocks)
 
 
 @pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 3}])

@@ -60,6 +60,14 @@ def test_it_can_be_finetuned(imported):
     assert tuned.tokenizer.vocab[-1] == "Ü"
 
 
+def test_it_has_no_last_weights(imported, capsys):
+    _, run, _ = imported
+    with pytest.raises(BabyError, match=f"run {run.guid} was imported: .* no last ones"):
+        api.load(path=run.files.folder, backend="numpy", weights="last")
+    assert main(["generate", "--weights=last", "--backend=numpy", f"--path={run.files.folder}"]) == 2
+    assert "was imported" in capsys.readouterr().err
+
+
 def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
     _, run, text = imported
     with pytest.raises(BabyError, match="imported, there is nothing to go on with"):

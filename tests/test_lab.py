@@ -1,5 +1,6 @@
 """The equation lab and babyLLM's six steps: what is held out is never seen, and the answers are counted right."""
 
+import errno
 import json
 import os
 import signal
@@ -408,6 +409,39 @@ def test_a_killed_process_ends_the_lab_in_one_line(monkeypatch):
     with pytest.raises(BabyError, match="a process ended before its model was done"):
         lab.experiment(preset("equations"), seeds=20, workers=2, told=kill)
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EMFILE, "try --workers 1, or raise the limit of open files (ulimit -n)"),
+        (errno.EAGAIN, "try --workers 1, or raise the limit of processes (ulimit -u)"),
+        (errno.ENOMEM, "try --workers 1, or end what else takes memory"),
+        (errno.EIO, "try --workers 1"),
+    ],
+)
+def test_processes_that_the_system_refuses_end_the_lab_in_one_line(monkeypatch, code, advice):
+    started, real = [], subprocess.Popen
+
+    def popen(*arguments, **more):
+        if len(started) == 2:
+            raise OSError(code, os.strerror(code))
+        started.append(real(*arguments, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(BabyError) as caught:
+        lab.experiment(shortened("equations", held_out=lab.EACH), seeds=1, workers=4)
+    assert str(caught.value) == f"processes of the lab cannot be started ({os.strerror(code)}); {advice}"
+    assert len(started) == 2
+    assert all(child.returncode is not None for child in started)
+
+
+def test_processes_of_the_lab_find_modules_where_this_one_does(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert lab.experiment(shortened("equations", held_out="4+4"), seeds=2, workers=2).models == 2
+    assert (tmp_path / "seen").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

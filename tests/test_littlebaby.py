@@ -263,7 +263,7 @@ FAULTS = {
     "size": ("config", "n_emb", 5, r"not numbers of shape \(6, 5\)"),
     "half a size": ("config", "n_ctx", 2.5, "n_ctx must be a whole number"),
     "enormous width": ("config", "n_emb", 2**31 - 1, "is too small for the"),
-    "enormous depth": ("config", "n_layers", 2**31 - 1, "has 2 blocks, its config n_layers 2147483647"),
+    "enormous depth": ("config", "n_layers", 10_000, "has 2 blocks, its config n_layers 10000"),
     "heads that do not divide": ("config", "n_heads", 4, "n_heads 4 does not divide head_size 6"),
     "dropout": ("config", "dropout", 1.0, "dropout must be a number of at least 0 and below 1"),
     "rate": ("config", "lr", "fast", "lr must be a number above 0"),

@@ -96,6 +96,37 @@ def test_a_picture_that_cannot_be_written(drawing, tmp_path, monkeypatch, name, 
     assert not list(tmp_path.iterdir())
 
 
+def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
+    with pytest.raises(BabyError, match="ends in one of") as caught:
+        pictures.check(tmp_path / "a.pgf")  # for which another program is needed
+    kinds = [kind.strip(" .") for kind in str(caught.value).split("one of")[1].split(",")]
+    assert {"png", "svg", "pdf"} <= set(kinds)
+    assert "pgf" not in kinds
+    figure = pictures.attention_figure(seen, (0, 0))
+    for kind in kinds:
+        assert pictures._save(figure, tmp_path / f"a.{kind}").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("xelatex\nnot found"), OSError(28, "full"), KeyError("x"), ValueError()]
+)
+def test_whatever_fails_while_a_picture_is_drawn_is_one_line(drawing, seen, tmp_path, monkeypatch, error):
+    def savefig(*_, **__):
+        raise error
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    with pytest.raises(BabyError, match=r"a\.png cannot be drawn \(.+\); try a name that ends in") as caught:
+        pictures.attention(seen, tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", [5, None, b"a.png", "a\0.png"])
+def test_a_picture_goes_to_a_path(drawing, seen, file):
+    with pytest.raises(BabyError, match="picture"):
+        pictures.attention(seen, file)
+
+
 def test_the_equation_model_has_nothing_to_draw_here(drawing, tmp_path):
     seen = a_run(EquationConfig(n_emb=2, n_hidden=5), SUMS).inspect("4+4=")
     with pytest.raises(BabyError, match="no attention"):

@@ -109,6 +109,19 @@ def test_the_logits_are_left_as_they_were():
     np.testing.assert_array_equal(logits, [1, 2, 3])
 
 
+def test_settings_are_kept_as_plain_values():
+    settings = Sampling(np.float32(0.5), np.int64(3), np.float64(0.9), np.True_, np.int64(3))
+    assert settings == Sampling(0.5, 3, 0.9, True, 3)
+    kinds = [type(getattr(settings, name)) for name in ("temperature", "top_k", "top_p", "greedy", "seed")]
+    assert kinds == [float, int, float, bool, int]
+
+
+def test_a_misspelt_setting_is_named_with_those_there_are():
+    message = r"no setting 'temprature'; how tokens are drawn: temperature, top_k, top_p, greedy, seed"
+    with pytest.raises(BabyError, match=message):
+        Sampling.of({"seed": 1, "temprature": 1.0})
+
+
 # draws --------------------------------------------------------------------------------------------------
 
 

@@ -405,6 +405,16 @@ def test_python_that_cannot_be_found_ends_training_in_one_line(arenas, monkeypat
     assert not any(path.exists() for path in arenas)
 
 
+def test_too_many_open_files_end_training_in_one_line_of_advice(arenas, monkeypatch):
+    def popen(*arguments, **more):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(workers_module.subprocess, "Popen", popen)
+    with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1, or .* \(ulimit -n\)"):
+        Setting("float32").pool(2).__enter__()
+    assert not any(path.exists() for path in arenas)
+
+
 def test_workers_find_modules_where_this_process_finds_them(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
