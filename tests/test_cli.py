@@ -1357,8 +1357,8 @@ def test_the_program_ends_with_its_exit_code(work):
 
 def test_a_terminal_that_lacks_a_character_shows_another(work, trained):
     done = subprocess.run(
-        [sys.executable, "-m", "baby_xp", "generate", f"--path={trained.folder}", "--prompt=\u20ac"],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        [sys.executable, "-m", "baby_xp", "generate", f"--path={trained.folder}", "--prompt=\u20ac".encode()],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert done.returncode == 2
     assert b"'?' (U+20AC)" in done.stderr

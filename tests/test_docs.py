@@ -372,8 +372,24 @@ def test_the_rules_for_what_is_skipped(monkeypatch, text, reason):
     assert bool(found) == bool(reason)
 
 
-def test_what_is_shortened(monkeypatch):
-    monkeypatch.setenv("BABY_XP_DATA", "somewhere")
+def test_the_output_of_a_block_that_is_skipped_is_skipped(tmp_path):
+    """It is not compared with what some block before that printed."""
+    skipped, output = "```sh\npip install nothing\n```\n", "<!-- output -->\n```text\n1\n```\n"
+    outcomes = run(tmp_path, f"```python\nprint(2)\n```\n\n{skipped}{output}")
+    assert [outcome for outcome, _ in outcomes.values()] == ["passed", "skipped", "skipped"]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_shakespeare_is_there_where_the_folder_holds_it(tmp_path, monkeypatch, holds):
+    monkeypatch.setenv("BABY_XP_DATA", str(tmp_path))
+    if holds:
+        (tmp_path / "shakespeare.txt").touch()
+    assert bool(docs_blocks.skipped("python -m baby_xp train nanogpt-cpu")) != holds
+
+
+def test_what_is_shortened(tmp_path, monkeypatch):
+    monkeypatch.setenv("BABY_XP_DATA", str(tmp_path))
+    (tmp_path / "shakespeare.txt").touch()
     (train,) = docs_blocks.plans("python -m baby_xp train nanogpt-cpu --num-steps 5000")
     assert train.arguments[train.arguments.index("--num-steps") + 1] == "20"
     assert train.changed
