@@ -1,7 +1,8 @@
 """What does not fit this machine, said before anything of it is made.
 
-Only arrays that are there for certain are counted: a run that is refused could not have been trained. What a run
-takes in all is more, and `estimate` measures it. A GPU knows its own memory, see backend.py.
+Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
+system ends this process or another one when there is no more. What a run takes in all is more, and `estimate` measures
+it. A GPU knows its own memory, see backend.py.
 """
 
 from dataclasses import replace
@@ -70,7 +71,7 @@ def check_training(chosen: Preset, model: Model, backend: Backend, batches: Any,
 
 def check_batch(model: Model, batch: int, tokens: int) -> None:
     """Raises BabyError for a batch that `check` cannot compute at once, in float64 and without tiles."""
-    room, config = memory.of_machine(), model.config
+    room, config = memory.free(), model.config
     if room is None or isinstance(config, EquationConfig):  # a table of equations is small
         return
     one = counts.gpu_bytes(replace(config, n_ctx=tokens), model.vocab_size, 1, 8)
@@ -94,11 +95,11 @@ def check_texts(model: Model, backend: Backend, number: int) -> None:
 
 
 def _room(backend: Backend) -> int | None:
-    return memory.of_machine() if backend.name == "numpy" else None
+    return memory.free() if backend.name == "numpy" else None
 
 
 def _too_much(size: int, room: int) -> str:
-    return f"at least {in_words(size)}, and this machine has {in_words(room)} of memory"
+    return f"at least {in_words(size)}, and this machine has {in_words(room)} free"
 
 
 def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:

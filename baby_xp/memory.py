@@ -20,15 +20,16 @@ PROC = Path("/proc")
 STATUS = "print(open('/proc/self/status').read())"
 
 
-def of_machine() -> int | None:
-    """Bytes of memory that this machine has, with what it may swap; None where the system does not tell."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+def free() -> int | None:
+    """Bytes of memory that this machine can give now, with what it may swap; all that it has where the system does
+    not tell what others use, None where it tells nothing."""
     with suppress(OSError, KeyError, ValueError):
-        size += 1024 * int(_fields((PROC / "meminfo").read_text())["SwapTotal"][0])
-    return size if size > 0 else None
+        fields = _fields((PROC / "meminfo").read_text())
+        return 1024 * (int(fields["MemAvailable"][0]) + int(fields["SwapFree"][0]))
+    with suppress(AttributeError, ValueError, OSError):
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return size if size > 0 else None
+    return None
 
 
 def taken(children: Sequence[int] = ()) -> list[Sizes]:

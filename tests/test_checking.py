@@ -231,7 +231,7 @@ def test_sizes_that_make_no_sense(run, name):
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(run, monkeypatch):
-    monkeypatch.setattr(memory, "of_machine", lambda: 64 * 2**20)
+    monkeypatch.setattr(memory, "free", lambda: 64 * 2**20)
     monkeypatch.setattr(checking, "RandomWindows", None)  # it is not made
     with pytest.raises(BabyError, match=r"a check of 1,000,000 sequences takes .* choose a batch of") as caught:
         run.check(batch=10**6)
@@ -240,13 +240,13 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(run, monk
     with pytest.raises(BabyError, match=f"choose a batch of {most:,} at most"):
         limits.check_batch(run.model, most + 1, 8)
     limits.check_batch(run.model, 4 * most, 1)  # shorter sequences take less
-    monkeypatch.setattr(memory, "of_machine", lambda: 1000)
+    monkeypatch.setattr(memory, "free", lambda: 1000)
     with pytest.raises(BabyError, match="that is too little for this model"):
         run.check()
 
 
 def test_the_largest_batch_really_fits(run, monkeypatch):
-    monkeypatch.setattr(memory, "of_machine", lambda: 16 * 2**20)
+    monkeypatch.setattr(memory, "free", lambda: 16 * 2**20)
     with pytest.raises(BabyError) as caught:
         run.check(batch=10**6)
     most = int(str(caught.value).split("choose a batch of ")[1].split()[0].replace(",", ""))
@@ -261,7 +261,7 @@ def test_the_largest_batch_really_fits(run, monkeypatch):
 
 def test_a_table_of_equations_bounds_a_check_by_itself(tmp_path, monkeypatch):
     run = api.train("equations", path=tmp_path, num_steps=5, backend="numpy", workers=1)
-    monkeypatch.setattr(memory, "of_machine", lambda: 2**20)
+    monkeypatch.setattr(memory, "free", lambda: 2**20)
     assert run.check(batch=10**6, elements=0, directions=1)
 
 

@@ -417,8 +417,7 @@ class Machine(RuleBasedStateMachine):
             self.delete_folder(kind)
             return "harmless" if outer.name in ("train", "finetune", "resume") and kind == "corpora" else kind
         if kind == "ids":
-            # a file that is cut while it is mapped ends the process by SIGBUS, and no program can help that
-            self.damage_ids(chance, ["flip", "zero", "longer", "gone"])
+            self.damage_ids(chance)
             return kind
         if kind == "resume the same":
             op = self.resume_of(outer.touches)

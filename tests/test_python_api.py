@@ -349,7 +349,7 @@ def test_every_error_survives_pickling():
 @pytest.fixture
 def small_machine(monkeypatch):
     """A machine with 64 MiB."""
-    monkeypatch.setattr(memory, "of_machine", lambda: 64 * 2**20)
+    monkeypatch.setattr(memory, "free", lambda: 64 * 2**20)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_equations_in_a_context_of_absurd_length_are_never_made(tmp_path, name):
 
 
 def test_finetuning_is_refused_likewise_and_resuming_is_not(run, folder, monkeypatch):
-    monkeypatch.setattr(memory, "of_machine", lambda: 2**10)
+    monkeypatch.setattr(memory, "free", lambda: 2**10)
     where = {"path": folder / "runs", "data": folder / "text.txt", "backend": "numpy"}
     refused(lambda: baby_xp.finetune(run.guid, **where), "KiB")
     assert baby_xp.resume(run.guid, path=folder / "runs", num_steps=5).config["result"]["steps"] == 5
@@ -419,7 +419,7 @@ def test_finetuning_is_refused_likewise_and_resuming_is_not(run, folder, monkeyp
 
 def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_path, monkeypatch):
     """Which is so in one process: an epoch, or a table of equations, is the largest batch there is."""
-    monkeypatch.setattr(memory, "of_machine", lambda: 2**30)
+    monkeypatch.setattr(memory, "free", lambda: 2**30)
     more = {"batch_size": 2**31 - 1, "path": tmp_path}
     asked = {**TINY, "num_epochs": 1, "num_steps": None, "data": folder / "text.txt", **more}
     assert baby_xp.train("baby", **asked).config["result"]["steps"] == 1
@@ -428,10 +428,10 @@ def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_pa
 
 
 def test_other_backends_and_systems_that_tell_no_size_are_left_alone(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "of_machine", lambda: None)
+    monkeypatch.setattr(memory, "free", lambda: None)
     assert baby_xp.train("baby", data=folder / "text.txt", path=tmp_path, **TINY)
     model, strict = models.Model(GPTConfig(), 50), backend.load("numpy")
-    monkeypatch.setattr(memory, "of_machine", lambda: 1)
+    monkeypatch.setattr(memory, "free", lambda: 1)
     monkeypatch.setattr(strict, "name", "another")
     limits.check_training(preset("baby"), model, strict, None, 1)
     limits.check_texts(model, strict, 10**9)
@@ -440,11 +440,12 @@ def test_other_backends_and_systems_that_tell_no_size_are_left_alone(folder, tmp
 def test_the_memory_of_the_machine_is_told_in_bytes(monkeypatch, tmp_path):
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get, raising=False)
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    assert memory.of_machine() == 4096 * 1000
-    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nSwapTotal: 7 kB\n")
-    assert memory.of_machine() == 4096 * 1000 + 7 * 1024
+    assert memory.free() == 4096 * 1000
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 300 kB\nSwapFree: 7 kB\n")
+    assert memory.free() == 307 * 1024
+    (tmp_path / "meminfo").unlink()
     monkeypatch.delattr(memory.os, "sysconf")
-    assert memory.of_machine() is None
+    assert memory.free() is None
 
 
 def test_more_texts_than_fit_are_refused_with_the_number_that_does(run, small_machine):
