@@ -612,6 +612,17 @@ def test_a_run_that_fails_leaves_the_folders_and_ids_of_one_that_has_just_begun(
     made.__exit__(None, None, None)
 
 
+def test_the_lock_of_a_run_that_was_killed_keeps_no_folder(tmp_path):
+    RunFiles(tmp_path, GUIDS[0]).config.parent.mkdir()
+    RunFiles(tmp_path, GUIDS[0]).config.write_text("{}")
+    RunFiles(tmp_path, GUIDS[0]).lock.write_bytes(b"")
+    before = all_of(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:  # or the stale lock would be swept
+        patch.setattr(store, "_sweep_abandoned", lambda folder: None)
+        fail(tmp_path)
+    assert all_of(tmp_path) == before
+
+
 def test_what_fails_while_another_holds_its_name_does_not_touch_it(runs):
     """A finetuning that fails gives its name back; whoever has it next must keep what it wrote."""
     removed = []

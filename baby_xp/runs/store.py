@@ -153,7 +153,7 @@ def _remove(files: RunFiles) -> None:
 def _remove_folders(folder: Path, made: list[Path]) -> None:
     """Remove those of the folders that were made here and are empty, unless another run trains there, which will
     write into them: its lock tells."""
-    if any(path.suffix == ".lock" for path in listed(folder / "configs")):
+    if any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs")):
         return
     remove_folders(made)
 
