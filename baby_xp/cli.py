@@ -699,6 +699,9 @@ def _tyro(kind: type, program: str, arguments: list[str], default: Any) -> Any:
     """Parse flags. tyro reports what is wrong in a box of several lines and exits; this makes it one line."""
     import tyro
 
+    for argument in arguments:
+        if argument.startswith("--tyro-"):  # which it would take: they write files of their own
+            raise BabyError(f"Unrecognized options: {argument}; see {program.split(' [')[0]} --help")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):

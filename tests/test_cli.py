@@ -397,11 +397,14 @@ def test_a_rate_that_bursts_a_run_that_goes_on_leaves_it_as_it_was(work, burst, 
     guid = a_run(work / "runs")
     files = RunFiles(work / "runs", guid)
     before = files.state.read_bytes(), files.model.read_bytes()
+    settings = store.read_sealed(files.config)["train"]
     line = burst("resume", "--path=runs", "--num-steps=9", "--lr=1e30", "--clip=0")
     assert f"the last good checkpoint, of step 3, is kept: run {guid} can be resumed" in line
     assert (files.state.read_bytes(), files.model.read_bytes()) == before
-    assert baby_xp.api.load(guid, path="runs").config["result"]["state"] == "failed"
-    assert call("resume", "--path=runs", "--lr=0.003", "--clip=1")[0] == 0
+    failed = baby_xp.api.load(guid, path="runs").config
+    assert failed["result"]["state"] == "failed"
+    assert (failed["train"]["lr"], failed["train"]["num_steps"]) == (settings["lr"], settings["num_steps"])
+    assert call("resume", "--path=runs", "--num-steps=9")[0] == 0  # with the rate of before
     assert baby_xp.api.load(guid, path="runs").config["result"]["state"] == "done"
 
 
@@ -1482,3 +1485,22 @@ def test_the_weights_that_are_asked_for_are_loaded(trained):
     assert best.params.tobytes() == baby_xp.api.load(path=trained.folder).params.tobytes()
     np.testing.assert_array_equal(last.params, load_file(trained.state)["params"], strict=True)
     assert best.config == last.config
+
+
+@pytest.mark.parametrize("flag", ["--tyro-print-completion", "--tyro-write-completion"])
+def test_flags_of_the_parser_itself_are_none_of_ours(work, refused, flag):
+    refused("export", "littlebaby", "last", flag, "bash", "out", words=(flag, "--help"))
+    assert not (work / "out").exists()
+
+
+def test_a_run_without_a_step_that_goes_on_to_nothing_is_as_it_was(work, burst, call):
+    """Its settings too: or it could never go on."""
+    run = baby_xp.api.train("baby", **text_settings(max_minutes=1e-9, path=work / "runs"))
+    assert run.config["result"]["steps"] == 0
+    before = {path: path.read_bytes() for path in (run.files.state, run.files.model)}
+    burst("resume", "--path=runs", "--lr=1e30", "--clip=0", "--max-minutes=0")
+    found = store.read_sealed(run.files.config)
+    assert found == {**run.config, "written": found["written"], "result": found["result"]}
+    assert found["result"]["state"] == "failed"
+    assert before == {path: path.read_bytes() for path in (run.files.state, run.files.model)}
+    assert call("resume", "--path=runs", "--max-minutes=0")[0] == 0
