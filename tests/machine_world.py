@@ -656,6 +656,7 @@ class World:
 
     def __init__(self, twins: Twins, children: Children, failures: list[tuple[str, str]]):
         self.twins, self.children, self.failures = twins, children, failures
+        self.exported: list[str] = []
         self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="baby_xp_machine_")))
         self.before = os.getcwd()
         for name in ("texts", "elsewhere/texts", "out"):
@@ -902,15 +903,17 @@ class World:
                 self._check_trained(op, outcome.value)
             op.check(outcome.value)
         self.check_list(listed - self.active() if inner else listed, inner)
-        self._check_surroundings(op if outcome.error is None else None)
+        if op.name == "export" and outcome.error is None:
+            self.exported.append(str(Path(op.arguments["folder"]).relative_to(self.root)))
+        if not inner:  # an outer step may be exporting
+            self._check_surroundings()
 
-    def _check_surroundings(self, op: Op | None) -> None:
+    def _check_surroundings(self) -> None:
         """Texts and exports are as before, but for what was exported just now."""
-        now = self.surroundings()
+        now, places = self.surroundings(), tuple(f"{place}/" for place in self.exported)
         odd = now.differences(self.others) | (now.folders ^ self.others.folders)
-        if op is not None and op.name == "export":
-            place = str(Path(op.arguments["folder"]).relative_to(self.root))
-            odd = {name for name in odd if name != place and not name.startswith(f"{place}/")}
+        odd = {name for name in odd if not f"{name}/".startswith(places)}
+        self.exported = []
         if odd:
             self.fail("a text or an export was changed", ", ".join(sorted(odd)))
         self.others = now
