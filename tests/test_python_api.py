@@ -364,6 +364,7 @@ def small_machine(monkeypatch):
         ({"n_emb": 2**31 - 1}, ("parameters fits no memory",)),
         ({"head_size": 2**31 - 1, "n_heads": 1}, ("--head-size",)),
         ({"head_size": 2**31 - 1, "n_heads": 2**31 - 1}, ("--head-size",)),
+        ({"workers": 8, "batch_size": 8}, ("--workers",)),
         ({"workers": 100_000, "batch_size": 100_000}, ("workers",)),
     ],
 )
@@ -424,6 +425,8 @@ def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_pa
     asked = {**TINY, "num_epochs": 1, "num_steps": None, "data": folder / "text.txt", **more}
     assert baby_xp.train("baby", **asked).config["result"]["steps"] == 1
     assert baby_xp.train("equations", **{**EQUATIONS, "num_steps": 2, **more}).config["result"]["steps"] == 2
+    monkeypatch.setattr(memory, "free", lambda: 2**28)
+    more["batch_size"] = 10**7  # what two processes exchange has room for all of it
     refused(lambda: baby_xp.train("equations", **{**EQUATIONS, **more, "workers": 2}), "--batch-size")
 
 
