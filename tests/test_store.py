@@ -671,6 +671,25 @@ def test_a_run_that_has_trained_and_lost_its_config_is_not_swept(tmp_path):
     assert all_of(tmp_path) == before | {f"configs/{new.files.config.name}"}
 
 
+def test_the_next_run_sweeps_what_was_left_half_written(runs):
+    """Whatever happened to the run that it was for; and what a run is writing, or somebody else, stays."""
+    for name in store.FOLDERS:
+        (runs / name).mkdir(exist_ok=True)
+    gone = RunFiles(runs, "dddddddd-4444-4444-8444-444444444444")
+    later = RunFiles(runs, GUIDS[0]).completion(datetime(2026, 1, 2))
+    for path in (gone.model, RunFiles(runs, GUIDS[0]).config, later, runs / ".trial", runs / "models" / ".trial"):
+        path.with_name(f".{path.name.removeprefix('.')}.0a1b2c3d.tmp").write_text("x")
+    held, growing = RunFiles(runs, GUIDS[1]), later.with_name(f".{later.name}.1a1b2c3d.tmp")
+    stays = [held.model.with_name(f".{held.model.name}.0a1b2c3d.tmp"), growing, runs / "models" / "mine.tmp"]
+    for path in stays:
+        path.write_text("x")
+    with store.hold(held), open(growing, "rb") as file:
+        assert baby_xp.files.try_to_lock(file)
+        with store.new_run(runs) as new:
+            new.files.config.write_text("{}")
+    assert set(runs.rglob("*.tmp")) == set(stays)
+
+
 def test_a_run_that_is_held_is_not_swept(tmp_path):
     killed_at_the_start(tmp_path, GUIDS[0])
     with store.hold(RunFiles(tmp_path, GUIDS[0])):

@@ -171,7 +171,8 @@ def _sweep_abandoned(folder: Path) -> None:
                 if not os.path.lexists(files.config) and not _has_trained(files):
                     sweep(files)
                     _remove(files)
-    for path in (path for name in FOLDERS for path in listed(folder / name)):
+    folders = folder, *(folder / name for name in FOLDERS)
+    for path in (path for one in folders for path in listed(one)):
         if path.suffix == ".tmp" and path.name.startswith("."):
             _sweep_half(folder, path)
     sweep_ids(folder / "corpora")
