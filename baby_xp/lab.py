@@ -33,13 +33,12 @@ IGNORED = (
     "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
 )  # fmt: skip
 """Settings of training that mean nothing here: a model is asked when it is trained, and not kept."""
-PROGRAM = """import signal
-for name in ("SIGTERM", "SIGHUP"):  # these are for the parent, which then ends this one
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-from baby_xp.lab import _child
-_child()
-"""
+PROGRAM = (
+    # these signals are for the parent, which then ends its processes
+    "import signal; names = ('SIGTERM', 'SIGHUP'); "
+    "[signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names if hasattr(signal, name)]; "
+    "from baby_xp.lab import _child; _child()"
+)
 
 
 @dataclass(frozen=True)

@@ -411,7 +411,11 @@ def test_a_killed_process_ends_the_lab_in_one_line():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_ends_it_and_leaves_no_process():
+@pytest.mark.parametrize(("name", "line"), [
+    ("SIGINT", "baby_xp: interrupted"), ("SIGTERM", "baby_xp: interrupted by SIGTERM"),
+])  # fmt: skip
+def test_a_signal_ends_it_and_leaves_no_process(name, line):
+    """SIGTERM comes to all processes of a group, as job schedulers send it."""
     # who runs the tests may ignore Ctrl-C, and then all that it starts does
     program = """if True:
         import signal, sys
@@ -420,18 +424,19 @@ def test_ctrl_c_ends_it_and_leaves_no_process():
         sys.exit(main(["equations", "--seeds", "40", "--workers", "2"]))
     """
     lab_process = subprocess.Popen(
-        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     find = ["ps", "--ppid", str(lab_process.pid), "-o", "pid="]
     deadline = time.monotonic() + 60
     while len(children := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()) < 2:
         assert time.monotonic() < deadline, "its processes did not come up"
         time.sleep(0.1)
     time.sleep(1)
-    lab_process.send_signal(signal.SIGINT)
+    (os.kill if name == "SIGINT" else os.killpg)(lab_process.pid, getattr(signal, name))
     _, errors = lab_process.communicate(timeout=60)
-    assert lab_process.returncode == 130
-    assert errors.strip() == "baby_xp: interrupted"
+    assert lab_process.returncode == 128 + getattr(signal, name)
+    assert errors.strip() == line
     find = ["ps", "-p", ",".join(children), "-o", "pid="]
     left = subprocess.run(find, capture_output=True, text=True, check=False)
     assert not left.stdout.split()
