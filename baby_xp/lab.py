@@ -7,6 +7,7 @@ training data, with its mirror, and a model that never saw it is asked for its a
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from baby_xp import equations, task
 from baby_xp.config import EquationConfig, EquationData, Preset, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import preset
+from baby_xp.training.stop import SIGNALS
 
 EACH = "each"
 """As held_out: every case in turn."""
@@ -33,12 +35,7 @@ IGNORED = (
     "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
 )  # fmt: skip
 """Settings of training that mean nothing here: a model is asked when it is trained, and not kept."""
-PROGRAM = (
-    # these signals are for the parent, which then ends its processes
-    "import signal; names = ('SIGTERM', 'SIGHUP'); "
-    "[signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names if hasattr(signal, name)]; "
-    "from baby_xp.lab import _child; _child()"
-)
+PROGRAM = "from baby_xp.lab import _child; _child()"
 
 
 @dataclass(frozen=True)
@@ -328,6 +325,8 @@ def _feed(child: subprocess.Popen, waiting: queue.SimpleQueue, found: queue.Simp
 
 def _child() -> None:
     """What a process of the lab does: jobs as lines of JSON in, results as lines of JSON out."""
+    for number in SIGNALS[1:]:  # these are for the parent, which then ends this process
+        signal.signal(number, signal.SIG_IGN)
     with suppress(KeyboardInterrupt):  # the parent tells of it
         for line in sys.stdin:
             print(json.dumps(_answer(json.loads(line))), flush=True)
