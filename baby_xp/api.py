@@ -294,7 +294,7 @@ def _refuse_what_changes_nothing(chosen: Preset, overrides: dict[str, Any]) -> N
         raise BabyError(
             "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
         )
-    if "max_sum" in overrides and of_equations and "+" not in data.operators:
+    if "max_sum" in overrides and of_equations and data.max_sum and "+" not in data.operators:
         raise BabyError("max_sum has no effect without sums: add + to --operators, or leave out --max-sum")
 
 

@@ -7,6 +7,7 @@ training data, with its mirror, and a model that never saw it is asked for its a
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from baby_xp.config import EquationConfig, EquationData, Preset, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.presets import preset
+from baby_xp.training.stop import SIGNALS
 
 MOST_SEEDS = 1_000_000
 EACH = "each"
@@ -35,13 +37,7 @@ IGNORED = (
     "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
 )  # fmt: skip
 """Settings of training that mean nothing here: a model is asked when it is trained, and not kept."""
-PROGRAM = """import signal
-for name in ("SIGTERM", "SIGHUP"):  # these are for the parent, which then ends this one
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-from baby_xp.lab import _child
-_child()
-"""
+PROGRAM = "from baby_xp.lab import _child; _child()"
 
 
 @dataclass(frozen=True)
@@ -350,6 +346,8 @@ def _feed(child: subprocess.Popen, waiting: queue.SimpleQueue, found: queue.Simp
 
 def _child() -> None:
     """What a process of the lab does: jobs as lines of JSON in, results as lines of JSON out."""
+    for number in SIGNALS[1:]:  # these are for the parent, which then ends this process
+        signal.signal(number, signal.SIG_IGN)
     with suppress(KeyboardInterrupt):  # the parent tells of it
         for line in sys.stdin:
             print(json.dumps(_answer(json.loads(line))), flush=True)

@@ -185,6 +185,8 @@ def settings_of(variant: Variant, folder: Path) -> dict:
     """The fields that make the variant of the preset; the short text is written into `folder`."""
     steps = {"num_steps": variants.SHORT_STEPS} if variant.short else {}
     settings = {**variants.BASE, **steps, **variant.overrides}
+    if settings.get("schedule") == "constant":
+        del settings["min_lr"]  # the base's: it would have no effect
     if variant.short:
         text = catalog.find("shakespeare").read_text(encoding="utf-8")[: variants.SHORT]
         settings["data"] = str(folder / "short.txt")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -445,7 +446,11 @@ def test_processes_of_the_lab_find_modules_where_this_one_does(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_ends_it_and_leaves_no_process():
+@pytest.mark.parametrize(("name", "line"), [
+    ("SIGINT", "baby_xp: interrupted"), ("SIGTERM", "baby_xp: interrupted by SIGTERM"),
+])  # fmt: skip
+def test_a_signal_ends_it_and_leaves_no_process(name, line):
+    """SIGTERM comes to all processes of a group, as job schedulers send it."""
     # who runs the tests may ignore Ctrl-C, and then all that it starts does
     program = """if True:
         import signal, sys
@@ -460,13 +465,15 @@ def test_ctrl_c_ends_it_and_leaves_no_process():
         sys.exit(main(["equations", "--seeds", "40", "--workers", "2"]))
     """
     lab_process = subprocess.Popen(
-        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     children = [int(lab_process.stdout.readline()) for _ in range(2)]
-    lab_process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    (os.kill if name == "SIGINT" else os.killpg)(lab_process.pid, getattr(signal, name))
     _, errors = lab_process.communicate(timeout=120)
-    assert lab_process.returncode == 130
-    assert errors.strip() == "baby_xp: interrupted"
+    assert lab_process.returncode == 128 + getattr(signal, name)
+    assert errors.strip() == line
     for child in children:
         with pytest.raises(ProcessLookupError):  # not even as a zombie
             os.kill(child, 0)

@@ -159,6 +159,7 @@ WITH_EFFECT = [
     ("3-months", {"schedule": "cosine", "min_lr": 1e-5}),
     ("baby", {"schedule": "constant"}),
     ("equations", {"operators": "+-", "max_sum": 12}),
+    ("equations", {"operators": "-", "max_sum": 0}),  # all sums: of none, that is none
 ]
 
 
