@@ -727,12 +727,12 @@ def test_what_a_session_trains_can_be_parsed(monkeypatch, tmp_path):
     jobs = jobs_of(monkeypatch, tmp_path, "--backend", "numpy", "--steps", "7")
     (job,) = jobs["train"]
     assert job.command[:3] == ["-m", "baby_xp", "train"]
-    chosen, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
-    assert (chosen.name, chosen.train.num_steps, chosen.data.data) == ("nanogpt-gpu", 7, "shakespeare")
+    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
+    assert (chosen.name, asked["num_steps"], chosen.data.data) == ("nanogpt-gpu", 7, "shakespeare")
     assert (place.backend, place.path, place.tf32) == ("numpy", str(tmp_path / "runs-float32"), False)
     (_, job) = jobs_of(monkeypatch, tmp_path)["train"]
-    chosen, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
-    assert (chosen.train.num_steps, place.backend, place.tf32) == (5000, "cupy", True)
+    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
+    assert (asked.get("num_steps", chosen.train.num_steps), place.backend, place.tf32) == (5000, "cupy", True)
 
 
 def job(name: str, code: str, **more) -> gpu.Job:
