@@ -197,13 +197,13 @@ class Guids:
 
 
 class Clock:
-    """A second goes by whenever it is read."""
+    """Some seconds go by whenever it is read."""
 
-    def __init__(self):
-        self.now = 0.0
+    def __init__(self, seconds: float = 1.0):
+        self.now, self.seconds = 0.0, seconds
 
     def perf_counter(self) -> float:
-        self.now += 1
+        self.now += self.seconds
         return self.now
 
 
@@ -218,7 +218,7 @@ def small_and_quick() -> Iterator[None]:
             (baby_xp.sitting, "SAMPLE_TOKENS", 5),
             (loop, "time", Clock()),
             (store, "uuid", GUIDS),
-            (lock, "time", SimpleNamespace(monotonic=Clock().perf_counter, sleep=lambda seconds: None)),
+            (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
             (checkpoint, "save_file", _save),
             (os, "fsync", fsync),
             (importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points)),

@@ -363,7 +363,8 @@ class Machine(RuleBasedStateMachine):
                     yield
                 finally:
                     if before is not None:
-                        target.chmod(before)
+                        with contextlib.suppress(FileNotFoundError):  # what a kill left was tidied up
+                            target.chmod(before)
 
         self.world.do(op, trouble(), f"mode {mode:03o} of {target.relative_to(self.world.root)}")
 
@@ -429,7 +430,7 @@ class Machine(RuleBasedStateMachine):
             op = {"use": self.use_of, "export": self.export_of}.get(kind, self.finetune_of)(chance, guid)
         else:
             op = self.op_of_kind(chance, kind)
-        if op.name == "train" and kind == "train":
+        if kind == "train" and op.must is None:
             op.arguments.pop("interrupt", None)
             op.must = True
         self.world.do(op)
@@ -444,10 +445,12 @@ class Machine(RuleBasedStateMachine):
         self.step()
         guid = self.a_run(chance)
         part = chance.choice([*PARTS, *PARTS, *world.OUTPUTS])
-        others = [one for one in self.world.known if one != guid]
-        kinds = [*["flip"] * 6, "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
-        kind = chance.choice([*kinds, *["mixed up"] * 4] if others else kinds)
-        source = self.world.path_of(chance.choice(others), part) if kind == "mixed up" else None
+        # a file of another run is noticed least where the two are alike
+        others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
+        others.remove(guid)
+        kinds = [*["flip"] * 4, *["digit"] * 3, "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
+        kind = chance.choice([*kinds, *["mixed up"] * 6] if others else kinds)
+        source = self.world.path_of(others[0], part) if kind == "mixed up" else None
         path = self.world.path_of(guid, part)
         if path.is_file() and not path.is_symlink() and (source is None or source.is_file()):
             self.world.tell(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
@@ -455,6 +458,10 @@ class Machine(RuleBasedStateMachine):
             self.world.check_list(self.world.listed())
             if chance.random() < 0.6:
                 self.world.do(self.op_on(chance, guid))
+
+    def are_alike(self, one: str, other: str) -> bool:
+        configs = [self.world.known[guid].config for guid in (one, other)]
+        return configs[0]["model"] == configs[1]["model"] and configs[0]["vocab_size"] == configs[1]["vocab_size"]
 
     @precondition(lambda self: any(known.hurt for known in self.world.known.values()))
     @rule(chance=CHANCE)
@@ -588,6 +595,7 @@ def spoil(chance: Random, path: Path, kind: str, source: Path | None) -> None:
         "cut": lambda: data[:place],
         "longer": lambda: data + bytes([chance.choice([0, 10, 32, 65])]),
         "empty": lambda: b"",
+        "digit": lambda: with_another_digit(chance, data),
         "mixed up": lambda: source.read_bytes(),
     }
     if kind in written and (data or kind != "flip"):
@@ -602,6 +610,15 @@ def spoil(chance: Random, path: Path, kind: str, source: Path | None) -> None:
         path.symlink_to(path.name)
     elif kind == "folder":
         path.mkdir()
+
+
+def with_another_digit(chance: Random, data: bytes) -> bytes:
+    """The data with one digit changed, in what is text of them."""
+    places = [place for place in range(min(len(data), 4000)) if data[place : place + 1].isdigit()]
+    if not places:
+        return data
+    place = chance.choice(places)
+    return data[:place] + b"%d" % ((data[place] - 48 + 1 + chance.randrange(8)) % 10) + data[place + 1 :]
 
 
 # tests --------------------------------------------------------------------------------------------------
