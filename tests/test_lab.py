@@ -13,7 +13,7 @@ import pytest
 from baby_xp_data import equations as eq
 
 import baby_xp
-from baby_xp import api, cli, equations, lab, task
+from baby_xp import api, cli, config, equations, lab, task
 from baby_xp.config import EquationConfig, EquationData, GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset
@@ -408,6 +408,24 @@ def test_a_killed_process_ends_the_lab_in_one_line():
     with pytest.raises(BabyError, match="a process ended before its model was done"):
         lab.experiment(chosen, seeds=20, workers=2, told=kill)
     assert not [line for line in children() if "baby_xp.lab" in line and "defunct" not in line]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_its_processes_leave_the_request_to_end_to_their_parent():
+    chosen = api.override(preset("equations"), {"num_steps": 1})
+    parts = {name: config.to_dict(getattr(chosen, name)) for name in ("model", "train", "data")}
+    job = json.dumps({"name": chosen.name, **parts}) + "\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", lab.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        for number in (None, signal.SIGTERM, signal.SIGHUP):
+            if number:
+                child.send_signal(number)
+            child.stdin.write(job)
+            child.stdin.flush()
+            assert "answers" in json.loads(child.stdout.readline())
+        child.stdin.close()
+        assert child.wait() == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
