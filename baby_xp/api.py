@@ -73,8 +73,8 @@ def train(
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
     workers: processes that share each step, None for a number that suits. tf32: products of matrices with fewer
-    digits, memory_gib: most memory to take, both of the cupy backend alone. Ctrl-C and SIGTERM end it after the
-    step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes on with it.
+    digits, memory_gib: most memory to take, both of the cupy backend alone. Ctrl-C, SIGTERM and SIGHUP end it
+    after the step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes on with it.
     Raises BabyError for input that cannot be used, and if the loss stops being a number: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """

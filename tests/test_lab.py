@@ -14,7 +14,7 @@ import pytest
 from baby_xp_data import equations as eq
 
 import baby_xp
-from baby_xp import api, cli, equations, lab, task
+from baby_xp import api, cli, config, equations, lab, task
 from baby_xp.config import EquationConfig, EquationData, GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset
@@ -443,6 +443,24 @@ def test_processes_of_the_lab_find_modules_where_this_one_does(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     assert lab.experiment(shortened("equations", held_out="4+4"), seeds=2, workers=2).models == 2
     assert (tmp_path / "seen").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_its_processes_leave_the_request_to_end_to_their_parent():
+    chosen = api.override(preset("equations"), {"num_steps": 1})
+    parts = {name: config.to_dict(getattr(chosen, name)) for name in ("model", "train", "data")}
+    job = json.dumps({"name": chosen.name, **parts}) + "\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", lab.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        for number in (None, signal.SIGTERM, signal.SIGHUP):
+            if number:
+                child.send_signal(number)
+            child.stdin.write(job)
+            child.stdin.flush()
+            assert "answers" in json.loads(child.stdout.readline())
+        child.stdin.close()
+        assert child.wait() == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -18,6 +18,7 @@ from baby_xp.config import TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import preset
 from baby_xp.screen import Screen
+from baby_xp.training.stop import SIGNALS
 from baby_xp.training.workers import PROGRAM
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -351,7 +352,7 @@ def test_of_what_tyro_alone_can_say_the_first_message_is_taken(box, message):
 
 
 @needs_signals
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
 def test_a_signal_before_training_ends_it_in_one_line(call, work, monkeypatch, signals, number):
     monkeypatch.setattr(task, "prepare", lambda *_: os.kill(os.getpid(), number))
     line = f"baby_xp: interrupted by {number.name}\n"
@@ -360,7 +361,7 @@ def test_a_signal_before_training_ends_it_in_one_line(call, work, monkeypatch, s
 
 
 @needs_signals
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_before_the_first_step_has_the_code_of_one(call, monkeypatch, signals, number):
     monkeypatch.setattr(Screen, "started", lambda self, *_: os.kill(os.getpid(), number))
     monkeypatch.setattr(Screen, "note", lambda self, text: None)
