@@ -109,7 +109,7 @@ class Sitting:
         belongs = belonging(self.files.guid, self.chosen.model, self.learned.tokenizer)
         steps = {"step": str(checkpoint.step), "num_steps": str(self.learned.num_steps)}
         arrays.save_state(self.files.state, checkpoint, {**belongs, **steps})
-        self._last, self._before = _without_arrays(checkpoint), None
+        self._last, self._before = _without_arrays(checkpoint), {}
         self._write_model(checkpoint)
         if checkpoint.step:
             self.on_kept()
@@ -130,18 +130,18 @@ class Sitting:
         """The files as of the start: from now on the run can be found, and goes on from there."""
         store.sweep(self.files)
         self._last, self._model_step = _without_arrays(start), None
-        self._before = store.read_sealed(self.files.config) if os.path.lexists(self.files.config) else None
-        self._write_metrics()
+        self._before = {}  # what the files are to be again if the run goes on to nothing
+        for path in (self.files.metrics, self.files.config):
+            with suppress(OSError):
+                self._before[path] = path.read_bytes()
+        if start.progress["records"] or os.path.lexists(self.files.metrics):
+            # it may be gone, or have lines of after the checkpoint
+            lines = (json.dumps(record) + "\n" for record in start.progress["records"])
+            write(self.files.metrics, "".join(lines))
         if not os.path.lexists(self.files.state):
             write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
             self.keep(start)
         store.write_sealed(self.files.config, self.config(self._result("running")))
-
-    def _write_metrics(self) -> None:
-        """The records of the last checkpoint: the file may be gone, or have lines of after it."""
-        records = self._last.progress["records"]
-        if records or os.path.lexists(self.files.metrics):
-            write(self.files.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def _result(self, state: str, **more: Any) -> dict[str, Any]:
         """How the run stands, as of its last checkpoint."""
@@ -266,17 +266,15 @@ class Sitting:
     def _failed(self, error: Exception) -> None:
         """Say in the files that the run failed, where that can still be written.
 
-        Settings with which a run went on to nothing are not kept: it is left with those of before.
+        A run that went on to nothing, not even one checkpoint, is left as it was: with the settings of before.
         """
-        if not self._last.step and self._before is None:
-            return  # a new run, of which nothing stays
-        result = self._result("failed", reason=" ".join(str(error).split()) or type(error).__name__)
-        config = self.config(result)
-        if self._before is not None:
-            config = {**self._before, "written": config["written"], "result": result}
         with suppress(BabyError, OSError):
-            self._write_metrics()
-            self._tell(config, [], "")
+            if self._before:
+                for path, data in self._before.items():
+                    write(path, data)
+            elif self._last.step:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self._tell(self.config(self._result("failed", reason=reason)), [], "")
 
 
 def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Tokenizer, params: np.ndarray) -> Run:

@@ -253,14 +253,14 @@ class KeptIds:
                 return None
             self._seen = _identity(self.path)
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
+        size = self.n * self.dtype.itemsize
         try:
-            data = memoryview(self.path.read_bytes())
+            with open(self.path, "rb") as file:
+                data = memoryview(file.read(size + HASH_SIZE + 1))  # no more: it may be anything
         except FileNotFoundError:
             return None
-        ids, end = data[:-HASH_SIZE], data[-HASH_SIZE:]
-        if len(ids) != self.n * self.dtype.itemsize or hashlib.sha256(ids).digest() != end:
-            return None
-        return np.frombuffer(ids, self.dtype)
+        ids, end = data[:size], data[size:]
+        return np.frombuffer(ids, self.dtype) if hashlib.sha256(ids).digest() == end else None
 
     def check(self) -> None:
         """Raises BabyError if the file is mapped and was changed since; one that only looks changed is read again.
@@ -293,7 +293,8 @@ class KeptIds:
             if os.fstat(file.fileno()).st_size != size + HASH_SIZE:
                 return False
             while size:
-                piece = file.read(min(size, 1 << 20))
+                if not (piece := file.read(min(size, 1 << 20))):  # it was cut just now
+                    return False
                 found.update(piece)
                 size -= len(piece)
             return file.read() == found.digest()
