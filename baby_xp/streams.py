@@ -21,8 +21,12 @@ class OutputLost(BabyError):
 
     def __init__(self, error: OSError):
         super().__init__(str(refusal("standard output", error, "written", None)))
+        self.error = error
         self.problem = f"standard output cannot be written ({reason(error)})"
         self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 2
+
+    def __reduce__(self):  # its arguments are not those of the BabyError
+        return type(self), (self.error,)
 
 
 class Output:

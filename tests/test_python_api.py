@@ -3,9 +3,13 @@ and runs can be copied and pickled.
 """
 
 import copy
+import errno
+import importlib
 import json
 import math
+import os
 import pickle
+import pkgutil
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 
 import baby_xp
-from baby_xp import api, backend, checks, estimating, lab, limits, memory, models
+from baby_xp import api, backend, checks, estimating, lab, limits, memory, models, streams
 from baby_xp.config import GPTConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.presets import preset
@@ -325,6 +329,10 @@ def test_a_backend_is_restored_with_its_device_and_options():
 
 
 def every_error() -> list[type]:
+    """Of all modules, whichever other tests have imported."""
+    for module in pkgutil.walk_packages(baby_xp.__path__, "baby_xp."):
+        if module.name != "baby_xp.__main__":
+            importlib.import_module(module.name)
     kinds, found = [BabyError], []
     while kinds:
         found.append(kinds.pop())
@@ -334,13 +342,14 @@ def every_error() -> list[type]:
 
 def test_every_error_survives_pickling():
     errors = [BackendUnavailable("cupy", "none", "buy one"), OutOfMemory("full", "less", "step 3")]
+    errors.append(streams.OutputLost(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))))
     of_kind = {type(error): error for error in errors}
     for kind in every_error():
         error = of_kind[kind] if kind in of_kind else kind("no")
         for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
             assert type(other) is kind
             assert str(other) == str(error)
-            assert vars(other) == vars(error)
+            assert repr(vars(other)) == repr(vars(error))
 
 
 # what does not fit the machine --------------------------------------------------------------------------
