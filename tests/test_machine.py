@@ -448,7 +448,8 @@ class Machine(RuleBasedStateMachine):
         # a file of another run is noticed least where the two are alike
         others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
         others.remove(guid)
-        kinds = [*["flip"] * 4, *["digit"] * 3, "zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
+        kinds = ["zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
+        kinds += [*["flip"] * 4, *["digit"] * 3]
         kind = chance.choice([*kinds, *["mixed up"] * 6] if others else kinds)
         source = self.world.path_of(others[0], part) if kind == "mixed up" else None
         path = self.world.path_of(guid, part)
