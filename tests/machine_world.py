@@ -998,7 +998,7 @@ class World:
             here = {owner(name) for name in after.files} - {outcome.value.guid}
             if here & self.orphans:
                 self.fail("files of a run that was killed are not swept", ", ".join(sorted(here & self.orphans)))
-            self.orphans = set()
+            self.orphans &= here
 
     # runs ------------------------------------------------------------------------------------------------
 
