@@ -252,6 +252,20 @@ def test_a_kill_while_ids_are_written_leaves_nothing_for_long(home):
     assert [path.suffix for path in folder.iterdir()] == [".ids"]
 
 
+def test_ids_that_cannot_be_read_when_they_are_written_leave_nothing(home, monkeypatch):
+    opened = open
+
+    def broken(path, mode="r", **how):
+        if str(path).endswith(".ids") and os.path.exists(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, mode, **how)
+
+    monkeypatch.setattr("baby_xp.text.corpus.open", broken, raising=False)
+    with pytest.raises(BabyError, match=r"\.ids cannot be written \(Input/output error\); check the disk"):
+        api.train("baby", data="input.txt", **TINY)
+    assert not Path("runs").exists()
+
+
 def test_ids_whose_folder_goes_while_they_are_written_are_written_again(home, monkeypatch):
     replace, left = os.replace, [2]
 

@@ -243,8 +243,11 @@ class KeptIds:
                     if (ids := self._opened()) is not None:
                         return ids
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        except OSError as error:
-            raise refusal(self.path, error) from error
+        except BaseException as error:
+            self.discard()
+            if isinstance(error, OSError):
+                raise refusal(self.path, error) from error
+            raise
 
     def _opened(self) -> np.ndarray | None:
         """The ids from the file; None if it does not hold them."""
