@@ -422,7 +422,7 @@ class Machine(RuleBasedStateMachine):
             return kind
         if kind == "resume the same":
             op = self.resume_of(outer.touches)
-            op.must, op.touches = None, None
+            op.must, op.touches, op.may_stop = None, None, True
             self.world.do(op)
             return kind
         if kind in ("use", "finetune", "export"):
@@ -526,6 +526,8 @@ class Machine(RuleBasedStateMachine):
         if folder.is_dir():
             self.world.tell(f"delete the folder {name}")
             self.world.delete_folder(folder)
+            if name == "configs":  # with the locks that told what a kill has left
+                self.world.unmarked |= self.world.orphans
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
