@@ -134,14 +134,17 @@ class Sitting:
         for path in (self.files.metrics, self.files.config):
             with suppress(OSError):
                 self._before[path] = path.read_bytes()
-        if start.progress["records"] or os.path.lexists(self.files.metrics):
-            # it may be gone, or have lines of after the checkpoint
-            lines = (json.dumps(record) + "\n" for record in start.progress["records"])
-            write(self.files.metrics, "".join(lines))
+        self._write_metrics()  # it may be gone, or have lines of after the checkpoint
         if not os.path.lexists(self.files.state):
             write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
             self.keep(start)
         store.write_sealed(self.files.config, self.config(self._result("running")))
+
+    def _write_metrics(self) -> None:
+        """The records of the last checkpoint, and no others."""
+        records = self._last.progress["records"]
+        if records or os.path.lexists(self.files.metrics):
+            write(self.files.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def _result(self, state: str, **more: Any) -> dict[str, Any]:
         """How the run stands, as of its last checkpoint."""
@@ -194,6 +197,8 @@ class Sitting:
             raise NothingTrained("interrupted before the first step was done; nothing was trained")
         self._last = _without_arrays(checkpoint)
         self._write_model(checkpoint)  # a kill may have come between the last checkpoint and its weights
+        if result.reason == "interrupted":  # at once, perhaps, and between an evaluation and its line
+            self._write_metrics()
         told = self._result("done" if result.reason in ("steps", "patience") else "stopped", reason=result.reason)
         run, sample = self._as_run(checkpoint.best_params), ""
         if final:

@@ -1,6 +1,7 @@
 """A run and its text: found wherever the run is called from, its ids checked, and never another one in silence."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -369,3 +370,19 @@ def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
 
     monkeypatch.setattr(os, "getcwd", gone)
     assert api.load(path=home.parent / "runs", backend="numpy").evaluate(num_tokens=5).loss == loss
+
+
+def test_an_interrupt_before_an_evaluation_has_its_line_leaves_the_line(home, monkeypatch):
+    """The second Ctrl-C falls anywhere."""
+    append = baby_xp.sitting.append_line
+
+    def interrupted(path, value):
+        if value["step"] == 8:
+            raise KeyboardInterrupt
+        append(path, value)
+
+    monkeypatch.setattr(baby_xp.sitting, "append_line", interrupted)
+    run = api.train("baby", data="input.txt", **TINY)
+    assert run.config["result"]["state"] == "stopped"
+    lines = run.files.metrics.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8]
