@@ -439,7 +439,7 @@ def test_processes_that_the_system_refuses_end_the_lab_in_one_line(monkeypatch, 
 
 
 def test_processes_of_the_lab_find_modules_where_this_one_does(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w').close()")
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
     assert lab.experiment(shortened("equations", held_out="4+4"), seeds=2, workers=2).models == 2
     assert (tmp_path / "seen").exists()
@@ -467,7 +467,7 @@ def test_its_processes_leave_the_request_to_end_to_their_parent():
 @pytest.mark.parametrize(("name", "line"), [
     ("SIGINT", "baby_xp: interrupted"), ("SIGTERM", "baby_xp: interrupted by SIGTERM"),
 ])  # fmt: skip
-def test_a_signal_ends_it_and_leaves_no_process(name, line):
+def test_a_signal_ends_it_and_leaves_no_process(signals, name, line):
     """SIGTERM comes to all processes of a group, as job schedulers send it."""
     # who runs the tests may ignore Ctrl-C, and then all that it starts does
     program = """if True:
