@@ -109,7 +109,7 @@ def _figure(width: float, height: float) -> Any:
     """A figure of so many inches, with no window and no state shared with other figures."""
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND names nothing that it knows
         raise BabyError(f"pictures need matplotlib ({error}): pip install -e '.[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
