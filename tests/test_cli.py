@@ -1472,7 +1472,7 @@ def test_overrides_are_checked(work, values):
 
 @pytest.mark.parametrize("weights", ["Best", "", "first", None])
 def test_weights_are_the_best_or_the_last(trained, weights):
-    with pytest.raises(BabyError, match=f"weights must be best or last, not {weights!r}"):
+    with pytest.raises(BabyError, match=f"weights must be one of best, last, not {weights!r}"):
         baby_xp.api.load(path=trained.folder, weights=weights)
 
 
