@@ -860,3 +860,17 @@ def test_a_folder_that_cannot_be_listed_is_not_swept(runs, monkeypatch, sweep):
     monkeypatch.setattr(Path, "iterdir", refuse)
     monkeypatch.setattr(os, "scandir", refuse)
     sweep(RunFiles(runs, GUIDS[0]))
+
+
+def test_another_interrupt_does_not_cut_the_clean_up_short(tmp_path, monkeypatch):
+    unlink, left = Path.unlink, [1]
+
+    def interrupted(path, **how):
+        if path.name.startswith("tokenizer") and left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    fail(tmp_path / "runs", KeyboardInterrupt())
+    assert all_of(tmp_path) == set()

@@ -133,8 +133,11 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
                 yield new
             except BaseException:
                 kept = new.keep
-                if not kept:
-                    _remove(new.files)  # while the lock is held: its name may be another run's afterwards
+                if not kept:  # while the lock is held: its name may be another run's afterwards
+                    try:
+                        _remove(new.files)
+                    except KeyboardInterrupt:  # another Ctrl-C does not leave the half of it
+                        _remove(new.files)
                     new.undo.close()
                 raise
     except BaseException:
