@@ -58,6 +58,7 @@ class Case:
 
 _cases: dict[tuple[str, str], Case | str] = {}
 _outcomes: dict[str, Counter] = {}
+_reasons: dict[str, str] = {}
 
 
 def case_of(variant: str, dtype: str = "float64") -> Case:
@@ -147,12 +148,23 @@ def reference_folder() -> Path:
     return _folder("BABY_XP_REFERENCE") / "littlebaby"
 
 
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test that is marked `first_case`, all but the first are slow."""
+    for item in items:
+        if item.get_closest_marker("first_case") and any(item.callspec.indices.values()):
+            item.add_marker("slow")
+
+
 def pytest_runtest_logreport(report):
     if report.when != "call" and report.outcome == "passed":
         return
     named = set(report.nodeid.partition("[")[2].rstrip("]").split("-"))
     for variant in named & VARIANTS.keys():
         _outcomes.setdefault(variant, Counter())[report.outcome] += 1
+        if report.when == "setup" and report.outcome == "skipped":
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if reason.startswith(f"{VARIANTS[variant][0]}: "):  # as case_of says it
+                _reasons[variant] = reason
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -161,7 +173,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("backends")
     for variant in VARIANTS:
         counts = _outcomes.get(variant, Counter())
-        reason = next((c for (v, _), c in _cases.items() if v == variant and isinstance(c, str)), "")
+        reason = _reasons.get(variant, "")
         told = ", ".join(
             f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome]
         )

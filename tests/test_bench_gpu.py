@@ -583,6 +583,7 @@ def test_the_family_grows_evenly():
     assert crossover.request(found[0], "numpy", flops[0], None)["steps"] == scaling.steps_for(flops[0])
 
 
+@pytest.mark.slow
 def test_the_crossover_runs_with_another_backend_in_place_of_a_gpu(monkeypatch, capsys, quick, tmp_path):
     words = ["--backend", "array-api-strict", "--widths", "32,16", "--steps", "1", "--rounds", "1"]
     assert says(monkeypatch, crossover, *words, "--out", str(tmp_path)) == 0
@@ -809,6 +810,7 @@ def _alive(pid: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_session_trains_and_reads_the_result(monkeypatch, capsys, tmp_path):
     words = ["equations", "--num-steps", "20", "--backend", "numpy", "--path", str(tmp_path / "runs")]
     trains = gpu.Job("run", ["-m", "baby_xp", "train", *words], runs=tmp_path / "runs", judged=True)
@@ -850,6 +852,7 @@ def pretended(monkeypatch, quick):
     monkeypatch.setattr(ceiling, "calls_a_second", lambda call, wait, seconds: measured(call, wait, 0.01))
 
 
+@pytest.mark.slow
 def test_bench_train_goes_all_the_way_on_a_pretended_gpu(monkeypatch, capsys, pretended, tmp_path):
     def no_gpu(backend, kind):
         raise RuntimeError("no PyTorch computes on a pretended GPU")

@@ -39,6 +39,7 @@ def wrong(rows) -> list[str]:
     return [row.name for row in rows if not row.agrees]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "settings",
     [
@@ -98,6 +99,7 @@ def one_element(key):
     return spoil
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("module", "spoil", "ends"),
     [
@@ -245,6 +247,7 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(run, monk
         run.check()
 
 
+@pytest.mark.slow
 def test_the_largest_batch_really_fits(run, monkeypatch):
     monkeypatch.setattr(memory, "free", lambda: 16 * 2**20)
     with pytest.raises(BabyError) as caught:
@@ -268,6 +271,7 @@ def test_a_table_of_equations_bounds_a_check_by_itself(tmp_path, monkeypatch):
 # the command ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_an_array_and_ends_with_0(run, capsys):
     assert main(["check", run.guid[:8], f"--path={run.files.folder}"]) == 0
     out = capsys.readouterr().out

@@ -208,6 +208,7 @@ def test_a_truncated_file_of_ids_is_written_anew(tmp_path):
     assert Corpus.from_file(path, "char", cache).ids.tolist() == expected
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 1_000_000)
     line = "It was the best of times, it was the worst of times, “it was” the age of wisdom;\n"

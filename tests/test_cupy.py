@@ -94,6 +94,7 @@ def test_all_of_a_run_is_on_its_device(machine, text):
     assert (machine.held[0], machine.held[1] > 0) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_backend_may_be_used_from_any_thread(machine, text):
     """CuPy's current device is that of a thread, and another thread begins on device 0."""
     run, texts, failures = train(text, device="cuda:1"), [], []
@@ -187,6 +188,7 @@ def test_a_memory_limit_that_makes_no_sense_is_refused(machine, value):
         backends.load("cupy", memory_gib=value)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "estimate", "resume"])
 def test_commands_take_the_flags_and_refuse_them_for_numpy(machine, call, text, command):
     if command not in ("train", "estimate"):
@@ -240,6 +242,7 @@ class StopAt(api.Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_device_and_tf32_and_without_them_elsewhere(machine, text):
     run = train(text, listener=StopAt(4), device="cuda:1", tf32=True)
     place = {"backend": "cupy", "device": "cuda:1", "workers": 1, "tf32": True}
@@ -250,6 +253,7 @@ def test_a_run_goes_on_with_its_device_and_tf32_and_without_them_elsewhere(machi
     assert on_numpy.config["place"] == {"backend": "numpy", "device": None, "workers": 1}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("before", "flags", "after"),
     [(True, [], True), (True, ["--no-tf32"], False), (False, ["--tf32"], True), (False, [], False)],
@@ -279,6 +283,7 @@ def test_a_limit_of_the_user_is_there_again_afterwards(machine):
     assert machine.limits[0] == 12345678
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("first", "second"), [("cupy", "cupy"), ("numpy", "cupy"), ("cupy", "numpy")])
 def test_a_run_that_moves_between_numpy_and_cupy_ends_as_one_that_stays(machine, text, first, second):
     whole = train(text, backend="numpy", workers=1, dtype="float64", path="whole")
@@ -290,6 +295,7 @@ def test_a_run_that_moves_between_numpy_and_cupy_ends_as_one_that_stays(machine,
     assert found["step"] == expected["step"]
 
 
+@pytest.mark.slow
 def test_a_run_of_cupy_is_finetuned_on_numpy_and_back(machine, text, tmp_path):
     (tmp_path / "other.txt").write_text(TEXT.replace("cat", "zög"), encoding="utf-8")
     train(text)
@@ -299,6 +305,7 @@ def test_a_run_of_cupy_is_finetuned_on_numpy_and_back(machine, text, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_as_on_numpy(machine, text):
     run = train(text, num_steps=40)
     for settings in ({"seed": 1}, {"seed": 2, "top_k": 3}, {"greedy": True}, {"temperature": 0.5, "top_p": 0.9}):
@@ -330,6 +337,7 @@ def peak_of(machine, config, V: int, B: int) -> int:
 LARGER = {"n_ctx": 32, "n_emb": 32, "head_size": 32, "n_heads": 4, "n_layers": 2}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("more", [
     {"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.1, "c_attention": "moh"}, {"c_network": "moe"},
     {"n_ctx": 48, "n_heads": 16, "dropout": 0.1},
@@ -342,6 +350,7 @@ def test_the_count_of_a_batch_is_near_what_it_takes(more):
         assert 0.95 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
 
 
+@pytest.mark.slow
 def test_whole_matrices_of_scores_are_counted():
     """NumPy's blocks leave out most of what the mask hides; a GPU does not."""
     config = GPTConfig(n_ctx=128, n_emb=16, head_size=16, n_heads=16, n_layers=2, dropout=0.1)
@@ -392,6 +401,7 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, text, call):
     """The whole way: what is advised is done, on the same machine, and then it fits."""
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in {**LARGER, "n_layers": 1}.items()]
@@ -428,6 +438,7 @@ def test_where_not_one_sequence_fits_that_is_told(machine, text):
     assert "which may hold 19.5 KiB" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_survives_and_the_run_goes_on(machine, text):
     whole = train(text, path="whole")
     peak = machine.held[0]
@@ -456,6 +467,7 @@ def test_no_array_of_a_step_that_failed_is_held(machine, text):
     assert caught.value.shortage
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("what", ["generate", "evaluate", "generate_several"])
 def test_a_trained_model_that_does_not_fit_is_one_line_too(machine, text, what):
     run = train(text)
@@ -465,6 +477,7 @@ def test_a_trained_model_that_does_not_fit_is_one_line_too(machine, text, what):
         getattr(run, what)(*given)
 
 
+@pytest.mark.slow
 def test_memory_that_ends_between_two_tokens_is_one_line_too(machine, text):
     run = train(text)
     machine.limits[0] = machine.used[0] + run.params.nbytes + 4096  # the parameters fit, a token's arrays do not
@@ -517,6 +530,7 @@ def test_backends_tells_driver_card_memory_and_tf32(machine, call):
     assert backends.load("cupy", tf32=True).details().endswith("TF32 on")
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_peaks_of_memory(machine, text):
     run = train(text)
     report = run.files.report.read_text("utf-8")
@@ -539,6 +553,7 @@ def test_peaks_are_watched_in_the_first_calls_alone(machine):
     assert not machine.hooks
 
 
+@pytest.mark.slow
 def test_the_first_use_on_a_machine_is_announced(machine, call, tmp_path):
     few = ("--backend=cupy", "--num-steps=2", "--sample-tokens=0")
     code, out, _ = call("train", *few)

@@ -19,6 +19,8 @@ TEXTS = sorted(
 )
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
+LONG_PAGES = {"README.md", "docs/equations.md", "docs/life-of-a-run.md", "docs/parameters.md", "docs/tour.md"}
+"""They train for more than some seconds."""
 SECONDS_PER_PAGE, SECONDS_PER_NOTEBOOK = 1800, 1800
 
 
@@ -28,11 +30,14 @@ def name_of(path: Path) -> str:
 
 def blocks_to_run() -> list:
     return [
-        pytest.param(page, block.place, id=f"{name_of(page)}:{block.place}")
+        pytest.param(
+            page, block.place, id=f"{name_of(page)}:{block.place}",
+            marks=pytest.mark.slow if name_of(page) in LONG_PAGES else (),
+        )
         for page in PAGES
         for block in blocks_of(page.read_text("utf-8"))
         if is_run(block)
-    ]
+    ]  # fmt: skip
 
 
 def is_run(block: Block) -> bool:
@@ -78,6 +83,7 @@ def judge(page: Path, place: str) -> None:
     assert outcome == "passed", f"{page.name}, the block of line {place}:\n{told}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
 def test_notebook(notebook, tmp_path):
     """Every cell runs, in order, in a new kernel."""
@@ -305,6 +311,7 @@ def test_what_fails(tmp_path, text, told):
     assert told in said
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("cell", "code", "told"), [("x = 2", 0, ""), ("y", 1, "name 'y' is not defined")])
 def test_notebooks_run_and_fail(tmp_path, cell, code, told):
     cells = [
@@ -401,6 +408,7 @@ def test_what_is_shortened(tmp_path, monkeypatch):
     assert generate.arguments == ["-m", "baby_xp", "generate", "last", "--greedy"]
 
 
+@pytest.mark.slow
 def test_what_a_page_asks_of_the_reader_is_there(tmp_path):
     text = "```sh\npython -c 'open(\"my.txt\")'\n```\n\n    python -m baby_xp evaluate RUN   measures\n"
     assert {outcome for outcome, _ in run(tmp_path, text).values()} == {"passed"}

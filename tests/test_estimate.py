@@ -242,6 +242,7 @@ def text_file(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_trial_measures_and_leaves_nothing_behind(folder, text_file, workers):
     settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": workers}
@@ -324,6 +325,7 @@ def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
         estimating.estimate("baby", **TINY)
 
 
+@pytest.mark.slow
 @needs_signals
 def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file, signals):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""

@@ -106,6 +106,7 @@ def near_the_front(data: bytes) -> int:
     return 8 + int.from_bytes(data[:8], "little") if data[:1] != b"{" else len(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits=st.lists(EDITS, min_size=1, max_size=3), front=st.booleans())
@@ -230,7 +231,8 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.skipif(os.name == "nt", reason="no file size limit on this system")
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(copy, done):
     """Under a limit on the size of a file that the first checkpoint fits and the next one, with the best weights
-    beside the present ones, does not: a write then fails as on a full disk. The run stays as it was, bit for bit."""
+    beside the present ones, does not: a write then fails as on a full disk. The run
+    stays as it was, bit for bit."""
     before = {path: path.read_bytes() for path in copy.folder.rglob("*") if path.is_file()}
     limit = copy.state.stat().st_size - 100
     command = [sys.executable, "-c", SMALL_DISK, str(limit), "resume", f"--path={copy.folder}"]

@@ -151,6 +151,7 @@ def test_the_six_steps_answer_what_they_never_saw():
     assert list(likeliest.values()) == sorted(likeliest.values(), reverse=True)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", OF_EQUATIONS)
 def test_the_steps_give_the_weights_of_the_command_train(name, tmp_path):
     chosen = shortened(name, dtype="float64")
@@ -169,6 +170,7 @@ def test_the_steps_give_the_weights_of_the_command_train(name, tmp_path):
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["equations-table", "equations-gpt"])
 def test_evaluate_tells_the_share_of_held_out_equations(name, tmp_path, capsys):
     settings = {"digits": 1, "operators": "+", "max_sum": 9, "held_out": "60%", "seed": 1}
@@ -183,6 +185,7 @@ def test_evaluate_tells_the_share_of_held_out_equations(name, tmp_path, capsys):
     assert f"held-out equations answered rightly  {np.mean(right):.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", OF_EQUATIONS)
 def test_answers_are_those_that_generation_gives(name, tmp_path):
     small = preset(name).data.digits == 1
@@ -231,6 +234,7 @@ def test_a_run_without_equations_has_no_answers(tmp_path):
         run.answer("4+4=")
 
 
+@pytest.mark.slow
 def test_a_gpt_learns_a_small_table(tmp_path):
     run = baby_xp.train(
         "equations-gpt", path=tmp_path, backend="numpy", workers=1, digits=1, operators="+", max_sum=9,
@@ -246,6 +250,7 @@ def test_a_gpt_learns_a_small_table(tmp_path):
 # the lab --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_case_in_turn_and_every_seed():
     chosen = api.override(shortened("equations"), {"held_out": lab.EACH, "seed": 7})
     results = lab.experiment(chosen, seeds=2, workers=1)
@@ -256,6 +261,7 @@ def test_each_case_in_turn_and_every_seed():
     assert {equation for equation, _ in asked} == set(eq.equations(9, ()))
 
 
+@pytest.mark.slow
 def test_each_case_of_a_larger_table():
     chosen = shortened("equations-table", operators="+-", held_out=lab.EACH, n_hidden=4)
     results = lab.experiment(chosen, seeds=1, workers=1)
@@ -292,6 +298,7 @@ def test_the_model_of_a_case_is_the_run_of_that_case(tmp_path):
     assert loss < 1
 
 
+@pytest.mark.slow
 def test_most_sums_that_can_be_had_are_had():
     """The accuracy that docs/equations.md tells, on a few cases of the table."""
     cases = ["4+4", "1+2", "2+6", "0+7"]
@@ -387,6 +394,7 @@ def test_a_text_is_not_for_the_lab():
         lab.experiment(preset("baby"))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_that_bursts_ends_in_one_line(workers):
     chosen = shortened("equations", num_steps=300, lr=1e38, min_lr=0.0)
@@ -463,6 +471,7 @@ def test_its_processes_leave_the_request_to_end_to_their_parent():
         assert child.wait() == 0
 
 
+@pytest.mark.first_case
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "line"), [
     ("SIGINT", "baby_xp: interrupted"), ("SIGTERM", "baby_xp: interrupted by SIGTERM"),
@@ -509,6 +518,7 @@ def test_the_command_prints_what_it_measured(capsys, tmp_path):
     assert "copying the nearest trained equation  0.0% right" in text
 
 
+@pytest.mark.slow
 def test_the_command_draws_its_map(capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures are the extra `plots`")
     file = tmp_path / "map.png"

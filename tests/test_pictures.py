@@ -73,6 +73,7 @@ def test_characters_that_mean_something_to_matplotlib_or_that_it_lacks(drawing, 
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_command_draws(drawing, tmp_path):
     run = a_run(gpt_config())
     for attention in (None, "all", "1.0"):
@@ -96,6 +97,7 @@ def test_a_picture_that_cannot_be_written(drawing, tmp_path, monkeypatch, name, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
     with pytest.raises(BabyError, match="ends in one of") as caught:
         pictures.check(tmp_path / "a.pgf")  # for which another program is needed

@@ -116,6 +116,7 @@ def alone(text, tmp_path):
     return ending
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("at", [1, 7, 20, 23])
 def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_path, alone, at, workers):
@@ -126,6 +127,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_pa
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=workers)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("how", ["signal", "term", "exception"])
 @pytest.mark.parametrize("where", ["progress", "evaluated"])
 def test_it_does_not_matter_where_and_how_it_is_stopped(text, tmp_path, alone, where, how):
@@ -152,6 +154,7 @@ def _interrupted(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("more", [
     {"num_steps": None, "num_epochs": 1, "stride": 40},
     {"accumulate": 2, "batch_size": 2},
@@ -276,6 +279,7 @@ def test_two_processes_cannot_go_on_with_one_run(text, tmp_path):
 # killed -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 40, (0.005, 0.08)), (2, 3, (0.8, 1.2))])
 def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path, workers, kills, seconds):

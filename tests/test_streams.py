@@ -98,6 +98,7 @@ def test_nobody_who_reads_on_is_no_error(run, call, arguments, at_write):
     assert call(*arguments, out=Broken(errno.EPIPE, at_write))[::2] == (141, "")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141), (errno.EIO, 2)])
 @pytest.mark.parametrize("command", ["train", "finetune"])

@@ -118,6 +118,7 @@ def test_of_two_texts_of_one_name_the_one_with_the_hash_is_taken(home, monkeypat
                 api.load(path=home / "runs", backend="numpy").evaluate()
 
 
+@pytest.mark.slow
 def test_a_file_named_like_a_built_in_text_is_not_it(home):
     Path("nursery").write_text("not a rhyme\n" * 200)
     Path("shakespeare").write_text("not a play\n" * 200)

@@ -86,6 +86,7 @@ class SameBatch:
         return self._batch
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
 def test_one_batch_is_overfitted(switches):
     model = Model(GPTConfig(**SMALL, **switches), 17)
@@ -184,6 +185,7 @@ def test_in_however_many_parts_a_step_is_the_step(batch_size, accumulate, dropou
     check_parts(case, expected, batch_size=batch_size, accumulate=accumulate, dropout=dropout, epochs=epochs)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):

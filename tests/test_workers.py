@@ -300,6 +300,7 @@ def test_there_are_no_more_workers_than_samples():
 # what stays behind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.first_case
 def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they_work(arenas, request):
     setting = Setting("float32")
     with setting.pool(3) as pool:
@@ -361,6 +362,7 @@ def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -
     return main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, *more])
 
 
+@pytest.mark.first_case
 @needs_signals
 def test_a_worker_that_is_killed_ends_training_in_one_line(
     tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
@@ -374,6 +376,7 @@ def test_a_worker_that_is_killed_ends_training_in_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.first_case
 @needs_signals
 def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
     tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
@@ -517,6 +520,7 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path
     assert training.stderr.read() == b""
 
 
+@pytest.mark.first_case
 @needs_signals
 @pytest.mark.parametrize(("number", "group"), [
     ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
