@@ -223,6 +223,8 @@ def test_what_generate_cannot_take_is_named(run, arguments, word):
         (lambda run: baby_xp.load(path=run.files.folder, weights=["best"]), "weights"),
         (lambda run: baby_xp.load(path=run.files.folder, backend="numpy", device=5), "device"),
         (lambda run: baby_xp.load(path="ru\0ns"), "path"),
+        (lambda run: baby_xp.list_runs("ru\0ns"), "path"),
+        (lambda run: baby_xp.list_runs(5), "path"),
         (lambda run: baby_xp.finetune(path=run.files.folder, data=5, backend="numpy"), "data"),
         (lambda run: baby_xp.finetune(path=run.files.folder, data="te\0xt", backend="numpy"), "data"),
         (lambda run: baby_xp.resume(path=run.files.folder, num_steps="9"), "num_steps"),

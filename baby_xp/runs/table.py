@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baby_xp.errors import BabyError
+from baby_xp.files import as_path
 from baby_xp.runs import checkpoint, store
 from baby_xp.runs.store import RunFiles
 
@@ -28,8 +29,12 @@ class Summary:
 
 
 def summaries(folder: str | Path) -> list[Summary]:
-    """The runs under `folder`, the one last trained first. A damaged one is in the list like any other."""
-    return [_summary(RunFiles(Path(folder), guid)) for guid in store.guids(Path(folder))]
+    """The runs under `folder`, the one last trained first. A damaged one is in the list like any other.
+
+    Raises BabyError for what is no path.
+    """
+    folder = as_path(folder, "path")
+    return [_summary(RunFiles(folder, guid)) for guid in store.guids(folder)]
 
 
 def _summary(files: RunFiles) -> Summary:
