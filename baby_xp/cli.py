@@ -3,23 +3,18 @@
 Input that cannot be used ends in one line on stderr and exit code 2.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
-import io
 import os
-import re
 import shlex
 import signal
 import sys
-import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from baby_xp import __version__
+from baby_xp import __version__, options
 from baby_xp.errors import BabyError, NothingTrained
 from baby_xp.files import refusal, write
 from baby_xp.screen import Screen, counting
@@ -192,7 +187,7 @@ def finetune(arguments: list[str]) -> None:
     from baby_xp import api
 
     name, rest = _positional(arguments, "last")
-    base = api.load(name, path=_path_of(rest), backend="numpy")
+    base = api.load(name, path=options.peek(rest, "--path")[0] or "runs", backend="numpy")
     chosen = api.finetuning(base)
     default = {"model": Changes(chosen.model.dropout), "train": chosen.train, "data": Text("")}
     about = f"Finetune run {base.guid} on another text."
@@ -246,10 +241,10 @@ class Resumption:
 def resume(arguments: list[str]) -> None:
     """Go on with a run from its last checkpoint."""
     name, rest = _positional(arguments, "last")
-    asked = _tyro(Resumption, "baby_xp resume [RUN]", rest, Resumption())
+    asked, given = _asked(Resumption(), "baby_xp resume [RUN]", rest)
     from baby_xp import api
 
-    given = {name: value for name, value in _given(asked, rest).items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     run = api.resume(name, listener=Screen(asked.backend or ""), **given)
     _show_end(run, asked.path)
 
@@ -267,41 +262,15 @@ def _parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tupl
 
 
 def _parse_settings(
-    parts: dict[str, Any], place: TrainPlace, about: str, program: str, arguments: list[str]
+    parts: dict[str, Any], place: Any, about: str, program: str, arguments: list[str]
 ) -> tuple[dict[str, Any], Any]:
-    """The settings that flags give in place of those of the configs `parts`, and the place.
+    """The settings that flags give in place of those of `parts`, which are configs, and the place that they name.
 
     Those that are not given are not among them: it matters what was asked for, not only what results.
     """
-    import tyro
-
-    default = {**parts, "place": place}
-    # one flat set of flags; which there are depends on the kind of model
-    fields = [(name, Annotated[type(value), tyro.conf.OmitArgPrefixes]) for name, value in default.items()]
-    settings = make_dataclass("Settings", fields, frozen=True)
-    settings.__doc__ = about
-    asked = _tyro(settings, program, arguments, settings(**default))
-    given: dict[str, Any] = {}
-    for name in parts:
-        given |= _given(getattr(asked, name), arguments)
-    return given, asked.place
-
-
-def _path_of(arguments: list[str]) -> str:
-    """The value of --path, which is needed before the other flags are known."""
-    return _known(arguments, "--path")[0] or "runs"
-
-
-def _known(arguments: list[str], *flags: str) -> list[str | None]:
-    """The values of some flags that are needed before the others are known; None where one is not given."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    for flag in flags:
-        parser.add_argument(*{flag, "--" + flag[2:].replace("-", "_")}, dest=flag)
-    try:
-        found = vars(parser.parse_known_args(arguments)[0])
-    except argparse.ArgumentError:
-        return [None] * len(flags)  # what is wrong with it, the whole command line will tell
-    return [found[flag] for flag in flags]
+    given = options.parse({**parts, "place": place}, about, program, arguments)
+    of_place = {field.name: given.pop(field.name) for field in dataclasses.fields(place) if field.name in given}
+    return given, replace(place, **of_place)
 
 
 def _show_end(run: Any, path: str) -> None:
@@ -367,9 +336,9 @@ WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
 def generate(arguments: list[str]) -> None:
     """Generate from a run and keep the completion."""
     name, rest = _positional(arguments, "last")
-    asked = _tyro(Generation, "baby_xp generate [RUN]", rest, Generation())
-    if asked.greedy and (ways := [name for name in _given(asked, rest) if name in WAYS_TO_DRAW]):
-        flags = " and ".join(map(_flag, ways))
+    asked, given = _asked(Generation(), "baby_xp generate [RUN]", rest)
+    if asked.greedy and (ways := [name for name in WAYS_TO_DRAW if name in given]):
+        flags = " and ".join("--" + name.replace("_", "-") for name in ways)
         raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
     run = _load(name, asked)
     pieces = run.stream(
@@ -447,7 +416,7 @@ class Exported:
 def import_(arguments: list[str]) -> None:
     """import littlebaby MODEL.json: make a run of a model of the original Little Baby."""
     model, rest = _positional(_of_littlebaby("import", arguments), "")
-    asked = _tyro(Imported, "baby_xp import littlebaby MODEL.json", rest, Imported())
+    asked, _ = _asked(Imported(), "baby_xp import littlebaby MODEL.json", rest)
     if not model:
         raise BabyError("name the model to import: import littlebaby models/model_<guid>.json")
     from baby_xp import api
@@ -463,7 +432,7 @@ def import_(arguments: list[str]) -> None:
 def export(arguments: list[str]) -> None:
     """export littlebaby [RUN] --to FOLDER: write a run as files of the original Little Baby."""
     name, rest = _positional(_of_littlebaby("export", arguments), "last")
-    asked = _tyro(Exported, "baby_xp export littlebaby [RUN]", rest, Exported())
+    asked, _ = _asked(Exported(), "baby_xp export littlebaby [RUN]", rest)
     from baby_xp import api
 
     run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
@@ -499,7 +468,7 @@ class Measurement(GpuPlace):
 def evaluate(arguments: list[str]) -> None:
     """Measure a run."""
     name, rest = _positional(arguments, "last")
-    asked = _tyro(Measurement, "baby_xp evaluate [RUN]", rest, Measurement())
+    asked, _ = _asked(Measurement(), "baby_xp evaluate [RUN]", rest)
     run = _load(name, asked)
     found = run.evaluate(asked.data, asked.num_tokens, asked.seed)
     print(f"run {run.guid}, the {asked.weights} weights")
@@ -538,7 +507,7 @@ class Look(Place):
 def inspect(arguments: list[str]) -> None:
     """Look into a run."""
     name, rest = _positional(arguments, "last")
-    asked = _tyro(Look, "baby_xp inspect [RUN]", rest, Look())
+    asked, _ = _asked(Look(), "baby_xp inspect [RUN]", rest)
     from baby_xp import api, inspection
 
     run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
@@ -571,7 +540,7 @@ class GradientCheck:
 def check(arguments: list[str]) -> int:
     """Check the gradients of a run -> 0 if all agree with finite differences, 1 if one does not."""
     name, rest = _positional(arguments, "last")
-    asked = _tyro(GradientCheck, "baby_xp check [RUN]", rest, GradientCheck())
+    asked, _ = _asked(GradientCheck(), "baby_xp check [RUN]", rest)
     from baby_xp import api, checking
 
     run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
@@ -603,7 +572,7 @@ def equations(arguments: list[str]) -> None:
         raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
     from baby_xp import api, lab
 
-    chosen = lab.suitable(kind, *_known(rest, "--digits", "--max-sum", "--operators"))
+    chosen = lab.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))
     parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
     about = f"Train {chosen.name} with equations held out ({lab.EACH}: each in turn), and ask for them."
     asked, experiment = _parse_settings(parts, Experiment(), about, f"baby_xp equations {kind}", rest)
@@ -633,7 +602,7 @@ class Folder:
 
 def runs(arguments: list[str]) -> None:
     """List all runs, the one last trained first."""
-    asked = _tyro(Folder, "baby_xp runs", arguments, Folder())
+    asked, _ = _asked(Folder(), "baby_xp runs", arguments)
     from baby_xp import api
 
     found = api.list_runs(asked.path)
@@ -695,144 +664,11 @@ def _nothing(command: str, arguments: list[str]) -> None:
         raise BabyError(f"{command} takes no arguments, not {' '.join(arguments)!r}")
 
 
-def _tyro(kind: type, program: str, arguments: list[str], default: Any) -> Any:
-    """Parse flags. tyro reports what is wrong in a box of several lines and exits; this makes it one line."""
-    import tyro
-
-    for argument in arguments:
-        if argument.startswith("--tyro-"):  # which it would take: they write files of their own
-            raise BabyError(f"Unrecognized options: {argument}; see {program.split(' [')[0]} --help")
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, prog=program, args=arguments, default=default)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        message = _wrong_flag(_flags(default), arguments) or _refused(stop) or _first_message(stderr.getvalue())
-        raise BabyError(f"{message}; see {program.split(' [')[0]} --help") from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _given(config: Any, arguments: list[str]) -> dict[str, Any]:
-    """The fields of a config that are named on the command line."""
-    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
-    return {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-        if names & {_flag(field.name), _flag(f"no_{field.name}")}
-    }  # fmt: skip
-
-
-def _flags(config: Any) -> dict[str, Any]:
-    """The flags of a config, with those of the configs in it, and the type of each."""
-    found: dict[str, Any] = {}
-    kinds = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        found |= _flags(value) if dataclasses.is_dataclass(value) else {_flag(field.name): kinds[field.name]}
-    return found
-
-
-MOST_QUOTED = 80
-"""Characters of an argument that a message repeats."""
-
-
-def _wrong_flag(flags: dict[str, Any], arguments: list[str]) -> str | None:
-    """What is wrong with the first argument that is wrong by itself; None if none is."""
-    rest = list(arguments)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        name = flag.replace("_", "-")
-        kind = flags.get(name)
-        if kind is None and flags.get(f"--{name[5:]}") is bool and name.startswith("--no-"):
-            kind = bool
-        if not flag.startswith("-"):
-            return f"{_quoted(flag + equals + value)} is one argument too many"
-        if kind is None and flag not in ("-h", "--help"):
-            near = difflib.get_close_matches(name, flags, 1, 0.75)
-            return f"there is no option {_quoted(flag)}" + (f"; did you mean {near[0]}?" if near else "")
-        if kind is bool and equals:
-            other = "" if name.startswith("--no-") else f" or --no-{name[2:]}"
-            return f"{flag} takes no value: give {name}{other}"
-        if kind in (None, bool):
-            continue
-        if get_origin(kind) is tuple:
-            while rest and _is_value(rest[0]):
-                rest.pop(0)
-            continue
-        if not equals and rest and _is_value(rest[0]):
-            value, equals = rest.pop(0), "="
-        if not equals:
-            return f"{flag} needs a value" + _one_with_a_dash(flag, flags, rest)
-        if wanted := _wanted(kind, value):
-            return f"{flag} must be {wanted}, not {_quoted(value)}"
-    return None
-
-
-def _is_value(argument: str) -> bool:
-    """Whether tyro takes it for the value of the flag before it: a number may be negative."""
-    body = argument.lstrip("-")
-    looks_like_a_flag = body != argument and body[:1].isalpha() and body.lower() not in ("inf", "infinity", "nan")
-    return argument != "--" and not looks_like_a_flag
-
-
-def _one_with_a_dash(flag: str, flags: dict[str, Any], rest: list[str]) -> str:
-    """How to give a value that begins with a dash, if this may be one."""
-    if not rest or rest[0].partition("=")[0].replace("_", "-") in flags:
-        return ""
-    value = rest[0] if rest[0].isprintable() and len(rest[0]) <= MOST_QUOTED else "-..."
-    return f"; one that begins with - is given as {shlex.quote(f'{flag}={value}')}"
-
-
-def _wanted(kind: Any, value: str) -> str | None:
-    """What a value of this type must be, if this one is not."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if type(None) in kinds and value == "None":
-        return None
-    names = []
-    for one in kinds:
-        if get_origin(one) is Literal:
-            if value in get_args(one):
-                return None
-            names.append(f"one of {', '.join(get_args(one))}")
-        elif one in (int, float):
-            with contextlib.suppress(ValueError):
-                one(value)
-                return None
-            names.append("a whole number" if one is int else "a number")
-        elif one is not type(None):
-            return None  # any text will do
-    return " or ".join(names)
-
-
-def _quoted(text: str) -> str:
-    """As it was given, on one line and not too long."""
-    return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}...")
-
-
-def _refused(error: BaseException | None) -> str | None:
-    """The message of the config that refused a value, if that is what led to this error."""
-    while error is not None:
-        if isinstance(error, BabyError):
-            return str(error)
-        error = error.__context__
-    return None
-
-
-def _first_message(box: str) -> str:
-    """The first message in tyro's box: what stands before its first rule, on one line."""
-    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
-    message = []
-    for line in lines[1:]:
-        if line and not line.strip("─-"):
-            break
-        message.append(line)
-    text = " ".join(" ".join(message).split()) or " ".join(box.split())
-    # our own checks name the field; tyro puts the part of the config before it
-    return re.sub(r"^Error parsing (model|train|data|place): ", "", text)
+def _asked(default: Any, program: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The options of a command, a dataclass whose values are the defaults, and those of them that were given."""
+    about = " ".join((type(default).__doc__ or "").split())
+    given = options.parse({"options": default}, about, program, arguments)
+    return replace(default, **given), given
 
 
 def _can_show(characters: str) -> bool:

@@ -258,8 +258,7 @@ def _tried(
 
 def serve() -> None:
     """What the process of a trial does: a request on its input, an answer as the last line of its output."""
-    import tqdm  # noqa: F401
-    import tyro  # noqa: F401  # the command line of the real run has them, and they take room too
+    import tqdm  # noqa: F401  # the command line of the real run has it, and it takes room too
 
     request = json.load(sys.stdin)
     try:

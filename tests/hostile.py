@@ -8,10 +8,8 @@ memory, disk, processes and time, and before each command the folder is as it wa
 
 import contextlib
 import faulthandler
-import functools
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import os
@@ -346,8 +344,6 @@ def main() -> None:
             if Path(tempfile.gettempdir()) in folder.parents:
                 folder.chmod(0o755)
     baby_xp.sitting.SAMPLE_TOKENS = 20
-    # tyro reads the docstrings of fields from the sources, anew for each command
-    inspect.findsource = functools.cache(inspect.findsource)
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     base.make()

@@ -1,9 +1,7 @@
 """The command line: what cannot be used ends in one line and leaves nothing; what can, does what it says."""
 
 import contextlib
-import functools
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -64,8 +62,6 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         # what a run shows of itself at its end takes longer than the training here
         patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 60)
-        # tyro reads the docstrings of fields from the sources, anew for each command
-        patch.setattr(inspect, "findsource", functools.cache(inspect.findsource))
         yield
 
 
@@ -1481,12 +1477,6 @@ def test_the_weights_that_are_asked_for_are_loaded(trained):
     assert best.params.tobytes() == baby_xp.api.load(path=trained.folder).params.tobytes()
     np.testing.assert_array_equal(last.params, load_file(trained.state)["params"], strict=True)
     assert best.config == last.config
-
-
-@pytest.mark.parametrize("flag", ["--tyro-print-completion", "--tyro-write-completion"])
-def test_flags_of_the_parser_itself_are_none_of_ours(work, refused, flag):
-    refused("export", "littlebaby", "last", flag, "bash", "out", words=(flag, "--help"))
-    assert not (work / "out").exists()
 
 
 def test_a_run_without_a_step_that_goes_on_to_nothing_is_as_it_was(work, burst, call):

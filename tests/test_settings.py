@@ -12,7 +12,7 @@ import pytest
 from baby_xp_data import equations
 
 import baby_xp
-from baby_xp import api, cli, config, estimating, lab, task
+from baby_xp import api, cli, config, estimating, lab, options, task
 from baby_xp.cli import main
 from baby_xp.config import TrainConfig
 from baby_xp.errors import BabyError
@@ -300,13 +300,13 @@ def test_a_prompt_that_is_no_question_is_generated_from_with_a_note(call):
 DASH = "needs a value; one that begins with - is given as "
 WRONG = [
     ("train", ["--num-steps", "1e4"], "--num-steps must be a whole number, not '1e4'"),
-    ("train", ["--num_steps=2.5"], "--num_steps must be a whole number, not '2.5'"),
+    ("train", ["--num_steps=2.5"], "--num-steps must be a whole number, not '2.5'"),
     ("train", ["--clip=0.5", "--lr", "fast"], "--lr must be a number, not 'fast'"),
     ("train", ["--lr="], "--lr must be a number, not ''"),
     ("train", ["--c-attention=mhb"], "--c-attention must be one of mha, moh, not 'mhb'"),
     ("train", ["--workers", "two"], "--workers must be a whole number, not 'two'"),
     ("train", ["--tf32=yes"], "--tf32 takes no value: give --tf32 or --no-tf32"),
-    ("train", ["--no-tf32=yes"], "--no-tf32 takes no value: give --no-tf32"),
+    ("train", ["--no-tf32=yes"], "--tf32 takes no value: give --tf32 or --no-tf32"),
     ("train", ["--tf32", "yes"], "'yes' is one argument too many"),
     ("train", ["--lr"], "--lr needs a value"),
     ("train", ["--lr", "--clip", "1"], "--lr needs a value"),
@@ -316,10 +316,11 @@ WRONG = [
     ("train", ["-x"], "there is no option '-x'"),
     ("train", [f"--lr={'9' * 200}x"], f"--lr must be a number, not '{'9' * 80}...'"),
     ("train", ["--lr=\x1b[1m"], "--lr must be a number, not '\\x1b[1m'"),
-    ("train", ["--num-epochs=0"], "num_epochs must be a whole number of at least 1, not 0"),
-    ("train", ["--min-lr", "-inf"], "min_lr must be a number of at least 0, not -inf"),
+    ("train", ["--min-lr", "-x"], f"--min-lr {DASH}--min-lr=-x"),
+    ("train", ["--", "--lr"], "'--' is one argument too many"),
+    ("train", ["--help=x"], "-h takes no value"),
     ("generate", ["--prompt", "-x"], f"--prompt {DASH}--prompt=-x"),
-    ("generate", ["--prompt", "--to be"], f"--prompt {DASH}'--prompt=--to be'"),
+    ("generate", ["--prompt", "-x&y"], f"--prompt {DASH}'--prompt=-x&y'"),
     ("generate", ["--prompt", "-x\x1b"], f"--prompt {DASH}--prompt=-..."),
     ("generate", ["--prompt", "-", "--top-k", "-x"], f"--top-k {DASH}--top-k=-x"),
     ("inspect", ["--off", "0.1", "0.2", "--top=x"], "--top must be a whole number, not 'x'"),
@@ -338,14 +339,6 @@ def test_what_is_wrong_with_a_flag_is_said_in_one_sentence(monkeypatch, command,
     name = "train baby" if command == "train" else command
     assert err.buffer.getvalue().decode() == f"baby_xp: {message}; see baby_xp {name} --help\n"
 
-
-@pytest.mark.parametrize(("box", "message"), [
-    ("╭─ Parsing error ─╮\n│ What is │\n│ wrong │\n│ ───────── │\n│ For full helptext │\n╰───╯", "What is wrong"),
-    ("+- Parsing error -+\n| What is |\n| wrong |\n| --------- |\n| For full helptext |\n+---+", "What is wrong"),
-    ("something else", "something else"),
-])  # fmt: skip
-def test_of_what_tyro_alone_can_say_the_first_message_is_taken(box, message):
-    assert cli._first_message(box) == message
 
 
 # signals ------------------------------------------------------------------------------------------------
@@ -388,3 +381,19 @@ def test_a_training_under_nohup_outlives_its_terminal(call, monkeypatch, signals
 def test_a_worker_whose_main_process_is_gone_before_it_began_says_nothing(line):
     done = subprocess.run([sys.executable, "-c", PROGRAM], input=line, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_value_may_be_negative_and_a_name_be_written_with_underscores(call):
+    for arguments in (["--min-lr", "-1e-3"], ["--min_lr=-1e-3"], ["--min_lr", "-.001"]):
+        code, out, err = call("train", *arguments, *flags(backend="numpy"))
+        assert (code, out, err) == (2, "", "baby_xp: min_lr must be a number of at least 0, not -0.001\n")
+
+
+def test_what_is_given_is_told_from_what_results():
+    def given(part, *arguments):
+        return options.parse({"options": part}, "", "baby_xp x", arguments)
+
+    told = given(cli.GpuPlace(), "--tf32", "--path", "runs", "--device=None", "--memory-gib=2")
+    assert told == {"tf32": True, "path": "runs", "device": None, "memory_gib": 2}
+    assert given(cli.GpuPlace()) == {}
+    assert given(cli.Look(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}

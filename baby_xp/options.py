@@ -1,0 +1,199 @@
+"""The flags of a command: the fields of some dataclasses, whose values are the defaults.
+
+argparse reads them; what is wrong is a BabyError with one sentence, which names the flag.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import shlex
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from baby_xp.errors import BabyError
+
+MOST_QUOTED = 80
+"""Characters of an argument that a message repeats."""
+METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
+
+
+def parse(parts: dict[str, Any], about: str, program: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields that the arguments name, with their values; those that are not named are not in it.
+
+    parts: what to call the flags in the help, and the dataclass that they stand for. about, program: for the help.
+    Raises BabyError for what cannot be used, and SystemExit after --help.
+    """
+    fields = [field for part in parts.values() for field in _fields(part)]
+    kinds = {_flag(name): kind for name, kind, _ in fields}
+    try:
+        found, rest = _parser(parts, about, program, arguments).parse_known_args(_joined(arguments, kinds))
+    except argparse.ArgumentError as error:
+        problem = _problem(error, kinds, arguments)
+    else:
+        if not rest:
+            return vars(found)
+        problem = _too_much(rest[0], kinds)
+    raise BabyError(f"{problem}; see {program.split(' [')[0]} --help")
+
+
+def peek(arguments: Sequence[str], *flags: str) -> list[str | None]:
+    """The values of some flags that are needed before the others are known; None where one is not given."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    try:
+        found, _ = parser.parse_known_args(_joined(arguments, dict.fromkeys(flags, str)))
+    except argparse.ArgumentError:
+        return [None] * len(flags)  # what is wrong with it, the whole command line will tell
+    return list(vars(found).values())
+
+
+# the parser ---------------------------------------------------------------------------------------------
+
+
+def _parser(parts: dict[str, Any], about: str, program: str, arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        program.split(" [")[0], f"{program} [options]", about, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, exit_on_error=False,
+    )  # fmt: skip
+    helping = not {"-h", "--help"}.isdisjoint(arguments)
+    for title, part in parts.items():
+        group = parser if title == "options" else parser.add_argument_group(title)
+        told = _docstrings(type(part)) if helping else {}
+        for name, kind, default in _fields(part):
+            group.add_argument(_flag(name), dest=name, help=_help(told.get(name, ""), default), **_reading(kind))
+    return parser
+
+
+def _fields(part: Any) -> list[tuple[str, Any, Any]]:
+    """Name, type and default of each field."""
+    kinds = get_type_hints(type(part))
+    return [(one.name, kinds[one.name], getattr(part, one.name)) for one in dataclasses.fields(part)]
+
+
+def _reading(kind: Any) -> dict[str, Any]:
+    """How argparse is to read a value of this type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is tuple:
+        return {"type": _value(get_args(kind)[0]), "metavar": METAVARS[get_args(kind)[0]], "nargs": "*"}
+    shown = [
+        "{" + ",".join(get_args(one)) + "}" if get_origin(one) is Literal else METAVARS[one]
+        for one in _choices(kind) if one is not type(None)
+    ]  # fmt: skip
+    return {"type": _value(kind), "metavar": "|".join(shown)}
+
+
+def _value(kind: Any) -> Callable[[str], Any]:
+    """What makes a value of this type of an argument."""
+
+    def value(text: str) -> Any:
+        kinds, names = _choices(kind), []
+        if type(None) in kinds and text == "None":
+            return None
+        for one in kinds:
+            if one is type(None):
+                continue
+            if get_origin(one) is Literal:
+                if text in get_args(one):
+                    return text
+                names.append(f"one of {', '.join(get_args(one))}")
+            else:
+                with contextlib.suppress(ValueError):
+                    return one(text)
+                names.append("a whole number" if one is int else "a number")
+        raise argparse.ArgumentTypeError(f"must be {' or '.join(names)}, not {_quoted(text)}")
+
+    return value
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """What is written below each field."""
+    import docstring_parser
+
+    return {
+        field.arg_name: field.description or ""
+        for one in reversed(kind.__mro__[:-1])
+        for field in docstring_parser.parse_from_object(one).params
+    }
+
+
+def _help(told: str, default: Any) -> str:
+    shown = f" (default: {default})" if default not in (None, False, "", ()) else ""
+    return " ".join(f"{told}{shown}".split()).replace("%", "%%")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# what stands on the line --------------------------------------------------------------------------------
+
+
+def _joined(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
+    """The arguments, with - for _ in the names of flags, and values that begin with a dash joined to their flag:
+    argparse would take -1e-3 for a flag."""
+    joined, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if name not in kinds and f"--{name[5:]}" not in kinds:
+            joined.append(argument)
+            continue
+        if not equals and rest and kinds.get(name, bool) is not bool and _is_dashed_value(rest[0]):
+            equals, value = "=", rest.pop(0)
+        joined.append(f"{name}{equals}{value}")
+    return joined
+
+
+def _is_dashed_value(argument: str) -> bool:
+    """Whether it begins with a dash and is no flag: a number may be negative."""
+    body = argument.lstrip("-")
+    looks_like_a_flag = body[:1].isalpha() and body.lower() not in ("inf", "infinity", "nan")
+    return argument != "--" and body != argument and not looks_like_a_flag
+
+
+# what is wrong ------------------------------------------------------------------------------------------
+
+
+def _problem(error: argparse.ArgumentError, kinds: dict[str, Any], arguments: Sequence[str]) -> str:
+    """What is wrong with the value of a flag, or that there is one, or none."""
+    flag = (error.argument_name or "").split("/")[0]
+    if error.message.startswith("must be "):
+        return f"{flag} {error.message}"
+    if kinds.get(flag, bool) is not bool:
+        return f"{flag} needs a value" + _one_with_a_dash(flag, kinds, arguments)
+    if flag not in kinds:
+        return f"{flag} takes no value"
+    return f"{flag} takes no value: give {flag} or --no-{flag[2:]}"
+
+
+def _one_with_a_dash(flag: str, kinds: dict[str, Any], arguments: Sequence[str]) -> str:
+    """How to give a value that begins with a dash, if what follows the flag may be one."""
+    places = [at for at, argument in enumerate(arguments) if argument.replace("_", "-") == flag]
+    after = arguments[places[-1] + 1 :] if places else ()
+    if not after or after[0].partition("=")[0].replace("_", "-") in kinds:
+        return ""
+    value = after[0] if after[0].isprintable() and len(after[0]) <= MOST_QUOTED else "-..."
+    return f"; one that begins with - is given as {shlex.quote(f'{flag}={value}')}"
+
+
+def _too_much(argument: str, kinds: dict[str, Any]) -> str:
+    """What is wrong with an argument that stands for nothing."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("-") or argument == "--":
+        return f"{_quoted(argument)} is one argument too many"
+    near = difflib.get_close_matches(flag.replace("_", "-"), kinds, 1, 0.75)
+    return f"there is no option {_quoted(flag)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _quoted(text: str) -> str:
+    """As it was given, on one line and not too long."""
+    return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}...")
