@@ -29,21 +29,21 @@ USAGE = f"""baby_xp {__version__}: train baby language models from scratch
 usage: python -m baby_xp COMMAND [options]
 
   train [PRESET]        train a model; without a preset, the baby
-  finetune RUN --data   train a run on, on another text
-  resume [RUN]          go on with a run that was stopped or killed, as if nothing had happened
-  generate [RUN]        let a trained model go on from a prompt (also called inference)
+  finetune RUN --data   continue training a run on another text
+  resume [RUN]          continue a run that was stopped or killed, from its last checkpoint
+  generate [RUN]        generate text from a prompt (also called inference)
   evaluate [RUN]        measure a run: loss, perplexity, words, copies
-  inspect [RUN]         look into a run: every array on the way, what it expects next, what it looks at
-  check [RUN]           hold the gradients of a run against finite differences, layer by layer
-  equations [gpt]       hold out each sum in turn, train a model for it, ask it
-  estimate [PRESET]     how large, how long and how much memory, before a run
-  runs                  all runs, newest first
-  presets               what can be trained, and how big it is
-  backends              which array libraries work here, and what the others lack
-  import littlebaby     make a run of a model of the original Little Baby
-  export littlebaby     write a run as the original Little Baby's files
+  inspect [RUN]         show every array of a forward pass, the predictions and the attention
+  check [RUN]           compare the gradients of a run with finite differences, layer by layer
+  equations [gpt]       hold out each sum in turn, train a model without it, ask for it
+  estimate [PRESET]     size, time and memory of a run, before it starts
+  runs                  list all runs, newest first
+  presets               list what can be trained
+  backends              list which array libraries work here, and what the others lack
+  import littlebaby     import a model of the original Little Baby as a run
+  export littlebaby     export a run as the original Little Baby's files
 
-RUN is a GUID, the beginning of one, or last. COMMAND --help tells its options.
+RUN is a GUID, the beginning of one, or last. COMMAND --help lists its options.
 """
 
 
@@ -115,7 +115,7 @@ class Place:
     """Where a run computes and where its files lie."""
 
     backend: str = "auto"
-    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists what works."""
+    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists which work."""
     device: str | None = None
     """Device of the backend, such as cuda:1; none: its default."""
     path: str = "runs"
@@ -127,9 +127,9 @@ class GpuPlace(Place):
     """Where a run computes, how a GPU does it, and where its files lie."""
 
     tf32: bool = False
-    """Products of matrices with fewer digits, and faster (cupy backend)."""
+    """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
-    """Most GPU memory to take, in GiB (cupy backend); none: no limit."""
+    """Limit of GPU memory, in GiB (cupy backend); none: no limit."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TrainPlace(GpuPlace):
     """Where a run computes and where its files lie."""
 
     workers: int | None = None
-    """Processes that share each step (numpy backend); none: as many as suit."""
+    """Processes that share each step (numpy backend); none: chosen automatically."""
 
 
 def train(arguments: list[str]) -> None:
@@ -154,11 +154,11 @@ class EstimatePlace(TrainPlace):
     """Where a run would compute. Nothing is written."""
 
     measure: bool = True
-    """Train for some seconds, to measure time and memory; without, only what can be counted."""
+    """Train for some seconds to measure time and memory; --no-measure: only what can be counted."""
 
 
 def estimate(arguments: list[str]) -> None:
-    """Tell what a run would take, with the flags of train."""
+    """Estimate what a run would take, with the flags of train."""
     chosen, asked, place = _parse_preset("estimate", arguments, EstimatePlace())
     from baby_xp import estimating
 
@@ -190,7 +190,7 @@ def finetune(arguments: list[str]) -> None:
     base = api.load(name, path=options.peek(rest, "--path")[0] or "runs", backend="numpy")
     chosen = api.finetuning(base)
     default = {"model": Changes(chosen.model.dropout), "train": chosen.train, "data": Text("")}
-    about = f"Finetune run {base.guid} on another text."
+    about = f"Continue training run {base.guid} on another text."
     asked, place = _parse_settings(default, TrainPlace(), about, "baby_xp finetune RUN", rest)
     if not asked.get("data"):
         raise BabyError("finetuning needs a text: name it with --data")
@@ -200,7 +200,7 @@ def finetune(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Resumption:
-    """Go on with a run from its last checkpoint. What is not given stays as it was."""
+    """Continue a run from its last checkpoint. Settings that are not given stay as they were."""
 
     backend: str | None = None
     """numpy, cupy, torch, jax or array-api-strict."""
@@ -209,29 +209,29 @@ class Resumption:
     path: str = "runs"
     """Folder of the runs."""
     workers: int | None = None
-    """Processes that share each step; another number gives the same up to rounding only."""
+    """Processes that share each step; another number changes results by rounding only."""
     tf32: bool = False
-    """Products of matrices with fewer digits, and faster (cupy backend)."""
+    """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
-    """Most GPU memory to take, in GiB (cupy backend); it is not kept from before."""
+    """Limit of GPU memory, in GiB (cupy backend); not kept from the last session."""
     data: str | None = None
-    """Where the text lies now; it must be the same text."""
+    """Where the text is now; it must be the same text."""
     num_steps: int | None = None
-    """Steps in all: more of them, to go on with a run that is done."""
+    """Total number of steps; a larger one continues a run that is done."""
     lr: float | None = None
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine."""
     clip: float | None = None
-    """Largest global norm of the gradients; 0: no limit."""
+    """Clip gradients to this global norm; 0: no clipping."""
     eval_every: int | None = None
-    """Steps between measurements of the validation loss."""
+    """Steps between evaluations of the validation loss."""
     sample_tokens: int | None = None
-    """Tokens of the text that is shown with each measurement; 0: none."""
+    """Tokens of the sample printed with each evaluation; 0: none."""
     patience: int | None = None
-    """Measurements in a row without a better validation loss after which training ends; 0: never."""
+    """Stop after this many evaluations without a better validation loss; 0: never."""
     max_minutes: float | None = None
-    """Minutes after which this sitting stops; 0: no limit."""
+    """Minutes after which this training session stops; 0: no limit."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; 0: by time alone."""
     checkpoint_minutes: float | None = None
@@ -307,26 +307,26 @@ def _sample(run: Any) -> str:
 
 @dataclass(frozen=True)
 class Generation(GpuPlace):
-    """Let a trained model go on from a prompt."""
+    """Generate text from a prompt."""
 
     prompt: str = ""
-    """Text to go on from."""
+    """Text to continue."""
     num_tokens: int = 500
     """Tokens to generate."""
     temperature: float = 1.0
-    """Below 1: bolder; above 1: wilder."""
+    """Below 1: more predictable; above 1: more random."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold this share; 1: from all."""
+    """Sample from the most likely tokens whose probabilities add up to this; 1: from all."""
     greedy: bool = False
-    """Take the likeliest token always."""
+    """Always take the most likely token."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     cache: bool = True
-    """Keep keys and values of earlier tokens; the text is the same without, only slower."""
+    """Keep keys and values of earlier tokens; --no-cache gives the same text, more slowly."""
     weights: Literal["best", "last"] = "best"
-    """Those with the best validation loss, or those of the last checkpoint."""
+    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
@@ -389,7 +389,7 @@ def _load(name: str, asked: Any) -> Any:
 
 @dataclass(frozen=True)
 class Imported:
-    """Make a run of a model of the original Little Baby: its model_<guid>.json, with config and tokenizer."""
+    """Import a model of the original Little Baby as a run: its model_<guid>.json, with config and tokenizer."""
 
     config: str | None = None
     """The config file; none: beside the model, or in ../configs."""
@@ -403,14 +403,14 @@ class Imported:
 
 @dataclass(frozen=True)
 class Exported:
-    """Write a run as files of the original Little Baby."""
+    """Export a run as files of the original Little Baby."""
 
     to: str = "littlebaby"
-    """Folder of the original's notebook: the files go to its configs, tokenizers and models."""
+    """Folder of the original's notebook; the files go to its folders configs, tokenizers and models."""
     path: str = "runs"
     """Folder of the runs."""
     weights: Literal["best", "last"] = "best"
-    """Those with the best validation loss, or those of the last checkpoint."""
+    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def import_(arguments: list[str]) -> None:
@@ -456,13 +456,13 @@ class Measurement(GpuPlace):
     """Measure a run over the whole validation part of its text."""
 
     data: str | None = None
-    """Another text to measure it on; none: its own."""
+    """Another text to measure on; none: the run's own."""
     num_tokens: int = 2000
-    """Tokens to generate, for the shares of known words and of copied sequences."""
+    """Tokens to generate for the shares of known words and of copied sequences."""
     seed: int = 0
     """Seed of the generated text."""
     weights: Literal["best", "last"] = "best"
-    """Those with the best validation loss, or those of the last checkpoint."""
+    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -480,28 +480,28 @@ def evaluate(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Look(Place):
-    """Look into a run: every array between a prompt and the next token, what is expected, what is looked at."""
+    """Show every array between a prompt and the next token, the predictions, and what the heads attend to."""
 
     backend: str = "numpy"
     """numpy, cupy, torch, jax or array-api-strict."""
     prompt: str = ""
     """Text for the model to read."""
     layer: str | None = None
-    """Show all arrays of one block (0, 1, ...), or all of all; none: what goes from layer to layer."""
+    """Show all arrays of one block (0, 1, ...), or of all; none: what passes from layer to layer."""
     backward: bool = False
-    """Show the gradients of the prompt's loss too."""
+    """Also show the gradients of the prompt's loss."""
     attention: str | None = None
-    """LAYER.HEAD, such as 0.1: show what this head looks at; all: compare the heads; none: the sharpest one."""
+    """LAYER.HEAD, such as 0.1: show what this head attends to; all: compare the heads; none: the sharpest head."""
     picture: str | None = None
-    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); it takes the extra `plots`."""
+    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); needs the extra `plots`."""
     neighbours: str | None = None
-    """Show the tokens whose embeddings are nearest to that of this one."""
+    """Show the tokens whose embeddings are nearest to that of this token."""
     off: tuple[str, ...] = ()
-    """LAYER.HEAD [LAYER.HEAD ...]: switch these heads off and tell what it does to the loss."""
+    """LAYER.HEAD [LAYER.HEAD ...]: ablate these heads and show the effect on the loss."""
     top: int = 5
-    """So many of the likeliest tokens, and of neighbours."""
+    """How many predictions and neighbours to list."""
     weights: Literal["best", "last"] = "best"
-    """Those with the best validation loss, or those of the last checkpoint."""
+    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def inspect(arguments: list[str]) -> None:
@@ -517,7 +517,7 @@ def inspect(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Hold the gradient of every parameter of a run against finite differences, in float64 on text of its own."""
+    """Compare the gradient of every parameter with finite differences, in float64, on the run's own text."""
 
     path: str = "runs"
     """Folder of the runs."""
@@ -526,15 +526,15 @@ class GradientCheck:
     batch: int = 2
     """Sequences in the batch."""
     tokens: int = 16
-    """Tokens in each, at most n_ctx."""
+    """Tokens in each sequence, at most n_ctx."""
     directions: int = 3
     """Random directions for each parameter array."""
     elements: int = 4
-    """Single elements for each: half of them those with the largest gradients, half of them random."""
+    """Single elements for each array: half with the largest gradients, half random."""
     seed: int = 0
     """Seed of the batch, the dropout and the directions."""
     weights: Literal["best", "last"] = "best"
-    """Those with the best validation loss, or those of the last checkpoint."""
+    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def check(arguments: list[str]) -> int:
@@ -555,14 +555,14 @@ def check(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Experiment:
-    """How many models, and what to show. Nothing is kept but the picture."""
+    """How many models, and what to show. Nothing is kept except the picture."""
 
     seeds: int = 5
-    """Models for each held-out case, or share; their seeds count on from --seed."""
+    """Models for each held-out case or share, with consecutive seeds from --seed on."""
     workers: int | None = None
-    """Models that train at the same time, a process each; none: one a core."""
+    """Models that train at the same time, one process each; none: one per core."""
     picture: str | None = None
-    """Draw the map of right answers to this file (.png, .svg, ...); it takes the extra `plots`."""
+    """Draw the map of correct answers to this file (.png, .svg, ...); needs the extra `plots`."""
 
 
 def equations(arguments: list[str]) -> None:
@@ -594,7 +594,7 @@ def equations(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """All runs, the one last trained first."""
+    """List all runs, the last trained one first."""
 
     path: str = "runs"
     """Folder of the runs."""
