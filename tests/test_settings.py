@@ -324,6 +324,8 @@ WRONG = [
     ("generate", ["--prompt", "-x\x1b"], f"--prompt {DASH}--prompt=-..."),
     ("generate", ["--prompt", "-", "--top-k", "-x"], f"--top-k {DASH}--top-k=-x"),
     ("inspect", ["--off", "0.1", "0.2", "--top=x"], "--top must be a whole number, not 'x'"),
+    ("inspect", ["--top=--"], "--top must be a whole number, not '--'"),
+    ("inspect", ["--top", "--"], f"--top {DASH}--top=--"),
     ("runs", ["--path"], "--path needs a value"),
 ]  # fmt: skip
 
@@ -396,4 +398,5 @@ def test_what_is_given_is_told_from_what_results():
     told = given(common.GpuPlace(), "--tf32", "--path", "runs", "--device=None", "--memory-gib=2")
     assert told == {"tf32": True, "path": "runs", "device": None, "memory_gib": 2}
     assert given(common.GpuPlace()) == {}
+    assert given(model_commands.Look(), "--prompt=--") == {"prompt": "--"}
     assert given(model_commands.Look(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}
