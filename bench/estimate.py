@@ -89,10 +89,11 @@ def row(found: Estimate, real: dict) -> dict[str, str]:
 def train() -> None:
     """The child's part: run the command on its input, and tell what it took."""
     from baby_xp import cli
+    from baby_xp.cli import train_commands
 
     watched = []
 
-    class Watched(cli.Screen):
+    class Watched(train_commands.Screen):
         """What the command line shows, and beside it the speed and the workers' memory."""
 
         def started(self, sitting, step):
@@ -106,7 +107,7 @@ def train() -> None:
             self.workers = memory.taken(memory.children())[1:]  # at the end they are no more
             super().progress(step, loss, tokens_per_second)
 
-    cli.Screen = Watched
+    train_commands.Screen = Watched
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         code = cli.main(json.load(sys.stdin))
     if code:

@@ -723,16 +723,16 @@ def test_the_programs_take_what_a_session_gives_them(monkeypatch, tmp_path, back
 
 
 def test_what_a_session_trains_can_be_parsed(monkeypatch, tmp_path):
-    from baby_xp import cli
+    from baby_xp.cli import train_commands
 
     jobs = jobs_of(monkeypatch, tmp_path, "--backend", "numpy", "--steps", "7")
     (job,) = jobs["train"]
     assert job.command[:3] == ["-m", "baby_xp", "train"]
-    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
+    chosen, asked, place = train_commands.parse_preset("train", job.command[3:], train_commands.TrainPlace())
     assert (chosen.name, asked["num_steps"], chosen.data.data) == ("nanogpt-gpu", 7, "shakespeare")
     assert (place.backend, place.path, place.tf32) == ("numpy", str(tmp_path / "runs-float32"), False)
     (_, job) = jobs_of(monkeypatch, tmp_path)["train"]
-    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
+    chosen, asked, place = train_commands.parse_preset("train", job.command[3:], train_commands.TrainPlace())
     assert (asked.get("num_steps", chosen.train.num_steps), place.backend, place.tf32) == (5000, "cupy", True)
 
 
