@@ -16,6 +16,8 @@ MOST_LAYERS = 10_000
 """With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
 LARGEST_DROPOUT = 0.99999
 """Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
+LARGEST_STD = 1e6
+"""Of first weights: far from any use, and from what float32 does not hold."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class EquationConfig:
     def __post_init__(self):
         _check(self, checks.whole, "n_ctx", "n_emb", "n_hidden")
         _choice(self, "activation")
-        _check(self, checks.number, "std", above=0)
+        _check(self, checks.number, "std", above=0, most=LARGEST_STD)
 
 
 ModelConfig = GPTConfig | EquationConfig
