@@ -12,8 +12,6 @@ import argparse
 import importlib.util
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from baby_xp import counts
@@ -47,16 +45,16 @@ GPU_STEPS = 200
 def main() -> int:
     """Measure what the command line asks for, print the table and keep it under --out, with a plot."""
     asked = parse()
-    measure, document, plot = {
-        "scaling": (measure_scaling, scaling_document, plot_scaling),
-        "crossover": (measure_crossover, crossover_document, plot_crossover),
+    measure, document, panels = {
+        "scaling": (measure_scaling, scaling_document, scaling_panels),
+        "crossover": (measure_crossover, crossover_document, crossover_panels),
     }[asked.what]
     result = measure(asked)
     stem = results.show(result, document(result), asked.out, f"-{asked.what}")
     if stem and importlib.util.find_spec("matplotlib") is None:
         say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
     elif stem:
-        plot(result, f"{stem}.svg")
+        plot(panels(result), f"{stem}.svg")
         say(f"plot: {stem}.svg")
     return 0
 
@@ -104,17 +102,24 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
     }  # fmt: skip
 
 
-@contextmanager
-def panels(number: int, path: str) -> Iterator[list]:
-    """Axes of Matplotlib side by side, to be drawn on, and then written to the file."""
+def plot(panels: dict[str, tuple[list[float], dict[str, list[float]]]], path: str) -> None:
+    """Write a panel for each label of an x-axis: its values, and milliseconds per step over them by line.
+
+    A line is dashed if its name begins with "as".
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * number, 3.5), layout="constrained")
-    drawn = list(figure.subplots(1, number, squeeze=False)[0])
-    yield drawn
-    for panel in drawn:
-        panel.set_ylabel("ms a step")
-    drawn[0].legend()
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, (values, lines)) in zip(axes, panels.items(), strict=True):
+        for name, ms in lines.items():
+            axis.loglog(values, ms, "--" if name.startswith("as") else "o-", label=name)
+        if all(isinstance(value, int) for value in values):
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.xaxis.minorticks_off()
+        axis.set_xlabel(label)
+        axis.set_ylabel("ms a step")
+    axes[0].legend()
     figure.savefig(path)
 
 
@@ -226,20 +231,20 @@ def note(previous: dict | None, point: dict) -> str:
     return ", ".join([*workers, *(f"JUMP in {name}" for name in jumps(previous, point))])
 
 
-def plot_scaling(result: dict, path: str) -> None:
-    """A panel for each axis: time of a step over size, and dashed what it would be if it grew as the operations.
+def scaling_panels(result: dict) -> dict:
+    """Time of a step over each size, and what it would be if it grew as the operations do.
 
-    The dashed line meets the time at the largest size, where the cost of calls weighs least.
+    The two meet at the largest size, where the cost of calls weighs least.
     """
-    with panels(len(result["axes"]), path) as drawn:
-        for panel, (axis, points) in zip(drawn, result["axes"].items(), strict=True):
-            values, last = [point["value"] for point in points], points[-1]
-            panel.loglog(values, [point["ms"] for point in points], "o-", label="measured")
-            scaled = [last["ms"] * point["flops"] / last["flops"] for point in points]
-            panel.loglog(values, scaled, "--", label="as counted operations")
-            panel.set_xticks(values, [str(value) for value in values])
-            panel.xaxis.minorticks_off()
-            panel.set_xlabel(axis)
+    panels = {}
+    for axis, points in result["axes"].items():
+        per_flop = points[-1]["ms"] / points[-1]["flops"]
+        lines = {
+            "measured": [point["ms"] for point in points],
+            "as counted operations": [per_flop * point["flops"] for point in points],
+        }
+        panels[axis] = [point["value"] for point in points], lines
+    return panels
 
 
 # crossover ----------------------------------------------------------------------------------------------
@@ -300,14 +305,11 @@ def crossing(points: list[dict], backend: str) -> str:
     )
 
 
-def plot_crossover(result: dict, path: str) -> None:
-    """Time of a step over its operations, on numpy and on the other backend."""
+def crossover_panels(result: dict) -> dict:
+    """Time of a step over its operations, on both."""
     points = result["points"]
-    gflop = [1e-9 * point["flops"] for point in points]
-    with panels(1, path) as (panel,):
-        panel.loglog(gflop, [point["cpu"] for point in points], "o-", label="numpy")
-        panel.loglog(gflop, [point["gpu"] for point in points], "s-", label=result["backend"])
-        panel.set_xlabel("Gflop a step")
+    lines = {CPU: [point["cpu"] for point in points], result["backend"]: [point["gpu"] for point in points]}
+    return {"Gflop a step": ([1e-9 * point["flops"] for point in points], lines)}
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def needed_lines(asked: argparse.Namespace) -> list[str]:
         needed = harness.ask("bench.memory:needed", workload=workload.name)
         rows += [needed_row(workload, asked.steps, workers, needed, baseline) for workers in (1, None)]
         found = harness.ask("bench.memory:traced", workload=workload.name, steps=asked.steps, top=asked.top)
-        details += ["", *detail(workload, needed, found)]
+        parts = ", ".join(f"{name} {mib(size, 1)}" for name, size in needed.items())
+        details += ["", f"{workload.name}: {workload.about}", f"  needed, MiB: {parts}", *found]
     return [*results.markdown(rows), *details]
 
 
@@ -103,20 +104,6 @@ def needed_row(workload: Workload, steps: int, workers: int | None, needed: dict
         "ratio": f"{taken / need:.2f}",
         f"at most {FACTOR:g}": "yes" if taken <= FACTOR * need else "NO",
     }
-
-
-def detail(workload: Workload, needed: dict, found: dict) -> list[str]:
-    """What is needed by kind, and the lines that hold most at the peak of a run in one process."""
-    parts = ", ".join(f"{name} {mib(size, 1)}" for name, size in needed.items())
-    return [
-        f"{workload.name}: {workload.about}",
-        f"  needed, MiB: {parts}",
-        f"  allocated at the peak, MiB: {mib(found['peak'], 1)}; of these:",
-        *(
-            f"  {one['bytes'] / MIB:8.1f} in {one['blocks']:4d}  {one['file']}:{one['line']}  {one['code']}"
-            for one in found["lines"]
-        ),
-    ]
 
 
 def needed(workload: str) -> dict[str, int]:
@@ -156,32 +143,28 @@ def owners(value) -> dict[int, int]:
     return found
 
 
-def traced(workload: str, steps: int, top: int) -> dict:
-    """Bytes allocated at the peak of a run in one process, and the lines of this checkout that hold most then."""
+def traced(workload: str, steps: int, top: int) -> list[str]:
+    """What is allocated at the peak of a run in one process, and the lines of code that hold most then."""
     import memray
 
     from bench.peers import ours
 
     chosen = workloads.of(workload)
-    clock = Clock(chosen.batches(steps))
+    clock, sizes, blocks = Clock(chosen.batches(steps)), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "allocations.bin"
-        with memray.Tracker(file):
+        records = Path(folder) / "allocations.bin"
+        with memray.Tracker(records):
             ours.train(chosen, chosen.dropout, clock, workers=1)
-        sizes, blocks = Counter(), Counter()
-        with memray.FileReader(file) as reader:
+        with memray.FileReader(records) as reader:
             for record in reader.get_high_watermark_allocation_records(merge_threads=True):
                 line = _our_line(record.stack_trace())
                 sizes[line] += record.size
                 blocks[line] += record.n_allocations
-    lines = [
-        {
-            "file": os.path.relpath(file, harness.ROOT), "line": line,
-            "code": linecache.getline(file, line).strip(), "bytes": size, "blocks": blocks[file, line],
-        }
-        for (file, line), size in sizes.most_common(top)
-    ]  # fmt: skip
-    return {"peak": sizes.total(), "lines": lines}
+    lines = [f"  allocated at the peak, MiB: {mib(sizes.total(), 1)}; of these:"]
+    for (file, number), size in sizes.most_common(top):
+        code, name = linecache.getline(file, number).strip(), os.path.relpath(file, harness.ROOT)
+        lines.append(f"  {size / MIB:8.1f} in {blocks[file, number]:4d}  {name}:{number}  {code}")
+    return lines
 
 
 def _our_line(frames: list[tuple[str, str, int]]) -> tuple[str, int]:

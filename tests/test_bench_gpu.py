@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bench_cases import MIB, RATE, TINY, parsed, result, run, says
+from bench_cases import RATE, TINY, parsed, result, run, says
 
-from baby_xp import counts
+from baby_xp import api, cli, counts
 from baby_xp.config import GPTConfig
+from baby_xp.errors import BabyError
 from bench import gpu, growth, harness, peers, presets, results, roofline, train, workloads
 from bench.peers import ours
 
@@ -110,33 +111,7 @@ def test_half_precision_computes_in_bfloat16(monkeypatch):
     assert 0 < abs(half[1] - exact[1]) <= workloads.TOLERANCES["half"] * exact[1]
 
 
-# the GPU's side of PyTorch, and who sees it -------------------------------------------------------------
-
-
-def test_pytorch_on_a_gpu_reports_its_memory_and_gets_batches_without_waiting(monkeypatch):
-    pytest.importorskip("torch")
-    from bench.peers import torch as peer
-
-    calls, device = [], SimpleNamespace(type="cuda")
-
-    class Tensor:
-        def to(self, *arguments, **options):
-            calls.append(("to", arguments, options))
-            return self
-
-        def pin_memory(self):
-            calls.append(("pin_memory",))
-            return self
-
-    cuda = SimpleNamespace(
-        max_memory_allocated=lambda device: 3 * MIB, max_memory_reserved=lambda device: 5 * MIB
-    )
-    fake = SimpleNamespace(cuda=cuda, int64="int64", from_numpy=lambda part: Tensor())
-    monkeypatch.setattr(peer, "torch", fake)
-    assert peer.gpu_memory(device) == {"used": 3 * MIB, "held": 5 * MIB}
-    assert peer.gpu_memory(SimpleNamespace(type="cpu")) == {}
-    list(peer.on_device(TINY.batches(1)[0], device))
-    assert calls == 2 * [("to", ("int64",), {}), ("pin_memory",), ("to", (device,), {"non_blocking": True})]
+# who sees a GPU -----------------------------------------------------------------------------------------
 
 
 def test_a_peer_is_asked_for_a_gpu_in_a_process_of_its_own(monkeypatch, capsys):
@@ -297,16 +272,12 @@ def test_all_precisions_take_turns_in_one_run(monkeypatch):
         ([results.epoch_goal(300.0)], ["5.00 minutes, MISSED"]),
         (results.train_goals(1.47, 89.0, 5000), ["1.4700, met", "89.0 s, met"]),
         (results.train_goals(1.4701, 90.0, 5000), ["1.4701, MISSED", "90.0 s, MISSED"]),
+        (results.train_goals(1.0, 1.0, 4999), ["not measured, as only 4,999 of 5,000 steps were done"]),
+        (results.train_goals(None, 1.0, 5000), ["not measured, as only 5,000 of 5,000 steps were done"]),
     ],
 )  # fmt: skip
 def test_goals(lines, verdicts):
     assert [line.rpartition(": ")[2] for line in lines] == verdicts
-
-
-@pytest.mark.parametrize(("loss", "steps"), [(1.0, 4999), (None, 5000)])
-def test_a_short_run_meets_no_goal(loss, steps):
-    (line,) = results.train_goals(loss, 1.0, steps)
-    assert "not measured" in line
 
 
 # the session --------------------------------------------------------------------------------------------
@@ -352,18 +323,24 @@ def test_the_programs_take_what_a_session_gives_them(monkeypatch, tmp_path, back
     assert known == programs.keys()
 
 
-def test_what_a_session_trains_can_be_parsed(monkeypatch, tmp_path):
-    from baby_xp import cli
+@pytest.mark.parametrize(
+    ("words", "number", "steps", "tf32"),
+    [(["--backend", "numpy", "--steps", "7"], 0, 7, False), ([], 1, None, True)],
+)
+def test_the_command_line_takes_what_a_session_trains(monkeypatch, tmp_path, words, number, steps, tf32):
+    seen = []
 
-    jobs = jobs_of(monkeypatch, tmp_path, "--backend", "numpy", "--steps", "7")
-    (job,) = jobs["train"]
-    assert job.command[:3] == ["-m", "baby_xp", "train"]
-    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
-    assert (chosen.name, asked["num_steps"], chosen.data.data) == ("nanogpt-gpu", 7, "shakespeare")
-    assert (place.backend, place.path, place.tf32) == ("numpy", str(tmp_path / "runs-float32"), False)
-    (_, job) = jobs_of(monkeypatch, tmp_path)["train"]
-    chosen, asked, place = cli._parse_preset("train", job.command[3:], cli.TrainPlace())
-    assert (asked.get("num_steps", chosen.train.num_steps), place.backend, place.tf32) == (5000, "cupy", True)
+    def train(chosen, **asked):
+        seen.append((chosen.name, asked))
+        raise BabyError("it is not trained")
+
+    monkeypatch.setattr(api, "train", train)
+    job = jobs_of(monkeypatch, tmp_path, *words)["train"][number]
+    assert job.command[:2] == ["-m", "baby_xp"]
+    assert cli.main(job.command[2:]) == 2
+    ((name, asked),) = seen
+    assert (name, asked.get("num_steps"), asked["tf32"]) == ("nanogpt-gpu", steps, tf32)
+    assert asked["path"] == str(job.runs)
 
 
 def job(name: str, code: str, **more) -> gpu.Job:

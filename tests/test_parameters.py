@@ -14,6 +14,7 @@ from baby_xp.config import DataConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from bench import harness, parameters
 from bench.parameters import Variant
+from bench.peers import ours
 
 PAGE = ROOT / "docs/parameters.md"
 TINY = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4}
@@ -39,22 +40,15 @@ def tiny(monkeypatch):
 def test_the_tables_of_the_page_are_those_of_the_results(kept):
     text = PAGE.read_text("utf-8")
     assert parameters.filled(text, parameters.tables(kept)) == text
+    assert sorted(re.findall(parameters.MARK.format("(.*)"), text)) == sorted(parameters.groups())
 
 
-def test_every_table_has_its_place(kept):
-    places = re.findall(parameters.MARK.format("(.*)"), PAGE.read_text("utf-8"))
-    assert sorted(places) == sorted(parameters.groups())
-
-
-def test_every_variant_was_measured(kept):
-    assert kept["trained"].keys() == {one.key for one in parameters.ALL}
-    assert kept["timed"].keys() == {one.key for one in parameters.to_time()}
-
-
-def test_results_are_of_these_variants(kept):
+def test_the_results_are_of_these_variants(kept):
     assert kept["base"] == parameters.base()
-    for one in parameters.ALL:
-        assert kept["trained"][one.key]["overrides"] == one.overrides, one.key
+    assert {key: found["overrides"] for key, found in kept["trained"].items()} == {
+        one.key: one.overrides for one in parameters.ALL
+    }
+    assert kept["timed"].keys() == {one.key for one in parameters.to_time()}
 
 
 @pytest.mark.parametrize("config", [GPTConfig, TrainConfig, DataConfig])
@@ -85,12 +79,12 @@ def test_a_variant_is_not_the_base_in_disguise():
         assert others == one.overrides.keys(), one.key
 
 
-def test_the_base_has_the_value_that_its_row_tells():
+def test_the_base_has_the_value_of_its_row():
     chosen = api.override(presets.preset(parameters.PRESET), parameters.BASE)
     for one in parameters.ALL:
         if not one.overrides and one.group in {field.name for field in fields(GPTConfig) + fields(TrainConfig)}:
-            told = one.value.partition(",")[0].partition(":")[0]
-            assert told in (f"{getattr_of(chosen, one.group)}", "none", f"batch_size {chosen.train.batch_size}")
+            value = one.value.partition(",")[0].partition(":")[0]
+            assert value in (f"{getattr_of(chosen, one.group)}", "none", f"batch_size {chosen.train.batch_size}")
 
 
 def test_each_group_has_its_base_and_is_trained_once():
@@ -109,19 +103,13 @@ def getattr_of(chosen, name):
 # training
 
 
-def test_a_variant_is_trained_and_told(tiny):
+def test_a_variant_is_trained(tiny):
     found = parameters.trained(Variant("n_emb", "16", {"n_emb": 16, "accumulate": 2}))
-    assert found["steps"] == 4
-    assert found["tokens"] == 4 * 4 * 2 * 8
+    assert (found["steps"], found["tokens"], found["failed"]) == (4, 4 * 4 * 2 * 8, None)
     assert [point[0] for point in found["curve"][:2]] == [2, 4]
     assert found["val_loss"] == found["curve"][-1][2]
-    assert found["failed"] is None
     assert found["parameters"] > parameters.trained(Variant("seed", "0"))["parameters"]
-
-
-def test_one_that_cannot_be_trained_says_why(tiny):
-    found = parameters.trained(Variant("n_heads", "3", {"n_heads": 3}))
-    assert "does not divide" in found["failed"]
+    assert "does not divide" in parameters.trained(Variant("n_heads", "3", {"n_heads": 3}))["failed"]
 
 
 def test_one_that_was_stopped_is_not_kept(tiny):
@@ -178,11 +166,12 @@ def test_results_of_another_base_are_not_mixed_in(tmp_path, monkeypatch):
 # time
 
 
-def test_a_step_is_timed(tiny):
-    told = parameters.timed("base", steps=3)
-    assert len(told["ms"]) == 3
-    assert min(told["ms"]) > 0
-    assert told["workers"] == 1
+def test_a_step_is_timed_in_the_setting_that_train_runs_it_in(tiny, monkeypatch):
+    fits, fit = [], ours.fit_as_train_does
+    monkeypatch.setattr(ours, "fit_as_train_does", lambda *arguments: fits.append(1) or fit(*arguments))
+    found = parameters.timed("base", steps=3)
+    assert (len(found["ms"]), found["workers"], fits) == (3, 1, [1])
+    assert min(found["ms"]) > 0
 
 
 def test_times_of_all_rounds_make_the_median():
@@ -198,20 +187,14 @@ def test_times_of_all_rounds_make_the_median():
         parameters.speed_of(harness.Entry("base", {}, [], "out of memory"), idle)
 
 
-def test_what_cannot_change_the_time_is_not_timed():
-    timed = {one.group for one in parameters.to_time()}
-    assert timed <= parameters.ON_SPEED
-    assert not timed & {"lr", "beta2", "short text"}
-
-
 # the tables
 
 
 def found_of(loss: float, **more) -> dict:
-    """What `trained` tells of a variant."""
+    """What `trained` returns."""
     curve = [[100, loss + 0.5, loss + 0.4, 1.0], [200, loss - 0.1, loss + 0.2, 1.0], [100, None, loss, 1.0]]
-    told = {"parameters": 1234, "tokens": 5678, "curve": curve, "best_step": 100, "val_loss": loss}
-    return {"overrides": {}, "failed": None, "steps": 200, **told, **more}
+    facts = {"parameters": 1234, "tokens": 5678, "curve": curve, "best_step": 100, "val_loss": loss}
+    return {"overrides": {}, "failed": None, "steps": 200, **facts, **more}
 
 
 @pytest.fixture
