@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from baby_xp_data import nursery
 
-import baby_xp.sitting
 from baby_xp import api, quality
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
@@ -19,13 +18,6 @@ TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 60,
     "eval_every": 30, "sample_tokens": 0, "lr": 1e-2, "backend": "numpy", "warmup_steps": 5,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
-        yield
 
 
 def trained(folder, **more) -> Run:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import baby_xp.sitting
 from baby_xp import api, params
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
@@ -23,13 +22,6 @@ TINY = {
 }  # fmt: skip
 AT_ONCE = {"max_minutes": 1e-9}
 """Ends before the first step."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
-        yield
 
 
 @pytest.fixture

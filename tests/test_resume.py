@@ -30,9 +30,8 @@ TINY = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
+def every_step():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
         patch.setattr(baby_xp.training.loop, "READ_EVERY", 1)  # the listeners below hear of every step
         yield
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import baby_xp
-import baby_xp.sitting
 from baby_xp import streams
 from baby_xp.cli import COMMANDS, main
 
@@ -52,7 +51,6 @@ class Terminal(io.StringIO):
 def work(tmp_path, monkeypatch) -> Path:
     """The current folder, with a text in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 40)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     return tmp_path
 

@@ -27,11 +27,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
-
-
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A folder with a text, in which a run is called; and another beside it, with another text of that name."""

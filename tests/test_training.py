@@ -1,6 +1,5 @@
 """The model as a whole: training agrees between backends, it learns, and it computes what the original did."""
 
-import contextlib
 import itertools
 import json
 
@@ -119,18 +118,6 @@ def test_shares_of_a_batch_add_up_to_the_batch(plain):
 
 
 # accumulated gradients ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick_compilation():
-    """XLA without its optimizations: it compiles in a third of the time."""
-    import jax
-
-    with contextlib.suppress(AttributeError):  # a version that does not know it
-        jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    with contextlib.suppress(AttributeError):
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 ONE_BLOCK = {**SMALL, "n_layers": 1}
