@@ -31,7 +31,7 @@ from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.generate import Logits
 from baby_xp.presets import PRESETS
 from baby_xp.runs import checkpoint, store
-from baby_xp.runs.store import FOLDERS, RunFiles
+from baby_xp.runs.store import RunFiles
 from baby_xp.text.batches import RandomWindows
 from baby_xp.text.tokenizer import tokenizer_from_dict
 from baby_xp.training import loop
@@ -232,16 +232,6 @@ def test_workers_are_for_numpy(refused):
 def test_a_folder_that_cannot_be_written(refused, path, advice):
     words = (f"{path[:8]}", "cannot be written", advice)
     refused("train", f"--path={path}", *flags(data="text.txt"), words=words)
-
-
-def test_a_file_in_the_way_of_one_of_the_folders(work):
-    for number, folder in enumerate(FOLDERS):
-        path = work / f"runs{number}"
-        path.mkdir()
-        (path / folder).write_text("in the way")
-        with pytest.raises(BabyError, match=rf"{folder}\b.* cannot be written"):
-            baby_xp.api.train("baby", **text_settings(path=path))
-        assert all_of(path).keys() == {folder}
 
 
 @pytest.mark.parametrize("where", ["draw", "evaluate"])
@@ -1091,33 +1081,13 @@ def test_the_version(call):
     assert call("--version") == (0, f"baby_xp {baby_xp.__version__}\n", "")
 
 
-def test_nobody_who_reads_on_is_no_error(work):
-    """As in `python -m baby_xp presets | head -0`."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "baby_xp", "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() in (0, 141)  # 0: all was written before the pipe was closed
-    process.stderr.close()
-
-
-def test_the_program_ends_with_its_exit_code(work):
+def test_the_program_ends_with_its_exit_code_and_shows_another_character_where_one_is_lacking(work):
     done = subprocess.run(
-        [sys.executable, "-m", "baby_xp", "train", "--data", "missing.txt"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "baby_xp: there is no file missing.txt; check the path\n"
-
-
-def test_a_terminal_that_lacks_a_character_shows_another(work, trained):
-    done = subprocess.run(
-        [sys.executable, "-m", "baby_xp", "generate", f"--path={trained.folder}", "--prompt=\u20ac".encode()],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
+        [sys.executable, "-m", "baby_xp", "train", "--data", "\u20ac.txt".encode()], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
     )  # fmt: skip
-    assert done.returncode == 2
-    assert b"'?' (U+20AC)" in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"baby_xp: there is no file ?.txt; check the path\n"
 
 
 # presets ------------------------------------------------------------------------------------------------
@@ -1132,7 +1102,9 @@ def shortened(name: str, work: Path, **more) -> list[str]:
     """The preset's own switches, dropout and schedule, with little to compute."""
     settings = {"backend": "numpy", **more}
     if isinstance(PRESETS[name].data, EquationData):
-        if not isinstance(PRESETS[name].model, EquationConfig):  # a small table: some backends are slow
+        if name == "equations-2":
+            settings |= {"digits": 1, "n-hidden": 8, "held-out": "4+4"}
+        elif not isinstance(PRESETS[name].model, EquationConfig):  # a small table: some backends are slow
             settings |= {"n-ctx": 6, "n-emb": 8, "head-size": 8, "digits": 1, "operators": "+", "held-out": "4+4"}
             settings |= {"batch-size": 8}
     else:
@@ -1154,7 +1126,7 @@ def test_every_preset_starts(work, call, short_nursery, name):
 
 
 def test_the_equation_model_answers_what_it_never_saw(work, call):
-    code, out, err = call("train", "equations", "--backend=numpy")
+    code, out, err = call("train", "equations", "--backend=numpy", "--num-steps=600")
     assert (code, err) == (0, "")
     assert "4+4=8" in out
     (completion,) = (work / "runs" / "outputs").glob("completion_*.txt")

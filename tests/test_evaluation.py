@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from baby_xp_data import nursery
 
-from baby_xp import api, quality
+from baby_xp import api, evaluation, quality
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
 from baby_xp.layers import cross_entropy
@@ -71,6 +71,20 @@ def test_the_shares_are_of_the_generated_text_against_the_training_part(run):
     assert found.known_words == quality.known_words(text, training)
     assert found.copied_ngrams == quality.copied_ngrams(text, training, 8)
     assert 0 < found.known_words < 1
+
+
+def test_what_was_generated_is_compared_with_the_training_part_alone(tmp_path, monkeypatch):
+    """Of bytes too, where a character may lie in two of the pieces that are read."""
+    written = "the cät sat on the 😀 mat " * 36 + "no tam eht no tas täc eht " * 4
+    (tmp_path / "other.txt").write_text(written, encoding="utf-8")
+    run = trained(tmp_path, data=str(tmp_path / "other.txt"), num_steps=1, tokenizer="byte")
+    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    seen = []
+    for name in ("known_words", "copied_ngrams"):
+        monkeypatch.setattr(quality, name, lambda text, known, *more: seen.append("".join(known)))
+    run.evaluate(num_tokens=1)
+    data = written.encode()
+    assert seen == [data[: int(0.9 * len(data))].decode(errors="ignore")] * 2
 
 
 def test_the_distance_to_the_entropy_of_the_nursery(tmp_path, monkeypatch):
