@@ -317,7 +317,7 @@ def mutant_path(tmp_path_factory):
     return tmp_path_factory.mktemp("mutants") / "model.safetensors"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(MUTATION, min_size=1, max_size=3))
 def test_a_damaged_file_gives_an_error_or_what_was_written(mutant_path, mutations):
     data = bytearray(ORIGINAL)

@@ -359,7 +359,7 @@ def mutate(draw, value):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_change_of_the_values_raises_anything_else(tmp_path_factory, made, data):
     changed = copy.deepcopy(made)
