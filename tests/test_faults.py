@@ -486,7 +486,3 @@ def test_the_damage_above_really_damages():
     assert damaged(data, ("insert", 0.1, 65)) == b"0A123456789"
     assert damaged(data, ("double", 0.2, 2)) == b"01232345" + b"6789"
     assert damaged(data, ("set", 0.0, 65)) == b"A123456789"
-
-
-def test_paths_are_those_of_the_run(copy):
-    assert {path.parent.parent for path in copy.of_training} == {Path(copy.folder)}

@@ -388,12 +388,6 @@ def test_what_an_experiment_begins_with(asked, name, held_out):
     assert chosen.model == preset(name).model
 
 
-@pytest.mark.parametrize(("seeds", "workers"), [(0, 1), (-1, None), (1, 0)])
-def test_no_models_at_all(seeds, workers):
-    with pytest.raises(BabyError, match="must be a whole number of at least 1"):
-        lab.experiment(shortened("equations"), seeds, workers)
-
-
 def test_a_text_is_not_for_the_lab():
     with pytest.raises(BabyError, match="the lab is for equations, not for baby"):
         lab.experiment(preset("baby"))
