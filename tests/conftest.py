@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SAMPLE_TOKENS = 20
+SAMPLE_TOKENS = 10
 """Length of the text that a run ends with: the usual one takes longer than the training in these tests."""
 
 
