@@ -1,5 +1,6 @@
 """The `backend` fixture: every law runs on every array library that is there, and a table says what ran."""
 
+import contextlib
 import os
 import signal
 from collections import Counter
@@ -10,12 +11,37 @@ import numpy as np
 import pytest
 
 from baby_xp import backend as backends
+from baby_xp import sitting
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SAMPLE_TOKENS = 10
+"""Length of the text that a run ends with: the usual one takes longer than the training in these tests."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick():
+    """Short samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sitting, "SAMPLE_TOKENS", SAMPLE_TOKENS)
+        yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA without its optimizations: it compiles in a third of the time."""
+    import jax
+
+    with contextlib.suppress(AttributeError):  # a version that does not know it
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_disable_most_optimizations", False)
+
 
 VARIANTS = {
     "numpy": ("numpy", None),

@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from baby_xp.errors import BabyError
@@ -173,12 +171,13 @@ def test_weights_are_no_checkpoint_and_a_checkpoint_no_weights(path, state_path)
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
-    """In the header, in what we wrote into it, in the arrays."""
+    """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
     for damaged, told in ((path, failure), (state_path, state_failure)):
         data = damaged.read_bytes()
         for place in range(0, len(data), 3):
             damaged.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
             assert told(damaged)
+            assert isinstance(checkpoint.read_metadata(damaged), dict)  # or nothing, but no error
 
 
 # files that do not serve --------------------------------------------------------------------------------
@@ -243,16 +242,13 @@ def test_other_arrays_belong_to_another_model(path, change):
     assert expected[change] in message
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (15,), (5, 3, 1), (1, 5, 3), (4, 3)])
-def test_another_shape_belongs_to_another_model(path, shape):
-    path.write_bytes(sealed({**ARRAYS, "wte.weight": np.zeros(shape, np.float32)}))
-    assert f"wte.weight is float32 {shape}, not float (5, 3)" in failure(path)
-
-
-@pytest.mark.parametrize("dtype", ["int32", "int8", "uint64", "bool"])
-def test_integers_are_no_weights(path, dtype):
-    path.write_bytes(sealed({**ARRAYS, "blocks.0.norm1.gain": np.ones(3, dtype)}))
-    assert f"blocks.0.norm1.gain is {dtype} (3,), not float (3,)" in failure(path)
+def test_another_shape_or_type_belongs_to_another_model(path):
+    for shape in ((3, 5), (15,), (5, 3, 1), (1, 5, 3), (4, 3)):
+        path.write_bytes(sealed({**ARRAYS, "wte.weight": np.zeros(shape, np.float32)}))
+        assert f"wte.weight is float32 {shape}, not float (5, 3)" in failure(path)
+    for dtype in ("int32", "int8", "uint64", "bool"):
+        path.write_bytes(sealed({**ARRAYS, "blocks.0.norm1.gain": np.ones(3, dtype)}))
+        assert f"blocks.0.norm1.gain is {dtype} (3,), not float (3,)" in failure(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
@@ -277,10 +273,7 @@ def test_a_truncation_is_noticed_wherever_it_is(path):
     for length in {*range(0, len(data), 7), *range(10), len(data) - 1}:
         path.write_bytes(data[:length])
         assert "is damaged (" in failure(path)
-
-
-def test_bytes_at_the_end_are_noticed(path):
-    path.write_bytes(path.read_bytes() + b"\x00")
+    path.write_bytes(data + b"\x00")
     assert "is damaged (" in failure(path)
 
 
@@ -305,47 +298,4 @@ def test_a_type_that_does_not_fit_is_an_error(path, dtype):
         assert "is damaged" in failure(path)
 
 
-ORIGINAL = sealed(ARRAYS, {"guid": "a-b"})
-HEADER_END = 8 + int.from_bytes(ORIGINAL[:8], "little")
 # Most of the mutations go where they can do harm: to the header.
-PLACES = st.integers(0, HEADER_END - 1) | st.integers(0, len(ORIGINAL) - 1)
-MUTATION = st.tuples(st.sampled_from(["set", "flip", "delete", "insert"]), PLACES, st.integers(0, 255))
-
-
-@pytest.fixture(scope="module")
-def mutant_path(tmp_path_factory):
-    return tmp_path_factory.mktemp("mutants") / "model.safetensors"
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(MUTATION, min_size=1, max_size=3))
-def test_a_damaged_file_gives_an_error_or_what_was_written(mutant_path, mutations):
-    data = bytearray(ORIGINAL)
-    for how, place, value in mutations:
-        place = min(place, len(data) - 1)
-        if how == "set":
-            data[place] = value
-        elif how == "flip":
-            data[place] ^= 1 << value % 8
-        elif how == "delete":
-            del data[place]
-        else:
-            data.insert(place, value)
-    mutant_path.write_bytes(data)
-    try:
-        (flat, metadata), message = checkpoint.load_weights(mutant_path, LAYOUT), ""
-    except BabyError as error:
-        flat, metadata, message = FLAT, {"guid": "a-b"}, str(error)
-    assert "\n" not in message
-    np.testing.assert_array_equal(flat, FLAT, strict=True)
-    assert metadata == {"guid": "a-b"}
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(MUTATION, min_size=1, max_size=3))
-def test_the_metadata_of_a_damaged_file_raise_nothing(mutant_path, mutations):
-    data = bytearray(ORIGINAL)
-    for _, place, value in mutations:
-        data[place] = value
-    mutant_path.write_bytes(data)
-    assert isinstance(checkpoint.read_metadata(mutant_path), dict)

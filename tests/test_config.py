@@ -78,13 +78,12 @@ def made(kind, **values):
     return kind(**{"num_steps": 10, **values} if kind is TrainConfig else values)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value"), [(kind, name, value) for kind, name, values in BAD for value in values]
-)
-def test_a_bad_value_is_named_in_one_line(kind, name, value):
-    with pytest.raises(BabyError, match=name) as caught:
-        made(kind, **{name: value})
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("kind", "name", "values"), BAD, ids=lambda value: getattr(value, "__name__", None))
+def test_a_bad_value_is_named_in_one_line(kind, name, values):
+    for value in values:
+        with pytest.raises(BabyError, match=name) as caught:
+            made(kind, **{name: value})
+        assert "\n" not in str(caught.value)
 
 
 def test_the_table_above_has_every_field():
@@ -232,7 +231,7 @@ def test_an_unknown_kind_of_model_names_the_file(values):
 
 
 @pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig, EquationData])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_damaged_json_raises_nothing_but_BabyError(kind, data):
     names = st.sampled_from([field.name for field in fields(kind)])

@@ -35,7 +35,6 @@ def machine(monkeypatch, tmp_path):
     machine = fake_cupy.Machine(devices=2)
     put(machine, monkeypatch)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 10)
     return machine
 
 

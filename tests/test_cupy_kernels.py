@@ -348,7 +348,7 @@ def test_the_layer_table_gives_the_same_numbers_a_second_time(cupy32):
 # the compilers that a GPU's code goes through ---------------------------------------------------------------
 
 
-@pytest.mark.first_case
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA's compiler nvcc is not here")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_source_compiles_for_a_gpu_and_keeps_its_numbers_in_registers(tmp_path, dtype):

@@ -251,27 +251,35 @@ def test_the_table_of_shorter_python_has_no_idle_row(text):
 # the checks themselves ----------------------------------------------------------------------------------
 
 
-def run(tmp_path, text: str) -> dict[str, list[str]]:
-    """The outcomes of a page made up for a test."""
-    page = tmp_path / "page.md"
-    page.write_text(text, "utf-8")
-    outcomes = dict(outcomes_of(page))
-    outcomes.pop("end")
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a page made up for a test, in this process -> the outcomes."""
+    (tmp_path / "reader").mkdir()
+    monkeypatch.chdir(tmp_path / "reader")
+    monkeypatch.setattr(docs_blocks, "_started", {"baby_xp", "bench"})
+    monkeypatch.syspath_prepend(ROOT)
+
+    def outcomes(text: str) -> dict[str, list[str]]:
+        page, results = tmp_path / "page.md", tmp_path / "results.json"
+        page.write_text(text, "utf-8")
+        docs_blocks.run_page(page, results)
+        return json.loads(results.read_text("utf-8"))
+
     return outcomes
 
 
-def test_blocks_share_names_and_a_folder(tmp_path):
+def test_blocks_share_names_and_a_folder(run):
     text = (
         "```python\nx = 2\nopen('a', 'w').close()\n```\n\n"
         '```sh\npython -c \'open("b", "w").close()\'\n```\n\n'
         "```python\nimport os\nprint(x, sorted(os.listdir()))\n```\n<!-- output -->\n```text\n2 ['a', 'b']\n```\n"
     )
-    assert {outcome for outcome, _ in run(tmp_path, text).values()} == {"passed"}
-    assert len(run(tmp_path, text)) == 4
+    assert {outcome for outcome, _ in run(text).values()} == {"passed"}
+    assert len(run(text)) == 4
 
 
-def test_two_commands_of_one_line_have_a_verdict_each(tmp_path):
-    outcomes = run(tmp_path, "Say `pip install x` or `python -V`.\n")
+def test_two_commands_of_one_line_have_a_verdict_each(run):
+    outcomes = run("Say `pip install x` or `python -V`.\n")
     assert outcomes == {"1": ["skipped", "needs a network"], "1b": ["passed", ""]}
 
 
@@ -283,8 +291,8 @@ def test_commands_go_on_in_the_next_line():
     ]  # fmt: skip
 
 
-def test_an_error_names_the_line_of_the_page_and_ends_the_page(tmp_path):
-    outcomes = run(tmp_path, "Words.\n\n```python\nx = 1\nx / 0\n```\n\n```python\nx = 2\n```\n")
+def test_an_error_names_the_line_of_the_page_and_ends_the_page(run):
+    outcomes = run("Words.\n\n```python\nx = 1\nx / 0\n```\n\n```python\nx = 2\n```\n")
     assert list(outcomes) == ["4"]
     assert outcomes["4"][0] == "failed"
     assert "line 5, in <module>\n    x / 0" in outcomes["4"][1]
@@ -305,8 +313,8 @@ def test_an_error_names_the_line_of_the_page_and_ends_the_page(tmp_path):
         ("```sh\npython -m bench.train --fast\n```\n", "does not know --fast"),
     ],
 )
-def test_what_fails(tmp_path, text, told):
-    outcome, said = next(reversed(run(tmp_path, text).values()))
+def test_what_fails(run, text, told):
+    outcome, said = next(reversed(run(text).values()))
     assert outcome == "failed"
     assert told in said
 
@@ -326,8 +334,8 @@ def test_notebooks_run_and_fail(tmp_path, cell, code, told):
     assert (tmp_path / "here").exists()
 
 
-def test_a_command_that_cannot_run_here_is_skipped_with_the_reason(tmp_path):
-    outcomes = run(tmp_path, "```sh\npip install nothing\n```\n\n    pip install . && python -c 'print(1)'\n")
+def test_a_command_that_cannot_run_here_is_skipped_with_the_reason(run):
+    outcomes = run("```sh\npip install nothing\n```\n\n    pip install . && python -c 'print(1)'\n")
     assert outcomes == {"2": ["skipped", "needs a network"], "5": ["passed", ""]}
 
 
@@ -379,10 +387,10 @@ def test_the_rules_for_what_is_skipped(monkeypatch, text, reason):
     assert bool(found) == bool(reason)
 
 
-def test_the_output_of_a_block_that_is_skipped_is_skipped(tmp_path):
+def test_the_output_of_a_block_that_is_skipped_is_skipped(run):
     """It is not compared with what some block before that printed."""
     skipped, output = "```sh\npip install nothing\n```\n", "<!-- output -->\n```text\n1\n```\n"
-    outcomes = run(tmp_path, f"```python\nprint(2)\n```\n\n{skipped}{output}")
+    outcomes = run(f"```python\nprint(2)\n```\n\n{skipped}{output}")
     assert [outcome for outcome, _ in outcomes.values()] == ["passed", "skipped", "skipped"]
 
 
@@ -409,9 +417,9 @@ def test_what_is_shortened(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_page_asks_of_the_reader_is_there(tmp_path):
+def test_what_a_page_asks_of_the_reader_is_there(run):
     text = "```sh\npython -c 'open(\"my.txt\")'\n```\n\n    python -m baby_xp evaluate RUN   measures\n"
-    assert {outcome for outcome, _ in run(tmp_path, text).values()} == {"passed"}
+    assert {outcome for outcome, _ in run(text).values()} == {"passed"}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ from baby_xp_data import equations as eq
 
 from baby_xp.errors import BabyError
 
-EVERY_CASE = [(max_sum, f"{a}+{b}") for max_sum in (9, 10, 14, 17, 18)
+EVERY_CASE = [(max_sum, f"{a}+{b}") for max_sum in (9, 10, 18)
               for a in range(10) for b in range(10) if a + b <= max_sum]
 
 
 def as_text(contexts_and_targets):
     contexts, targets = contexts_and_targets
     return [(eq.decode(c), eq.decode([t])) for c, t in zip(contexts, targets, strict=True)]
+
+
+ALL_PAIRS = {n: set(as_text(eq.pairs(eq.equations(n, ())))) for n in (9, 10, 18)}
 
 
 def test_the_ids_are_those_of_the_seed():
@@ -53,12 +56,12 @@ def test_which_equations():
     assert all(eval(e.split("=")[0]) == int(e.split("=")[1]) for e in eq.equations(18, ()))
 
 
-@pytest.mark.parametrize("max_sum", range(9, 19))
-def test_no_equation_and_no_window_comes_twice(max_sum):
-    table = eq.equations(max_sum, ())
-    assert len(set(table)) == len(table)
-    windows = as_text(eq.pairs(table))
-    assert len(set(windows)) == len(windows) == sum(len(e) - 4 for e in table)
+def test_no_equation_and_no_window_comes_twice():
+    for max_sum in range(9, 19):
+        table = eq.equations(max_sum, ())
+        assert len(set(table)) == len(table)
+        windows = as_text(eq.pairs(table))
+        assert len(set(windows)) == len(windows) == sum(len(e) - 4 for e in table)
 
 
 def test_windows_of_two_digit_sums():
@@ -82,24 +85,21 @@ def test_held_out_pairs():
     assert len(as_text(eq.held_out_pairs(18, ["8+9"], ambiguous=True))) == 6
 
 
-@pytest.mark.parametrize(("max_sum", "case"), EVERY_CASE)
-def test_nothing_gives_a_held_out_case_away(max_sum, case):
-    training, held = as_text(eq.training_pairs(max_sum, [case])), as_text(eq.held_out_pairs(max_sum, [case]))
-    assert held
-    assert not {context for context, _ in training} & {context for context, _ in held}
-    # with undetermined contexts, a context may return, but with no target that was held out
-    training = as_text(eq.training_pairs(max_sum, [case], ambiguous=True))
-    held = as_text(eq.held_out_pairs(max_sum, [case], ambiguous=True))
-    assert not set(training) & set(held)
-    assert {*training, *held} == set(as_text(eq.pairs(eq.equations(max_sum, ()))))
-    # neither the case nor its mirror begins, whole, in any window
-    assert not any(context[:3] in (case, case[::-1]) for context, _ in training)
-
-
-@pytest.mark.parametrize(("max_sum", "case"), EVERY_CASE)
-def test_contexts_determine_targets_unless_ambiguous(max_sum, case):
-    seen = as_text(eq.training_pairs(max_sum, [case])) + as_text(eq.held_out_pairs(max_sum, [case]))
-    assert len({context for context, _ in seen}) == len(seen)
+def test_nothing_gives_a_held_out_case_away():
+    for max_sum, case in EVERY_CASE:
+        where = f"{case} held out of sums up to {max_sum}"
+        training, held = as_text(eq.training_pairs(max_sum, [case])), as_text(eq.held_out_pairs(max_sum, [case]))
+        assert held, where
+        assert not {context for context, _ in training} & {context for context, _ in held}, where
+        # contexts determine their targets
+        assert len({context for context, _ in training + held}) == len(training + held), where
+        # with undetermined contexts, a context may return, but with no target that was held out
+        training = as_text(eq.training_pairs(max_sum, [case], ambiguous=True))
+        held = as_text(eq.held_out_pairs(max_sum, [case], ambiguous=True))
+        assert not set(training) & set(held), where
+        assert {*training, *held} == ALL_PAIRS[max_sum], where
+        # neither the case nor its mirror begins, whole, in any window
+        assert not any(context[:3] in (case, case[::-1]) for context, _ in training), where
 
 
 def test_undetermined_contexts():

@@ -146,9 +146,9 @@ def owners(value) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("n_ctx", [5, 70])  # one block of rows, and three
+@pytest.mark.parametrize(("n_ctx", "dropout", "dtype"), [  # one block of rows, and three
+    (5, 0.0, "float32"), (5, 0.3, "float64"), (70, 0.0, "float64"), (70, 0.3, "float32"),
+])  # fmt: skip
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
 def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, dropout, dtype):
     if isinstance(config, GPTConfig):
@@ -251,6 +251,7 @@ def test_a_trial_measures_and_leaves_nothing_behind(folder, text_file, workers):
     assert found.facts.workers == workers
     assert 0 < found.trial.ms_a_step < 5000
     assert all(seconds > 0 for seconds in found.seconds.values())
+    json.dumps(vars(found.trial), allow_nan=False)  # infinite numbers would not reach another program
     if memory.taken():
         assert 15 * workers < found.memory / 2**20 < 200 * workers
     shown = "\n".join(estimating.lines(found))
@@ -267,10 +268,16 @@ def test_a_trial_of_the_equation_model(folder):
     assert "The Little Baby's V H" not in "\n".join(estimating.lines(found))
 
 
-def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, text_file):
+def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, text_file, monkeypatch):
+    """And where no sizes are told, memory is None."""
+    monkeypatch.setattr(memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
     settings = {**TINY, **often, "max_minutes": 1e-9, "data": str(text_file), "backend": "numpy"}
-    assert estimating.estimate("baby", **settings).trial.ms_a_step > 0
+    found = estimating.estimate("baby", **settings)
+    assert found.trial.ms_a_step > 0
+    assert (memory.taken(), memory.children(), memory.of_interpreter()) == ([], [], None)
+    assert found.memory is None
+    assert "not known" in "\n".join(estimating.lines(found))
 
 
 def test_without_a_trial_the_counts_remain(folder, text_file):
@@ -280,31 +287,18 @@ def test_without_a_trial_the_counts_remain(folder, text_file):
     assert found.arrays["weights"] == 4 * found.n_parameters
 
 
-def test_where_sizes_are_not_told_memory_is_none(folder, text_file, monkeypatch):
-    monkeypatch.setattr(memory, "PROC", folder / "absent")
-    found = estimating.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
-    assert (memory.taken(), memory.children(), memory.of_interpreter()) == ([], [], None)
-    assert found.memory is None
-    assert "not known" in "\n".join(estimating.lines(found))
-
-
 @pytest.mark.parametrize("measure", [True, False])
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"n_heads": 3},
-        {"no_such_setting": 1},
-        {"workers": 0},
-        {"data": "there-is-no-such-file.txt"},
-        {"backend": "abacus"},
-        {"n_emb": 2**21, "n_heads": 1},
-    ],
-    ids=lambda wrong: next(iter(wrong)),
-)
-def test_a_bad_setting_is_an_error_of_one_line(folder, wrong, measure):
-    with pytest.raises(BabyError) as caught:
-        estimating.estimate("baby", measure=measure, **{**TINY, "backend": "numpy", **wrong})
-    assert "\n" not in str(caught.value)
+def test_a_bad_setting_is_an_error_of_one_line(folder, text_file, measure):
+    """Also where the process of the trial finds it, as in the first case."""
+    for wrong in (
+        {"data": "there-is-no-such-file.txt"}, {"n_heads": 3}, {"no_such_setting": 1}, {"workers": 0},
+        *([] if measure else [{"backend": "abacus"}, {"n_emb": 2**21, "n_heads": 1}]),
+    ):  # fmt: skip
+        with pytest.raises(BabyError) as caught:
+            estimating.estimate(
+                "baby", measure=measure, **{**TINY, "backend": "numpy", "data": str(text_file), **wrong}
+            )
+        assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_preset_is_an_error():
@@ -364,9 +358,3 @@ def test_memory_finds_a_child_and_what_it_takes():
     grown = memory.growth([main, other], idle) - memory.growth([main], idle)
     assert grown == pytest.approx(64 << 20, rel=0.1)
     assert memory.taken([child.pid]) == []  # it is no more
-
-
-def test_the_answer_of_a_trial_is_plain_json(folder, text_file):
-    """What Python's JSON alone can read, infinite numbers, would not reach another program."""
-    found = estimating.estimate("baby", backend="numpy", **{**TINY, "data": str(text_file)})
-    json.dumps(vars(found.trial), allow_nan=False)

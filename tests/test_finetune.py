@@ -4,15 +4,17 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import baby_xp.sitting
 from baby_xp import api, params
 from baby_xp.cli import main
+from baby_xp.config import GPTConfig
 from baby_xp.errors import BabyError
+from baby_xp.models import Model
 from baby_xp.run import Run
 
 FIRST = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
@@ -25,24 +27,26 @@ AT_ONCE = {"max_minutes": 1e-9}
 """Ends before the first step."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
-        yield
-
-
-@pytest.fixture
-def texts(tmp_path) -> dict[str, str]:
-    paths = {"first": tmp_path / "first.txt", "other": tmp_path / "other.txt"}
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("texts")
+    paths = {"first": folder / "first.txt", "other": folder / "other.txt"}
     for path, text in zip(paths.values(), (FIRST, OTHER), strict=True):
         path.write_text(text, encoding="utf-8", newline="\n")
     return {name: str(path) for name, path in paths.items()}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, texts) -> Run:
+    """A run that no test changes."""
+    return api.train("baby", path=tmp_path_factory.mktemp("runs"), data=texts["first"], **TINY)
+
+
 @pytest.fixture
-def base(tmp_path, texts) -> Run:
-    return api.train("baby", path=tmp_path / "runs", data=texts["first"], **TINY)
+def base(tmp_path, trained) -> Run:
+    """A copy of it in a folder of its own."""
+    shutil.copytree(trained.files.folder, tmp_path / "runs")
+    return api.load(trained.guid, path=tmp_path / "runs", backend="numpy")
 
 
 def finetune(base: Run, text: str, **more) -> Run:
@@ -77,6 +81,43 @@ def test_new_rows_are_drawn_as_at_the_start(base, texts):
     np.testing.assert_array_equal(now["lm_head"]["weight"][:, V:], drawn["lm_head"]["weight"][:, V:])
     assert not now["lm_head"]["bias"][V:].any()
     assert 0.01 < np.std(now["wte"]["weight"][V:]) < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_grown_model_keeps_every_bit_and_draws_the_rest_from_its_seed(dtype):
+    config = GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1)
+    model, larger = Model(config, 11), Model(config, 13)
+    old = params.draw(model.spec, 0, "float64").astype(dtype)
+    grown = params.grown(larger.spec, 7, model.layout, old)
+    before, now = model.layout.unpack(np, old), larger.layout.unpack(np, grown)
+    drawn = larger.layout.unpack(np, params.draw(larger.spec, 7, dtype))
+    np.testing.assert_array_equal(now["wte"]["weight"][:11], before["wte"]["weight"], strict=True)
+    np.testing.assert_array_equal(now["wte"]["weight"][11:], drawn["wte"]["weight"][11:], strict=True)
+
+
+@pytest.mark.parametrize(("dtype", "other"), [("float32", "float64"), ("float64", "float32")])
+def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path, texts, dtype, other):
+    more = {"num_steps": 1, "dtype": dtype}
+    base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
+    kept = []
+
+    class Onlooker(api.Silent):
+        def started(self, sitting, step):
+            for weights in ("best", "last"):
+                kept.append(api.load(path=tmp_path / "runs", backend="numpy", weights=weights).params.dtype)
+
+    finetune(base, texts["first"], num_steps=1, dtype=other, listener=Onlooker())
+    assert kept == [np.dtype(other)] * 2
+
+
+def test_finetuning_begins_at_the_base_runs_peak_rate_with_limits_of_its_own(tmp_path, texts):
+    more = {"num_steps": None, "num_epochs": 1, "stride": 400, "max_minutes": 9.0, "base_batch_size": 16}
+    base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
+    chosen = api.finetuning(base).train
+    peak = api.settings_of(base.config, "config").train.peak_lr
+    assert peak != TINY["lr"]
+    assert (chosen.lr, chosen.peak_lr, chosen.min_lr) == (peak, peak, peak / 10)
+    assert (chosen.num_steps, chosen.num_epochs, chosen.max_minutes) == (api.FINETUNE_STEPS, None, 0.0)
 
 
 def test_a_text_of_known_characters_changes_no_size_and_is_measured_first(base, texts):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import baby_xp.sitting
 from baby_xp import api, inspection, instrument, params, rng
 from baby_xp import backend as backends
 from baby_xp.cli import main
@@ -757,12 +756,10 @@ def test_small_words():
 def trained(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 5)
-        return api.train(
-            "baby", path=folder / "runs", data=str(folder / "text.txt"), backend="numpy", batch_size=4,
-            num_steps=20, eval_every=10, sample_tokens=0, lr=1e-2, warmup_steps=5, **SIZES,
-        )  # fmt: skip
+    return api.train(
+        "baby", path=folder / "runs", data=str(folder / "text.txt"), backend="numpy", batch_size=4,
+        num_steps=20, eval_every=10, sample_tokens=0, lr=1e-2, warmup_steps=5, **SIZES,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,26 +78,7 @@ def made(tmp_path_factory):
     return documents(tmp_path_factory.mktemp("made"), SWITCHES[7])
 
 
-# what the original computed -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", REFERENCES)
-def test_the_reference_models_give_their_logits(reference_folder, tmp_path, name):
-    first = littlebaby.read(reference_folder / f"model_{name}.json")
-    train = TrainConfig(**first.train)
-    files = littlebaby.write(tmp_path, GUID, first.config, first.tokenizer, first.params, train)
-    second = littlebaby.read(files[2])
-    expected = json.loads((reference_folder / f"expected_{name}.json").read_text("utf-8"))
-    case = case_of("numpy plain")
-    for found in (first, second):
-        model = Model(found.config, found.tokenizer.vocab_size)
-        p = model.layout.unpack(case.xp, case.asarray(found.params))
-        logits, _ = model.forward(case.xp, p, case.asarray(np.array(expected["inputs"])))
-        np.testing.assert_allclose(logits, np.reshape(expected["logits"], (-1, 65)), atol=1e-10, rtol=0)
-    assert second.params.tobytes() == first.params.tobytes()
-    assert (second.config, second.tokenizer, second.train) == (first.config, first.tokenizer, first.train)
-    assert first.train == {"num_epochs": 1, "batch_size": 3, "lr": 0.001}
-    assert (first.guid, second.guid) == (None, GUID)
+# what the original wrote --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -359,7 +339,7 @@ def mutate(draw, value):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_change_of_the_values_raises_anything_else(tmp_path_factory, made, data):
     changed = copy.deepcopy(made)

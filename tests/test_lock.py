@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from baby_xp.runs import lock as lock_module
 from baby_xp.runs.lock import Lock
 
 HOLDER = """import sys, time
@@ -58,6 +59,32 @@ def test_a_lock_has_one_holder(path):
     first.release()
     assert second.acquire(patience=0)
     second.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
+def test_the_file_of_a_lock_is_removed_while_it_is_held(path, monkeypatch):
+    """Else another process may have locked it in between, and a third would then lock a new one."""
+    held, unlink = Lock(path), Path.unlink
+    assert held.acquire()
+    taken = []
+
+    def watched(removed):
+        taken.append(Lock(removed).acquire(patience=0))
+        unlink(removed)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    held.release()
+    assert taken == [False]
+
+
+def test_asking_for_a_lock_does_not_wait_for_it(path, monkeypatch):
+    held, waits = Lock(path), []
+    assert held.acquire()
+    sleep = lock_module.time.sleep
+    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
+    assert Lock(path).is_held()
+    held.release()
+    assert sum(waits) < lock_module.PATIENCE / 4
 
 
 def test_locks_of_two_files_do_not_meet(tmp_path):

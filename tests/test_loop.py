@@ -223,6 +223,33 @@ def test_slow_steps_are_told_one_by_one(clock):
     assert result.tokens_per_second == pytest.approx(12 / 1.5)
 
 
+@pytest.mark.parametrize("part", ["validation", "keeping"])
+def test_the_speed_is_that_of_the_steps_alone(clock, part):
+    class Slow(list):
+        def append(self, one):
+            clock.tick(100.0)(0)
+            super().append(one)
+
+    trial = Trial(settings(checkpoint_every=3))
+    trial.before_step = clock.tick(0.25)
+    if part == "validation":
+        trial.during_validation = clock.tick(100.0)
+    else:
+        trial.kept = Slow()
+    result = trial.fit()
+    rates = [rate for *_, rate in trial.progress_made]
+    np.testing.assert_allclose([*rates, result.tokens_per_second], 12 / 0.25)
+
+
+def test_the_first_speed_of_a_later_sitting_is_its_own(clock):
+    first = Trial(settings(checkpoint_every=4))
+    first.fit()
+    again = Trial(settings(), first.kept[0])
+    again.before_step = clock.tick(0.25)
+    again.fit()
+    np.testing.assert_allclose([rate for *_, rate in again.progress_made], 12 / 0.25)
+
+
 def test_how_often_losses_are_read_changes_no_number(monkeypatch):
     records = []
     for every in (1, 3, 10):
@@ -379,6 +406,19 @@ def test_an_interrupt_after_the_step_was_computed_gives_it_up_too(monkeypatch):
     assert result.checkpoint.progress["count"] == 3
 
 
+def test_an_interrupt_before_the_new_state_is_kept_gives_the_step_up(monkeypatch):
+    """Its loss then does not wait to be read."""
+
+    def keep(run, state):
+        if state["step"][0] == 4:
+            raise KeyboardInterrupt
+        run.kept_state = state
+
+    monkeypatch.setattr(loop._Run, "state", property(lambda run: run.kept_state, keep), raising=False)
+    result = Trial(settings(eval_every=100)).fit()
+    assert (result.reason, result.checkpoint.step, result.checkpoint.progress["count"]) == ("interrupted", 3, 3)
+
+
 def test_an_interrupt_while_progress_is_shown_keeps_that_step():
     def impatient(step):
         raise KeyboardInterrupt
@@ -462,7 +502,7 @@ def test_from_every_checkpoint_it_goes_on_as_if_nothing_had_happened():
 
 
 def test_a_checkpoint_survives_the_way_to_the_device_and_back(quick_backend32):
-    config, case = settings(dtype="float32"), quick_backend32
+    config, case = settings(dtype="float32", seed=7), quick_backend32
     start = checkpoint.first(MODEL, config)
     start.state |= {
         "m": start.state["params"] * 2,
@@ -474,7 +514,7 @@ def test_a_checkpoint_survives_the_way_to_the_device_and_back(quick_backend32):
     assert back.keys() == start.state.keys()
     for name, array in start.state.items():
         np.testing.assert_array_equal(back[name], array, strict=True)
-    assert case.to_numpy(state["seed"]).tolist() == [config.seed]
+    assert case.to_numpy(state["seed"]).tolist() == [7]  # dropout follows from it
 
 
 # numbers that are not finite ----------------------------------------------------------------------------
@@ -583,13 +623,16 @@ def test_the_cause_is_found_where_gradients_are_accumulated():
 
 
 class Scripted:
-    """Workers that give losses and gradients as they are told."""
+    """Workers that give losses and gradients as they are told, and note the sizes of the batches."""
 
     def __init__(self, *steps):
-        self.steps = iter(steps)
+        self.steps, self.sizes = iter(steps), []
 
     def loss_and_gradients(self, xp, model, state, batch, n_targets=None):
         loss, at, value = next(self.steps)
+        self.sizes.append(len(batch.inputs))
+        if at == "all":
+            return np.array([loss]), np.full(model.n_parameters, value)
         gradients = np.full(model.n_parameters, 1e-3)
         begin = sum(model.layout.sizes[: model.layout.paths.index(at)])
         gradients[begin] = value
@@ -602,6 +645,19 @@ def test_gradients_that_burst_first_are_the_cause(value):
     finding = found(Trial(settings()), 6, workers=workers)
     assert (finding.parameter, finding.step) == ("ln_f.gain", 2)
     assert not np.isfinite(finding.norm)
+
+
+def test_where_all_gradients_burst_at_once_the_step_before_tells_more():
+    finding = found(Trial(settings()), 2, workers=Scripted((3.0, "wte.weight", 5.0), (3.0, "all", np.nan)))
+    assert (finding.parameter, finding.step) == ("wte.weight", 1)
+    assert np.isfinite(finding.norm)
+    assert found(Trial(settings()), 2, workers=Scripted((3.0, "all", np.nan))).step == 1
+
+
+def test_the_cause_is_looked_for_in_parts_as_small_as_those_of_training():
+    workers = Scripted(*[(3.0, "all", 1e-3)] * 8)
+    found(Trial(settings(accumulate=4)), 2, workers=workers)
+    assert workers.sizes == [3] * 8
 
 
 def test_a_gradient_whose_square_no_float32_holds_has_a_norm():

@@ -11,7 +11,7 @@ from baby_xp.errors import BabyError
 from baby_xp.quality import copied_ngrams, known_words
 from baby_xp.text.corpus import read_text
 
-quick = settings(max_examples=300, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 # Two letters in both cases, one that folds to two, marks and symbols inside and around words, whitespace.
 WORDY = st.text("aAbß.-“€ \n", max_size=30)
 BARE = st.text("ab ", max_size=30)

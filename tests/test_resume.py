@@ -17,6 +17,7 @@ import baby_xp.sitting
 from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
+from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.batches import RandomWindows
 
@@ -30,9 +31,8 @@ TINY = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
+def every_step():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
         patch.setattr(baby_xp.training.loop, "READ_EVERY", 1)  # the listeners below hear of every step
         yield
 
@@ -210,8 +210,9 @@ def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text
 
 def test_a_run_that_is_done_goes_on_with_more_steps(text, tmp_path, alone):
     train(text, tmp_path, workers=1, schedule="constant", num_steps=12)
-    with pytest.raises(BabyError, match="is done with all its 12 steps; to go on give more --num-steps"):
-        api.resume(path=tmp_path)
+    for more in ({}, {"num_steps": 1}, {"num_steps": 12}):
+        with pytest.raises(BabyError, match="is done with all its 12 steps; to go on give more --num-steps"):
+            api.resume(path=tmp_path, **more)
     longer, whole = api.resume(path=tmp_path, num_steps=24), alone(workers=1, schedule="constant")
     assert load_file(longer.files.state)["params"].tobytes() == whole.arrays["params"]
 
@@ -224,23 +225,57 @@ def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
     assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
 
 
-@pytest.mark.parametrize("wrong", [{"num_steps": 2}, {"num_steps": "9"}, {"num_steps": None}, {"workers": 0}])
-def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone, wrong):
+def test_a_run_of_epochs_goes_on_for_as_many_steps_as_are_asked_for(text, tmp_path):
+    done = train(text, tmp_path, workers=1, num_steps=None, num_epochs=1, stride=100)
+    more = done.config["result"]["steps"] + 2
+    assert api.resume(path=tmp_path, num_steps=more).config["result"]["steps"] == more
+
+
+def test_a_run_that_goes_on_keeps_the_time_of_its_beginning(text, tmp_path):
+    files = train(text, tmp_path, Stopper(3), workers=1, num_steps=4).files
+    then = "2001-02-03T04:05:06+00:00"
+    store.write_sealed(files.config, {**store.read_sealed(files.config), "started": then, "written": then})
+    done = api.resume(path=tmp_path)
+    assert done.config["started"] == then < done.config["written"]
+
+
+def test_on_another_backend_a_run_goes_on_without_the_workers_of_the_first(text, tmp_path):
+    case_of("strict")  # skips where it is absent
+    train(text, tmp_path, Stopper(3), workers=2, num_steps=4)
+    done = api.resume(path=tmp_path, backend="array-api-strict")
+    assert (done.config["result"]["state"], done.config["place"]["workers"]) == ("done", 1)
+
+
+def test_a_run_goes_on_on_its_device(text, tmp_path):
+    case_of("strict device1")
+    place = {"backend": "array-api-strict", "device": "device1"}
+    stopped = train(text, tmp_path, Stopper(1), num_steps=2, **place)
+    done = api.resume(path=tmp_path)
+    for part in ("place", "machine"):
+        assert done.config[part] == stopped.config[part]
+        assert "device1" in str(done.config[part]["device"]).lower()
+
+
+def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
+    """Whoever hears of a measurement may stop the run."""
+    stopped = train(text, tmp_path, Stopper(10, "evaluated", "exception"), workers=1)
+    lines = stopped.files.metrics.read_text("ascii").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone):
     train(text, tmp_path, Stopper(5), workers=1)
-    with pytest.raises(BabyError):
-        api.resume(path=tmp_path, **wrong)
+    for wrong in ({"num_steps": 2}, {"num_steps": "9"}, {"num_steps": None}, {"workers": 0}):
+        with pytest.raises(BabyError, match=next(iter(wrong))):
+            api.resume(path=tmp_path, **wrong)
+    with pytest.raises(BabyError, match="n_emb cannot be changed"):
+        api.resume(path=tmp_path, n_emb=16)
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
 def test_metrics_that_are_gone_come_back(text, tmp_path, alone):
     train(text, tmp_path, Stopper(12), workers=1).files.metrics.unlink()
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
-
-
-def test_only_some_settings_can_be_changed(text, tmp_path):
-    train(text, tmp_path, Stopper(3), workers=1)
-    with pytest.raises(BabyError, match="n_emb cannot be changed"):
-        api.resume(path=tmp_path, n_emb=16)
 
 
 def test_a_text_that_was_changed_is_noticed(text, tmp_path):
@@ -253,27 +288,6 @@ def test_a_text_that_was_changed_is_noticed(text, tmp_path):
         api.resume(path=tmp_path / "runs")
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
-
-
-def test_a_run_finds_its_text_from_another_folder(text, tmp_path, alone, monkeypatch):
-    monkeypatch.chdir(text.parent)
-    train(Path("text.txt"), tmp_path, Stopper(3), workers=1)
-    monkeypatch.chdir(tmp_path)
-    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
-
-
-def test_two_processes_cannot_go_on_with_one_run(text, tmp_path):
-    class Again(api.Silent):
-        def evaluated(self, record):
-            with pytest.raises(BabyError, match="is being trained by another process"):
-                api.resume(path=tmp_path)
-            self.seen = True
-            assert [run.state for run in api.list_runs(tmp_path)] == ["running"]
-
-    listener = Again()
-    train(text, tmp_path, listener, workers=1, num_steps=2)
-    assert listener.seen
-    assert [run.state for run in api.list_runs(tmp_path)] == ["done"]
 
 
 # killed -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import baby_xp.api
 import baby_xp.files
@@ -120,8 +121,7 @@ def test_a_damaged_run_is_in_the_table_and_hides_no_other(tmp_path, damage):
 @pytest.mark.parametrize("metadata", [{"step": "many"}, {"num_steps": ""}, {"step": "3.5"}])
 def test_a_checkpoint_that_counts_no_steps_makes_a_damaged_run(tmp_path, metadata):
     files = a_run(tmp_path, GUIDS[0], "done")
-    arrays = {"params": np.zeros(2, np.float32)}
-    checkpoint._save(files.state, arrays, metadata)
+    save_file({"params": np.zeros(2, np.float32)}, files.state, metadata)
     assert table.summaries(tmp_path) == [Summary(GUIDS[0], "damaged")]
 
 

@@ -42,7 +42,7 @@ def by_definition(logits, temperature, top_k, top_p) -> list[float]:
 # the distribution ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     LOGITS,
     st.sampled_from([0.1, 0.5, 0.8, 1.0, 1.7, 10.0]),
@@ -128,7 +128,7 @@ def test_a_misspelt_setting_is_named_with_those_there_are():
 @pytest.mark.parametrize("vary", ["position", "seed"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}], ids=str)
 def test_draws_follow_the_distribution(vary, settings):
-    logits, n = np.log([0.3, 0.05, 0.25, 0.1, 0.1, 0.2]), 2000
+    logits, n = np.log([0.3, 0.05, 0.25, 0.1, 0.1, 0.2]), 1000
     draws = Counter(
         sample(logits, Sampling(**settings, seed=7), i)
         if vary == "position"
@@ -165,15 +165,6 @@ def test_any_whole_number_is_a_seed_of_its_own():
 def test_greedy_takes_the_likeliest_and_of_equals_the_first():
     settings = Sampling(greedy=True, temperature=100.0)
     assert all(sample(np.array([1.0, 4.0, 4.0, 2.0]), settings, at) == 1 for at in range(50))
-
-
-@pytest.mark.parametrize("settings", [
-    {"temperature": 0}, {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf},
-    {"top_k": -1}, {"top_p": 0}, {"top_p": -0.5}, {"top_p": 1.01}, {"top_p": math.nan},
-], ids=str)  # fmt: skip
-def test_a_setting_that_makes_no_sense_is_named(settings):
-    with pytest.raises(BabyError, match=f"^{next(iter(settings))} must be "):
-        Sampling(**settings)
 
 
 # the window ---------------------------------------------------------------------------------------------
@@ -213,18 +204,17 @@ def gpt(n_ctx=6, **switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=" ".join)
-@pytest.mark.parametrize("greedy", [False, True], ids=["drawn", "greedy"])
-def test_with_and_without_the_cache_the_ids_are_the_same(numpy_backend, switches, greedy):
+def test_with_and_without_the_cache_the_ids_are_the_same(numpy_backend, switches):
     model, flat = gpt(**dict(zip(("c_sequence", "c_attention", "c_network"), switches, strict=True)))
-    settings = Sampling(greedy=greedy, seed=5)
     for prompt in ([1], [1, 2, 3, 4, 5, 6], list(range(V)) * 2):  # the last is longer than the context
-        texts = [
-            list(generate(numpy_backend, model, flat, prompt, 25, settings, use_cache))
-            for use_cache in (True, False)
-        ]
-        assert texts[0] == texts[1]
-        assert len(texts[0]) == 25
-        assert greedy or len(set(texts[0])) > 1
+        for greedy in (False, True) if switches == SWITCHES[0] else (False,):
+            texts = [
+                list(generate(numpy_backend, model, flat, prompt, 14, Sampling(greedy=greedy, seed=5), use_cache))
+                for use_cache in (True, False)
+            ]
+            assert texts[0] == texts[1]
+            assert len(texts[0]) == 14
+            assert greedy or len(set(texts[0])) > 1
 
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3])
@@ -305,7 +295,7 @@ def pieces(tokenizer, ids):
     return list(Run(None, None, tokenizer, None, {}, None)._pieces(iter(ids)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 255) | st.sampled_from(list("a\u00e9\u20ac\U0001f600".encode())), max_size=12)
     | st.text(max_size=8).map(lambda text: list(text.encode()))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from baby_xp.text.corpus import read_text
 from baby_xp.text.statistics import Statistics, count
 
-quick = settings(max_examples=200, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 # Letters, marks, and whitespace that ends a line elsewhere (\r, \x0b, U+2028) or looks like none (U+00A0).
 TEXT = st.text("aé.!?' \n\t\r\x0b\u2028\u00a0", max_size=40)
 

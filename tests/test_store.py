@@ -114,13 +114,15 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_no_other(tmp_path, fail
         assert "a.json cannot be written (No space left on device); make room" in str(caught.value)
 
 
-def test_the_data_is_synced_before_the_rename(tmp_path, monkeypatch):
+@pytest.mark.parametrize("data", [b"12345", lambda path: path.write_bytes(b"12345")], ids=["ours", "theirs"])
+def test_the_data_is_synced_before_the_rename(tmp_path, monkeypatch, data):
+    """Also what others write, as safetensors writes arrays."""
     order = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    baby_xp.files.write(tmp_path / "a", "b")
-    assert order == ["fsync", "replace"]
+    baby_xp.files.write(tmp_path / "a", data)
+    assert order == [5, "replace"]
 
 
 def test_a_folder_that_is_gone_is_made_again(tmp_path):
@@ -727,11 +729,13 @@ def test_a_file_in_the_way_of_the_folder_is_named(tmp_path, inside):
 
 
 def test_a_file_in_the_way_of_one_of_the_folders_takes_the_others_away_again(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "outputs").write_text("x")
-    with pytest.raises(BabyError, match="outputs cannot be written"):
-        store.new_run(tmp_path / "runs").__enter__()
-    assert all_of(tmp_path) == {"runs", "runs/outputs"}
+    for name in store.FOLDERS:
+        folder = tmp_path / f"no {name}"
+        folder.mkdir()
+        (folder / name).write_text("x")
+        with pytest.raises(BabyError, match=rf"{name}\b.* cannot be written"):
+            store.new_run(folder).__enter__()
+        assert all_of(folder) == {name}
 
 
 def test_a_name_too_long_for_the_file_system_is_an_error(tmp_path):

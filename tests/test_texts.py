@@ -27,11 +27,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 20)
-
-
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A folder with a text, in which a run is called; and another beside it, with another text of that name."""
@@ -61,6 +56,14 @@ def weights(run: Run) -> dict[str, np.ndarray]:
     return load_file(run.files.state)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    """A run that nothing comes in the way of, which no test changes."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "input.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+    return api.train("baby", data=str(folder / "input.txt"), path=folder / "runs", **TINY)
+
+
 def assert_same(found: Run, expected: Run) -> None:
     for name, array in weights(expected).items():
         np.testing.assert_array_equal(weights(found)[name], array, err_msg=name)
@@ -74,10 +77,9 @@ def ids_of(runs: Path) -> Path:
 # where it is --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", ["input.txt", "./input.txt", "../home/input.txt"])
-def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from(home, monkeypatch, data):
+@pytest.mark.parametrize("data", ["input.txt", "../home/input.txt"])
+def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from(home, monkeypatch, data, whole):
     runs = home / "runs"
-    whole = api.train("baby", data=data, path=home.parent / "whole", **TINY)
     run = api.train("baby", data=data, path=runs, listener=Meddler(stop), **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     monkeypatch.chdir(home.parent / "other")
@@ -150,13 +152,12 @@ def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, every file name is text")
-def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home):
+def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home, whole):
     name = os.fsdecode(b"caf\xe9\n.txt")
     try:
         os.rename("input.txt", name)
     except OSError:
         pytest.skip("this file system takes no such name")
-    whole = api.train("baby", data=name, path="whole", **TINY)
     run = api.train("baby", data=name, listener=Meddler(stop), **TINY)
     assert run.config["result"]["state"] == "stopped"
     assert_same(api.resume(), whole)
@@ -178,18 +179,18 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_ids_are_made_anew(home, damage):
-    whole = api.train("baby", data="input.txt", path="whole", **TINY)
+def test_damaged_ids_are_made_anew(home, whole):
     run = api.train("baby", data="input.txt", listener=Meddler(stop), **TINY)
     loss, path = run.evaluate(num_tokens=5).loss, ids_of(Path("runs"))
     data = path.read_bytes()
-    path.write_bytes(damage(data))
-    assert run.evaluate(num_tokens=5).loss == loss
-    assert path.read_bytes() == data
-    path.write_bytes(damage(data))
-    assert_same(api.resume(), whole)
-    assert path.read_bytes() == data
+    for name, damage in DAMAGE.items():
+        path.write_bytes(damage(data))
+        assert run.evaluate(num_tokens=5).loss == loss, name
+        assert path.read_bytes() == data, name
+        shutil.copytree("runs", name)
+        ids_of(Path(name)).write_bytes(damage(data))
+        assert_same(api.resume(path=name), whole)
+        assert ids_of(Path(name)).read_bytes() == data, name
 
 
 def test_damaged_ids_whose_text_is_gone_are_an_error(home):
@@ -200,9 +201,8 @@ def test_damaged_ids_whose_text_is_gone_are_an_error(home):
         run.evaluate()
 
 
-def test_ids_that_change_while_they_are_trained_on_do_no_harm(home):
+def test_ids_that_change_while_they_are_trained_on_do_no_harm(home, whole):
     """Cut short, even: what is mapped ends the process then."""
-    whole = api.train("baby", data="input.txt", path="whole", **TINY)
     for number, damage in enumerate(DAMAGE.values()):
         folder = Path(f"runs{number}")
 
@@ -213,9 +213,8 @@ def test_ids_that_change_while_they_are_trained_on_do_no_harm(home):
         assert_same(api.train("baby", data="input.txt", path=folder, listener=Meddler(meddle), **TINY), whole)
 
 
-def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home, monkeypatch):
+def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
-    whole = api.train("baby", data="input.txt", path="whole", **TINY)
 
     def damage():
         path = ids_of(Path("runs"))
@@ -230,9 +229,8 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
     assert_same(api.resume(), whole)
 
 
-def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypatch):
+def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
-    whole = api.train("baby", data="input.txt", path="whole", **TINY)
     touched = api.train(
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
     )
@@ -290,11 +288,11 @@ BAD = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-@pytest.mark.parametrize("keep_text", [True, False])
-def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep_text):
+@pytest.mark.parametrize("keep_text", [False, True])
+def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep_text, whole):
     """Whose folder of outputs is still empty, and which shares the folder of ids."""
-    whole = api.train("baby", data="input.txt", path="whole", **TINY)
     Path("bad.txt").write_bytes(content)
 
     class Fails(api.Silent):

@@ -61,7 +61,7 @@ class Setting:
         return Workers(self.backend, self.model, BATCH, number)
 
 
-@pytest.fixture(scope="module", params=[(n, d) for d in TOLERANCE for n in (1, 2, 3)], ids=str)
+@pytest.fixture(scope="module", params=[(1, "float32"), (2, "float64"), (3, "float32")], ids=str)
 def together(request):
     """A setting and its running workers."""
     number, dtype = request.param
@@ -187,9 +187,10 @@ def test_a_repetition_is_the_same_bit_for_bit(together):
         for array in workers.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
     ]
     runs = [compute(pool) for _ in range(2)]
-    with setting.pool(pool.number) as fresh:
-        runs.append(compute(fresh))
-    assert runs[0] == runs[1] == runs[2]
+    if pool.number == 2:
+        with setting.pool(pool.number) as fresh:
+            runs.append(compute(fresh))
+    assert len(set(map(tuple, runs))) == 1
 
 
 def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
@@ -209,15 +210,6 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
-
-
-def test_processes_update_parts_that_make_the_whole():
-    for number, n in ((1, 5), (2, 100), (3, 1000), (7, 33)):
-        pool = Workers(backends.load("numpy"), type("", (), {"n_parameters": n})(), BATCH, number)
-        assert pool._bounds[0] == 0
-        assert pool._bounds[-1] == n
-        assert all(b % 16 == 0 for b in pool._bounds[:-1] if b != n)
-        assert pool._bounds == sorted(pool._bounds)
 
 
 def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
@@ -250,6 +242,11 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
     alone, *two = (train(tmp_path, text_file, workers) for workers in (1, 2, 2))
     assert two[0].params.tobytes() == two[1].params.tobytes()
     np.testing.assert_allclose(two[0].params, alone.params, atol=1e-5)
+    # what a training gives does not hold the memory of its workers
+    owner = two[0].params
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    assert owner.base is None
     assert two[0].config["machine"]["workers"] == 2
     assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
 
@@ -265,13 +262,6 @@ def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
     assert last["whole_validation"]
     assert best["step"] == last["step"] < 8
     assert last["val_loss"] == pytest.approx(best["val_loss"], rel=1e-9)
-
-
-def test_what_a_training_gives_does_not_hold_the_memory_of_its_workers(tmp_path, text_file):
-    owner = train(tmp_path, text_file, 2).params
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    assert owner.base is None
 
 
 # how many -----------------------------------------------------------------------------------------------
@@ -314,12 +304,16 @@ def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they
     assert not any(path.exists() for path in arenas)
 
 
-def test_threads_of_the_array_library_are_as_before_afterwards():
+def test_threads_of_the_array_library_and_the_places_of_modules(tmp_path, monkeypatch):
+    """Threads are as before afterwards; workers find modules where this process finds them."""
     from threadpoolctl import threadpool_info
 
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
     before = threadpool_info()
     with Setting("float32").pool(2):
         assert all(library["num_threads"] == 1 for library in threadpool_info())
+        assert (tmp_path / "seen").exists()
     assert threadpool_info() == before
 
 
@@ -354,7 +348,7 @@ def children(monkeypatch) -> list[subprocess.Popen]:
     return started
 
 
-KILLED = "worker 1 of 3 was killed by signal 9; train with fewer --workers, or --workers 1"
+KILLED = "worker 1 of 2 was killed by signal 9; train with fewer --workers, or --workers 1"
 
 
 def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -> int:
@@ -367,11 +361,10 @@ def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -
 def test_a_worker_that_is_killed_ends_training_in_one_line(
     tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
 ):
-    code = main_with_killer(["--workers", "3"], tmp_path, text_file, pools, monkeypatch)
+    code = main_with_killer(["--workers", "2"], tmp_path, text_file, pools, monkeypatch)
     assert code == 2
     assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
-    assert len(children) == 2
-    assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
     assert not any(path.exists() for path in arenas)
     assert not (tmp_path / "runs").exists()
 
@@ -381,15 +374,15 @@ def test_a_worker_that_is_killed_ends_training_in_one_line(
 def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
     tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
 ):
-    more = ["--workers", "3", "--checkpoint-every", "1"]
+    more, killed = ["--workers", "3", "--checkpoint-every", "1"], KILLED.replace("of 2", "of 3")
     assert main_with_killer(more, tmp_path, text_file, pools, monkeypatch) == 2
-    assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
+    assert capfd.readouterr().err == f"baby_xp: {killed}\n"
     assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
     assert not any(path.exists() for path in arenas)
     (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.steps) == ("failed", 2)  # the worker was killed after the evaluation of step 2
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
-    assert run.config["result"]["reason"] == KILLED
+    assert run.config["result"]["reason"] == killed
     assert len(run.generate(num_tokens=3)) == 3
 
 
@@ -416,13 +409,6 @@ def test_too_many_open_files_end_training_in_one_line_of_advice(arenas, monkeypa
     with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1, or .* \(ulimit -n\)"):
         Setting("float32").pool(2).__enter__()
     assert not any(path.exists() for path in arenas)
-
-
-def test_workers_find_modules_where_this_process_finds_them(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
-    monkeypatch.syspath_prepend(tmp_path)
-    with Setting("float32").pool(2):
-        assert (tmp_path / "seen").exists()
 
 
 fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room")
@@ -488,12 +474,12 @@ def children_of(pid: int) -> list[str]:
 
 @pytest.fixture
 def training(tmp_path, text_file, signals):
-    """A program that trains with two workers beside itself, past its first evaluation.
+    """A program that trains with a worker beside itself, past its first evaluation.
 
     The folder "temporary" is its own for temporary files.
     """
     (tmp_path / "temporary").mkdir()
-    arguments = [*FLAGS, "--num-steps", "100000000", "--workers", "3"]
+    arguments = [*FLAGS, "--num-steps", "100000000", "--workers", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "baby_xp", "train", "--path", "runs", "--data", str(text_file), *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -511,7 +497,7 @@ def training(tmp_path, text_file, signals):
 @needs_signals
 def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path):
     workers = children_of(training.pid)
-    assert len(workers) == 2
+    assert len(workers) == 1
     training.kill()
     training.wait()
     # where nobody waits for orphans they stay as zombies, which hold nothing
