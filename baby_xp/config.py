@@ -16,6 +16,8 @@ MOST_LAYERS = 10_000
 """With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
 LARGEST_DROPOUT = 0.99999
 """Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
+LARGEST_STD = 1e6
+"""Of first weights: far from any use, and from what float32 does not hold."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,25 @@ class GPTConfig:
     kind: ClassVar[str] = "gpt"
 
     n_ctx: int = 64
-    """Context: how many tokens the model can look at."""
+    """Context: how many tokens the model sees at most."""
     n_emb: int = 128
-    """Width of the vector of a token."""
+    """Width: dimensions of a token's vector."""
     head_size: int = 128
-    """Width of all attention heads together; n_heads divides it."""
+    """Width of all attention heads together, a multiple of n_heads."""
     n_heads: int = 4
-    """Attention heads in a block."""
+    """Attention heads per block."""
     n_layers: int = 4
-    """Blocks."""
+    """Number of blocks."""
     dropout: float = 0.0
     """Share of activations that training sets to zero, from 0 to below 1."""
     c_sequence: Literal["pre", "post"] = "pre"
-    """Norm before each half of a block, or after it."""
+    """Layer norm before each half of a block (pre) or after it (post)."""
     c_attention: Literal["mha", "moh"] = "mha"
-    """Multi-head attention, or a mixture of heads."""
+    """Multi-head attention (mha) or a mixture of heads (moh)."""
     c_network: Literal["mlp", "moe"] = "mlp"
-    """Feed-forward network, or a dense mixture of four of them."""
+    """Feed-forward network (mlp) or a dense mixture of four of them (moe)."""
     gelu: Literal["tanh", "erf"] = "tanh"
-    """Form of GELU: the tanh approximation, or the definition by erf."""
+    """GELU by its tanh approximation, or exactly, by erf."""
 
     def __post_init__(self):
         _check(self, checks.whole, "n_ctx", "n_emb", "head_size", "n_heads")
@@ -70,18 +72,18 @@ class EquationConfig:
     n_ctx: int = 4
     """Context: "4+4=" is 4 tokens; 6 hold an equation up to 9+9 whole."""
     n_emb: int = 1
-    """Width of the vector of a token."""
+    """Width: dimensions of a token's vector."""
     n_hidden: int = 64
     """Neurons in the hidden layer."""
     activation: Literal["tanh", "gelu"] = "tanh"
     """Non-linearity of the hidden layer."""
     std: float = 0.1
-    """Spread of the first weights."""
+    """Standard deviation of the initial weights."""
 
     def __post_init__(self):
         _check(self, checks.whole, "n_ctx", "n_emb", "n_hidden")
         _choice(self, "activation")
-        _check(self, checks.number, "std", above=0)
+        _check(self, checks.number, "std", above=0, most=LARGEST_STD)
 
 
 ModelConfig = GPTConfig | EquationConfig
@@ -92,49 +94,49 @@ class TrainConfig:
     """How a model is trained."""
 
     batch_size: int = 16
-    """Sequences computed together."""
+    """Sequences per batch."""
     accumulate: int = 1
-    """Batches whose gradients add up to one step: a large step in the memory of a small one."""
+    """Batches whose gradients add up to one step: a large batch in the memory of a small one."""
     num_steps: int | None = None
-    """Steps in all; None, or if num_epochs alone is given: as many as that needs."""
+    """Total number of steps; None, or if num_epochs alone is given: as many as the epochs take."""
     num_epochs: int | None = None
-    """Passes over the training windows, each in a new order; None: windows from random places."""
+    """Passes over the training windows, each in a new order; None: windows at random positions."""
     stride: int = 1
-    """Distance between the starts of the windows of an epoch."""
+    """Tokens between the starts of two windows of an epoch."""
     lr: float = 1e-3
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     base_batch_size: int | None = None
-    """Batch size that lr was chosen for: if given, the rate grows as batch_size / base_batch_size."""
+    """Batch size that lr was chosen for; if given, lr is scaled by batch_size / base_batch_size."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or a half cosine down to min_lr."""
+    """Learning rate after the warm-up: constant, or half a cosine down to min_lr."""
     min_lr: float = 1e-4
     """Learning rate at the end of the cosine."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises to lr."""
+    """Steps over which the learning rate rises linearly to lr."""
     beta1: float = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """AdamW: decay of the mean of the gradients."""
     beta2: float = 0.99
-    """Decay of AdamW's mean of squared gradients."""
+    """AdamW: decay of the mean of the squared gradients."""
     weight_decay: float = 0.1
     """Decoupled weight decay; gains and biases have none."""
     clip: float = 1.0
-    """Largest global norm of the gradients; 0: no limit."""
+    """Clip gradients to this global norm; 0: no clipping."""
     eval_every: int = 250
-    """Steps between measurements of the validation loss."""
+    """Steps between evaluations of the validation loss."""
     sample_tokens: int = 80
-    """Tokens of the text that is shown with each measurement; 0: none."""
+    """Tokens of the sample printed with each evaluation; 0: none."""
     patience: int = 0
-    """Measurements in a row without a better validation loss after which training ends; 0: never."""
+    """Stop after this many evaluations without a better validation loss; 0: never."""
     max_minutes: float = 0.0
-    """Minutes after which this sitting stops, to be resumed some time; 0: no limit."""
+    """Minutes after which this training session stops; it can be resumed. 0: no limit."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: by time alone."""
     checkpoint_minutes: float = 1.0
     """Minutes between checkpoints; 0: by steps alone. There is always one at the end."""
     seed: int = 0
-    """Seed of weights, order of data, dropout and sampling."""
+    """Seed of the weights, the order of the data, dropout and sampling."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Precision of all numbers."""
+    """Floating-point precision."""
 
     def __post_init__(self):
         _check(self, checks.whole, "batch_size", "accumulate", "stride", "eval_every")

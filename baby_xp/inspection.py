@@ -466,7 +466,7 @@ def _neighbour_lines(run: "Run", token: str, near: list[tuple[str, float]], plai
 def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
     """The layer and head that "1.2" names. Raises BabyError if there is none such."""
     layer, _, head = text.partition(".")
-    if not (layer.isdecimal() and head.isdecimal()):
+    if not (_is_number(layer) and _is_number(head)):
         alternative = ", or all" if flag == "--attention" else ""
         raise BabyError(f"{flag} wants LAYER.HEAD, such as 0.1{alternative}, not {text!r}")
     for name, value, number in (("layer", int(layer), size[0]), ("head", int(head), size[1])):
@@ -475,12 +475,17 @@ def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
     return int(layer), int(head)
 
 
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number of a few digits: Python reads none of more than some thousand."""
+    return text.isdecimal() and len(text) < 10
+
+
 def _layer(text: str | None, number: int) -> int | str | None:
     if text in (None, "all"):
         return text
     if not number:
         raise BabyError("the equation model has no blocks: leave out --layer, and all is shown")
-    if not (text.isdecimal() and int(text) < number):
+    if not (_is_number(text) and int(text) < number):
         raise BabyError(f"there is no layer {text!r}: give 0 to {number - 1}, or all")
     return int(text)
 

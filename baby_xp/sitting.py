@@ -8,7 +8,7 @@ was killed, and goes on from its checkpoint.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -203,7 +203,7 @@ class Sitting:
         run, sample = self._as_run(checkpoint.best_params), ""
         if final:
             told["val_loss"] = final["val_loss"]
-            sample = sample_of(run, self.chosen.train.seed)
+            sample = "".join(sample_of(run, self.chosen.train.seed))
             write(self.files.completion(), sample + "\n")
         return replace(run, config=self._tell(self.config(told), [final] if final else [], sample))
 
@@ -218,7 +218,7 @@ class Sitting:
         config = self.config(self._result("running"))
         return Run(self.files, self.model, self.learned.tokenizer, params, config, self.backend)
 
-    def _sample(self, params: Any) -> str:
+    def _sample(self, params: Any) -> Iterator[str]:
         train = self.chosen.train
         return sample_of(self._as_run(self.backend.to_numpy(params)), train.seed, train.sample_tokens)
 
@@ -296,15 +296,15 @@ def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Toke
     return Run(files, model, tokenizer, params, config, backend)
 
 
-def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> str:
-    """What a run shows of itself: a text, or some of the answers that it was never told."""
+def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> Iterator[str]:
+    """What a run shows of itself, piece by piece: a text, or some of the answers that it was never told."""
     data = run.config["data"]
     if "held_out" not in data:
-        return run.generate(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
+        return run.stream(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
     of_table = data["max_sum"], data["digits"], data["operators"]
     named = equations.chosen(data["held_out"], run.config["train"]["seed"], *of_table)
     some = named[:: -(-len(named) // SAMPLE_ANSWERS)]
-    return ", ".join(run.answer(f"{case}=") for case in some)
+    return iter([", ".join(run.answer(f"{case}=") for case in some)])
 
 
 def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:

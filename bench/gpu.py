@@ -1,9 +1,9 @@
-"""A session on a machine with a GPU, in stages: whether it is correct, how fast it is, and what it learns.
+"""A session on a machine with a GPU, in stages: whether it is correct, how fast it is, and how well it trains.
 
     python -m bench.gpu --out FOLDER [--stage check,steps] [--minutes 9] [--precision float32,tf32]
 
-What each stage prints lies in FOLDER, with the results as JSON. A stage that fails or takes too long does not keep
-the next from running; the end says which did. See bench/README.md for the stages.
+FOLDER keeps what each stage prints, with the results as JSON. If a stage fails or takes too long, the next one
+runs all the same; the last lines say which did. See bench/README.md for the stages.
 """
 
 import argparse
@@ -15,15 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench import arguments, goals, processes
-from bench.precision import TOLERANCES
-from bench.tables import markdown
-from bench.workloads import FOR_A_GPU, chosen, on_gpu, usual
+from bench import harness, results
+from bench.results import markdown
+from bench.workloads import FOR_A_GPU, TOLERANCES, chosen, on_gpu, usual
 
+STAGES = ("check", "steps", "w5", "train", "epoch", "crossover")
 PRESET = "nanogpt-gpu"
 TAIL = 25
 """Lines of a job's output that are shown when it is done."""
@@ -40,7 +39,7 @@ class Job:
     runs: Path | None = None
     """The folder of the run that it trains."""
     judged: bool = False
-    """Whether that run is held against the goals."""
+    """Whether that run is compared with the goals."""
 
 
 @dataclass
@@ -65,7 +64,7 @@ def main() -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for stage in asked.stage:
-        outcomes += run_stage(stage, STAGES[stage](asked), asked.out, 60 * asked.minutes)
+        outcomes += run_stage(stage, jobs_of(stage, asked), asked.out, 60 * asked.minutes)
         keep(asked.out, stage, [one for one in outcomes if one.stage == stage])
     print("\n".join(summary(outcomes)))
     return 0 if all(one.result == "ok" for one in outcomes) else 1
@@ -73,21 +72,16 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.splitlines()[0])
+    parser = harness.parser("bench.gpu", __doc__, backend="cupy", steps=None, data="shakespeare")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that it writes")
-    known = arguments.names_of(STAGES, "stage")
+    known = harness.names_of(STAGES, "stage")
     parser.add_argument("--stage", type=known, default=",".join(STAGES), help="such as check,steps (%(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (%(default)g)")
-    parser.add_argument("--backend", type=arguments.backend, default="cupy", help="(%(default)s)")
-    known = arguments.names_of(TOLERANCES, "precision")
+    known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, help="(float32,tf32; on a CPU float32)")
     parser.add_argument("--workloads", type=chosen, help="of stage steps (W1,W2,W3,W4)")
     parser.add_argument("--peers", help="as for bench.train (its own)")
-    parser.add_argument("--data", default="shakespeare", help="path to tiny Shakespeare (that of the catalog)")
-    parser.add_argument("--steps", type=arguments.positive, help="steps of every measurement, to try this out")
     asked = parser.parse_args()
-    if not asked.stage:
-        parser.error("argument --stage: name at least one")
     if not asked.minutes > 0:
         parser.error("argument --minutes: it must be more than 0")
     asked.precision = asked.precision or (["float32", "tf32"] if on_gpu(asked.backend) else ["float32"])
@@ -102,88 +96,54 @@ def parse() -> argparse.Namespace:
 # the stages ---------------------------------------------------------------------------------------------
 
 
-def check(asked: argparse.Namespace) -> list[Job]:
-    """Whether the backend works, and gives the numbers that the others give."""
-    tests, passed = ["-m", "pytest", "-q", "-m"], r"\b[1-9]\d* passed"
-    works = rf"(?m)^{re.escape(asked.backend)} +works"
-    jobs = [Job("backends", ["-m", "baby_xp", "backends"], works)]
-    jobs.append(Job("parity", [*tests, "parity", "-k", asked.backend], passed))
-    return [*jobs, Job("gpu", [*tests, "gpu"], passed)] if on_gpu(asked.backend) else jobs
+def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
+    """The jobs of a stage; one for each workload and precision, so that one that takes too long stops no other."""
+    gpu, own = on_gpu(asked.backend), [precision for precision in asked.precision if precision != "half"]
 
+    def flags(precision: str) -> list[str]:
+        return ["--backend", asked.backend, "--data", asked.data, *(["--tf32"] if precision == "tf32" else [])]
 
-def steps(asked: argparse.Namespace) -> list[Job]:
-    """The time of a step of W1 to W4, two rounds; a job each, so that one that takes too long stops no other."""
+    if stage == "check":
+        tests, passed = ["-m", "pytest", "-q", "-m"], r"\b[1-9]\d* passed"
+        works = rf"(?m)^{re.escape(asked.backend)} +works"
+        parity = Job("parity", [*tests, "parity", "-k", asked.backend], passed)
+        jobs = [Job("backends", ["-m", "baby_xp", "backends"], works), parity]
+        return [*jobs, Job("gpu", [*tests, "gpu"], passed)] if gpu else jobs
+    if stage == "train":
+        short = ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
+        folders = {precision: asked.out / f"runs-{precision}" for precision in own}
+        return [
+            Job(f"{PRESET}-{precision}", ["-m", "baby_xp", "train", PRESET, *flags(precision), *short,
+                "--path", str(runs)], runs=runs, judged=gpu)
+            for precision, runs in folders.items()
+        ]  # fmt: skip
+    out, steps = ["--out", str(asked.out)], ["--steps", str(asked.steps)] if asked.steps else []
+    if stage == "epoch":
+        preset = results.EPOCH_PRESET
+        command = ["-m", "bench.presets", "--presets", preset, *out]
+        return [Job(f"{preset}-{precision}", [*command, *flags(precision)]) for precision in own]
+    if stage == "crossover":
+        return [Job("family", ["-m", "bench.growth", "crossover", "--backend", asked.backend, *out, *steps])]
     named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
-    return [_race(asked, workload.name) for workload in named]
-
-
-def w5(asked: argparse.Namespace) -> list[Job]:
-    """The time of a step of GPT-2 small's shape."""
-    return [_race(asked, name) for name in FOR_A_GPU]
-
-
-def _race(asked: argparse.Namespace, workload: str) -> Job:
-    command = ["-m", "bench.train", "--workloads", workload, "--backend", asked.backend, "--rounds", "2"]
-    command += ["--precision", ",".join(asked.precision), "--out", str(asked.out)]
+    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
+    command = ["-m", "bench.train", "--backend", asked.backend, "--rounds", "2", *out, *steps]
+    command += ["--precision", ",".join(asked.precision)]
     command += ["--peers", asked.peers] if asked.peers is not None else []
-    return Job(workload, command + _steps_flag(asked))
-
-
-def train(asked: argparse.Namespace) -> list[Job]:
-    """nanoGPT's run for a GPU, to its end: the validation loss, and the time of the whole command."""
-    jobs = []
-    for precision in _own_precisions(asked):
-        runs = asked.out / f"runs-{precision}"
-        command = ["-m", "baby_xp", "train", PRESET, "--backend", asked.backend, "--path", str(runs)]
-        command += ["--data", asked.data, *(["--tf32"] if precision == "tf32" else [])]
-        if asked.steps:
-            command += ["--num-steps", str(asked.steps), "--warmup-steps", "0"]
-        jobs.append(Job(f"{PRESET}-{precision}", command, runs=runs, judged=on_gpu(asked.backend)))
-    return jobs
-
-
-def epoch(asked: argparse.Namespace) -> list[Job]:
-    """How long one epoch of 48-months takes, projected from a part of it."""
-    jobs = []
-    for precision in _own_precisions(asked):
-        command = ["-m", "bench.epoch", "--backend", asked.backend, "--data", asked.data]
-        command += ["--out", str(asked.out / f"epoch-{precision}"), *(["--tf32"] if precision == "tf32" else [])]
-        jobs.append(Job(f"48-months-{precision}", command + _steps_flag(asked)))
-    return jobs
-
-
-def crossover(asked: argparse.Namespace) -> list[Job]:
-    """From which size on the GPU is faster than the CPU."""
-    command = ["-m", "bench.crossover", "--backend", asked.backend, "--out", str(asked.out)]
-    return [Job("family", command + _steps_flag(asked))]
-
-
-def _own_precisions(asked: argparse.Namespace) -> list[str]:
-    """Those that baby_xp trains in."""
-    return [precision for precision in asked.precision if precision != "half"]
-
-
-def _steps_flag(asked: argparse.Namespace) -> list[str]:
-    return ["--steps", str(asked.steps)] if asked.steps else []
-
-
-STAGES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
-    "check": check, "steps": steps, "w5": w5, "train": train, "epoch": epoch, "crossover": crossover,
-}  # fmt: skip
+    return [Job(name, [*command, "--workloads", name]) for name in names]
 
 
 # running ------------------------------------------------------------------------------------------------
 
 
 def run_stage(stage: str, jobs: list[Job], out: Path, seconds: float) -> list[Outcome]:
-    """Run the jobs of a stage one after the other, within so many seconds together."""
+    """Run the jobs of a stage one after the other, within that many seconds together."""
     end, outcomes = time.perf_counter() + seconds, []
     for job in jobs:
         left = end - time.perf_counter()
         if left <= 0:
-            outcomes.append(Outcome(stage, job.name, "not begun", _told(job)))
+            outcomes.append(Outcome(stage, job.name, "not begun", _command_of(job)))
             continue
-        print(f"== {stage}, {job.name}: {_told(job)} (at most {left:.0f} s)", flush=True)
+        print(f"== {stage}, {job.name}: {_command_of(job)} (at most {left:.0f} s)", flush=True)
         outcomes.append(run_job(stage, job, out, left))
         print(f"== {stage}, {job.name}: {_ended(outcomes[-1])}\n", flush=True)
     return outcomes
@@ -194,10 +154,10 @@ def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
     file, begin, code = out / f"{stage}-{job.name}.txt", time.perf_counter(), None
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with file.open("wb") as output:
-        output.write(f"$ {_told(job)}\n".encode())
+        output.write(f"$ {_command_of(job)}\n".encode())
         output.flush()
         child = subprocess.Popen(
-            [sys.executable, *job.command], cwd=processes.ROOT, env=environment, stdin=subprocess.DEVNULL,
+            [sys.executable, *job.command], cwd=harness.ROOT, env=environment, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -209,12 +169,12 @@ def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
             raise
     took, said = time.perf_counter() - begin, file.read_text(encoding="utf-8", errors="replace")
     print("\n".join(said.splitlines()[1:][-TAIL:]), flush=True)
-    outcome = Outcome(stage, job.name, _result(job, code, said), _told(job), round(took, 1), code, file.name)
+    outcome = Outcome(stage, job.name, _result(job, code, said), _command_of(job), round(took, 1), code, file.name)
     outcome.goals = [line for line in said.splitlines() if line.startswith("- goal,")]
     if job.runs and outcome.result == "ok":
         outcome.run = result_of(job.runs)
-        told = goals.train_lines(outcome.run["val_loss"], took, outcome.run["steps"]) if job.judged else []
-        outcome.goals = [f"{line} ({job.name})" for line in told]
+        lines = results.train_goals(outcome.run["val_loss"], took, outcome.run["steps"]) if job.judged else []
+        outcome.goals = [f"{line} ({job.name})" for line in lines]
     return outcome
 
 
@@ -240,14 +200,14 @@ def result_of(runs: Path) -> dict:
     return {name: result.get(name) for name in ("val_loss", "steps", "seconds", "tokens_per_second")}
 
 
-# what it says -------------------------------------------------------------------------------------------
+# the summary --------------------------------------------------------------------------------------------
 
 
 def keep(out: Path, stage: str, outcomes: list[Outcome]) -> None:
     """Write the outcomes of a stage into summary.json, beside those of stages that ran in earlier calls."""
     file = out / "summary.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"stages": {}}
-    kept["gpu"] = processes.gpu()
+    kept["gpu"] = harness.gpu()
     kept["stages"][stage] = [asdict(outcome) for outcome in outcomes]
     file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -273,7 +233,7 @@ def _ended(outcome: Outcome) -> str:
     return f"failed, exit code {outcome.exit_code}" if outcome.exit_code else "failed: it did nothing"
 
 
-def _told(job: Job) -> str:
+def _command_of(job: Job) -> str:
     return shlex.join(["python", *job.command])
 
 

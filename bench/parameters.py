@@ -9,39 +9,33 @@ already is not trained again. Without --file it is the newest of bench/results. 
 """
 
 import argparse
-import datetime
-import itertools
 import json
-import os
+import multiprocessing
 import re
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from baby_xp_data import catalog
 from threadpoolctl import threadpool_limits
 
 import baby_xp
-from baby_xp import api, memory, presets, task
-from baby_xp import backend as backends
+from baby_xp import api, files, presets, task
+from baby_xp.backend import load
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
-from baby_xp.training.checkpoint import first
-from baby_xp.training.loop import fit
-from baby_xp.training.stop import Stop
-from baby_xp.training.workers import Workers
-from bench import arguments, contenders, processes, report, variants
-from bench.tables import markdown
-from bench.variants import Variant
+from baby_xp.training.workers import suitable_number
+from bench import harness, results
+from bench.harness import Entry, say
+from bench.peers import Clock, ours
+from bench.results import markdown, mib
 
-RESULTS = processes.ROOT / "bench/results"
+RESULTS = harness.ROOT / "bench/results"
 WARMUP = 5
 """Steps before those that are timed."""
-MIB = 2**20
 MARK = "<!-- table: {} -->"
 
 
@@ -56,23 +50,21 @@ def main() -> int:
         if asked.table:
             show(read(asked.file), asked.page)
     except BabyError as error:
-        print(f"bench.parameters: {error}", file=sys.stderr)
+        say(f"bench.parameters: {error}")
         return 2
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="bench.parameters", description=__doc__.splitlines()[0])
+    parser = harness.parser("bench.parameters", __doc__, steps=20, rounds=3)
     parser.add_argument("--train", action="store_true", help="train the variants that the file does not have")
-    parser.add_argument("--speed", action="store_true", help="time a step of each; wants a quiet machine")
+    parser.add_argument("--speed", action="store_true", help="time a step of each; needs a quiet machine")
     parser.add_argument("--table", action="store_true", help="print the tables")
     parser.add_argument("--file", type=Path, default=newest(), help="where results are kept (%(default)s)")
-    parser.add_argument("--jobs", type=arguments.positive, default=1, help="trainings side by side (%(default)s)")
-    known = arguments.names_of(variants.groups(), "group")
-    parser.add_argument("--groups", type=known, default=variants.groups(), help="train these alone")
-    parser.add_argument("--steps", type=arguments.positive, default=20, help="timed steps a round (%(default)s)")
-    parser.add_argument("--rounds", type=arguments.positive, default=3, help="rounds (%(default)s)")
+    parser.add_argument("--jobs", type=harness.positive, default=1, help="trainings side by side (%(default)s)")
+    known = harness.names_of(groups(), "group")
+    parser.add_argument("--groups", type=known, default=groups(), help="train these alone")
     parser.add_argument("--page", type=Path, help="put the tables into this page too")
     asked = parser.parse_args()
     if not (asked.train or asked.speed or asked.table):
@@ -97,30 +89,174 @@ def read(file: Path) -> dict:
 
 def write(file: Path, result: dict) -> None:
     """Keep a result, and its tables beside it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
-    file.with_suffix(".md").write_text("\n".join(document(result)), encoding="utf-8")
+    files.write(file, json.dumps(result, indent=1) + "\n")
+    files.write(file.with_suffix(".md"), "\n".join(document(result)))
+
+
+# the variants -------------------------------------------------------------------------------------------
+
+PRESET = "baby"
+BASE = {
+    "data": "shakespeare", "batch_size": 8, "lr": 1e-2, "min_lr": 1e-3, "num_steps": 1000, "eval_every": 100,
+    "sample_tokens": 0,
+}  # fmt: skip
+"""The base: the sizes of preset `baby`, on Shakespeare in place of its own text, with a rate for so few steps.
+
+At the preset's own, 0.003, so few steps leave the model so undertrained that a longer context made it worse.
+"""
+SHORT = 10_000
+"""Characters of the short text, the beginning of Shakespeare: few enough to be memorized."""
+SHORT_STEPS = 2000
+"""Steps in which that happens."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A value of a parameter. `overrides`: what differs from the base; none: it is the base itself."""
+
+    group: str
+    value: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    short: bool = False
+    """Whether it is trained on the short text."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the results: that of the base is the same in every group."""
+        if not self.overrides:
+            return "short text" if self.short else "base"
+        changes = ", ".join(f"{name} {value}" for name, value in self.overrides.items())
+        return f"short text, {changes}" if self.short else changes
+
+
+def _of(name: str, *values: Any, base: Any = None) -> list[Variant]:
+    """Variants of one parameter, in this order. base: the value that the base has; it gets a row too."""
+    return [Variant(name, str(value), {} if value == base else {name: value}) for value in values]
+
+
+def _rate(value: float) -> Variant:
+    # the cosine ends at a tenth of the rate, as the base's does
+    return Variant("lr", f"{value:g}", {} if value == 1e-2 else {"lr": value, "min_lr": value / 10})
+
+
+def _short(value: str, **overrides: Any) -> Variant:
+    return Variant("short text", value, overrides, short=True)
+
+
+ALL = [
+    *_of("seed", 0, 1, 2, base=0),
+    *_of("n_ctx", 16, 32, 64, 128, base=64),
+    *_of("n_emb", 32, 64, 128, base=64),
+    *_of("head_size", 16, 32, 64, 128, base=64),
+    *_of("n_heads", 1, 2, 4, 8, 16, base=4),
+    *_of("n_layers", 1, 2, 3, 4, 6, base=3),
+    Variant("more steps", "1,000 steps"),
+    Variant("more steps", "4,000 steps", {"num_steps": 4000}),
+    Variant("more steps", "4,000 steps, n_layers 1", {"n_layers": 1, "num_steps": 4000}),
+    Variant("more steps", "4,000 steps, n_ctx 16", {"n_ctx": 16, "num_steps": 4000}),
+    Variant("more steps", "4,000 steps, n_ctx 128", {"n_ctx": 128, "num_steps": 4000}),
+    Variant("more steps", "4,000 steps, n_emb 128", {"n_emb": 128, "num_steps": 4000}),
+    Variant("more steps", "4,000 steps, c_sequence post", {"c_sequence": "post", "num_steps": 4000}),
+    *_of("dropout", 0.0, 0.1, 0.2, base=0.0),
+    *_of("c_sequence", "pre", "post", base="pre"),
+    *_of("c_attention", "mha", "moh", base="mha"),
+    *_of("c_network", "mlp", "moe", base="mlp"),
+    *_of("gelu", "tanh", "erf", base="tanh"),
+    *_of("tokenizer", "char", "byte", base="char"),
+    *_of("dtype", "float32", "float64", base="float32"),
+    *_of("batch_size", 2, 4, 8, 16, 32, base=8),
+    Variant("accumulate", "1, batch_size 8"),
+    Variant("accumulate", "4, batch_size 2", {"batch_size": 2, "accumulate": 4}),
+    Variant("base_batch_size", "batch_size 8, lr 0.01"),
+    Variant("base_batch_size", "batch_size 2, lr 0.01", {"batch_size": 2}),
+    Variant("base_batch_size", "batch_size 2, lr 0.0025 by the rule",
+            {"batch_size": 2, "base_batch_size": 8, "min_lr": 2.5e-4}),
+    Variant("same tokens", "batch_size 2, 4,000 steps", {"batch_size": 2, "num_steps": 4000}),
+    Variant("same tokens", "batch_size 8, 1,000 steps"),
+    Variant("same tokens", "batch_size 32, 250 steps", {"batch_size": 32, "num_steps": 250}),
+    *_of("num_steps", 250, 500, 1000, 2000, 4000, base=1000),
+    Variant("num_epochs", "none: 1,000 steps from random places"),
+    Variant("num_epochs", "1, stride 128: 981 steps", {"num_epochs": 1, "stride": 128, "num_steps": None}),
+    *(_rate(value) for value in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    *_of("schedule", "cosine", "constant", base="cosine"),
+    *_of("min_lr", 0.0, 1e-3, 3e-3, base=1e-3),
+    *_of("warmup_steps", 0, 100, 300, base=100),
+    *_of("beta1", 0.8, 0.9, 0.95, base=0.9),
+    *_of("beta2", 0.95, 0.99, 0.999, base=0.99),
+    *_of("weight_decay", 0.0, 0.1, 1.0, base=0.1),
+    *_of("clip", 0.0, 0.1, 1.0, base=1.0),
+    Variant("too fast", "lr 0.01"),
+    *(
+        Variant("too fast", value, {"lr": 1e-1, "min_lr": 1e-2, **more})
+        for value, more in (
+            ("lr 0.1", {}),
+            ("no warm-up either", {"warmup_steps": 0}),
+            ("no clipping either", {"warmup_steps": 0, "clip": 0.0}),
+            ("norms after the layers too", {"warmup_steps": 0, "clip": 0.0, "c_sequence": "post"}),
+        )
+    ),
+    _short("nothing"),
+    _short("dropout 0.1", dropout=0.1),
+    _short("dropout 0.2", dropout=0.2),
+    _short("dropout 0.4", dropout=0.4),
+    _short("weight_decay 1", weight_decay=1.0),
+    _short("n_layers 1", n_layers=1),
+    _short("n_emb 32", n_emb=32),
+    _short("num_steps 1000", num_steps=1000),
+    _short("patience 3", patience=3),
+]  # fmt: skip
+"""In the order of the tables."""
+
+FIRST = ("seed", "lr", "n_layers", "n_emb", "short text", "n_ctx", "batch_size", "too fast", "num_steps")
+"""Groups that are trained first, so that an interrupted measurement has what matters most."""
+
+ON_SPEED = {
+    "n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout", "c_sequence", "c_attention", "c_network",
+    "gelu", "tokenizer", "dtype", "batch_size", "accumulate",
+}  # fmt: skip
+"""Groups whose parameter changes the time or the memory of a step."""
+
+ON_TOKENS = {
+    "batch_size", "accumulate", "base_batch_size", "same tokens", "num_steps", "num_epochs",
+    "more steps",
+}  # fmt: skip
+"""Groups whose variants do not all see as many tokens."""
+
+
+def groups() -> list[str]:
+    """The names of the groups, in order."""
+    return list(dict.fromkeys(one.group for one in ALL))
+
+
+def to_train() -> list[Variant]:
+    """Each different variant once, the most important groups first."""
+    order = sorted(ALL, key=lambda one: FIRST.index(one.group) if one.group in FIRST else len(FIRST))
+    return list({one.key: one for one in order}.values())
+
+
+def to_time() -> list[Variant]:
+    """Each different variant whose step may take a different time, once."""
+    return list({one.key: one for one in ALL if one.group in ON_SPEED}.values())
 
 
 # quality ------------------------------------------------------------------------------------------------
 
 
-def train_all(file: Path, jobs: int, groups: list[str]) -> None:
-    """Train what the file lacks, and keep each result as it comes."""
+def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
+    """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
     result = read(file) if file.exists() else beginning()
     if result["base"] != base():
         raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
-    wanted = {one.key for one in variants.ALL if one.group in groups}
-    todo = [one for one in variants.to_train() if one.key in wanted - result["trained"].keys()]
-    with ProcessPoolExecutor(jobs) as pool:
+    wanted = {one.key for one in ALL if one.group in chosen}
+    todo = [one for one in to_train() if one.key in wanted - result["trained"].keys()]
+    # a forked child would share threads of BLAS that do not exist in it
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(trained, one): one for one in todo}
         try:
             for done in as_completed(running):
                 found = result["trained"][running[done].key] = done.result()
                 write(file, result)
-                print(f"{running[done].key}: {found['failed'] or found['val_loss']}", file=sys.stderr, flush=True)
+                say(f"{running[done].key}: {found['failed'] or found['val_loss']}")
         except BaseException:  # Ctrl-C above all: do not begin with those that wait
             pool.shutdown(cancel_futures=True)
             raise
@@ -128,28 +264,17 @@ def train_all(file: Path, jobs: int, groups: list[str]) -> None:
 
 def beginning() -> dict:
     """The head of a result: when and where."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processes.processor(), "cores": processes.cores(), "baby_xp": baby_xp.__version__,
-            **contenders.versions(),
-        },
-        "base": base(),
-        "trained": {},
-        "timed": {},
-    }  # fmt: skip
+    machine = {**harness.machine(), "baby_xp": baby_xp.__version__}
+    return {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
 
 
 def base() -> dict:
     """What the variants are variants of."""
-    return {
-        "preset": variants.PRESET, **variants.BASE, "short text": variants.SHORT,
-        "steps on the short text": variants.SHORT_STEPS,
-    }  # fmt: skip
+    return {"preset": PRESET, **BASE, "short text": SHORT, "steps on the short text": SHORT_STEPS}
 
 
 def trained(variant: Variant) -> dict:
-    """Train a variant: parameters, losses (nats a token) on the way, and what the best weights reach.
+    """Train a variant: parameters, losses (nats per token) on the way, and what the best weights reach.
 
     val_loss is that of the best weights over the whole validation part. failed: why there is none. One process
     and one thread, so that the numbers do not depend on the number of cores.
@@ -157,18 +282,18 @@ def trained(variant: Variant) -> dict:
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         settings = settings_of(variant, Path(folder))
         try:
-            run = baby_xp.train(variants.PRESET, path=folder, backend="numpy", workers=1, **settings)
+            run = baby_xp.train(PRESET, path=folder, backend="numpy", workers=1, **settings)
         except BabyError as error:
             return {"overrides": variant.overrides, "failed": str(error)}
         records = [json.loads(line) for line in run.files.metrics.read_text("utf-8").splitlines()]
-    result = run.config["result"]
+    result, config = run.config["result"], run.config["train"]
     if result["state"] != "done":
-        raise KeyboardInterrupt  # the run took it as a wish to stop, and this is none to keep
+        raise KeyboardInterrupt  # the run took it as a request to stop, and half a run is not kept
     return {
         "overrides": variant.overrides,
         "parameters": run.model.n_parameters,
         "steps": result["steps"],
-        "tokens": result["steps"] * step_size(run.config["train"]) * run.model.config.n_ctx,
+        "tokens": result["steps"] * config["batch_size"] * config["accumulate"] * run.model.config.n_ctx,
         "curve": [[one[name] for name in ("step", "train_loss", "val_loss", "grad_norm")] for one in records],
         "best_step": result["best_step"],
         "val_loss": result["val_loss"],
@@ -176,19 +301,14 @@ def trained(variant: Variant) -> dict:
     }
 
 
-def step_size(train: dict) -> int:
-    """Sequences of a step, of a train config as a run keeps it."""
-    return train["batch_size"] * train["accumulate"]
-
-
 def settings_of(variant: Variant, folder: Path) -> dict:
     """The fields that make the variant of the preset; the short text is written into `folder`."""
-    steps = {"num_steps": variants.SHORT_STEPS} if variant.short else {}
-    settings = {**variants.BASE, **steps, **variant.overrides}
+    steps = {"num_steps": SHORT_STEPS} if variant.short else {}
+    settings = {**BASE, **steps, **variant.overrides}
     if settings.get("schedule") == "constant":
         del settings["min_lr"]  # the base's: it would have no effect
     if variant.short:
-        text = catalog.find("shakespeare").read_text(encoding="utf-8")[: variants.SHORT]
+        text = catalog.find("shakespeare").read_text(encoding="utf-8")[:SHORT]
         settings["data"] = str(folder / "short.txt")
         (folder / "short.txt").write_text(text, encoding="utf-8")
     return settings
@@ -198,81 +318,60 @@ def settings_of(variant: Variant, folder: Path) -> dict:
 
 
 def time_all(file: Path, steps: int, rounds: int) -> None:
-    """Time a step of each variant that may take another time, in turn, and keep it."""
+    """Time a step of each variant that may take a different time, in turn, and keep it."""
     result = read(file)
-    entries = [report.Entry(one.key, {"key": one.key, "steps": steps}) for one in variants.to_time()]
-    idle = processes.ask("footprint", what="baseline")["memory"]
-    before = report.product_rate()
-    report.take_turns("parameters", entries, rounds)
-    result["timed"] = {one.label: speed_of(one, idle[0] if idle else None) for one in entries}
-    result["product_rate_before"], result["product_rate_after"] = before, report.product_rate()
-    result["timed_on"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entries = [Entry(one.key, {"key": one.key, "steps": steps}) for one in to_time()]
+    idle = harness.ask("bench.memory:idle")
+    before = results.product_rate()
+    harness.take_turns("bench.parameters:timed", entries, rounds)
+    result["timed"] = {one.label: speed_of(one, idle) for one in entries}
+    result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
+    result["timed_on"] = results.now()
     write(file, result)
 
 
-def speed_of(entry: report.Entry, idle: dict | None) -> dict:
-    """Milliseconds a step, the median of the rounds' medians, and the peak of memory over an idle process's."""
+def speed_of(entry: Entry, idle: list[dict]) -> dict:
+    """Milliseconds per step, the median of the rounds' medians, and the peak of memory over an idle process's."""
     if entry.failed:
         raise BabyError(f"{entry.label}: {entry.failed}")
-    known = idle is not None and all(run["memory"] for run in entry.runs)
     by_round = [statistics.median(run["ms"]) for run in entry.runs]
     return {
         "ms": statistics.median(by_round),
         "by_round": by_round,
-        "memory": min(memory.growth(run["memory"], idle) for run in entry.runs) if known else None,
+        "memory": results.least_growth(entry.runs, idle),
         "workers": entry.runs[0]["workers"],
     }
 
 
 def timed(key: str, steps: int) -> dict:
     """The child's part: train a variant for some steps as `train` does -> ms of each, memory, workers."""
-    variant = next(one for one in variants.ALL if one.key == key)
+    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
-        chosen = api.override(presets.preset(variants.PRESET), settings_of(variant, Path(folder)))
-        learned = task.prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
-        clock = contenders.Clock([learned.batches.batch(step) for step in range(WARMUP + steps + 1)])
-        model = Model(chosen.model, learned.tokenizer.vocab_size)
-        loaded = backends.load("numpy", None, chosen.train.dtype)
-        number = api.number_of_workers(None, loaded, model, chosen.train.batch_size)
+        chosen = api.override(presets.preset(PRESET), settings_of(variant, Path(folder)))
+        dataset = task.prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
+        clock = Clock([dataset.batches.batch(step) for step in range(WARMUP + steps + 1)])
+        model = Model(chosen.model, dataset.tokenizer.vocab_size)
+        backend = load("numpy", None, chosen.train.dtype)
+        number = suitable_number(backend, model, chosen.train.batch_size)
         config = replace(chosen.train, num_steps=len(clock), eval_every=len(clock) + 1, checkpoint_minutes=0.0)
-        measured = {"n_validation": 1, "validation": lambda: iter(clock.batches[:1])}  # little, at the end
-        short = replace(learned, batches=clock, num_steps=len(clock), **measured)
-        pool = Workers(loaded, model, chosen.train.batch_size, number) if number > 1 else nullcontext()
-        # a step that is too small to be split is too small for threads as well: where other programs take a core,
-        # threads that wait for each other made a step of 4 ms one of 400
-        with threadpool_limits(1), pool as running:
-            fit(
-                loaded,
-                model,
-                config,
-                short,
-                first(model, config),
-                api.Silent(),
-                lambda kept: None,
-                Stop(),
-                running,
-            )
-            taken = memory.taken([child.pid for child in running.children] if running else [])
-    marks = clock.marks[WARMUP:]
-    return {
-        "ms": [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)],
-        "memory": taken,
-        "workers": number,
-    }
+        little = {"n_validation": 1, "validation": lambda: iter(clock.batches[:1])}
+        short = replace(dataset, batches=clock, num_steps=len(clock), **little)
+        _, memory = ours.fit_as_train_does(backend, model, config, short, number)
+    return {"ms": clock.ms(WARMUP), "memory": memory, "workers": number}
 
 
-# what is told -------------------------------------------------------------------------------------------
+# the tables ---------------------------------------------------------------------------------------------
 
 
 def document(result: dict) -> list[str]:
-    """All tables as Markdown, with what a reader must know of them."""
+    """All tables as Markdown, with what a reader must know about them."""
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     lines = [f"{result['date']}; {machine}", "", f"Base: {base_command()}", ""]
     if result["timed"]:
         rates = {name: result[f"product_rate_{name}"] for name in ("before", "after")}
-        told = "; ".join(f"{name} {rate['alone']:.0f} Gflop/s" for name, rate in rates.items())
-        busy = "; THE MACHINE WAS BUSY: the times say little" if report.busy(result) else ""
-        lines += [f"Timed {result['timed_on']}; matrix product rate {told}{busy}", ""]
+        speeds = "; ".join(f"{name} {rate['alone']:.0f} Gflop/s" for name, rate in rates.items())
+        busy = "; THE MACHINE WAS BUSY: the times say little" if results.busy(result) else ""
+        lines += [f"Timed {result['timed_on']}; matrix product rate {speeds}{busy}", ""]
     for group, rows in tables(result).items():
         lines += [group, "", *rows, ""]
     return lines
@@ -280,15 +379,15 @@ def document(result: dict) -> list[str]:
 
 def base_command() -> str:
     """How a reader trains the base."""
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in variants.BASE.items())
-    return f"python -m baby_xp train {variants.PRESET} {flags}"
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
+    return f"python -m baby_xp train {PRESET} {flags}"
 
 
 def tables(result: dict) -> dict[str, list[str]]:
     """A Markdown table for each group of variants that were trained, all or some of them."""
     found = {}
-    for group in variants.groups():
-        some = [one for one in variants.ALL if one.group == group and one.key in result["trained"]]
+    for group in groups():
+        some = [one for one in ALL if one.group == group and one.key in result["trained"]]
         if some:
             found[group] = markdown([row(one, result) for one in some])
     return found
@@ -299,12 +398,12 @@ def row(variant: Variant, result: dict) -> dict[str, str]:
     found, group = result["trained"][variant.key], variant.group
     name = variant.value if variant.overrides else f"{variant.value} (base)"
     cells = {"what differs" if " " in group else group: name}
-    if group in variants.ON_SPEED:
+    if group in ON_SPEED:
         speed = result["timed"].get(variant.key)
         cells["parameters"] = "" if found["failed"] else f"{found['parameters']:,}"
         cells["ms a step"] = f"{speed['ms']:.1f}" if speed else ""
-        cells["memory, MiB"] = f"{speed['memory'] / MIB:.0f}" if speed and speed["memory"] is not None else ""
-    if group in variants.ON_TOKENS:
+        cells["memory, MiB"] = mib(speed["memory"]) if speed else ""
+    if group in ON_TOKENS:
         cells["tokens"] = "" if found["failed"] else f"{found['tokens']:,}"
     return cells | (of_short(found) if variant.short else of_losses(found, result))
 
@@ -315,8 +414,8 @@ def of_losses(found: dict, result: dict) -> dict[str, str]:
     if found["failed"]:
         return dict(zip(names, ("", found["failed"].partition(";")[0], ""), strict=True))
     difference = found["val_loss"] - result["trained"].get("base", found)["val_loss"]
-    told = (f"{last(found)[1]:.3f}", f"{found['val_loss']:.3f}", f"{difference:+.3f}" if difference else "")
-    return dict(zip(names, told, strict=True))
+    values = (f"{last(found)[1]:.3f}", f"{found['val_loss']:.3f}", f"{difference:+.3f}" if difference else "")
+    return dict(zip(names, values, strict=True))
 
 
 def of_short(found: dict) -> dict[str, str]:
@@ -340,7 +439,7 @@ def show(result: dict, page: Path | None) -> None:
     print("\n".join(document(result)))
     if page:
         page.write_text(filled(page.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
-        print(f"the tables are in {page}", file=sys.stderr)
+        say(f"the tables are in {page}")
 
 
 def filled(text: str, found: dict[str, list[str]]) -> str:

@@ -1,55 +1,85 @@
-"""How long each GPT preset takes on this machine: a few steps of each, and what that makes for the whole.
+"""How long a whole run of each GPT preset takes on this machine, as `estimate` projects it from a short trial.
 
-    python -m bench.presets --data shakespeare.txt [--steps 12] [--presets baby,nanogpt-cpu]
+    python -m bench.presets [--presets baby,nanogpt-cpu] [--backend numpy] [--tf32] [--data shakespeare.txt]
+                            [--out FOLDER]
 
-`--data` is the text of the presets that read `shakespeare`. Prints milliseconds a step (the training alone, by the
-tokens a second that a run reports) and the projected hours of a whole run; evaluations are not in it.
+See bench/README.md for how to read it.
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 
-import baby_xp
+from baby_xp.errors import BabyError
+from baby_xp.estimating import Estimate, estimate
 from baby_xp.presets import PRESETS
-from baby_xp.text.batches import EpochWindows
-from baby_xp.text.corpus import Corpus
+from bench import harness, results
+from bench.harness import say
+from bench.workloads import on_gpu
 
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.presets", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="path to tiny Shakespeare")
-    parser.add_argument("--steps", type=int, default=12, help="steps to time, after as many to warm up")
-    parser.add_argument("--presets", default=",".join(GPTS), help="names, joined by commas")
-    asked = parser.parse_args()
-    print(f"{'preset':<12} {'parameters':>10} {'steps':>7} {'ms a step':>9} {'whole run':>10}")
-    for name in asked.presets.split(","):
-        measure(name, asked.data, asked.steps)
+def main() -> int:
+    """Estimate the presets that the command line names, print the table and keep it under --out."""
+    asked = parse()
+    precision = "tf32" if asked.tf32 else "float32"
+    try:
+        with results.measurement(backend=asked.backend, precision=precision, presets=[]) as result:
+            for name in asked.presets:
+                data = {"data": asked.data} if PRESETS[name].data.data == "shakespeare" else {}
+                found = facts_of(estimate(name, backend=asked.backend, tf32=asked.tf32, **data))
+                result["presets"].append(found)
+                say(f"{name}: {found['ms_a_step']:.1f} ms a step")
+    except BabyError as error:
+        say(f"bench.presets: {error}")
+        return 2
+    results.show(result, document(result), asked.out, "-presets")
+    return 0
 
 
-def measure(name: str, data: str, steps: int) -> None:
-    """Train a preset for a few steps in a folder of its own, and print its line."""
-    preset = PRESETS[name]
-    overrides = {"data": data} if preset.data.data == "shakespeare" else {}
-    with tempfile.TemporaryDirectory() as folder:
-        run = baby_xp.train(name, path=folder, num_steps=2 * steps, eval_every=steps, **overrides)
-        total = preset.train.num_steps or steps_of_an_epoch(preset, Path(data), Path(folder))
-    tokens = preset.train.batch_size * preset.model.n_ctx
-    milliseconds = 1e3 * tokens / run.config["result"]["tokens_per_second"]
-    hours = milliseconds * total / 3.6e6
-    length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-    print(f"{name:<12} {run.model.n_parameters:>10,} {total:>7,} {milliseconds:>9.1f} {length:>10}", flush=True)
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = harness.parser("bench.presets", __doc__, backend="numpy", data="shakespeare", out=None)
+    known = harness.names_of(GPTS, "preset")
+    parser.add_argument("--presets", type=known, default=",".join(GPTS), help="names, joined by commas (all)")
+    parser.add_argument("--tf32", action="store_true", help="products in TF32, on a GPU")
+    return parser.parse_args()
 
 
-def steps_of_an_epoch(preset, data: Path, folder: Path) -> int:
-    """Steps of the preset's epochs over this text."""
-    corpus = Corpus.from_file(data, preset.data.tokenizer, folder / "corpora")
-    batch_size, stride = preset.train.batch_size, preset.train.stride
-    windows = EpochWindows(corpus.train, preset.model.n_ctx, batch_size, stride, 0)
-    return preset.train.num_epochs * windows.steps_per_epoch
+def facts_of(found: Estimate) -> dict:
+    """What the JSON file keeps of an estimate; "seconds" by what the run does, of all of it "total_seconds"."""
+    return {
+        "preset": found.preset.name, "parameters": found.n_parameters, "steps": found.facts.num_steps,
+        "workers": found.facts.workers, "ms_a_step": found.trial.ms_a_step, "seconds": found.seconds,
+        "total_seconds": sum(found.seconds.values()),
+    }  # fmt: skip
+
+
+def document(result: dict) -> list[str]:
+    """The results as Markdown."""
+    rows = [
+        {
+            "preset": one["preset"],
+            "parameters": f"{one['parameters']:,}",
+            "steps": f"{one['steps']:,}",
+            "ms a step": f"{one['ms_a_step']:.3f}",
+            **{f"{part}, s": f"{seconds:,.1f}" for part, seconds in one["seconds"].items()},
+            "whole run": length_of(one["total_seconds"]),
+        }
+        for one in result["presets"]
+    ]
+    epochs = [one for one in result["presets"] if one["preset"] == results.EPOCH_PRESET]
+    judged = epochs if on_gpu(result["backend"]) else []
+    return [
+        *results.heading(result, {"backend": {result["backend"]: result["precision"]}}),
+        *results.markdown(rows),
+        *(["", *(results.epoch_goal(one["total_seconds"]) for one in judged)] if judged else []),
+    ]
+
+
+def length_of(seconds: float) -> str:
+    """A time in hours, or in minutes where it is short."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

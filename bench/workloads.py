@@ -1,6 +1,10 @@
-"""What is measured: five GPTs, and the batches that they are trained on."""
+"""What is measured: five GPTs, the batches that they are trained on, and the precisions of their products.
 
-from argparse import ArgumentTypeError
+- float32: products in float32, as on a CPU; coarser products that a GPU's libraries would choose are turned off
+- tf32: arrays in float32, factors of products rounded to 10 bits: tensor cores of NVIDIA GPUs from 2020 on
+- half: for PyTorch, bfloat16 autocast: factors and results of products have 7 bits, weights stay float32
+"""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +12,17 @@ import numpy as np
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
+from bench import harness
 
+TOLERANCES = {"float32": 1e-4, "tf32": 5e-4, "half": 2e-3}
+"""Largest relative difference of a loss from baby_xp's in float32, where both do the same work.
+
+Measured with PyTorch 2.13 on a CPU, W1 to W3: bfloat16 autocast changes the two losses by up to 8e-5 of their
+value. TF32 rounds 8 times finer than bfloat16. A GPU adds up in another order; W5's losses are not known yet.
+"""
 GPU_WARMUP = 20
 N_IDS = 100_000
-"""Length of the text of random ids: no step's time depends on what the ids are."""
+"""Length of the text of random ids: the time of a step does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +41,9 @@ class Workload:
     steps: int
     """Steps measured in a round, unless --steps says otherwise."""
     warmup: int
-    """Steps before them: caches, thread pools and memory of the process settle in these.
+    """Steps before them, in which caches, thread pools and memory of the process settle.
 
-    What compiles does so in the first step alone: later ones take the same time as all others.
+    Whatever is compiled is compiled in the first step: later ones take the same time as all others.
     """
     gpu_steps: int = 100
     """Steps measured in a round on a GPU."""
@@ -40,8 +51,8 @@ class Workload:
     def pace(self, backend: str) -> tuple[int, int]:
         """Warm-up and steps of a round on that backend.
 
-        On a GPU the warm-up is longer than a CPU's: kernels are compiled or loaded at their first use, and a step
-        that is captured as a graph runs some times before.
+        On a GPU the warm-up is longer: kernels are compiled or loaded at their first use, and a step runs a few
+        times before it is captured as a graph.
         """
         return (GPU_WARMUP, self.gpu_steps) if on_gpu(backend) else (self.warmup, self.steps)
 
@@ -51,7 +62,7 @@ class Workload:
         return self.batch_size * self.n_ctx
 
     def model(self, dropout: float) -> Model:
-        """The model with that rate of dropout."""
+        """The model with that dropout rate."""
         config = GPTConfig(
             n_ctx=self.n_ctx, n_emb=self.n_emb, head_size=self.n_emb, n_heads=self.n_heads,
             n_layers=self.n_layers, dropout=dropout,
@@ -73,7 +84,7 @@ class Workload:
         return [windows.batch(step) for step in range(count)]
 
 
-# Warm-up and steps: so many that a round of one contender takes some seconds on two cores, not minutes.
+# With these numbers of steps a round of one contender takes seconds on two cores, not minutes.
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -85,7 +96,7 @@ WORKLOADS = {
     )
 }
 FOR_A_GPU = ("W5",)
-"""Workloads that a CPU is measured on only where they are named: a step takes it minutes."""
+"""Workloads that a CPU is measured on only if they are named: a step takes minutes there."""
 
 
 def on_gpu(backend: str) -> bool:
@@ -94,18 +105,15 @@ def on_gpu(backend: str) -> bool:
 
 
 def usual(backend: str) -> list[Workload]:
-    """The workloads that are measured where none is named."""
+    """The workloads that are measured if none is named."""
     return [one for name, one in WORKLOADS.items() if on_gpu(backend) or name not in FOR_A_GPU]
 
 
-def of(told: str | dict) -> Workload:
-    """The workload of that name, or with those fields: so a parent process tells it to a child."""
-    return WORKLOADS[told] if isinstance(told, str) else Workload(**told)
+def of(workload: str | dict) -> Workload:
+    """The workload with that name or with these fields: a parent process sends one or the other to a child."""
+    return WORKLOADS[workload] if isinstance(workload, str) else Workload(**workload)
 
 
-def chosen(names: str) -> list[Workload]:
-    """The workloads of a list such as "W1,W2". For argparse: its error names an unknown one."""
-    unknown = [name for name in names.split(",") if name not in WORKLOADS]
-    if unknown:
-        raise ArgumentTypeError(f"unknown workload {unknown[0]!r}: choose from {', '.join(WORKLOADS)}")
-    return [WORKLOADS[name] for name in names.split(",")]
+def chosen(text: str) -> list[Workload]:
+    """An argument that lists workloads, like "W1,W2"."""
+    return [WORKLOADS[name] for name in harness.names_of(WORKLOADS, "workload")(text)]

@@ -195,7 +195,8 @@ def _plan(text: str) -> Plan:
     after = " ".join(words[2:]) if words[1:2] == ["-m"] else ""
     for beginning, _ in HELP:
         if after.startswith(beginning):
-            return Plan([*words[1:3], "--help"], flags=re.findall(r"--[a-z][a-z-]*", text), changed=True)
+            command = [word for word in words[3:4] if not word.startswith("-")]  # as in bench.growth scaling
+            return Plan([*words[1:3], *command, "--help"], flags=re.findall(r"--[a-z][a-z-]*", text), changed=True)
     for beginning, flags, _ in SHORTER:
         if words[2 : 2 + len(beginning.split())] == beginning.split() and "--help" not in words:
             return Plan(with_flags(words[1:], flags), changed=bool(flags))

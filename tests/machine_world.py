@@ -37,7 +37,7 @@ import baby_xp.sitting
 from baby_xp import api
 from baby_xp.config import settings_of
 from baby_xp.runs import checkpoint, lock, store
-from baby_xp.runs.store import GUID, RunFiles
+from baby_xp.runs.store import GUID, OF_SAFETENSORS, RunFiles
 from baby_xp.training import loop
 
 SMALL = {"workers": 1, "backend": "numpy", "schedule": "constant", "warmup_steps": 0, "sample_tokens": 0}
@@ -393,7 +393,7 @@ def owner(name: str) -> str | None:
 
 
 def is_leftover(name: str) -> bool:
-    return name.endswith((".tmp", ".lock"))
+    return name.endswith((".tmp", ".lock")) or OF_SAFETENSORS.fullmatch(os.path.basename(name)) is not None
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -712,6 +712,27 @@ def test_a_signal_ends_it_after_the_step_at_hand(work, call, monkeypatch, signal
 
 
 @needs_signals
+def test_a_signal_ends_a_sample_too(work, call, monkeypatch, signals):
+    """It may be as long as the user likes."""
+    made, generate = [], baby_xp.run.generate
+
+    def slow(*args):
+        for token in generate(*args):
+            made.append(token)
+            if len(made) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield token
+
+    settings = flags(data="text.txt", num_steps=5, **CONSTANT)
+    with monkeypatch.context() as patch:
+        patch.setattr(baby_xp.run, "generate", slow)
+        code, _, err = call("train", "--path=stopped", *settings, "--sample-tokens=1000000000")
+    assert (code, err, len(made)) == (130, f"{STOPPING}baby_xp: interrupted\n", 3)
+    assert [(run.state, run.steps) for run in baby_xp.api.list_runs("stopped")] == [("stopped", 2)]
+    assert call("resume", "--path=stopped", "--sample-tokens=0")[0] == 0
+
+
+@needs_signals
 def test_a_second_signal_gives_the_step_at_hand_up(work, call, monkeypatch, signals):
     settings = flags(data="text.txt", num_steps=5, **CONSTANT)
     with monkeypatch.context() as patch:

@@ -34,7 +34,7 @@ BAD = [
     (EquationConfig, "n_ctx", [0, 1.5, None]),
     (EquationConfig, "n_hidden", [0, 1.0]),
     (EquationConfig, "activation", ["relu", None]),
-    (EquationConfig, "std", [0, -1, NAN, INFINITY, "1", HUGE]),
+    (EquationConfig, "std", [0, -1, NAN, INFINITY, "1", HUGE, 1e308]),
     (TrainConfig, "batch_size", [0, -1, 1.0, "16", 2**31]),
     (TrainConfig, "accumulate", [0, -1, 1.0, True, 2**31]),
     (TrainConfig, "num_steps", [0, -1, 2.5, HUGE]),

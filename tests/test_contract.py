@@ -47,7 +47,7 @@ LAYERS = {
     "layers": 0, "models": 1, "training": 2, "generate": 2, "instrument": 2, "runs": 3, "equations": 3,
     "lab": 4, "run": 4, "evaluation": 4,
     "inspection": 4, "checking": 4, "pictures": 4, "convert": 4, "sitting": 5, "api": 6, "estimating": 6,
-    "screen": 7, "cli": 7,
+    "cli": 7,
 }  # fmt: skip
 
 

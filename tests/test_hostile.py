@@ -28,8 +28,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from baby_xp import options
-from baby_xp.cli import COMMANDS, USAGE, main
+from baby_xp.cli import COMMANDS, USAGE, main, options
 from baby_xp.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

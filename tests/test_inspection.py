@@ -865,6 +865,8 @@ def test_the_encoding_of_the_terminal_decides(call, monkeypatch, encoding, plain
         (["--attention=1"], ("LAYER.HEAD", "'1'")),
         (["--off=9.0"], ("--off 9.0", "no layer 9")),
         (["--off=all"], ("--off wants LAYER.HEAD",)),
+        (["--off=" + "9" * 5000 + ".1"], ("--off wants LAYER.HEAD",)),
+        (["--layer=" + "9" * 5000], ("there is no layer",)),
         (["--layer=2"], ("no layer '2'", "0 to 1, or all")),
         (["--layer=-1"], ("no layer '-1'",)),
         (["--neighbours=cat"], ("'cat' is 3 tokens",)),

@@ -2,21 +2,19 @@
 
 import json
 import re
-import sys
+from concurrent.futures import Future
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from baby_xp_data import nursery
+from bench_cases import ROOT
 
 from baby_xp import api, presets
 from baby_xp.config import DataConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
-
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # bench is not installed
-from bench import parameters, report, variants  # noqa: E402
-from bench.variants import Variant  # noqa: E402
+from bench import harness, parameters
+from bench.parameters import Variant
+from bench.peers import ours
 
 PAGE = ROOT / "docs/parameters.md"
 TINY = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4}
@@ -32,7 +30,7 @@ def kept() -> dict:
 def tiny(monkeypatch):
     """A base that trains in a moment, on a text that needs no download."""
     base = {"data": "nursery", "num_steps": 4, "eval_every": 2, "sample_tokens": 0, **TINY}
-    monkeypatch.setattr(variants, "BASE", base)
+    monkeypatch.setattr(parameters, "BASE", base)
     monkeypatch.setattr(parameters.task, "NURSERY_CHARACTERS", 3000)
 
 
@@ -42,22 +40,15 @@ def tiny(monkeypatch):
 def test_the_tables_of_the_page_are_those_of_the_results(kept):
     text = PAGE.read_text("utf-8")
     assert parameters.filled(text, parameters.tables(kept)) == text
+    assert sorted(re.findall(parameters.MARK.format("(.*)"), text)) == sorted(parameters.groups())
 
 
-def test_every_table_has_its_place(kept):
-    places = re.findall(parameters.MARK.format("(.*)"), PAGE.read_text("utf-8"))
-    assert sorted(places) == sorted(variants.groups())
-
-
-def test_every_variant_was_measured(kept):
-    assert kept["trained"].keys() == {one.key for one in variants.ALL}
-    assert kept["timed"].keys() == {one.key for one in variants.to_time()}
-
-
-def test_results_are_of_these_variants(kept):
+def test_the_results_are_of_these_variants(kept):
     assert kept["base"] == parameters.base()
-    for one in variants.ALL:
-        assert kept["trained"][one.key]["overrides"] == one.overrides, one.key
+    assert {key: found["overrides"] for key, found in kept["trained"].items()} == {
+        one.key: one.overrides for one in parameters.ALL
+    }
+    assert kept["timed"].keys() == {one.key for one in parameters.to_time()}
 
 
 @pytest.mark.parametrize("config", [GPTConfig, TrainConfig, DataConfig])
@@ -71,37 +62,37 @@ def test_every_parameter_has_its_section(config):
 
 def test_each_variant_is_a_run_that_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters.catalog, "find", lambda name: tmp_path / "text.txt")
-    (tmp_path / "text.txt").write_text("x" * variants.SHORT + "y", "utf-8")
-    for one in variants.ALL:
+    (tmp_path / "text.txt").write_text("x" * parameters.SHORT + "y", "utf-8")
+    for one in parameters.ALL:
         settings = parameters.settings_of(one, tmp_path)
-        api.override(presets.preset(variants.PRESET), settings)
-        assert settings["data"] == (str(tmp_path / "short.txt") if one.short else variants.BASE["data"])
-    assert (tmp_path / "short.txt").read_text("utf-8") == "x" * variants.SHORT
+        api.override(presets.preset(parameters.PRESET), settings)
+        assert settings["data"] == (str(tmp_path / "short.txt") if one.short else parameters.BASE["data"])
+    assert (tmp_path / "short.txt").read_text("utf-8") == "x" * parameters.SHORT
 
 
 def test_a_variant_is_not_the_base_in_disguise():
-    long = api.override(presets.preset(variants.PRESET), variants.BASE)
-    short = api.override(long, {"num_steps": variants.SHORT_STEPS})
-    for one in variants.ALL:
+    long = api.override(presets.preset(parameters.PRESET), parameters.BASE)
+    short = api.override(long, {"num_steps": parameters.SHORT_STEPS})
+    for one in parameters.ALL:
         chosen = short if one.short else long
         others = {name for name, value in one.overrides.items() if getattr_of(chosen, name) != value}
         assert others == one.overrides.keys(), one.key
 
 
-def test_the_base_has_the_value_that_its_row_tells():
-    chosen = api.override(presets.preset(variants.PRESET), variants.BASE)
-    for one in variants.ALL:
+def test_the_base_has_the_value_of_its_row():
+    chosen = api.override(presets.preset(parameters.PRESET), parameters.BASE)
+    for one in parameters.ALL:
         if not one.overrides and one.group in {field.name for field in fields(GPTConfig) + fields(TrainConfig)}:
-            told = one.value.partition(",")[0].partition(":")[0]
-            assert told in (f"{getattr_of(chosen, one.group)}", "none", f"batch_size {chosen.train.batch_size}")
+            value = one.value.partition(",")[0].partition(":")[0]
+            assert value in (f"{getattr_of(chosen, one.group)}", "none", f"batch_size {chosen.train.batch_size}")
 
 
 def test_each_group_has_its_base_and_is_trained_once():
-    for group in variants.groups():
-        assert sum(not one.overrides for one in variants.ALL if one.group == group) == 1, group
-    trained = [one.key for one in variants.to_train()]
+    for group in parameters.groups():
+        assert sum(not one.overrides for one in parameters.ALL if one.group == group) == 1, group
+    trained = [one.key for one in parameters.to_train()]
     assert len(trained) == len(set(trained))
-    assert set(trained) == {one.key for one in variants.ALL}
+    assert set(trained) == {one.key for one in parameters.ALL}
     assert trained[0] == "base"
 
 
@@ -112,19 +103,13 @@ def getattr_of(chosen, name):
 # training
 
 
-def test_a_variant_is_trained_and_told(tiny):
+def test_a_variant_is_trained(tiny):
     found = parameters.trained(Variant("n_emb", "16", {"n_emb": 16, "accumulate": 2}))
-    assert found["steps"] == 4
-    assert found["tokens"] == 4 * 4 * 2 * 8
+    assert (found["steps"], found["tokens"], found["failed"]) == (4, 4 * 4 * 2 * 8, None)
     assert [point[0] for point in found["curve"][:2]] == [2, 4]
     assert found["val_loss"] == found["curve"][-1][2]
-    assert found["failed"] is None
     assert found["parameters"] > parameters.trained(Variant("seed", "0"))["parameters"]
-
-
-def test_one_that_cannot_be_trained_says_why(tiny):
-    found = parameters.trained(Variant("n_heads", "3", {"n_heads": 3}))
-    assert "does not divide" in found["failed"]
+    assert "does not divide" in parameters.trained(Variant("n_heads", "3", {"n_heads": 3}))["failed"]
 
 
 def test_one_that_was_stopped_is_not_kept(tiny):
@@ -137,8 +122,8 @@ def test_one_that_was_stopped_is_not_kept(tiny):
 def test_the_short_text_is_what_it_learns(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(parameters.catalog, "find", lambda name: tmp_path / "whole.txt")
     (tmp_path / "whole.txt").write_text(nursery.generate(4000, 1), "utf-8")
-    monkeypatch.setattr(variants, "SHORT", 800)
-    monkeypatch.setattr(variants, "SHORT_STEPS", 2)
+    monkeypatch.setattr(parameters, "SHORT", 800)
+    monkeypatch.setattr(parameters, "SHORT_STEPS", 2)
     whole, short = (parameters.trained(Variant("short text", "x", short=short)) for short in (False, True))
     assert whole["val_loss"] != short["val_loss"]
     assert (whole["steps"], short["steps"]) == (4, 2)
@@ -148,25 +133,19 @@ def test_what_is_kept_is_not_trained_again(tmp_path, monkeypatch):
     asked = []
 
     class Pool:
-        def __init__(self, jobs):
-            pass
+        """A pool whose trainings are done at once."""
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
+        __init__ = lambda self, *options: None  # noqa: E731
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
 
         def submit(self, function, one):
             asked.append(one.key)
-            return Done()
-
-    class Done:
-        def result(self):
-            return found_of(1.0)
+            done = Future()
+            done.set_result(found_of(1.0))
+            return done
 
     monkeypatch.setattr(parameters, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(parameters, "as_completed", list)
     file = tmp_path / "new" / "of-parameters.json"
     parameters.train_all(file, 1, ["seed"])
     assert asked == ["base", "seed 1", "seed 2"]
@@ -179,7 +158,7 @@ def test_what_is_kept_is_not_trained_again(tmp_path, monkeypatch):
 def test_results_of_another_base_are_not_mixed_in(tmp_path, monkeypatch):
     file = tmp_path / "of-parameters.json"
     parameters.write(file, parameters.beginning())
-    monkeypatch.setattr(variants, "BASE", {**variants.BASE, "lr": 0.5})
+    monkeypatch.setattr(parameters, "BASE", {**parameters.BASE, "lr": 0.5})
     with pytest.raises(BabyError, match="another base"):
         parameters.train_all(file, 1, ["seed"])
 
@@ -187,40 +166,35 @@ def test_results_of_another_base_are_not_mixed_in(tmp_path, monkeypatch):
 # time
 
 
-def test_a_step_is_timed(tiny):
-    told = parameters.timed("base", steps=3)
-    assert len(told["ms"]) == 3
-    assert min(told["ms"]) > 0
-    assert told["workers"] == 1
+def test_a_step_is_timed_in_the_setting_that_train_runs_it_in(tiny, monkeypatch):
+    fits, fit = [], ours.fit_as_train_does
+    monkeypatch.setattr(ours, "fit_as_train_does", lambda *arguments: fits.append(1) or fit(*arguments))
+    found = parameters.timed("base", steps=3)
+    assert (len(found["ms"]), found["workers"], fits) == (3, 1, [1])
+    assert min(found["ms"]) > 0
 
 
 def test_times_of_all_rounds_make_the_median():
-    idle = {"peak": 10 << 20, "shared": 0}
+    idle = [{"peak": 10 << 20, "shared": 0}]
     runs = [
         {"ms": [1.0, 2.0, 9.0], "memory": [{"peak": 30 << 20, "shared": 0}], "workers": 1},
         {"ms": [3.0, 4.0], "memory": [{"peak": 25 << 20, "shared": 0}], "workers": 1},
     ]
-    found = parameters.speed_of(report.Entry("base", {}, runs), idle)
+    found = parameters.speed_of(harness.Entry("base", {}, runs), idle)
     assert (found["ms"], found["by_round"], found["memory"]) == (2.75, [2.0, 3.5], 15 << 20)
-    assert parameters.speed_of(report.Entry("base", {}, runs), None)["memory"] is None
+    assert parameters.speed_of(harness.Entry("base", {}, runs), [])["memory"] is None
     with pytest.raises(BabyError, match="out of memory"):
-        parameters.speed_of(report.Entry("base", {}, [], "out of memory"), idle)
-
-
-def test_what_cannot_change_the_time_is_not_timed():
-    timed = {one.group for one in variants.to_time()}
-    assert timed <= variants.ON_SPEED
-    assert not timed & {"lr", "beta2", "short text"}
+        parameters.speed_of(harness.Entry("base", {}, [], "out of memory"), idle)
 
 
 # the tables
 
 
 def found_of(loss: float, **more) -> dict:
-    """What `trained` tells of a variant."""
+    """What `trained` returns."""
     curve = [[100, loss + 0.5, loss + 0.4, 1.0], [200, loss - 0.1, loss + 0.2, 1.0], [100, None, loss, 1.0]]
-    told = {"parameters": 1234, "tokens": 5678, "curve": curve, "best_step": 100, "val_loss": loss}
-    return {"overrides": {}, "failed": None, "steps": 200, **told, **more}
+    facts = {"parameters": 1234, "tokens": 5678, "curve": curve, "best_step": 100, "val_loss": loss}
+    return {"overrides": {}, "failed": None, "steps": 200, **facts, **more}
 
 
 @pytest.fixture
@@ -236,31 +210,26 @@ def result() -> dict:
             "product_rate_after": {"alone": 20.0, "two at once": 20.0, "best": 50.0}}  # fmt: skip
 
 
+def row_of(key: str, result: dict, group: str | None = None) -> dict[str, str]:
+    variant = next(one for one in parameters.ALL if one.key == key and group in (None, one.group))
+    return parameters.row(variant, result)
+
+
 def test_rows(result):
-    first, second = (one for one in variants.ALL if one.group == "n_ctx" and one.value in ("16", "64"))
-    assert parameters.row(first, result) == {
+    assert row_of("n_ctx 16", result) == {
         "n_ctx": "16", "parameters": "1,234", "ms a step": "12.3", "memory, MiB": "3",
         "training loss": "2.150", "validation loss": "2.250", "against the base": "+0.250",
     }  # fmt: skip
-    told = parameters.row(second, result)
-    assert (told["n_ctx"], told["ms a step"], told["against the base"]) == ("64 (base)", "", "")
-
-
-def test_a_burst_stands_in_the_place_of_the_loss(result):
-    burst = next(one for one in variants.ALL if one.key == "lr 0.1, min_lr 0.01")
-    assert parameters.row(burst, result)["validation loss"] == "the loss became nan at step 3"
-
-
-def test_of_the_short_text_both_ends_are_told(result):
-    told = parameters.row(next(one for one in variants.ALL if one.short), result)
-    assert [*told.values()][1:] == ["2.900", "3.200", "3.000", "100"]
+    base = row_of("base", result, "n_ctx")
+    assert (base["n_ctx"], base["ms a step"], base["against the base"]) == ("64 (base)", "", "")
+    diverged = row_of("lr 0.1, min_lr 0.01", result)  # the reason stands in the place of the loss
+    assert diverged["validation loss"] == "the loss became nan at step 3"
+    assert [*row_of("short text", result).values()][1:] == ["2.900", "3.200", "3.000", "100"]
 
 
 def test_a_table_lists_what_was_trained_alone(result):
     found = parameters.tables(result)
-    assert len(found["n_ctx"]) == 4
-    assert "weight_decay" in found
-    assert len(found["weight_decay"]) == 3
+    assert (len(found["n_ctx"]), len(found["lr"])) == (2 + 2, 2 + 2)  # the base is a row of both
     assert any("BUSY" in line for line in parameters.document(result))
 
 
@@ -278,30 +247,3 @@ def test_the_newest_results_count(tmp_path, monkeypatch):
     for name in ("2026-01-02-a-parameters.json", "2026-02-01-a-parameters.json", "2026-03-01-a-generate.json"):
         (tmp_path / name).write_text("{}", "utf-8")
     assert parameters.newest().name == "2026-02-01-a-parameters.json"
-
-
-# the command line
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--train", "--jobs", "0"], ["--train", "--groups", "depth"], ["--speed", "--steps", "x"],
-     ["--table", "--file", "nowhere.json"]],
-)  # fmt: skip
-def test_bad_arguments_end_with_2(monkeypatch, capsys, tmp_path, arguments):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    try:
-        code = parameters.main()
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert "bench.parameters: " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_without_results_a_file_must_be_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(parameters, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench", "--table"])
-    with pytest.raises(SystemExit):
-        parameters.main()
-    assert "name a file with --file" in capsys.readouterr().err

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import baby_xp
-from baby_xp import api, backend, checks, estimating, lab, limits, memory, models, streams
+from baby_xp import api, backend, checks, estimating, lab, limits, memory, models
+from baby_xp.cli import streams
 from baby_xp.config import GPTConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.presets import preset

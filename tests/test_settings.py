@@ -12,12 +12,12 @@ import pytest
 from baby_xp_data import equations
 
 import baby_xp
-from baby_xp import api, cli, config, estimating, lab, options, task
-from baby_xp.cli import main
+from baby_xp import api, config, estimating, lab, task
+from baby_xp.cli import common, main, model_commands, options
+from baby_xp.cli.progress import Screen
 from baby_xp.config import TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import preset
-from baby_xp.screen import Screen
 from baby_xp.training.stop import SIGNALS
 from baby_xp.training.workers import PROGRAM
 
@@ -324,6 +324,8 @@ WRONG = [
     ("generate", ["--prompt", "-x\x1b"], f"--prompt {DASH}--prompt=-..."),
     ("generate", ["--prompt", "-", "--top-k", "-x"], f"--top-k {DASH}--top-k=-x"),
     ("inspect", ["--off", "0.1", "0.2", "--top=x"], "--top must be a whole number, not 'x'"),
+    ("inspect", ["--top=--"], "--top must be a whole number, not '--'"),
+    ("inspect", ["--top", "--"], f"--top {DASH}--top=--"),
     ("runs", ["--path"], "--path needs a value"),
 ]  # fmt: skip
 
@@ -393,7 +395,8 @@ def test_what_is_given_is_told_from_what_results():
     def given(part, *arguments):
         return options.parse({"options": part}, "", "baby_xp x", arguments)
 
-    told = given(cli.GpuPlace(), "--tf32", "--path", "runs", "--device=None", "--memory-gib=2")
+    told = given(common.GpuPlace(), "--tf32", "--path", "runs", "--device=None", "--memory-gib=2")
     assert told == {"tf32": True, "path": "runs", "device": None, "memory_gib": 2}
-    assert given(cli.GpuPlace()) == {}
-    assert given(cli.Look(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}
+    assert given(common.GpuPlace()) == {}
+    assert given(model_commands.Look(), "--prompt=--") == {"prompt": "--"}
+    assert given(model_commands.Look(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}

@@ -690,6 +690,19 @@ def test_the_next_run_sweeps_what_was_left_half_written(runs):
     assert set(runs.rglob("*.tmp")) == set(stays)
 
 
+def test_the_next_run_sweeps_what_safetensors_left_half_written(runs):
+    """Its names tell of no run: they stay as long as any run has somebody who may be writing it."""
+    left = runs / "models" / ".tmpa1B2c3"
+    left.parent.mkdir(exist_ok=True)
+    left.write_text("x")
+    with store.hold(RunFiles(runs, GUIDS[0])), store.new_run(runs):
+        pass
+    assert left.exists()
+    with store.new_run(runs):
+        pass
+    assert not left.exists()
+
+
 def test_a_run_that_is_held_is_not_swept(tmp_path):
     killed_at_the_start(tmp_path, GUIDS[0])
     with store.hold(RunFiles(tmp_path, GUIDS[0])):

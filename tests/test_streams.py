@@ -12,8 +12,7 @@ import pytest
 
 import baby_xp
 import baby_xp.sitting
-from baby_xp import streams
-from baby_xp.cli import COMMANDS, main
+from baby_xp.cli import COMMANDS, main, streams
 
 TINY = [
     "--n-layers=1", "--n-emb=8", "--head-size=8", "--n-heads=2", "--n-ctx=8", "--batch-size=4", "--num-steps=4",
@@ -198,7 +197,7 @@ def test_no_file_takes_the_place_of_a_closed_stream(work, numbers):
     """And processes that are started then have these streams too."""
     program = """if True:
         import os
-        from baby_xp.streams import guarded
+        from baby_xp.cli.streams import guarded
         with guarded(), open("found.txt", "w") as file:
             print(file.fileno() > 2, [os.get_inheritable(number) for number in range(3)], file=file)
     """

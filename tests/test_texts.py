@@ -362,6 +362,22 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
     assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
 
 
+def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
+    run = api.train("baby", data="input.txt", **TINY)
+    shutil.rmtree("runs/corpora")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BabyError, match="make room on that disk"):
+            run.check(tokens=4, elements=1, directions=1)
+    assert not os.path.exists("runs/corpora")
+    run.check(tokens=4, elements=1, directions=1)
+    assert os.listdir("runs/corpora")
+
+
 def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
     run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
     loss = run.evaluate(num_tokens=5).loss

@@ -358,7 +358,7 @@ KILLED = "worker 1 of 3 was killed by signal 9; train with fewer --workers, or -
 
 
 def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -> int:
-    monkeypatch.setattr("baby_xp.cli.Screen", lambda asked: Killer(pools))
+    monkeypatch.setattr("baby_xp.cli.train_commands.Screen", lambda asked: Killer(pools))
     return main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, *more])
 
 

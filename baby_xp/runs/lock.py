@@ -25,7 +25,8 @@ class Lock:
             was_there = os.path.lexists(self.path)
             file = open_in_folder(self.path, "ab")
             try:
-                if try_to_lock(file) and self._is_mine(file):
+                free = try_to_lock(file)
+                if free and self._is_mine(file):
                     self._file = file
                     return True
             except OSError:
@@ -36,9 +37,10 @@ class Lock:
             finally:
                 if self._file is None:
                     file.close()
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.01)
+            if not free:  # or its last holder has removed the file meanwhile, and another one is needed
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.01)
 
     def release(self) -> None:
         """Give the lock back and remove its file."""

@@ -49,6 +49,9 @@ GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" + FINETUNED)
 NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
 """The beginning of one, with all that finetuning put after it."""
 
+OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""The name under which safetensors writes a file before it renames it."""
+
 SEAL = "checksum"
 
 
@@ -156,9 +159,12 @@ def _remove(files: RunFiles) -> None:
 def _remove_folders(folder: Path, made: list[Path]) -> None:
     """Remove those of the folders that were made here and are empty, unless another run trains there, which will
     write into them: its lock tells."""
-    if any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs")):
-        return
-    remove_folders(made)
+    if not _somebody_trains(folder):
+        remove_folders(made)
+
+
+def _somebody_trains(folder: Path) -> bool:
+    return any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs"))
 
 
 def _sweep_abandoned(folder: Path) -> None:
@@ -175,9 +181,14 @@ def _sweep_abandoned(folder: Path) -> None:
                     sweep(files)
                     _remove(files)
     folders = folder, *(folder / name for name in FOLDERS)
-    for path in (path for one in folders for path in listed(one)):
-        if path.suffix == ".tmp" and path.name.startswith("."):
+    left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
+    somebody_trains = _somebody_trains(folder)  # asked after listing: who writes what is listed has a lock
+    for path in left:
+        if path.suffix == ".tmp":
             _sweep_half(folder, path)
+        elif OF_SAFETENSORS.fullmatch(path.name) and not somebody_trains:
+            with suppress(OSError):
+                path.unlink()
     sweep_ids(folder / "corpora")
 
 
@@ -257,8 +268,9 @@ def folder_for_ids(files: RunFiles) -> Path | None:
     try:
         make_writable_folder(files.folder / "corpora", made)
     except BabyError:
-        remove_folders(made)
         return None
+    finally:
+        remove_folders(made)  # who writes there makes it, and removes it if that fails
     return files.folder / "corpora"
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,14 +62,14 @@ def fit(
     keep: Callable[[Checkpoint], None],
     stop: Stop,
     workers=None,
-    sample: Callable[[Any], str] | None = None,
+    sample: Callable[[Any], Iterator[str]] | None = None,
     evaluate_first: bool = False,
 ) -> Result:
     """Train on from `start`, which gives up its arrays.
 
     `config` is a TrainConfig, `task` a Task, `workers` a Workers or None. `keep` gets a checkpoint now and then,
-    and at the end. `sample` makes a text of parameters (P,) on the device. `stop` may ask for an early end: the
-    step at hand is finished. A KeyboardInterrupt gives that step up.
+    and at the end. `sample` makes a text, piece by piece, of parameters (P,) on the device. `stop` may ask for an
+    early end: the step at hand is finished. A KeyboardInterrupt gives that step up.
     Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
     """
     run = _Run(backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first)
@@ -199,7 +199,7 @@ class _Run:
             **self._figures(),
         }
         if self.sample:
-            record["sample"] = self.sample(self.state["params"])
+            record["sample"] = "".join(self.stop.over(self.sample(self.state["params"])))
         best = progress["best"]
         if best is None or loss < best["val_loss"]:
             best, self._best = {"step": self.step, "val_loss": loss}, self._params()

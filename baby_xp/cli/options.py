@@ -16,6 +16,8 @@ from baby_xp.errors import BabyError
 
 MOST_QUOTED = 80
 """Characters of an argument that a message repeats."""
+DASHES = "\0--"
+"""Stands for -- as the value of a flag: argparse drops that, up to Python 3.12. No argument holds a NUL."""
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
@@ -90,6 +92,7 @@ def _value(kind: Any) -> Callable[[str], Any]:
     """What makes a value of this type of an argument."""
 
     def value(text: str) -> Any:
+        text = "--" if text == DASHES else text
         kinds, names = _choices(kind), []
         if type(None) in kinds and text == "None":
             return None
@@ -149,7 +152,7 @@ def _joined(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
             continue
         if not equals and rest and kinds.get(name, bool) is not bool and _is_dashed_value(rest[0]):
             equals, value = "=", rest.pop(0)
-        joined.append(f"{name}{equals}{value}")
+        joined.append(f"{name}{equals}{DASHES if value == '--' else value}")
     return joined
 
 

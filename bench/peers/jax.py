@@ -1,4 +1,4 @@
-"""The peer: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
+"""JAX: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
 
 The parameters are baby_xp's own tree. Dropout is on the attention weights and on the output of each half of a
 block, from JAX's random bits. AdamW and clipping are written out, as XLA fuses them into the step.
@@ -9,14 +9,54 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from baby_xp import memory
+from baby_xp.training.loop import READ_EVERY
+from bench import peers
+from bench.peers import SEED, Clock, Outcome
+from bench.workloads import Workload, on_gpu
+
 EPS = 1e-5
 
 
+def train(
+    workload: Workload, dropout: float, clock: Clock, backend: str = "numpy", precision: str = "float32"
+) -> Outcome:
+    """Train on all cores, or on the GPU where baby_xp is on it."""
+    if on_gpu(backend):
+        set_precision(precision)
+        clock.wait = lambda: unread and unread[-1].block_until_ready()
+    config, spec = workload.training(len(clock)), workload.model(dropout)
+    step, state = make_step(spec.config, config), first_state(peers.first_weights(spec), SEED)
+    unread, read = [], 0.0
+    for number in range(len(clock)):
+        batch = clock.batch(number)
+        state, value = step(state, batch.inputs, batch.targets)
+        unread.append(value)
+        if not on_gpu(backend):
+            value.block_until_ready()  # else a step would seem to end when it was asked for
+        if len(unread) == READ_EVERY or number + 1 == len(clock):
+            read, unread = float(sum(unread)) / len(unread), []  # waits for the device
+    loss_of, start = jax.jit(loss, static_argnums=1), clock.batches[0]
+    last = float(loss_of(state["params"], spec.config, start.inputs, start.targets))
+    about = {"jax": jax.__version__, "device": str(jax.devices()[0])}
+    return Outcome([read, last], about, memory.taken())
+
+
+def sees_gpu() -> bool:
+    """Whether JAX can compute on a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def set_precision(precision: str) -> None:
+    """Set what float32 products round to. On a GPU, JAX's default is TF32."""
+    jax.config.update("jax_default_matmul_precision", {"float32": "highest", "tf32": "tensorfloat32"}[precision])
+
+
 def layernorm(p, x):
-    """x (B, T, C) with mean 0 and power 1 over channels, scaled and shifted."""
+    """x (B, T, C) with mean 0 and variance 1 over channels, scaled and shifted."""
     mean = jnp.mean(x, axis=-1, keepdims=True)
-    power = jnp.mean((x - mean) ** 2, axis=-1, keepdims=True)
-    return p["gain"] * (x - mean) * jax.lax.rsqrt(power + EPS) + p["bias"]
+    variance = jnp.mean((x - mean) ** 2, axis=-1, keepdims=True)
+    return p["gain"] * (x - mean) * jax.lax.rsqrt(variance + EPS) + p["bias"]
 
 
 def dropout(key, rate: float, x):
@@ -44,7 +84,7 @@ def network(p, x):
 
 
 def loss(p, config, ids, targets, key=None):
-    """ids, targets (B, T) -> mean loss in nats a token; `key` for dropout, None without."""
+    """ids, targets (B, T) -> mean loss in nats per token; `key` for dropout, None without."""
     rate, L = config.dropout, config.n_layers
     keys = jax.random.split(key, 3 * L) if key is not None and rate else [None] * 3 * L
     x = p["wte"]["weight"][ids] + p["wpe"]["weight"][: ids.shape[1]]

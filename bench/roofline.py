@@ -10,20 +10,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from baby_xp import backend as backends
 from baby_xp import counts
+from baby_xp.backend import load
 from baby_xp.config import GPTConfig
 from baby_xp.layers import mlp
-from bench import precision as precisions
 
 SIZES = {"cupy": (8192, 2**27)}
 """By backend: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
 SMALL_SIZES = (1024, 2**22)
-"""The same for backends on a CPU, where they only stand in."""
+"""The same for backends on a CPU, which only stand in for a GPU."""
 SECONDS = 1.5
 """How long each of the two is repeated."""
 CALLS = 5
-"""Calls between two moments at which the device is waited for."""
+"""Calls between two waits for the device."""
 
 
 def measure(
@@ -31,7 +30,7 @@ def measure(
 ) -> dict:
     """Measure this device through the backend, in this process; half precision through PyTorch.
 
-    Returns "flops": operations a second of a square product, "bytes": bytes a second of a sum of two arrays
+    Returns "flops": operations per second of a square product, "bytes": bytes per second of a sum of two arrays
     (two are read, one is written), "device", and the sizes. The best of many readings.
     """
     n, elements = sizes or SIZES.get(backend, SMALL_SIZES)
@@ -40,7 +39,7 @@ def measure(
 
     def most(operation: Callable, *shape: int) -> float:
         factors = make(shape), make(shape)
-        return calls_a_second(lambda: operation(*factors), wait, seconds)
+        return calls_per_second(lambda: operation(*factors), wait, seconds)
 
     flops = 2 * n**3 * most(operator.matmul, n, n)
     moved = 3 * itemsize * elements * most(operator.add, elements)
@@ -48,8 +47,8 @@ def measure(
 
 
 def through_baby_xp(backend: str, precision: str):
-    """How arrays are made, how the device is waited for, bytes of an element, and the device in words."""
-    loaded = backends.load(backend, None, "float32", **precisions.load_options(precision))
+    """How to make arrays, how to wait for the device, bytes of an element, and the name of the device."""
+    loaded = load(backend, None, "float32", **({"tf32": True} if precision == "tf32" else {}))
     return lambda shape: loaded.asarray(_numbers(shape)), loaded.synchronize, 4, loaded.device
 
 
@@ -57,7 +56,9 @@ def through_torch(backend: str, precision: str):
     """The same in PyTorch's bfloat16, which baby_xp does not have."""
     import torch
 
-    device = torch.device("cuda" if backend == "cupy" else "cpu")
+    from bench.peers.torch import device_of
+
+    device = device_of(backend)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     return lambda shape: torch.from_numpy(_numbers(shape)).to(device, torch.bfloat16), wait, 2, str(device)
 
@@ -67,8 +68,8 @@ def _numbers(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(0).random(shape, np.float32)
 
 
-def calls_a_second(call: Callable, wait: Callable[[], None], seconds: float) -> float:
-    """The most calls a second in any reading. The first calls, which compile and get memory, do not count."""
+def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -> float:
+    """The highest rate of all readings. The first calls, which compile and allocate memory, do not count."""
     call(), call()
     wait()
     best, end = 0.0, time.perf_counter() + seconds
@@ -87,7 +88,7 @@ def calls_a_second(call: Callable, wait: Callable[[], None], seconds: float) -> 
 
 
 def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
-    """Floating-point operations that no step can leave out: 2 M K N a product, forward and for both gradients.
+    """Floating-point operations that no step can leave out: 2 M K N per product, forward and for both gradients.
 
     Less than counts.step_flops, which counts what baby_xp does on a CPU: scores that the causal mask hides do not
     count here, nor does the gradient of the embeddings, which need not be a product.
@@ -98,7 +99,7 @@ def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
 
 
 def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
-    """Bytes that a step must move at the least: what passes between its products, and AdamW's arrays.
+    """Bytes that a step must move at least: what passes between its products, and AdamW's arrays.
 
     Every factor of a product is read once and its result written once, forward and for both gradients. Attention
     reads queries, keys and values and writes its output, as a fused one does: scores do not count. All that is
@@ -115,6 +116,6 @@ def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: in
     return itemsize * moved + 4 * 8 * sum(counts.parameters(config, vocab_size).values())
 
 
-def floor_ms(flops: int, moved: int, ceiling: dict) -> float:
-    """Milliseconds that a step cannot go below: the longer of its operations and its bytes, at these rates."""
-    return 1e3 * max(flops / ceiling["flops"], moved / ceiling["bytes"])
+def floor_ms(flops: int, moved: int, rates: dict) -> float:
+    """The fewest milliseconds of a step: the longer of its operations and its bytes, at these rates."""
+    return 1e3 * max(flops / rates["flops"], moved / rates["bytes"])

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from baby_xp.streams import OutputLost, printable
+from baby_xp.cli.streams import OutputLost, printable
 
 
 class Screen:

@@ -1,0 +1,66 @@
+"""The commands that list runs, presets and backends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baby_xp.cli.common import parsed, short
+from baby_xp.errors import BabyError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """List all runs, the last trained one first."""
+
+    path: str = "runs"
+    """Folder of the runs."""
+
+
+def runs(arguments: list[str]) -> None:
+    """List all runs, the one last trained first."""
+    asked, _ = parsed(Folder(), "baby_xp runs", arguments)
+    from baby_xp import api
+
+    found = api.list_runs(asked.path)
+    if not found:
+        print(f"no runs in {asked.path} yet")
+        return
+    width = max(len(short(run.guid)) for run in found)
+    head = f"{'run':<{width}}  {'state':<8} {'preset':<12} {'steps':>15}  {'val loss':>8}"
+    print(f"{head}  {'started (UTC)':<16}  data")
+    for run in found:
+        steps = f"{run.steps:,} of {run.num_steps:,}" if run.num_steps else ""
+        loss = "" if run.val_loss is None else f"{run.val_loss:.4f}"
+        line = f"{short(run.guid):<{width}}  {run.state:<8} {run.preset:<12} {steps:>15}  {loss:>8}  "
+        print(f"{line}{run.started[:16].replace('T', ' '):<16}  {run.data}".rstrip())
+
+
+def presets(arguments: list[str]) -> None:
+    """List the presets."""
+    _no_arguments(presets, arguments)
+    from baby_xp.presets import PRESETS
+
+    for preset in PRESETS.values():
+        print(f"{preset.name:<16} {preset.about}; data: {preset.data.data}")
+
+
+def backends(arguments: list[str]) -> None:
+    """List the backends: what works, and for the others the reason and the remedy."""
+    _no_arguments(backends, arguments)
+    from baby_xp import backend
+
+    for state in backend.states():
+        if state.works:
+            details = f"; {state.details}" if state.details else ""
+            print(f"{state.name:<17} works    {state.version}, {state.device}{details}")
+        else:
+            print(f"{state.name:<17} missing  {state.reason}; remedy: {state.remedy}")
+    chosen, why = backend.choose()
+    print(f"auto takes {chosen.name}: {why}")
+
+
+def _no_arguments(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(command.__doc__)
+        raise SystemExit(0)
+    if arguments:
+        raise BabyError(f"{command.__name__} takes no arguments, not {' '.join(arguments)!r}")

@@ -1,0 +1,316 @@
+"""How a training step of baby_xp grows with the sizes of the model.
+
+    python -m bench.growth scaling   [--axes n_ctx,n_emb,n_layers,batch] [--steps N] [--out FOLDER]
+    python -m bench.growth crossover [--backend cupy] [--widths 16,64,256] [--steps N] [--rounds R] [--out FOLDER]
+
+scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only.
+crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
+See bench/README.md for how to read them. Plots need matplotlib.
+"""
+
+import argparse
+import importlib.util
+import math
+import statistics
+from dataclasses import asdict, replace
+
+from baby_xp import counts
+from baby_xp.backend import load
+from bench import harness, results
+from bench.harness import US, say
+from bench.results import mib
+from bench.workloads import GPU_WARMUP, WORKLOADS, Workload, on_gpu
+
+BASE = WORKLOADS["W1"]
+HEAD = BASE.n_emb // BASE.n_heads
+"""Channels of a head. A wider model gets more heads, as models do, so products inside a head keep their shape."""
+AXES = {
+    "n_ctx": (16, 32, 64, 128, 256, 512),
+    "n_emb": (32, 64, 128, 256, 512),
+    "n_layers": (1, 2, 4, 8, 16),
+    "batch": (1, 2, 4, 8, 16, 32, 64),
+}
+JUMP = 1.5
+"""How much the time per counted operation may grow from one size to the next, and the memory per counted byte."""
+AGAIN = 2
+"""Further runs of a size that seems to jump, as a busy machine looks alike. The fastest and the smallest count."""
+SECONDS, OVERHEAD_MS, GFLOPS, FEWEST, MOST, WARMUP = 2.0, 2.0, 40.0, 5, 200, 3
+"""Steps of a size: as many as fit into SECONDS at a guessed speed, within bounds, and WARMUP steps before."""
+CPU = "numpy"
+BATCHES = {16: 1, 32: 2, 64: 4, 128: 8, 256: 16, 512: 32}
+"""Sequences of a batch by n_emb. From one size to the next a step has about 8 times the work."""
+GPU_STEPS = 200
+
+
+def main() -> int:
+    """Measure what the command line asks for, print the table and keep it under --out, with a plot."""
+    asked = parse()
+    measure, document, panels = {
+        "scaling": (measure_scaling, scaling_document, scaling_panels),
+        "crossover": (measure_crossover, crossover_document, crossover_panels),
+    }[asked.what]
+    result = measure(asked)
+    stem = results.show(result, document(result), asked.out, f"-{asked.what}")
+    if stem and importlib.util.find_spec("matplotlib") is None:
+        say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
+    elif stem:
+        plot(panels(result), f"{stem}.svg")
+        say(f"plot: {stem}.svg")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = harness.parser("bench.growth", __doc__)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    scaling = harness.with_options(kinds.add_parser("scaling"), steps=None, out=None)
+    known = harness.names_of(AXES, "axis")
+    scaling.add_argument("--axes", type=known, default=",".join(AXES), help="what grows (%(default)s)")
+    crossover = kinds.add_parser("crossover")
+    harness.with_options(crossover, backend="cupy", steps=None, rounds=2, out=None)
+    usual = ",".join(map(str, BATCHES))
+    crossover.add_argument("--widths", type=harness.positives, default=usual, help="n_emb of each (%(default)s)")
+    asked = parser.parse_args()
+    if asked.what == "crossover":
+        if unknown := [width for width in asked.widths if width not in BATCHES]:
+            crossover.error(f"argument --widths: no size {unknown[0]}: choose from {usual}")
+        if asked.backend == CPU:
+            crossover.error("argument --backend: numpy is what it is compared with")
+        asked.widths.sort()
+    return asked
+
+
+def widened(workload: Workload, n_emb: int) -> Workload:
+    """The workload with that width, and as many heads as it then has."""
+    return replace(workload, n_emb=n_emb, n_heads=max(1, n_emb // HEAD))
+
+
+def flops_of(workload: Workload) -> int:
+    """Counted operations of a step."""
+    config = workload.model(workload.dropout).config
+    return counts.step_flops(config, workload.vocab_size, workload.batch_size)
+
+
+def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
+    """What a child process is asked for, with as many steps as suit the size."""
+    guess = OVERHEAD_MS + 1e-6 * flops_of(workload) / GFLOPS
+    usual = WARMUP, min(MOST, max(FEWEST, round(1e3 * SECONDS / guess)))
+    warmup, suitable = (GPU_WARMUP, GPU_STEPS) if on_gpu(backend) else usual
+    return {
+        "name": US, "workload": asdict(workload), "steps": steps or suitable, "warmup": warmup,
+        "dropout": workload.dropout, "backend": backend,
+    }  # fmt: skip
+
+
+def plot(panels: dict[str, tuple[list[float], dict[str, list[float]]]], path: str) -> None:
+    """Write a panel for each label of an x-axis: its values, and milliseconds per step over them by line.
+
+    A line is dashed if its name begins with "as".
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, (values, lines)) in zip(axes, panels.items(), strict=True):
+        for name, ms in lines.items():
+            axis.loglog(values, ms, "--" if name.startswith("as") else "o-", label=name)
+        if all(isinstance(value, int) for value in values):
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.xaxis.minorticks_off()
+        axis.set_xlabel(label)
+        axis.set_ylabel("ms a step")
+    axes[0].legend()
+    figure.savefig(path)
+
+
+# scaling ------------------------------------------------------------------------------------------------
+
+
+def measure_scaling(asked: argparse.Namespace) -> dict:
+    """All measurements along the axes, as they go into the JSON file."""
+    with results.measurement(idle=harness.ask("bench.memory:idle"), axes={}) as result:
+        for axis in asked.axes:
+            points = result["axes"][axis] = []
+            for value in AXES[axis]:
+                points.append(measured(axis, value, asked.steps, result["idle"], points[-1] if points else None))
+                say(f"{axis} {value}: {points[-1]['ms']:.1f} ms")
+    return result
+
+
+def measured(axis: str, value: int, steps: int | None, idle: list[dict], previous: dict | None) -> dict:
+    """A point of an axis; measured again where it seems to jump."""
+    workload, runs = at(axis, value), []
+    while len(runs) <= AGAIN:
+        runs.append(harness.ask("bench.peers:train", **request_of(workload, CPU, steps)))
+        point = {"axis": axis, "value": value, **point_of(runs, workload, idle)}
+        if previous is None or not jumps(previous, point):
+            break
+    return point
+
+
+def at(axis: str, value: int) -> Workload:
+    """W1 with one size changed."""
+    if axis == "n_emb":
+        return widened(BASE, value)
+    return replace(BASE, **{"batch_size" if axis == "batch" else axis: value})
+
+
+def point_of(runs: list[dict], workload: Workload, idle: list[dict]) -> dict:
+    """Counts of the shapes, and what the runs gave: the least median of a run, the least growth over an idle one.
+
+    The arrays are counted for as many workers as there were.
+    """
+    workers = int(runs[0]["about"]["workers"])
+    shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
+    return {
+        "flops": flops_of(workload),
+        "workers": workers,
+        "arrays": counts.arrays(*shape, workers, tokens_at_once=load(CPU).xp.tokens_at_once),
+        "ms": min(statistics.median(run["ms"]) for run in runs),
+        "peak": results.least_growth(runs, idle),
+        "runs": runs,
+    }
+
+
+def growth(previous: dict, point: dict) -> dict[str, float]:
+    """Time per counted operation, and memory per counted byte, as multiples of the previous point's."""
+    found = {"time": (point["ms"] / point["flops"]) / (previous["ms"] / previous["flops"])}
+    if point["peak"] is not None and previous["peak"]:
+        now, before = (one["peak"] / sum(one["arrays"].values()) for one in (point, previous))
+        found["memory"] = now / before
+    return found
+
+
+def jumps(previous: dict, point: dict) -> list[str]:
+    """Which of time and memory grew by more than the counts explain. A fall is no jump: calls cost less."""
+    return [name for name, ratio in growth(previous, point).items() if ratio > JUMP]
+
+
+def scaling_document(result: dict) -> list[str]:
+    """The results as Markdown."""
+    rows = [
+        scaling_row(previous, point)
+        for points in result["axes"].values()
+        for previous, point in zip([None, *points], points, strict=False)
+    ]
+    about = dict(next(iter(result["axes"].values()))[0]["runs"][0]["about"])
+    about.pop("workers", None)  # a column of the table
+    jumped = [f"{one['axis']} {one['value']} ({one['note']})" for one in rows if "JUMP" in one["note"]]
+    return [
+        *results.heading(result, {US: about}),
+        *results.markdown(rows),
+        "",
+        "- jumps: " + ("; ".join(jumped) or f"none above {JUMP:g}"),
+    ]
+
+
+def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
+    """A line of the table."""
+    grown = growth(previous, point) if previous else {}
+    return {
+        "axis": point["axis"],
+        "value": str(point["value"]),
+        "workers": str(point["workers"]),
+        "Gflop": f"{1e-9 * point['flops']:.2f}",
+        "ms a step": f"{point['ms']:.2f}",
+        "Gflop/s": f"{1e-6 * point['flops'] / point['ms']:.1f}",
+        "ms/Gflop to previous": f"{grown['time']:.2f}" if "time" in grown else "",
+        "counted MiB": mib(sum(point["arrays"].values()), 1),
+        "peak MiB": mib(point["peak"], 1),
+        "peak/counted to previous": f"{grown['memory']:.2f}" if "memory" in grown else "",
+        "note": note(previous, point),
+    }
+
+
+def note(previous: dict | None, point: dict) -> str:
+    """What a reader must not miss: another number of workers, and jumps."""
+    if previous is None:
+        return ""
+    before, now = previous["workers"], point["workers"]
+    workers = [f"workers {before} -> {now}"] if before != now else []
+    return ", ".join([*workers, *(f"JUMP in {name}" for name in jumps(previous, point))])
+
+
+def scaling_panels(result: dict) -> dict:
+    """Time of a step over each size, and what it would be if it grew as the operations do.
+
+    The two meet at the largest size, where the cost of calls weighs least.
+    """
+    panels = {}
+    for axis, points in result["axes"].items():
+        per_flop = points[-1]["ms"] / points[-1]["flops"]
+        lines = {
+            "measured": [point["ms"] for point in points],
+            "as counted operations": [per_flop * point["flops"] for point in points],
+        }
+        panels[axis] = [point["value"] for point in points], lines
+    return panels
+
+
+# crossover ----------------------------------------------------------------------------------------------
+
+
+def measure_crossover(asked: argparse.Namespace) -> dict:
+    """All measurements on both, as they go into the JSON file. Raises harness.Failed if a size fails on either."""
+    with results.measurement(backend=asked.backend, points=[]) as result:
+        for width in asked.widths:
+            workload = widened(replace(BASE, batch_size=BATCHES[width]), width)
+            requests = {name: request_of(workload, name, asked.steps) for name in (CPU, asked.backend)}
+            runs = harness.in_turn("bench.peers:train", requests, asked.rounds, f"n_emb {width}:")
+            cpu, gpu = (results.median(runs[name]) for name in requests)
+            result["points"].append({
+                "n_emb": width, "batch": workload.batch_size, "flops": flops_of(workload), "cpu": cpu, "gpu": gpu,
+                "runs": runs,
+            })  # fmt: skip
+    return result
+
+
+def crossover_document(result: dict) -> list[str]:
+    """The results as Markdown."""
+    points, backend = result["points"], result["backend"]
+    rows = [
+        {
+            "n_emb": str(point["n_emb"]),
+            "batch": str(point["batch"]),
+            "Gflop a step": f"{1e-9 * point['flops']:.3f}",
+            "numpy ms": f"{point['cpu']:.2f}",
+            f"{backend} ms": f"{point['gpu']:.2f}",
+            f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
+        }
+        for point in points
+    ]
+    about = results.about_each(point["runs"] for point in points)
+    return [*results.heading(result, about), *results.markdown(rows), "", f"- {crossing(points, backend)}"]
+
+
+def crossing(points: list[dict], backend: str) -> str:
+    """Where the GPU overtakes the CPU, in one line; between two sizes, along straight lines in logarithms.
+
+    What counts is from where on it stays faster: at a small size it may be so by chance.
+    """
+    gains = [point["cpu"] / point["gpu"] for point in points]
+    behind = [number for number, gain in enumerate(gains) if gain <= 1]
+    if not behind:
+        return f"{backend} is faster at every size measured, {min(gains):.1f} to {max(gains):.1f} times"
+    last = behind[-1]
+    if last == len(points) - 1:
+        return f"{backend} never overtakes numpy: at the largest size it takes {1 / gains[-1]:.1f} times as long"
+    before, after = points[last], points[last + 1]
+    share = -math.log(gains[last]) / (math.log(gains[last + 1]) - math.log(gains[last]))
+    flops = before["flops"] * (after["flops"] / before["flops"]) ** share
+    return (
+        f"{backend} overtakes numpy at about {1e-9 * flops:.2g} Gflop a step, between n_emb {before['n_emb']} "
+        f"with batch {before['batch']} and n_emb {after['n_emb']} with batch {after['batch']}; "
+        f"at the largest size it is {gains[-1]:.1f} times as fast"
+    )
+
+
+def crossover_panels(result: dict) -> dict:
+    """Time of a step over its operations, on both."""
+    points = result["points"]
+    lines = {CPU: [point["cpu"] for point in points], result["backend"]: [point["gpu"] for point in points]}
+    return {"Gflop a step": ([1e-9 * point["flops"] for point in points], lines)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

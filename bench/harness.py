@@ -1,0 +1,235 @@
+"""What every benchmark is built on: child processes, turn taking, command lines, and what the machine is."""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_info
+
+from baby_xp import processes
+from baby_xp.backend import names
+from baby_xp.errors import BabyError
+
+ROOT = Path(__file__).parents[1]
+US = "baby_xp"
+MIB = 2**20
+
+# These pin a BLAS kernel, a number of threads, or the precision of a GPU's products. A setting that somebody made
+# for another program would decide the comparison, so no child process inherits them.
+REMOVED = (
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE", "CUPY_TF32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_LAUNCH_BLOCKING",
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print a line for whoever waits. The output has the results alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# child processes ----------------------------------------------------------------------------------------
+
+
+class Failed(SystemExit):
+    """A child process ended without an answer, and has printed why."""
+
+
+def function_of(task: str) -> Callable:
+    """The function that a text like "bench.peers:train" names."""
+    module, _, name = task.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def start(task: str, **request: Any) -> subprocess.Popen:
+    """Begin to call the function that `task` names, with these arguments, in a process of its own."""
+    environment = {name: value for name, value in processes.environment().items() if name not in REMOVED}
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from bench.harness import serve; serve()"], cwd=ROOT, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    child.stdin.write(json.dumps([task, request]))
+    child.stdin.close()
+    return child
+
+
+def answer(child: subprocess.Popen) -> Any:
+    """What the function returned, as JSON values. Raises Failed, which ends the program unless it is caught."""
+    with child:
+        text = child.stdout.read()
+    if child.returncode:
+        raise Failed(f"bench: a child process ended with exit code {child.returncode}")
+    return json.loads(text.splitlines()[-1])
+
+
+def ask(task: str, **request: Any) -> Any:
+    """Call a function in a process of its own and wait for what it returns."""
+    return answer(start(task, **request))
+
+
+def serve() -> None:
+    """The child's part: read which function to call, and print what it returns as the last line of the output."""
+    task, request = json.load(sys.stdin)
+    try:
+        result = function_of(task)(**request)
+    except BabyError as error:
+        raise SystemExit(f"bench: {error}") from None
+    print(json.dumps(result))
+
+
+# taking turns -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """Who takes turns: the arguments of each turn, what each one returned, and why there are no more."""
+
+    label: str
+    request: dict
+    runs: list[dict] = field(default_factory=list)
+    failed: str | None = None
+
+
+def take_turns(task: str, entries: list[Entry], rounds: int) -> None:
+    """Let each entry do the task once per round, so that a disturbance of some minutes affects all of them.
+
+    An entry that fails takes no further turn, and the others go on.
+    """
+    for number in range(rounds):
+        for entry in entries:
+            if entry.failed:
+                continue
+            try:
+                entry.runs.append(ask(task, **entry.request))
+            except Failed as error:
+                entry.failed = str(error)
+                say(f"{entry.label}: {error}: it is left out")
+                continue
+            median = statistics.median(entry.runs[-1]["ms"])
+            say(f"{entry.label} round {number + 1} of {rounds}: {median:.2f} ms")
+
+
+def in_turn(task: str, requests: dict[str, dict], rounds: int, label: str) -> dict[str, list[dict]]:
+    """The runs of each request by its name. Raises Failed if one fails."""
+    entries = {name: Entry(f"{label} {name}", request) for name, request in requests.items()}
+    take_turns(task, list(entries.values()), rounds)
+    for entry in entries.values():
+        if entry.failed:
+            raise Failed(entry.failed)
+    return {name: entry.runs for name, entry in entries.items()}
+
+
+# command lines ------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if int(text) < 1:
+        raise ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """An argument that lists such numbers, like "1,16"."""
+    return [positive(part) for part in text.split(",")]
+
+
+def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[str], list[str]]:
+    """The type of an argument that lists known names, like "torch,jax". none: whether the list may be empty."""
+
+    def names_in(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        if unknown := [name for name in found if name not in known]:
+            raise ArgumentTypeError(f"unknown {what} {unknown[0]!r}: choose {', '.join(known)}")
+        if not found and not none:
+            raise ArgumentTypeError("name at least one")
+        return found
+
+    return names_in
+
+
+def backend(text: str) -> str:
+    """An argument that names a backend; not `auto`, as a result must say which one was measured."""
+    if text not in names():
+        raise ArgumentTypeError(f"unknown backend {text!r}: choose one of {', '.join(names())}")
+    return text
+
+
+OPTIONS: dict[str, dict] = {
+    "backend": {"type": backend, "help": "backend of baby_xp (%(default)s)"},
+    "steps": {"type": positive, "help": "measured steps of each run (%(default)s)"},
+    "rounds": {"type": positive, "help": "rounds in which all take turns (%(default)s)"},
+    "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
+    "out": {"type": Path, "help": "folder that keeps the results as JSON and Markdown"},
+}
+"""Flags that several benchmarks have."""
+
+
+def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A command line. about: the docstring of the module; defaults: those of the OPTIONS that it has."""
+    made = argparse.ArgumentParser(prog=program, description=about.partition("\n")[0])
+    return with_options(made, **defaults)
+
+
+def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
+    """The command line with these OPTIONS added."""
+    for name, default in defaults.items():
+        words = dict(OPTIONS[name])
+        if name == "steps" and default is None:
+            words["help"] = "measured steps of each run (by its size)"
+        made.add_argument(f"--{name}", default=default, **words)
+    return made
+
+
+# the machine --------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """The machine of a result; "gpu" only where there is one."""
+    about = {
+        "processor": processor(), "cores": cores(), "gpu": gpu(), "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }  # fmt: skip
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu() -> str | None:
+    """Name, memory, driver and power limit of the GPUs, as nvidia-smi reports them; None without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = "--query-gpu=name,memory.total,driver_version,power.limit"
+    done = subprocess.run([program, query, "--format=csv,noheader"], stdout=subprocess.PIPE, text=True)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return "; ".join(lines) if done.returncode == 0 and lines else None
+
+
+def blas() -> str:
+    """BLAS libraries of this process, each with the kernel that it chose for this processor."""
+    found = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    parts = {f"{i['internal_api']} {i['version']} {i.get('architecture', '')}".strip() for i in found}
+    return ", ".join(sorted(parts)) or "unknown"

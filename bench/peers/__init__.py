@@ -1,0 +1,188 @@
+"""Who is measured: baby_xp and its peers, a module for each library.
+
+A trainer is a function (workload, dropout, clock, backend, precision, **options) -> Outcome. It asks the Clock for
+the batch of each step, which records the time. All train on the same batches, from the same first weights and by
+the same rule, then compute the loss of the first batch once more.
+
+A generator is a function (workload, batch, num_tokens, backend, **options) -> Outcome, milliseconds of each step
+but the first. All continue the same prompts with the same weights.
+"""
+
+import importlib.util
+import itertools
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from baby_xp import params
+from baby_xp.models import Model
+from baby_xp.text.batches import Batch
+from baby_xp.training.loop import READ_EVERY
+from bench import harness, workloads
+from bench.harness import say
+from bench.workloads import Workload, on_gpu
+
+SEED = 0
+TRAINERS: dict[str, tuple[str, dict]] = {
+    "baby_xp": ("bench.peers.ours:train", {}),
+    "torch": ("bench.peers.torch:train", {}),
+    "torch.compile": ("bench.peers.torch:train", {"compiled": "default"}),
+    "jax": ("bench.peers.jax:train", {}),
+    "torch.compile-graphs": ("bench.peers.torch:train", {"compiled": "reduce-overhead"}),
+}
+"""Function and options of each contender."""
+GENERATORS: dict[str, tuple[str, dict]] = {
+    "baby_xp": ("bench.peers.ours:generate", {}),
+    "torch": ("bench.peers.torch:generate", {}),
+    "torch-1-thread": ("bench.peers.torch:generate", {"threads": 1}),  # a single token is little work to share
+}
+FOR_A_GPU = ("torch.compile-graphs",)
+"""Peers that are measured on a GPU only, and only if they are named."""
+LACKING = {"baby_xp": ("half",), "jax": ("half",)}
+"""Precisions that a contender is not measured in."""
+SPREAD = 5.0
+"""Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
+the check whether two models agree would miss a fault in it; the time of a step does not depend on it."""
+
+
+class Clock:
+    """Batches that were drawn before, and the time in seconds at which each was asked for.
+
+    Every `every` steps it waits for the device first: only these are times of whole steps. A contender sets `wait`
+    to what waits for its device.
+    """
+
+    def __init__(self, batches: list[Batch], every: int = 1):
+        self.batches, self.every, self.marks = batches, every, []
+        self.wait: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; called once per step, at its beginning."""
+        if step % self.every == 0:
+            self.wait()
+        self.marks.append(time.perf_counter())
+        return self.batches[step]
+
+    def ms(self, warmup: int) -> list[float]:
+        """Milliseconds of each step after the warm-up; of several between two readings, their mean."""
+        pairs = itertools.pairwise(self.marks[warmup :: self.every])
+        return [1e3 * (end - begin) / self.every for begin, end in pairs]
+
+
+@dataclass
+class Outcome:
+    """What a contender did."""
+
+    losses: list[float]
+    """Nats per token: the last mean during training, and that of the first batch after the last step."""
+    about: dict[str, str]
+    """Versions, threads or workers, BLAS kernel: what a reader must know to interpret the time."""
+    memory: list[dict[str, int]] = field(default_factory=list)
+    """The sizes of all of its processes, as baby_xp.memory.taken reports them."""
+    gpu_memory: dict[str, int] = field(default_factory=dict)
+    """Peak bytes of the GPU's memory in use, and held by the library; empty on a CPU."""
+
+
+# in the child processes ---------------------------------------------------------------------------------
+
+
+def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: float, **options) -> dict:
+    """Train a contender -> its Outcome, and `ms`: milliseconds of each step after the warm-up.
+
+    One more step is done than is asked for, as the time of a step ends where the next begins. Where Python runs
+    ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
+    """
+    every = steps_per_reading(options.get("backend", "numpy"))
+    warmup, steps = (-(-number // every) * every for number in (warmup, steps))
+    chosen = workloads.of(workload)
+    clock = Clock(chosen.batches(warmup + steps + 1), every)
+    task, own = TRAINERS[name]
+    outcome = harness.function_of(task)(chosen, dropout, clock, **own, **options)
+    return {**asdict(outcome), "ms": clock.ms(warmup)}
+
+
+def losses(name: str, workload: str, **options) -> list[float]:
+    """The loss before and after one step without dropout, both of the first batch: nats per token."""
+    chosen = workloads.of(workload)
+    task, own = TRAINERS[name]
+    return harness.function_of(task)(chosen, 0.0, Clock(chosen.batches(1)), **own, **options).losses
+
+
+def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, backend: str) -> dict:
+    """Let a contender generate -> its Outcome, and `ms`: milliseconds of each step after the warm-up."""
+    task, own = GENERATORS[name]
+    outcome, ms = harness.function_of(task)(workloads.of(workload), batch, warmup + tokens, backend, **own)
+    return {**asdict(outcome), "ms": ms[-tokens:]}
+
+
+def sees_gpu(library: str) -> bool:
+    """Whether torch or jax can compute on a GPU."""
+    return harness.function_of(f"bench.peers.{library}:sees_gpu")()
+
+
+# what they share ----------------------------------------------------------------------------------------
+
+
+def first_weights(model: Model) -> dict:
+    """The tree of first weights that baby_xp's training draws, host arrays."""
+    return model.layout.unpack(np, params.draw(model.spec, SEED))
+
+
+def generation_weights(model: Model) -> np.ndarray:
+    """The weights that all generate with, (P,) on the host."""
+    return params.draw(model.spec, SEED) * np.where(params.decay_mask(model.spec) > 0, SPREAD, 1).astype("float32")
+
+
+def prompts_of(workload: Workload, batch: int) -> np.ndarray:
+    """One id per text, (B, 1): all the rest is generated."""
+    return np.random.default_rng(SEED).integers(0, workload.vocab_size, (batch, 1))
+
+
+def step_times(texts: Iterable) -> list[float]:
+    """Milliseconds from each step of a generator to the next."""
+    marks = [time.perf_counter() for _ in texts]
+    return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
+
+
+def steps_per_reading(backend: str) -> int:
+    """Steps between two waits of the training loop for its device: 1 where every call waits."""
+    return 1 if backend in ("numpy", "torch", "array-api-strict") else READ_EVERY
+
+
+# who can take part --------------------------------------------------------------------------------------
+
+
+def present(peers: list[str], backend: str, program: str) -> list[str]:
+    """Those of the peers that can be measured here; a line for each other one says why not."""
+    reasons = {peer: missing(peer, backend) for peer in peers}
+    for reason in filter(None, reasons.values()):
+        say(f"{program}: {reason}")
+    return [peer for peer in peers if not reasons[peer]]
+
+
+def missing(peer: str, backend: str) -> str | None:
+    """Why a peer cannot be measured here, or None."""
+    if peer in FOR_A_GPU and not on_gpu(backend):
+        return f"{peer} is for a GPU: it is left out"
+    library = library_of(peer)
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed: {peer} is left out (pip install {library})"
+    if not on_gpu(backend):
+        if peer == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return f"no C++ compiler is installed, which {peer} needs: it is left out"
+        return None
+    # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
+    works = harness.ask("bench.peers:sees_gpu", library=library)
+    return None if works else f"this {library} sees no GPU: {peer} is left out"
+
+
+def library_of(peer: str) -> str:
+    """The library that a peer needs: its name begins with it, as in "torch.compile" and "torch-1-thread"."""
+    return re.split("[.-]", peer)[0]

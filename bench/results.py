@@ -1,0 +1,259 @@
+"""What every result has: the machine and how fast it was at the time, tables, goals, and the kept files."""
+
+import datetime
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from baby_xp import memory
+from bench import harness
+from bench.harness import MIB, US, say
+from bench.workloads import on_gpu
+
+QUIET = 0.75
+"""Share of its best speed that a process keeps over time on a machine that does nothing else."""
+RATE_SECONDS = 1.5
+"""How long the matrix product is repeated."""
+
+
+@contextmanager
+def measurement(**facts: Any) -> Iterator[dict]:
+    """A result to be filled: the facts, when and where, and how fast matrix products are before and after."""
+    result = {
+        "date": now(),
+        "machine": harness.machine(),
+        "removed_variables": [name for name in harness.REMOVED if name in os.environ],
+        "product_rate_before": product_rate(),
+        **facts,
+    }
+    yield result
+    result["product_rate_after"] = product_rate()
+
+
+def now() -> str:
+    """The time of day, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def product_rate() -> dict[str, float]:
+    """Gflop/s of a small matrix product: one process alone, the slower of two at once, and the best product."""
+    alone = harness.ask("bench.results:rate")
+    pair = [harness.start("bench.results:rate") for _ in range(2)]
+    slower = min(harness.answer(child)["mean"] for child in pair)
+    return {"alone": alone["mean"], "two at once": slower, "best": alone["best"]}
+
+
+def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
+    """Gflop/s of a float32 product (M, C) @ (C, F) on one thread: the mean over RATE_SECONDS, and the best.
+
+    The best shows what kernel and processor can do; the mean also shows what other programs took.
+    """
+    draw = np.random.default_rng(0).standard_normal
+    x, weight = draw((M, C), np.float32), draw((C, F), np.float32)
+    marks = [time.perf_counter()]
+    with threadpool_limits(1):
+        while marks[-1] < marks[0] + RATE_SECONDS:
+            x @ weight
+            marks.append(time.perf_counter())
+    work, seconds = 2e-9 * M * C * F, np.diff(marks)
+    return {"mean": work / float(np.mean(seconds)), "best": work / float(np.min(seconds))}
+
+
+def busy(result: dict) -> bool:
+    """Whether the product rates say that other programs used the machine meanwhile."""
+    rates = [result["product_rate_before"], result["product_rate_after"]]
+    return any(min(rate["alone"], rate["two at once"]) < QUIET * rate["best"] for rate in rates)
+
+
+# what the runs say --------------------------------------------------------------------------------------
+
+
+def times(runs: list[dict]) -> list[float]:
+    """Milliseconds of every step of all rounds."""
+    return [ms for run in runs for ms in run["ms"]]
+
+
+def median(runs: list[dict]) -> float:
+    """The median of them."""
+    return statistics.median(times(runs))
+
+
+def peak(runs: list[dict]) -> int | None:
+    """The most bytes that all processes of a contender took in any round; None where memory is not known.
+
+    Shared pages count once. It is an upper bound: the processes need not reach their peaks at the same time.
+    """
+    sizes = [run["memory"] for run in runs]
+    if not all(sizes):
+        return None
+    return max(one[0]["peak"] + sum(child["peak"] - child["shared"] for child in one[1:]) for one in sizes)
+
+
+def gpu_peak(runs: list[dict]) -> dict[str, int]:
+    """The most bytes of the GPU's memory, used and held, in any round; {} where they are not known."""
+    known = [run["gpu_memory"] for run in runs if run.get("gpu_memory")]
+    return {name: max(one[name] for one in known) for name in known[0]} if known else {}
+
+
+def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
+    """The fewest bytes that a run took beyond as many idle processes; None where memory is not known.
+
+    idle: the sizes of an idle process, see bench.memory.idle.
+    """
+    known = idle and all(run["memory"] for run in runs)
+    return min(memory.growth(run["memory"], idle[0]) for run in runs) if known else None
+
+
+def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:
+    """Our value divided by the smallest one of the peers, and that peer's name; None if one side has none."""
+    peers = {name: value for name, value in value_of.items() if name != US and value is not None}
+    if not peers or value_of.get(US) is None:
+        return None
+    best = min(peers, key=peers.get)
+    return value_of[US] / peers[best], best
+
+
+def versus(what: str, runs_of: dict[str, list], average: Callable[[list[float]], float]) -> str | None:
+    """A line: our time as a share of the best peer's, and the range of that share over the rounds.
+
+    average: makes one number of milliseconds of steps, such as their median.
+    """
+    ratio = against_best({name: average(times(runs)) for name, runs in runs_of.items()})
+    if ratio is None:
+        return None
+    pairs = zip(runs_of[US], runs_of[ratio[1]], strict=True)
+    rounds = [average(ours["ms"]) / average(peer["ms"]) for ours, peer in pairs]
+    return (
+        f"- {what}: {ratio[0]:.2f} of the best peer's ({ratio[1]}); "
+        f"by round {min(rounds):.2f} to {max(rounds):.2f}"
+    )
+
+
+# tables and files ---------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a Markdown table, aligned so that it reads well as plain text; all rows have the same keys."""
+    names = list(rows[0])
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+    lines = [names, ["-" * width for width in widths], *([row[name] for name in names] for row in rows)]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+
+
+def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
+    """The lines before the table; about: facts of each contender."""
+    machine = result["machine"]
+    rates = [(when, result[f"product_rate_{when}"]) for when in ("before", "after")]
+    warning = [f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little"]
+    return [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
+        f"{result['date']}",
+        "",
+        *([f"- GPU (name, memory, driver, power limit): {machine['gpu']}"] if machine.get("gpu") else []),
+        *(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) for name, facts in about.items()),
+        *(
+            f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
+            f"with two at once, {rate['best']:.0f} at best"
+            for when, rate in rates
+        ),
+        *(warning if busy(result) else []),
+        "- removed from the environment: " + (", ".join(result["removed_variables"]) or "nothing was set"),
+        "",
+    ]
+
+
+def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
+    """What each contender reported about itself in its first run."""
+    return {name: runs[0]["about"] for found in races for name, runs in found.items()}
+
+
+def mib(size: int | None, digits: int = 0) -> str:
+    """Bytes in MiB, for a cell of a table; "" for None."""
+    return "" if size is None else f"{size / MIB:.{digits}f}"
+
+
+def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> Path | None:
+    """Print the lines, and keep them with the result where a folder is named -> the path without its ending."""
+    print("\n".join(lines))
+    return keep(out, result, "\n".join(lines), suffix) if out else None
+
+
+def keep(folder: Path, result: dict, text: str, suffix: str = "") -> Path:
+    """Write <date>-<machine><suffix>.json and .md, beside those of earlier measurements of the day.
+
+    Returns the path without its ending, for what else belongs there.
+    """
+    machine = result["machine"]
+    gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
+    words = (gpu.partition(",")[0] if gpu else f"{machine['processor']} {machine['cores']} cores").lower()
+    stem = f"{result['date'][:10]}-{re.sub('[^a-z0-9]+', '-', words).strip('-')}{suffix}"
+    number, name = 1, stem
+    while (folder / f"{name}.json").exists():
+        number += 1
+        name = f"{stem}-{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    say(f"\nkept as {folder / name}.json and .md")
+    return folder / name
+
+
+# the goals on one H200 ----------------------------------------------------------------------------------
+
+STEP = {
+    "W1": {"torch.compile": 1.0, "torch": 0.5},
+    "W2": {"torch.compile": 1.0, "torch": 0.5},
+    "W3": {"torch.compile": 1.0, "torch": 0.5},
+    "W4": {"torch.compile": 1.2},
+}
+"""The largest share of a peer's median step, at the same precision, that baby_xp's may take."""
+EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0
+"""One epoch of W3's model, evaluations included."""
+TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000
+"""`train nanogpt-gpu` on Shakespeare: validation loss (nats per token), and seconds of the whole command."""
+
+
+def step_goals(workload: str, precision: str, runs_of: dict[str, list]) -> list[str]:
+    """A line for each goal of a workload; runs_of: the rounds of each contender."""
+    lines = []
+    for peer, most in STEP.get(workload, {}).items():
+        line = f"- goal, {workload} {precision}: at most {most:.2f} of {peer}'s time:"
+        if US in runs_of and peer in runs_of:
+            ratio = median(runs_of[US]) / median(runs_of[peer])
+            lines.append(f"{line} {ratio:.2f}, {verdict(ratio <= most)}")
+        else:
+            lines.append(f"{line} not measured")
+    return lines
+
+
+def epoch_goal(seconds: float) -> str:
+    """Whether an epoch takes less than EPOCH_MINUTES."""
+    met = verdict(seconds < 60 * EPOCH_MINUTES)
+    return f"- goal, one epoch under {EPOCH_MINUTES:g} minutes: {seconds / 60:.2f} minutes, {met}"
+
+
+def train_goals(val_loss: float | None, seconds: float, steps: int) -> list[str]:
+    """Whether the run of nanogpt-gpu is good enough and fast enough. val_loss: None where it has none."""
+    if steps < TRAIN_STEPS or val_loss is None:
+        return [f"- goal, nanogpt-gpu: not measured, as only {steps:,} of {TRAIN_STEPS:,} steps were done"]
+    return [
+        f"- goal, validation loss at most {TRAIN_LOSS}: {val_loss:.4f}, {verdict(val_loss <= TRAIN_LOSS)}",
+        f"- goal, under {TRAIN_SECONDS:g} s: {seconds:.1f} s, {verdict(seconds < TRAIN_SECONDS)}",
+    ]
+
+
+def verdict(met: bool) -> str:
+    """Whether a goal is met, in a word."""
+    return "met" if met else "MISSED"

@@ -1,0 +1,52 @@
+"""What the tests of the benchmarks share: a tiny workload, runs as child processes return them, command lines."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # bench is not installed
+from bench import workloads  # noqa: E402
+
+RATE = {"alone": 45.0, "two at once": 44.0, "best": 50.0}
+TINY = workloads.Workload("tiny", "for tests", 11, 8, 16, 2, 2, 3, 0.0, 2, 1)
+TINY_FIELDS = asdict(TINY)
+MIB = 2**20
+
+
+def run(*ms: float, peak: int | None = None, used: int | None = None) -> dict:
+    """A round of one contender. used: MiB of the GPU, of which twice as many are held."""
+    return {
+        "ms": list(ms),
+        "memory": [] if peak is None else [{"peak": peak, "shared": 0}],
+        "about": {"version": "1", "workers": "1"},
+        "gpu_memory": {} if used is None else {"used": used * MIB, "held": 2 * used * MIB},
+    }
+
+
+def result(backend: str, rooflines: dict, **runs) -> dict:
+    """A race of W1 as bench.train keeps it: 400 Mflop and 1 GB per step, two cores at 50 Gflop/s."""
+    machine = {"processor": "A 1", "cores": 2, "system": "Linux x", "python": "3", "gpu": "NVIDIA H200, 139 GiB"}
+    race = {
+        "workload": "W1", "precision": "float32", "flops": 400_000_000, "bytes": 10**9, "runs": runs, "failed": {},
+    }  # fmt: skip
+    return {
+        "date": "2026-01-02T03:04:05+00:00", "machine": machine, "removed_variables": [], "backend": backend,
+        "product_rate_before": RATE, "product_rate_after": {**RATE, "best": 48.0}, "rooflines": rooflines,
+        "races": [race],
+    }  # fmt: skip
+
+
+def says(monkeypatch, program, *words: str) -> int:
+    """The exit code of a program with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    try:
+        return program.main()
+    except SystemExit as end:
+        return end.code
+
+
+def parsed(monkeypatch, program, *words: str):
+    """What a program makes of its command line."""
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    return program.parse()
