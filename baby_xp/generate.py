@@ -21,8 +21,9 @@ from baby_xp.errors import BabyError
 class Sampling:
     """How the next token is drawn from the logits.
 
-    temperature divides the logits (below 1: bolder); top_k keeps the k likeliest tokens (0: all); top_p keeps
-    the likeliest tokens that together hold a share p (1: all); greedy takes the likeliest.
+    temperature divides the logits (below 1: more predictable, above 1: more random); top_k keeps the k most likely
+    tokens (0: all); top_p keeps the most likely tokens whose probabilities add up to p (1: all); greedy takes the
+    most likely token.
     """
 
     temperature: float = 1.0

@@ -39,7 +39,7 @@ PRESETS = {
         # with decay, a seed in five lost some. docs/equations.md has the figures.
         Preset(
             "equations",
-            "babyLLM: sums of two digits, and the answer of 4+4, which it never saw",
+            "babyLLM: sums of two one-digit numbers, and the answer of 4+4, which it never saw",
             EquationConfig(n_ctx=4, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
             TrainConfig(
                 batch_size=1024,
@@ -57,7 +57,7 @@ PRESETS = {
         # from what it sees.
         Preset(
             "equations-table",
-            "sums of two digits up to 9+9, the whole equation in the context",
+            "sums of two one-digit numbers up to 9+9, the whole equation in the context",
             EquationConfig(n_ctx=6, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
             TrainConfig(
                 batch_size=1024, num_steps=1500, lr=1e-2, min_lr=0.0, warmup_steps=100, weight_decay=0.1, clip=0.0,

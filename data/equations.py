@@ -1,4 +1,4 @@
-"""Equations: babyLLM's data, sums of two digits such as "1+1=2 ", some held out to test generalisation.
+"""Equations: babyLLM's data, sums of two one-digit numbers such as "1+1=2 ", some held out to test generalisation.
 
 There are 13 tokens, one a character; an id is the place in VOCABULARY: "1+1=2 " is [3, 1, 3, 12, 4, 0]. Minus,
 where it is asked for, is the 14th. The equation model sees CONTEXT = 4 tokens and predicts the next one. An
@@ -15,8 +15,8 @@ No other equation gives a window with the same context and the same target: in e
 window, the two together show the second digit and the sum, hence the first digit too.
 
 What stays is what a model can generalise from: the other pairs with the same sum (for 4+4: 3+5=8, 8+0=8 and
-so on) and the neighbours (4+3=7, 5+4=9). Two cases cannot be answered, since no other equation has an answer
-that begins with their digit: 0+0, and with sums up to 9 also 0+1.
+so on) and the neighbours (4+3=7, 5+4=9). Some cases cannot be answered: 0+0, since no other answer begins with
+its digit, and with sums up to 9 also 0+1, for the same reason, and 0+9, since no other equation has the operand 9.
 
 Contexts that do not determine the target: above a sum of 9, "+9=1" is followed by any digit from 0 to 8, as
 the first digit lies outside the window. A context is undetermined if, in the full table of equations up to
