@@ -440,6 +440,7 @@ _started: set[str] = set()
 def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
     """As `python -m` does."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    imported = sys.modules.pop(arguments[0], None)  # runpy warns of a module that it runs once more
     with (
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", arguments)
     ):  # fmt: skip
@@ -450,6 +451,9 @@ def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
         except Exception:
             code = 1
             traceback.print_exc()
+        finally:
+            if imported is not None:
+                sys.modules[arguments[0]] = imported
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
