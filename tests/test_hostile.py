@@ -595,6 +595,7 @@ def test_what_takes_long_can_be_stopped(watch, name):
 
 
 @pytest.mark.hour
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.skipif("BABY_XP_HOUR_MINUTES" not in os.environ, reason="BABY_XP_HOUR_MINUTES is not set")
 def test_hostile_values_for_an_hour(watch, capsys):
     """New command lines all the time; each kind of fault is told once, with the smallest line that shows it."""
