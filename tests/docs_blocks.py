@@ -440,7 +440,9 @@ _started: set[str] = set()
 def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
     """As `python -m` does."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    imported = sys.modules.pop(arguments[0], None)  # runpy warns of a module that it runs once more
+    imported = sys.modules.get(arguments[0])
+    if imported is not None and not hasattr(imported, "__path__"):
+        del sys.modules[arguments[0]]  # runpy warns of a module that it runs once more, but not of a package
     with (
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", arguments)
     ):  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import case_of
+from conftest import SAMPLE_TOKENS, case_of
 from safetensors.numpy import load_file
 
 import baby_xp.sitting
@@ -303,7 +303,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path,
     whole, folder = Ending.of(train(text, tmp_path / "alone", **settings)), tmp_path / "runs"
     asked = {
         "folder": str(folder), "kills": kills, "seconds": seconds, "pause": pause, "seed": 0,
-        "sample_tokens": 20,
+        "sample_tokens": SAMPLE_TOKENS,
         "settings": {**TINY, "backend": "numpy", "data": str(text), **settings},
     }  # fmt: skip
     done = subprocess.run([sys.executable, KILLER], input=json.dumps(asked), capture_output=True, text=True)
