@@ -663,6 +663,16 @@ def test_the_next_run_sweeps_what_one_left_that_was_killed_before_it_had_a_confi
     assert all_of(tmp_path) == {*store.FOLDERS, f"configs/{new.files.config.name}"}
 
 
+def test_a_name_whose_process_was_killed_while_another_swept_is_free(tmp_path, monkeypatch):
+    """Its lock was held when the sweep came by: without it, its files would be nobody's for ever."""
+    killed = killed_at_the_start(tmp_path, f"{GUIDS[0]}_finetuned", "0")
+    monkeypatch.setattr(store, "_sweep_abandoned", lambda folder: None)
+    with store.new_run(tmp_path, base=GUIDS[0]) as new:
+        assert new.files == killed
+        new.files.config.write_text("{}")
+    assert all_of(tmp_path) == {*store.FOLDERS, f"configs/{new.files.config.name}"}
+
+
 def test_a_run_that_has_trained_and_lost_its_config_is_not_swept(tmp_path):
     killed_at_the_start(tmp_path, GUIDS[0], "7")
     killed_at_the_start(tmp_path, GUIDS[1]).metrics.write_text("{}")

@@ -177,9 +177,7 @@ def _sweep_abandoned(folder: Path) -> None:
         if named and GUID.fullmatch(named[1]):
             files = RunFiles(folder, named[1])
             with suppress(BabyError), hold(files, patience=0):  # which removes the lock of a run that was killed
-                if not os.path.lexists(files.config) and not _has_trained(files):
-                    sweep(files)
-                    _remove(files)
+                _remove_abandoned(files)
     folders = folder, *(folder / name for name in FOLDERS)
     left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
     somebody_trains = _somebody_trains(folder)  # asked after listing: who writes what is listed has a lock
@@ -190,6 +188,13 @@ def _sweep_abandoned(folder: Path) -> None:
             with suppress(OSError):
                 path.unlink()
     sweep_ids(folder / "corpora")
+
+
+def _remove_abandoned(files: RunFiles) -> None:
+    """Remove the files of a run that was killed before it was one. Hold it."""
+    if not os.path.lexists(files.config) and not _has_trained(files):
+        sweep(files)
+        _remove(files)
 
 
 def _sweep_half(folder: Path, path: Path) -> None:
@@ -225,10 +230,17 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
             except Held as error:
                 held_by_others = error
                 continue
-            if not any(os.path.lexists(path) for path in files.of_training):
+            if _is_there(files):  # its process ended just now, perhaps; the lock that marks it goes with `attempt`
+                _remove_abandoned(files)
+            if not _is_there(files):
                 held.push(attempt.pop_all())
                 return files
     raise held_by_others or BabyError(f"there is a run {name} in {shown(folder)} already")
+
+
+def _is_there(files: RunFiles) -> bool:
+    """Whether a run has this name, or left something under it."""
+    return any(os.path.lexists(path) for path in files.of_training)
 
 
 def _finetuned_names(base: str) -> Iterator[str]:
