@@ -29,7 +29,7 @@ from baby_xp.runs import checkpoint as arrays
 from baby_xp.runs import store, table
 from baby_xp.runs.store import NewRun, RunFiles
 from baby_xp.runs.table import Summary
-from baby_xp.sitting import Sitting, belonging, keep_imported
+from baby_xp.session import TrainingSession, belonging, keep_imported
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 from baby_xp.training import checkpoint
 from baby_xp.training.workers import suitable_number
@@ -45,8 +45,8 @@ RESUMABLE = (
 class Silent:
     """A listener that keeps quiet. Others are made like it."""
 
-    def started(self, sitting: Sitting, step: int) -> None:
-        """Called before the first step of a sitting; `step`: steps that were done before."""
+    def started(self, session: TrainingSession, step: int) -> None:
+        """Called before the first step of a training session; `step`: steps that were done before."""
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Called every few steps with the mean loss since the last call."""
@@ -365,17 +365,17 @@ def _sit(
     base: str | None = None,
     started: str = "",
 ) -> Run:
-    """One sitting of a run: a new one's first, or one that goes on."""
+    """One training session of a run: a new one's first, or one that goes on."""
 
     def keep() -> None:
         new.keep = True
 
     number = number_of_workers(workers, backend, model, chosen.train.batch_size)
     chosen = replace(chosen, train=replace(chosen.train, num_steps=learned.num_steps))
-    sitting = Sitting(
+    session = TrainingSession(
         new.files, chosen, model, learned, backend, device, number, _listening(listener), base, started, keep
     )
-    return sitting.run(start)
+    return session.run(start)
 
 
 def _check_place(workers: Any, listener: Any) -> None:

@@ -78,7 +78,7 @@ def train(
     """Step 6: forward, loss, backward, AdamW, num_steps times -> the trained weights, and the loss of each step.
 
     contexts (n, T), targets (n,), or (n, T) for a GPT; a step takes batch_size of them, or all where there are
-    fewer. Losses are in nats a target. `each_step(step, weights)` is called before each step, on the device's
+    fewer. Losses are in nats per target. `each_step(step, weights)` is called before each step, on the device's
     arrays. `weights` is left as it was.
     """
     backend = backend or backends.load("numpy", dtype=training.dtype)
@@ -101,7 +101,7 @@ def train(
 
 
 def predict(weights: Tree, context: str, config: EquationConfig, operators: str = "+") -> dict[str, float]:
-    """The probability of every character to follow a context such as "4+4=", the likeliest first.
+    """The probability of every character to follow a context such as "4+4=", the most likely first.
 
     Raises BabyError for a character that equations are not written with.
     """
@@ -114,7 +114,7 @@ def predict(weights: Tree, context: str, config: EquationConfig, operators: str 
 def answers(
     weights: Tree, equations: Sequence[str], config: EquationConfig | GPTConfig, digits: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each equation: whether the likeliest tokens are its answer, bool (n,), and the probability of it, (n,).
+    """Of each equation: whether the most likely tokens are its answer, bool (n,), and the probability of it, (n,).
 
     An answer counts as a whole, up to the space after it. Where the context does not hold an equation whole, the
     first token of the answer alone is asked for: the others do not follow from what the model sees.

@@ -29,7 +29,7 @@ from baby_xp.config import LARGEST, EquationConfig, Preset, TrainConfig
 from baby_xp.errors import BabyError, OutOfMemory
 from baby_xp.files import refusal
 from baby_xp.models import Model
-from baby_xp.sitting import SAMPLE_TOKENS
+from baby_xp.session import SAMPLE_TOKENS
 from baby_xp.task import Task
 from baby_xp.text.batches import EpochWindows
 from baby_xp.training.loop import EVALUATION_TOKENS
@@ -322,13 +322,13 @@ class _Watch(api.Silent):
         self.evaluations: list[float] = []
         self.warm: float | None = None
 
-    def started(self, sitting, step: int) -> None:
+    def started(self, session, step: int) -> None:
         """Put a task in place of the run's whose end can be moved, and whose validation part is short."""
-        self.learned, self.workers = sitting.learned, sitting.workers
-        self.moving = SimpleNamespace(**vars(sitting.learned))
+        self.learned, self.workers = session.learned, session.workers
+        self.moving = SimpleNamespace(**vars(session.learned))
         self.moving.num_steps, self.moving.n_validation = LARGEST, 1
-        self.moving.validation, self.moving.check = self._some_validation, sitting.learned.check
-        sitting.learned = self.moving
+        self.moving.validation, self.moving.check = self._some_validation, session.learned.check
+        session.learned = self.moving
         self.began = time.perf_counter()
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:

@@ -26,10 +26,10 @@ NGRAM = 8
 class Evaluation:
     """What `evaluate` measured. Losses are means over the whole validation part.
 
-    loss is in nats a token, bits_per_character in bits, perplexity is exp(loss). entropy is the exact entropy of
-    the text in nats a character, where that is known: no model can go below it. known_words and copied_ngrams
+    loss is in nats per token, bits_per_character in bits, perplexity is exp(loss). entropy is the exact entropy of
+    the text in nats per character, where that is known: no model can go below it. known_words and copied_ngrams
     are shares of `num_tokens` generated tokens, see quality.py. accuracy is the share of validation targets that
-    are the model's likeliest token. answered is the share of held-out equations that are answered rightly, for a
+    are the model's most likely token. answered is the share of held-out equations answered correctly, for a
     run that learns equations.
     """
 
@@ -50,12 +50,12 @@ class Evaluation:
         """The figures as a table for people."""
         rows = [
             ("validation tokens", f"{self.tokens:,}"),
-            ("loss", f"{self.loss:.4f} nats a token"),
+            ("loss", f"{self.loss:.4f} nats per token"),
             ("perplexity", f"{self.perplexity:.3f}"),
-            ("likeliest token is right", f"{self.accuracy:.1%}"),
+            ("next-token accuracy", f"{self.accuracy:.1%}"),
         ]
         if self.answered is not None:
-            rows.append(("held-out equations answered rightly", f"{self.answered:.1%}"))
+            rows.append(("held-out equations answered correctly", f"{self.answered:.1%}"))
         if self.bits_per_character is not None:
             rows.append(("bits per character", f"{self.bits_per_character:.4f}"))
         if self.entropy is not None:
@@ -97,7 +97,7 @@ def evaluate(run: Run, chosen: Preset, sha256: str | None, num_tokens: int, seed
 
 
 def _measure(run: Run, batches: Iterator[Batch]) -> tuple[float, float]:
-    """Mean loss in nats a target, and the share of targets that are the likeliest token."""
+    """Mean loss in nats per target, and the share of targets that are the most likely token."""
     backend, right, targets = run.backend, 0, 0
     xp, params = backend.xp, backend.asarray(run.params)
 
@@ -120,7 +120,7 @@ def _measure(run: Run, batches: Iterator[Batch]) -> tuple[float, float]:
 
 
 def _answered(run: Run, chosen: Preset) -> float:
-    """The share of held-out equations that a run answers rightly."""
+    """The share of held-out equations that a run answers correctly."""
     data, weights = chosen.data, run.model.layout.unpack(np, run.params)
     table = {"digits": data.digits, "operators": data.operators}
     held_out = known.chosen(data.held_out, chosen.train.seed, data.max_sum, **table)

@@ -35,7 +35,7 @@ class Sampling:
     def __post_init__(self):
         plain = {
             "temperature": checks.number(
-                "temperature", self.temperature, above=0, hint="for the likeliest token say --greedy"
+                "temperature", self.temperature, above=0, hint="for the most likely token say --greedy"
             ),
             "top_k": checks.whole("top_k", self.top_k, least=0, most=None, hint="0 stands for all tokens"),
             "top_p": checks.number("top_p", self.top_p, above=0, most=1),
@@ -112,7 +112,7 @@ class Logits:
         with np.errstate(all="ignore"):  # the check below speaks for it
             logits = self.backend.to_numpy(self._forward(new)).astype(np.float64)
         if not np.isfinite(logits).all():
-            raise BabyError("the model computes numbers that are not finite: its weights are damaged or burst")
+            raise BabyError("the model computes numbers that are not finite: its weights are damaged or diverged")
         return logits
 
     def _forward(self, new: list[list[int]]):
@@ -161,7 +161,7 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The probabilities to draw from, of logits (V,) or (B, V): softmax(logits / temperature), cut to top_k, then
     to top_p.
 
-    top_p is nucleus sampling (Holtzman et al. 2020): the likeliest token is always kept. Of equally likely
+    top_p is nucleus sampling (Holtzman et al. 2020): the most likely token is always kept. Of equally likely
     tokens at the cut, those with the smaller ids are kept.
     """
     weights = _weights(logits, sampling)
@@ -169,7 +169,7 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution, but for a factor: the likeliest token has weight 1."""
+    """The distribution, but for a factor: the most likely token has weight 1."""
     weights = logits - logits.max(axis=-1, keepdims=True)
     if sampling.temperature != 1:
         with np.errstate(over="ignore"):  # a tiny one makes -inf of all but the largest: share 0

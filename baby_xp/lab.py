@@ -54,8 +54,8 @@ class Answer:
 class Results:
     """What all models said, and what it took.
 
-    copied: the share answered rightly by copying the answer of the nearest question that was trained.
-    losses: the last training loss of each model, nats a target.
+    copied: the share answered correctly by copying the answer of the nearest question that was trained.
+    losses: the last training loss of each model, nats per target.
     """
 
     chosen: Preset
@@ -68,7 +68,7 @@ class Results:
 
     @property
     def share(self) -> float:
-        """Share answered rightly, of all answers."""
+        """Share answered correctly, of all answers."""
         return float(np.mean([answer.right for answer in self.answers]))
 
     @property
@@ -83,14 +83,14 @@ class Results:
         return float(np.mean([answer.probability for answer in self.answers]))
 
     def of_seeds(self) -> dict[int, float]:
-        """Share answered rightly, seed by seed."""
+        """Share answered correctly, seed by seed."""
         return {
             seed: float(np.mean([answer.right for answer in self.answers if answer.seed == seed]))
             for seed in sorted({answer.seed for answer in self.answers})
         }
 
     def of_operators(self) -> dict[str, float]:
-        """Share answered rightly, operator by operator."""
+        """Share answered correctly, operator by operator."""
         asked = {operator: [] for operator in self.chosen.data.operators}
         for answer in self.answers:
             a_and_b = data.question(answer.equation)
@@ -98,7 +98,7 @@ class Results:
         return {operator: float(np.mean(right)) for operator, right in asked.items() if right}
 
     def map(self, operator: str = "+") -> np.ndarray:
-        """Share answered rightly (10, 10), by first and second operand, or by their tens; NaN where nothing was
+        """Share answered correctly (10, 10), by first and second operand, or by their tens; NaN where nothing was
         asked."""
         unit = 10 ** (self.chosen.data.digits - 1)
         right, asked = np.zeros((10, 10)), np.zeros((10, 10))
@@ -117,7 +117,7 @@ class Results:
         answers = f"{len(self.answers):,} answers of {self.models} model{'s' * (self.models > 1)}"
         rows = [
             ("held out", f"{n:,} equation{'s' * (n > 1)}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
-            ("answered rightly", f"{self.share:.1%}"),
+            ("answered correctly", f"{self.share:.1%}"),
         ]
         if self.share_without_zeros is not None:
             rows.append(("  without 0+0", f"{self.share_without_zeros:.1%}"))
@@ -128,7 +128,7 @@ class Results:
         rows += [
             ("mean probability of the right answer", f"{self.probability:.3f}"),
             ("copying the nearest trained equation", f"{self.copied:.1%} right"),
-            ("last training loss", f"{np.mean(self.losses):.4f} nats a target, mean of the models"),
+            ("last training loss", f"{np.mean(self.losses):.4f} nats per target, mean of the models"),
             ("time", f"{self.seconds:.0f} s in {self.processes} process{'es' * (self.processes > 1)}"),
         ]
         width = max(len(name) for name, _ in rows)
@@ -141,7 +141,7 @@ class Results:
     def _map_lines(self, operator: str) -> list[str]:
         what = "operand" if self.chosen.data.digits == 1 else "operand's tens"
         lines = [
-            f"percent of {operator} answered rightly; down: the first {what}, across: the second",
+            f"percent of {operator} answered correctly; down: the first {what}, across: the second",
             "    " + "".join(f"{b:4d}" for b in range(10)),
         ]
         for a, row in enumerate(self.map(operator)):

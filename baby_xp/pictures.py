@@ -62,7 +62,7 @@ def attention_figure(seen: "Inspection", head: tuple[int, int] | None = None) ->
 
 def _map(axes: Any, seen: "Inspection", layer: int, head: int, size: float) -> Any:
     """One head's weights, with the tokens at its axes."""
-    from baby_xp.inspection import glyph
+    from baby_xp.inspection.render import glyph
 
     axes.set_title(f"layer {layer}, head {head}", fontsize=size + 2)
     every = -(-len(seen.tokens) // MOST_LABELS)
@@ -79,13 +79,13 @@ def _map(axes: Any, seen: "Inspection", layer: int, head: int, size: float) -> A
 
 
 def answers(results: "Results", file: str | Path) -> Path:
-    """Draw which held-out equations were answered rightly, a map an operator -> where the picture lies.
+    """Draw which held-out equations were answered correctly, a map an operator -> where the picture lies.
 
     Raises BabyError if matplotlib is missing or the file cannot be written.
     """
     path, operators = check(file), results.chosen.data.operators
     figure = _figure(0.8 + 4.6 * len(operators), 4.6)
-    figure.suptitle(f"Held-out equations answered rightly: {results.share:.1%}", fontsize=11)
+    figure.suptitle(f"Held-out equations answered correctly: {results.share:.1%}", fontsize=11)
     all_axes = figure.subplots(1, len(operators), squeeze=False).reshape(-1)
     what = "operand" if results.chosen.data.digits == 1 else "operand's tens"
     for axes, operator in zip(all_axes, operators, strict=True):

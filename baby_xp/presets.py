@@ -6,7 +6,7 @@ from baby_xp.errors import BabyError
 
 def _age(months: int, n_ctx: int, says: str) -> Preset:
     # The Little Baby's ages are one model with a growing context. Its rate is constant and it warms up over
-    # no step; decay and moments are those of its optimizer. Clipping is ours: 16 layers without it can burst.
+    # no step; decay and moments are those of its optimizer. Clipping is ours: 16 layers can diverge without it.
     return Preset(
         f"{months}-months",
         f"The Little Baby at {months} months: {says}",

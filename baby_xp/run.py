@@ -84,7 +84,7 @@ class Run:
         return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
 
     def answer(self, question: str) -> str:
-        """The likeliest answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
+        """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
 
         Its first digit alone where the context does not hold an equation whole: the other digits then do not
         follow from what the model sees.

@@ -222,11 +222,11 @@ def run_command(words: list[str]) -> dict:
     class Watched(train_commands.Screen):
         """What the command line shows, with a record of the speed and of the workers' memory."""
 
-        def started(self, sitting, step):
-            self.tokens = sitting.learned.batches.batch_size * sitting.chosen.model.n_ctx
+        def started(self, session, step):
+            self.tokens = session.learned.batches.batch_size * session.chosen.model.n_ctx
             self.ms, self.workers = [], []
             watched.append(self)
-            super().started(sitting, step)
+            super().started(session, step)
 
         def progress(self, step, loss, tokens_per_second):
             self.ms.append(1e3 * self.tokens / tokens_per_second)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from baby_xp import backend as backends
-from baby_xp import sitting
+from baby_xp import session
 from baby_xp.errors import BackendUnavailable
 from baby_xp.namespace import Namespace
 
@@ -27,7 +27,7 @@ SAMPLE_TOKENS = 10
 def quick():
     """Short samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sitting, "SAMPLE_TOKENS", SAMPLE_TOKENS)
+        patch.setattr(session, "SAMPLE_TOKENS", SAMPLE_TOKENS)
         yield
 
 

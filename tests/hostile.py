@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 
 import baby_xp
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import cli
 
 MEMORY = 4 * 2**30
@@ -343,7 +343,7 @@ def main() -> None:
         for folder in base.folder.parents:
             if Path(tempfile.gettempdir()) in folder.parents:
                 folder.chmod(0o755)
-    baby_xp.sitting.SAMPLE_TOKENS = 20
+    baby_xp.session.SAMPLE_TOKENS = 20
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     base.make()

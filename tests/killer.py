@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api
 
 
 def main() -> None:
     asked = json.load(sys.stdin)
     folder, chance = Path(asked["folder"]), random.Random(asked["seed"])
-    baby_xp.sitting.SAMPLE_TOKENS = asked["sample_tokens"]
+    baby_xp.session.SAMPLE_TOKENS = asked["sample_tokens"]
     api.train(
         "baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1}
     )  # imports

@@ -33,7 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import baby_xp
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api
 from baby_xp.config import settings_of
 from baby_xp.runs import checkpoint, lock, store
@@ -54,7 +54,7 @@ BAD_TEXTS = {"bad_end": TEXTS["a"] + b"\xff", "short": b"the cat", "empty": b"",
 PARTS = ("config", "tokenizer", "model", "state")
 OUTPUTS = ("report", "metrics", "completion")
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
-OF_A_SITTING = {"max_minutes", "checkpoint_every", "checkpoint_minutes", "sample_tokens"}
+OF_A_SESSION = {"max_minutes", "checkpoint_every", "checkpoint_minutes", "sample_tokens"}
 """Settings that change no number of a run."""
 NOBODY = 65534
 
@@ -215,7 +215,7 @@ def small_and_quick() -> Iterator[None]:
     """baby_xp with short samples, a clock of its own, GUIDs that are known, and no waiting for the disk."""
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (baby_xp.sitting, "SAMPLE_TOKENS", 5),
+            (baby_xp.session, "SAMPLE_TOKENS", 5),
             (loop, "time", Clock()),
             (store, "uuid", GUIDS),
             (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
@@ -277,7 +277,7 @@ class Interrupting:
     def __init__(self, at: int | None = None, at_once: bool = False):
         self.at, self.at_once, self.calls = at, at_once, 0
 
-    def started(self, sitting, step):
+    def started(self, session, step):
         pass
 
     def note(self, text):
@@ -497,7 +497,7 @@ class Twins:
 
 def settings_key(config: dict[str, Any]) -> str:
     """What the numbers of a run follow from, but for text and weights."""
-    train = {name: value for name, value in config["train"].items() if name not in OF_A_SITTING}
+    train = {name: value for name, value in config["train"].items() if name not in OF_A_SESSION}
     data = {name: value for name, value in config["data"].items() if name not in ("data", "file")}
     return json.dumps([config["model"], train, data, config["vocab_size"]], sort_keys=True)
 

@@ -11,7 +11,7 @@ from bench_cases import MIB, RATE, TINY, TINY_FIELDS, parsed, result, run, says
 from threadpoolctl import threadpool_info
 
 import baby_xp
-from baby_xp import counts, sitting
+from baby_xp import counts, session
 from baby_xp.backend import load
 from baby_xp.generate import Sampling
 from baby_xp.generate import generate as generated
@@ -258,7 +258,7 @@ def test_steps_are_measured_in_the_setting_that_train_runs_them_in(monkeypatch, 
 
         return wrapped
 
-    monkeypatch.setattr(sitting, "fit", watched("train", sitting.fit))
+    monkeypatch.setattr(session, "fit", watched("train", session.fit))
     monkeypatch.setattr(ours, "fit", watched("bench", ours.fit))
     (tmp_path / "text.txt").write_text("A small red hen sings. " * 40, "utf-8")
     sizes = {"n_ctx": 8, "n_emb": 16, "head_size": 16, "n_heads": 2, "n_layers": 1, "batch_size": 3}

@@ -22,7 +22,7 @@ from conftest import SAMPLE_TOKENS
 from safetensors.numpy import load_file
 
 import baby_xp.files
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import backend as backends
 from baby_xp import optim, params, task
 from baby_xp.cli import COMMANDS, main
@@ -291,14 +291,14 @@ def test_a_run_that_bursts_after_a_checkpoint_is_kept_as_of_that(work, burst, ca
     usual, kept = optim.learning_rate, {}
     rate = lambda xp, step, *more: usual(xp, step, *more) * (1e30 if step[0] == 4 else 1)  # noqa: E731
     monkeypatch.setattr(optim, "learning_rate", rate)
-    keep = baby_xp.sitting.Sitting.keep
+    keep = baby_xp.session.TrainingSession.keep
 
-    def noted(sitting, moment):
-        keep(sitting, moment)
-        for path in (sitting.files.state, sitting.files.model):
+    def noted(session, moment):
+        keep(session, moment)
+        for path in (session.files.state, session.files.model):
             kept[moment.step, path] = path.read_bytes()
 
-    monkeypatch.setattr(baby_xp.sitting.Sitting, "keep", noted)
+    monkeypatch.setattr(baby_xp.session.TrainingSession, "keep", noted)
     settings = flags(data="text.txt", num_steps=30, eval_every=4, checkpoint_every=2, workers=workers)
     line = burst("train", "--path=runs", *settings)
     run = baby_xp.api.load(path="runs", weights="last")
@@ -621,7 +621,7 @@ def test_the_metrics_are_valid_line_by_line_and_the_report_has_them(trained):
     assert (final["step"], final["train_loss"], final["whole_validation"]) == (best["step"], None, True)
     assert final["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
     report = trained.report.read_text(encoding="utf-8")
-    assert "Losses, in nats a token" in report
+    assert "Losses, in nats per token" in report
     for record in records:
         assert record.keys() == {*final, "sample"}
         assert record["whole_validation"] is False
@@ -675,8 +675,8 @@ def test_a_run_is_there_from_its_start(work, call):
     seen = []
 
     class Onlooker(baby_xp.api.Silent):
-        def started(self, sitting, step):
-            files = sitting.files
+        def started(self, session, step):
+            files = session.files
             seen.append({path for path in files.of_training if path.exists()})
             run = baby_xp.api.load(files.guid, path="runs")
             seen.append((run.config["result"]["state"], run.config["result"]["steps"], run.generate(num_tokens=2)))
@@ -694,10 +694,10 @@ def test_a_run_is_there_from_its_start(work, call):
 
 def test_the_order_of_writing_makes_a_run_safe(work, monkeypatch):
     """The config comes last at the start and at the end; a checkpoint before the weights that follow from it."""
-    order, rename, append = [], os.replace, baby_xp.sitting.append_line
+    order, rename, append = [], os.replace, baby_xp.session.append_line
     note = lambda path: order.append(Path(path).name.partition("_")[0])  # noqa: E731
     monkeypatch.setattr(os, "replace", lambda old, new: (note(new), rename(old, new)))
-    monkeypatch.setattr(baby_xp.sitting, "append_line", lambda path, data: (note(path), append(path, data)))
+    monkeypatch.setattr(baby_xp.session, "append_line", lambda path, data: (note(path), append(path, data)))
     losses = iter([3.0, 4.0, 2.0, 2.0])  # the best of the third step is another than that of the second
     monkeypatch.setattr(loop._Run, "_validation_loss", lambda *args: next(losses))
     baby_xp.api.train("baby", **text_settings(eval_every=1, checkpoint_every=1))
@@ -741,7 +741,7 @@ def test_an_interrupt_while_the_last_text_is_made_loses_no_step(work, call, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(baby_xp.sitting, "sample_of", interrupted)
+        patch.setattr(baby_xp.session, "sample_of", interrupted)
         code, _, err = call("train", "--path=runs", *flags(data="text.txt", sample_tokens=0))
     assert (code, err) == (130, "baby_xp: interrupted\n")
     assert [(run.state, run.steps) for run in baby_xp.api.list_runs("runs")] == [("stopped", 3)]
@@ -792,7 +792,7 @@ def test_the_best_weights_are_kept_where_later_ones_are_worse(work, call, worse_
     assert f"kept the weights of step {at}, the best\n" in out
     assert (final["step"], final["whole_validation"]) == (at, True)
     assert final["val_loss"] == best.config["result"]["val_loss"] == pytest.approx(min(losses), rel=1e-6)
-    assert f"validation loss {final['val_loss']:.4f} nats a token, over the whole validation part" in out
+    assert f"validation loss {final['val_loss']:.4f} nats per token, over the whole validation part" in out
     assert checkpoint.read_metadata(best.files.model)["step"] == str(at)
     assert np.abs(best.params - last.params).max() > 1
     state = load_file(best.files.state)
@@ -1151,7 +1151,7 @@ def test_a_preset_gives_the_same_losses_on_every_backend(
         backends.load(other)
     except BackendUnavailable as error:
         pytest.skip(error.reason)
-    monkeypatch.setattr(baby_xp.sitting, "sample_of", lambda *args: "")  # slow where nothing is compiled
+    monkeypatch.setattr(baby_xp.session, "sample_of", lambda *args: "")  # slow where nothing is compiled
     if other == "jax":
         request.getfixturevalue("quick_compilation")
     # 330 tokens, so that validation is one batch of one shape: what jit compiles, it compiles once

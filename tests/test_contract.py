@@ -46,13 +46,13 @@ def test_each_backend_file_imports_its_own_library_alone():
 LAYERS = {
     "layers": 0, "models": 1, "training": 2, "generate": 2, "instrument": 2, "runs": 3, "equations": 3,
     "lab": 4, "run": 4, "evaluation": 4,
-    "inspection": 4, "checking": 4, "pictures": 4, "convert": 4, "sitting": 5, "api": 6, "estimating": 6,
+    "inspection": 4, "checking": 4, "pictures": 4, "convert": 4, "session": 5, "api": 6, "estimating": 6,
     "cli": 7,
 }  # fmt: skip
 
 
 def test_imports_run_one_way():
-    """layers <- models <- training, generate <- runs <- run, sitting, api <- cli."""
+    """layers <- models <- training, generate <- runs <- run, session, api <- cli."""
     for part, rank in LAYERS.items():
         paths = [ROOT / f"baby_xp/{part}.py"] if (ROOT / f"baby_xp/{part}.py").exists() else []
         for path in [*paths, *(ROOT / "baby_xp" / part).glob("*.py")]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api, cli, counts, params
 from baby_xp import backend as backends
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
@@ -407,7 +407,7 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
     flags = ["--backend=cupy", *sizes, "--batch-size=24", "--eval-every=100", "--sample-tokens=0", "--num-steps=2"]
     free = fake_cupy.Machine()
     put(free, monkeypatch)
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 3)
+    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 3)
     assert call("train", *flags)[0] == 0
     shutil.rmtree("runs")
     put(fake_cupy.Machine(memory=free.held[0] // 2), monkeypatch)

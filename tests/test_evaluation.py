@@ -127,7 +127,8 @@ def test_the_command_line_names_what_it_measures(run, capsys):
         main(["evaluate", run.guid[:8], f"--path={run.files.folder}", "--num-tokens=50", "--backend=numpy"]) == 0
     )
     out = capsys.readouterr().out
-    for name in ("perplexity", "nats a token", "bits per character", "words that occur", "8-character sequences"):
+    names = "perplexity", "nats per token", "bits per character", "words that occur", "8-character sequences"
+    for name in names:
         assert name in out
     assert "/100" not in out
 

@@ -102,7 +102,7 @@ def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path
     kept = []
 
     class Onlooker(api.Silent):
-        def started(self, sitting, step):
+        def started(self, session, step):
             for weights in ("best", "last"):
                 kept.append(api.load(path=tmp_path / "runs", backend="numpy", weights=weights).params.dtype)
 

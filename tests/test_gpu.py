@@ -10,7 +10,7 @@ from conftest import case_of
 from layer_table import TABLE, numbers_for
 from safetensors.numpy import load_file
 
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api, cli, params
 from baby_xp import backend as backends
 from baby_xp.config import GPTConfig, TrainConfig
@@ -46,7 +46,7 @@ def cupy():
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 10)
+    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 10)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     return "text.txt"
 

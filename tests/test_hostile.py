@@ -67,7 +67,7 @@ NOTES = (
     r"the .* at step \d+; looking for its cause from step \d+ on",
 )
 """What may stand on stderr before the message."""
-KEPT = re.compile(r"is kept: run \S+ can be resumed|had burst already|had diverged already")
+KEPT = re.compile(r"is kept: run \S+ can be resumed|had diverged already")
 """Messages of a training that failed with a checkpoint: its run stays."""
 GUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:_finetuned(?:-[0-9]+)?)*")
 

@@ -18,6 +18,7 @@ from baby_xp.cli import main
 from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.generate import Logits
+from baby_xp.inspection import printing, render
 from baby_xp.instrument import Copies, Recorder
 from baby_xp.layers import cross_entropy, gelu, heads
 from baby_xp.models import Model, gpt
@@ -588,7 +589,7 @@ def test_bytes_are_tokens_that_can_be_read():
     assert len(seen.vocabulary) == len(set(seen.vocabulary)) == 256
     with pytest.raises(BabyError, match="'é' is 2 tokens"):
         run.neighbours("é")
-    assert "█" in "".join(inspection.report(run, inspection.Wish("aé\n", neighbours="a")))
+    assert "█" in "".join(printing.report(run, printing.InspectOptions("aé\n", neighbours="a")))
 
 
 def test_a_number_that_is_none_is_told_of(run):
@@ -597,7 +598,7 @@ def test_a_number_that_is_none_is_told_of(run):
     broken[sum(layout.sizes[: layout.paths.index("blocks.1.network.up.weight")])] = np.nan
     seen = dataclasses.replace(run, params=broken).inspect("the cat")
     assert any("the first NaN is in blocks.1.network.up.y" in note for note in seen.notes)
-    lines = inspection.report(dataclasses.replace(run, params=broken), inspection.Wish("the cat"))
+    lines = printing.report(dataclasses.replace(run, params=broken), printing.InspectOptions("the cat"))
     assert any("note: not all numbers are numbers" in line for line in lines)
     assert not run.inspect("the cat", backward=True).notes
 
@@ -633,7 +634,7 @@ def test_what_an_equation_model_does_not_have():
         run.inspect("4+4=8").next_tokens(0)
     for wish in ({"attention": "0.0"}, {"picture": "a.png"}, {"off": ("0.0",)}, {"layer": "0"}):
         with pytest.raises(BabyError, match="the equation model has no"):
-            inspection.report(run, inspection.Wish("4+4=", **wish))
+            printing.report(run, printing.InspectOptions("4+4=", **wish))
 
 
 # neighbours -----------------------------------------------------------------------------------------------
@@ -666,7 +667,7 @@ def test_among_single_numbers_the_nearer_ones_come_first():
     assert found == order
     assert any(
         "whose embedding is one number" in line
-        for line in inspection.report(run, inspection.Wish("4", neighbours="4"))
+        for line in printing.report(run, printing.InspectOptions("4", neighbours="4"))
     )
 
 
@@ -727,19 +728,19 @@ def test_the_map_of_a_head_is_drawn_by_its_weights(run):
 
 
 def test_small_words():
-    assert [inspection.ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111)] == [
+    assert [render.ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111)] == [
         "1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th"]  # fmt: skip
-    assert inspection.bar(0.5, 4) == "██"
-    assert inspection.bar(0.25, 1) == "▎"
-    assert inspection.bar(0.5, 4, plain=True) == "##"
-    assert inspection.bar(float("nan"), 4) == ""
-    assert [inspection.figure(n) for n in (0, 1.5, -0.00012, 1234567.0)] == [
+    assert render.bar(0.5, 4) == "██"
+    assert render.bar(0.25, 1) == "▎"
+    assert render.bar(0.5, 4, plain=True) == "##"
+    assert render.bar(float("nan"), 4) == ""
+    assert [render.figure(n) for n in (0, 1.5, -0.00012, 1234567.0)] == [
         "0.0000",
         "1.5000",
         "-1.2e-04",
         "1.2e+06",
     ]
-    assert [inspection.glyph(t) for t in ("a", " ", "\n", "漢", "\\xc3", "\u0301")] == [
+    assert [render.glyph(t) for t in ("a", " ", "\n", "漢", "\\xc3", "\u0301")] == [
         "a",
         "␣",
         "↵",
@@ -777,7 +778,7 @@ def test_the_command_shows_it_all(call, trained):
     )
     assert (code, err) == (0, "")
     seen = trained.inspect("the cat", backward=True)
-    assert f"loss of the prompt: {seen.loss:.4f} nats a token" in out
+    assert f"loss of the prompt: {seen.loss:.4f} nats per token" in out
     for names in seen.names:
         assert f"\n{names[0]} " in out
     for path in trained.model.layout.paths:
@@ -826,7 +827,8 @@ def test_a_terminal_without_block_characters(trained):
         {"backward": True},
         {"backward": True, "layer": "0", "off": ("0.0",), "neighbours": "t"},
     ):
-        assert "\n".join(inspection.report(trained, inspection.Wish("the cat", **wish), plain=True)).isascii()
+        options = printing.InspectOptions("the cat", **wish)
+        assert "\n".join(printing.report(trained, options, plain=True)).isascii()
 
 
 @pytest.mark.parametrize(
@@ -834,7 +836,7 @@ def test_a_terminal_without_block_characters(trained):
 )
 def test_the_encoding_of_the_terminal_decides(call, monkeypatch, encoding, plain):
     asked = []
-    monkeypatch.setattr(inspection, "report", lambda run, wish, plain: asked.append(plain) or ["done"])
+    monkeypatch.setattr(printing, "report", lambda run, wish, plain: asked.append(plain) or ["done"])
 
     class Terminal:
         def __init__(self):

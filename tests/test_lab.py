@@ -187,7 +187,7 @@ def test_evaluate_tells_the_share_of_held_out_equations(name, tmp_path, capsys):
     assert run.evaluate().answered == np.mean(right)
     assert 0 < np.mean(right) < 1 or name == "equations-gpt"
     assert cli.main(["evaluate", "--path", str(tmp_path)]) == 0
-    assert f"held-out equations answered rightly  {np.mean(right):.1%}" in capsys.readouterr().out
+    assert f"held-out equations answered correctly  {np.mean(right):.1%}" in capsys.readouterr().out
 
 
 @pytest.mark.first_case
@@ -513,7 +513,7 @@ def test_the_command_prints_what_it_measured(capsys, tmp_path):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "1 equation, 2 answers of 2 models, 2 seeds" in text
-    assert "answered rightly                      100.0%" in text
+    assert "answered correctly                    100.0%" in text
     assert "copying the nearest trained equation  0.0% right" in text
 
 
@@ -525,8 +525,8 @@ def test_the_command_draws_its_map(capsys, tmp_path):
     assert cli.main([*arguments, "--max_sum", "9", "--operators", "+-", "--picture", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
-    assert "percent of + answered rightly; down: the first operand" in text
-    assert "percent of - answered rightly" in text
+    assert "percent of + answered correctly; down: the first operand" in text
+    assert "percent of - answered correctly" in text
     assert "by operator" in text
 
 

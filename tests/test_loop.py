@@ -40,7 +40,7 @@ def settings(**values) -> TrainConfig:
 
 
 class Trial:
-    """One sitting: what it is given, and what it told and kept. `before_step` and `told` may interfere."""
+    """A training session: what it is given, and what it told and kept. `before_step` and `told` may interfere."""
 
     def __init__(self, config: TrainConfig, start: Checkpoint | None = None):
         self.config, self.start = config, start or checkpoint.first(MODEL, config)
@@ -241,7 +241,7 @@ def test_the_speed_is_that_of_the_steps_alone(clock, part):
     np.testing.assert_allclose([*rates, result.tokens_per_second], 12 / 0.25)
 
 
-def test_the_first_speed_of_a_later_sitting_is_its_own(clock):
+def test_the_first_speed_of_a_later_session_is_its_own(clock):
     first = Trial(settings(checkpoint_every=4))
     first.fit()
     again = Trial(settings(), first.kept[0])
@@ -351,7 +351,7 @@ def test_the_time_ends_it_after_the_step_at_hand(clock):
     assert [record["step"] for record in trial.records[:-1]] == [2, 4]
     assert result.final["whole_validation"] is True
     assert result.checkpoint.progress["seconds"] == pytest.approx(125.0)
-    # the next sitting has its own minutes, and the seconds go on
+    # the next session has its own minutes, and the seconds go on
     again = Trial(config, result.checkpoint)
     again.before_step = clock.tick(25.0)
     result = again.fit()

@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from baby_xp_data import nursery
+from baby_xp_data import grammar, nursery
 
 from baby_xp.errors import BabyError
 
@@ -61,7 +61,7 @@ def enumerate_stories(roles=ROLES, rules=RULES):
 
 @pytest.fixture(scope="module")
 def small():
-    return nursery.make_grammar(RULES, ROLES)
+    return grammar.make_grammar(RULES, ROLES)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_every_rule_counts(rule):
     split |= {first: weights[first], "~" + first: weights[first]}
     nats, length = nursery.story_expectations()
     more_nats, more_length = nursery.story_expectations(
-        nursery.make_grammar({**nursery.RULES, rule: split}, nursery.ROLES))
+        grammar.make_grammar({**nursery.RULES, rule: split}, nursery.ROLES))
     assert more_length > length
     assert more_nats - nats == pytest.approx(2 * math.log(2) * (more_length - length))
 
@@ -208,7 +208,7 @@ def test_bad_arguments(n_chars, seed):
 
 
 def test_the_tables_pass_the_check():
-    nursery.check_grammar()
+    grammar.check_grammar(nursery.NURSERY)
 
 
 def story(template, **rules):
@@ -244,14 +244,14 @@ def story(template, **rules):
 def test_mistakes_in_the_tables_are_named(rules, message):
     roles = {**ROLES, "twin": (("name", "age"), (("Ann", "two"), ("Anna", "two")))}
     if message is None:
-        nursery.make_grammar(rules, roles)
+        grammar.make_grammar(rules, roles)
         return
     with pytest.raises(BabyError, match=message) as caught:
-        nursery.make_grammar(rules, roles)
+        grammar.make_grammar(rules, roles)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rows", [(("cat",),), (("cat", ""),), (("cat", "meow", "x"),), ()])
 def test_rows_that_do_not_fit_their_fields(rows):
     with pytest.raises(BabyError, match="role 'pet'"):
-        nursery.make_grammar(story("{pet!name}.\n\n"), {"pet": (("name", "sound"), rows)})
+        grammar.make_grammar(story("{pet!name}.\n\n"), {"pet": (("name", "sound"), rows)})

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_inspection import LETTERS, SUMS, a_run, gpt_config
 
-from baby_xp import inspection, pictures
+from baby_xp import pictures
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
+from baby_xp.inspection import printing
 from baby_xp.text.tokenizer import CharTokenizer
 
 
@@ -79,7 +80,7 @@ def test_the_command_draws(drawing, tmp_path):
     run = a_run(gpt_config())
     for attention in (None, "all", "1.0"):
         file = tmp_path / f"{attention}.png"
-        lines = inspection.report(run, inspection.Wish("the cat", attention=attention, picture=str(file)))
+        lines = printing.report(run, printing.InspectOptions("the cat", attention=attention, picture=str(file)))
         assert f"picture: {file}" in lines
         assert not any("attention of layer" in line for line in lines)
         assert file.exists()
@@ -93,7 +94,7 @@ def test_the_command_draws(drawing, tmp_path):
 def test_a_picture_that_cannot_be_written(drawing, tmp_path, monkeypatch, name, word):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BabyError, match=word) as caught:
-        inspection.report(a_run(gpt_config()), inspection.Wish("the cat", picture=name))
+        printing.report(a_run(gpt_config()), printing.InspectOptions("the cat", picture=name))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -140,16 +141,16 @@ def test_without_matplotlib_the_remedy_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BabyError, match=r"pip install -e '\.\[plots\]'") as caught:
-        inspection.report(a_run(gpt_config()), inspection.Wish("the cat", picture=str(tmp_path / "a.png")))
+        printing.report(a_run(gpt_config()), printing.InspectOptions("the cat", picture=str(tmp_path / "a.png")))
     assert "\n" not in str(caught.value)
-    assert inspection.report(a_run(gpt_config()), inspection.Wish("the cat"))
+    assert printing.report(a_run(gpt_config()), printing.InspectOptions("the cat"))
 
 
 def test_looking_into_a_run_imports_no_matplotlib():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "from test_inspection import *; from baby_xp import pictures, checking;"
-        "inspection.report(a_run(gpt_config()), inspection.Wish('the cat', attention='all'));"
+        "printing.report(a_run(gpt_config()), printing.InspectOptions('the cat', attention='all'));"
         "print([m for m in ('matplotlib', 'torch', 'jax') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)

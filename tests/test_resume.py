@@ -13,7 +13,7 @@ import pytest
 from conftest import SAMPLE_TOKENS, case_of
 from safetensors.numpy import load_file
 
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
@@ -181,14 +181,14 @@ def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp
 @pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_every_backend_resumes_exactly(text, tmp_path, name, monkeypatch):
     case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
-    monkeypatch.setattr(baby_xp.sitting, "SAMPLE_TOKENS", 1)  # slow where every operation is compiled
+    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 1)  # slow where every operation is compiled
     small = {"num_steps": 5, "eval_every": 3, "sample_tokens": 0, "backend": name}
     whole = Ending.of(train(text, tmp_path / "alone", **small))
     train(text, tmp_path / "runs", Stopper(2), **small)
     assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
 
 
-def test_the_time_limit_is_of_a_sitting_and_the_run_goes_on_exactly(text, tmp_path, alone):
+def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_path, alone):
     stopped = train(text, tmp_path, workers=1, max_minutes=1e-9)
     assert (stopped.config["result"]["reason"], stopped.config["result"]["steps"]) == ("time", 0)
     done = api.resume(path=tmp_path, max_minutes=0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import baby_xp.sitting
+import baby_xp.session
 from baby_xp import api, task
 from baby_xp.config import DataConfig
 from baby_xp.errors import BabyError
@@ -296,7 +296,7 @@ def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep
     Path("bad.txt").write_bytes(content)
 
     class Fails(api.Silent):
-        def started(self, sitting, step):
+        def started(self, session, step):
             with pytest.raises(BabyError):
                 api.train("baby", data="bad.txt", **TINY)
             if not keep_text:  # and even where others do worse
@@ -389,14 +389,14 @@ def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
 
 def test_an_interrupt_before_an_evaluation_has_its_line_leaves_the_line(home, monkeypatch):
     """The second Ctrl-C falls anywhere."""
-    append = baby_xp.sitting.append_line
+    append = baby_xp.session.append_line
 
     def interrupted(path, value):
         if value["step"] == 8:
             raise KeyboardInterrupt
         append(path, value)
 
-    monkeypatch.setattr(baby_xp.sitting, "append_line", interrupted)
+    monkeypatch.setattr(baby_xp.session, "append_line", interrupted)
     run = api.train("baby", data="input.txt", **TINY)
     assert run.config["result"]["state"] == "stopped"
     lines = run.files.metrics.read_text().splitlines()

@@ -135,11 +135,13 @@ def inspect(arguments: list[str]) -> None:
     """Look into a run."""
     name, rest = positional(arguments, "last")
     asked, _ = parsed(Look(), "baby_xp inspect [RUN]", rest)
-    from baby_xp import api, inspection
+    from baby_xp import api
+    from baby_xp.inspection import printing
 
     run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
-    wish = {field.name: getattr(asked, field.name) for field in dataclasses.fields(inspection.Wish)}
-    print("\n".join(inspection.report(run, inspection.Wish(**wish), plain=not _can_show("░█▏␣↵"))))
+    shown = {field.name: getattr(asked, field.name) for field in dataclasses.fields(printing.InspectOptions)}
+    lines = printing.report(run, printing.InspectOptions(**shown), plain=not _can_show("░█▏␣↵"))
+    print("\n".join(lines))
 
 
 @dataclass(frozen=True)

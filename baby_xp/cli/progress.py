@@ -15,17 +15,17 @@ class Screen:
         self.asked = asked_backend
         self.bar = None
 
-    def started(self, sitting, step: int) -> None:
+    def started(self, session, step: int) -> None:
         """Say what will be done, and where."""
         from tqdm import tqdm
 
         from baby_xp.backend import first_use
 
-        why, backend, learned = "", sitting.backend, sitting.learned
+        why, backend, learned = "", session.backend, session.learned
         if self.asked == "auto":
             why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
-        processes = f", {sitting.workers} processes" if sitting.workers > 1 else ""
-        size = f"{sitting.model.n_parameters:,} parameters"
+        processes = f", {session.workers} processes" if session.workers > 1 else ""
+        size = f"{session.model.n_parameters:,} parameters"
         lines = [f"{size} on {backend.version}, {backend.device}{processes}{why}"]
         facts = {
             "training tokens": "training",
@@ -35,13 +35,13 @@ class Screen:
         shown = [f"{learned.facts[name]:,} {short}" for name, short in facts.items() if name in learned.facts]
         vocabulary = learned.tokenizer.vocab_size
         lines.append(f"{learned.name}: {vocabulary} different tokens, {' and '.join(shown)}")
-        if sitting.base:
-            lines.append(f"finetuned from run {sitting.base}")
+        if session.base:
+            lines.append(f"finetuned from run {session.base}")
         if step:
-            lines.append(f"going on with run {sitting.files.guid} after step {step}")
+            lines.append(f"going on with run {session.files.guid} after step {step}")
         if note := first_use(backend):
             lines.append(note)
-        self.guid = sitting.files.guid
+        self.guid = session.files.guid
         with self._anyhow():
             print("\n".join(lines), flush=True)
         self.entropy = learned.facts.get("entropy, nats per character")

@@ -146,7 +146,7 @@ def parse_preset(command: str, arguments: list[str], place: TrainPlace) -> tuple
 
 
 def _show_end(run: Any, path: str) -> None:
-    """Tell how a sitting ended. Raises KeyboardInterrupt if a signal ended it: the exit code is that of one."""
+    """Tell how a training session ended. Raises KeyboardInterrupt if a signal ended it: it has an exit code."""
     result = run.config["result"]
     resuming = f"python -m baby_xp resume {short(run.guid)}{path_flag(path)}"
     if result["reason"] == "interrupted":
@@ -159,7 +159,7 @@ def _show_end(run: Any, path: str) -> None:
         print(f"ended after step {result['steps']}: the validation loss no longer falls")
     if result["best_step"] not in (None, result["steps"]):
         print(f"kept the weights of step {result['best_step']}, the best")
-    print(f"validation loss {result['val_loss']:.4f} nats a token, over the whole validation part")
+    print(f"validation loss {result['val_loss']:.4f} nats per token, over the whole validation part")
     print(f"run {run.guid}")
     print(f"report {run.files.report}")
     print(f"more: python -m baby_xp generate {short(run.guid)}{path_flag(path)}")

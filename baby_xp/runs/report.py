@@ -48,12 +48,12 @@ def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[s
     if result["val_loss"] is not None:
         whole = bool(records) and records[-1]["whole_validation"]
         part = "the whole validation part" if whole else "a sample of the validation part"
-        told["validation loss"] = f"{result['val_loss']:.4f} nats a token, over {part}"
+        told["validation loss"] = f"{result['val_loss']:.4f} nats per token, over {part}"
         told["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
         if entropy := facts.get("entropy, nats per character"):
             told["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
     if result["train_loss"] is not None:
-        told["training loss"] = f"{result['train_loss']:.4f} nats a token, mean since the evaluation before"
+        told["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the evaluation before"
     if result["best_step"] is not None:
         told["weights kept"] = f"those of step {result['best_step']:,}, the best validation loss"
     told["time"] = f"{result['seconds']:,.1f} s with evaluations and checkpoints"
@@ -62,7 +62,7 @@ def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[s
 
 
 def _losses(records: list[dict[str, Any]]) -> list[str]:
-    lines = ["Losses, in nats a token", "    step     train  validation        rate  grad norm   seconds"]
+    lines = ["Losses, in nats per token", "    step     train  validation        rate  grad norm   seconds"]
     for record in records:
         train = f"{record['train_loss']:.4f}" if record["train_loss"] is not None else ""
         part = "  whole validation part, weights kept" if record["whole_validation"] else ""

@@ -15,7 +15,7 @@ from baby_xp.runs.store import RunFiles
 class Summary:
     """A run at a glance. `state`: running, done, stopped, failed, imported; or damaged, with nothing else known.
 
-    steps: done so far, as of the last checkpoint; num_steps: of all. val_loss: nats a token.
+    steps: done so far, as of the last checkpoint; num_steps: of all. val_loss: nats per token.
     """
 
     guid: str

@@ -18,7 +18,7 @@ def nothing_yet() -> Progress:
     best        step and val_loss of the best of them, None before the first
     total, count    sum and number of the training losses since the last evaluation
     lr, grad_norm   of the last step
-    tokens, seconds, training_seconds    over all sittings
+    tokens, seconds, training_seconds    over all sessions
     """
     return {
         "records": [], "best": None, "total": 0.0, "count": 0, "lr": 0.0, "grad_norm": 0.0, "tokens": 0,

@@ -1,4 +1,4 @@
-"""Why a run burst: its last steps once more, looking at every parameter's gradient."""
+"""Why a run diverged: its last steps once more, looking at every parameter's gradient."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from baby_xp.training.step import accumulated, noisy_loss_and_gradients
 class Finding:
     """The parameter whose gradient was largest, its norm, and the step it was in, counted from 1.
 
-    The norm is not finite where the gradients were the first to burst.
+    The norm is not finite where the gradients were the first to diverge.
     """
 
     parameter: str
@@ -39,12 +39,12 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
             if not np.isfinite(backend.to_numpy(loss)).all():
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
-            burst = [path for path, norm in norms.items() if not np.isfinite(norm)]
-            if len(burst) == len(norms) and finding is not None:  # it was over before: that tells more
+            diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
+            if len(diverged) == len(norms) and finding is not None:  # it was over before: that tells more
                 break
-            parameter = burst[0] if burst else max(norms, key=norms.get)
+            parameter = diverged[0] if diverged else max(norms, key=norms.get)
             finding = Finding(parameter, norms[parameter], step + 1)
-            if burst:
+            if diverged:
                 break
             state, _ = optim.update(xp, state, gradients, config)
     return finding

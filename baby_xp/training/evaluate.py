@@ -7,7 +7,7 @@ from baby_xp.text.batches import Batch
 
 
 def mean_loss(total_loss: Callable[[Batch], float], batches: Iterable[Batch], every: int = 1) -> float:
-    """Mean loss in nats a target.
+    """Mean loss in nats per target.
 
     `total_loss` gives the sum of the losses of a host batch. `every`: only each so many-th batch.
     """

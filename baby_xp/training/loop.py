@@ -40,7 +40,7 @@ class Diverged(Exception):
 
 @dataclass
 class Result:
-    """How a sitting ended. `checkpoint` is its last moment.
+    """How a training session ended. `checkpoint` is its last moment.
 
     reason: "steps", "patience", "time" or "interrupted". final: the record of the evaluation of the best model
     over the whole validation part, None after an interrupt.

@@ -26,13 +26,13 @@ def initial_state(backend, flat, decays, seed: int):
 
 
 def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None):
-    """Mean loss (1,) in nats a token, and its gradients (P,), at params (P,); as loss_and_tree, but packed."""
+    """Mean loss (1,) in nats per token, and its gradients (P,), at params (P,); as loss_and_tree, but packed."""
     loss, dp = loss_and_tree(xp, model, params, batch, noise, n_targets)
     return loss, model.layout.pack(xp, dp)
 
 
 def loss_and_tree(xp, model, params, batch, noise=None, n_targets: int | None = None):
-    """Mean loss (1,) in nats a token, and the tree of its gradients, at params (P,).
+    """Mean loss (1,) in nats per token, and the tree of its gradients, at params (P,).
 
     batch: inputs (B, T), targets (B, T) or (B,) for a model of one target a context, samples (B,). Where the
     batch is a share of a larger one, `n_targets` is the number of targets of the whole: the shares' losses

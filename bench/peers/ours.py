@@ -51,7 +51,7 @@ def fit_as_train_does(
 ) -> tuple[Result, list[dict[str, int]]]:
     """What `train` does between reading the text and writing the files -> its result, the sizes of all processes.
 
-    number: worker processes. A small step has one BLAS thread, as in baby_xp.sitting.
+    number: worker processes. A small step has one BLAS thread, as in baby_xp.session.
     """
     of_step = backend, model, config.batch_size
     with Workers(*of_step, number) if number > 1 else alone(*of_step) as workers:

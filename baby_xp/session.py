@@ -1,5 +1,5 @@
-"""One sitting of a run: from a checkpoint through the loop to the files. Training, finetuning and resuming all
-come down to it.
+"""One training session of a run: from a checkpoint through the loop to the files. Training, finetuning and
+resuming all come down to it.
 
 The order of writing is what makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
 follow it; the config says last how it ended. A run whose config says "running" while no process holds its lock
@@ -44,8 +44,8 @@ SAMPLE_ANSWERS = 6
 
 
 @dataclass
-class Sitting:
-    """What one sitting needs. `on_kept` is called when a checkpoint of a step is on disk."""
+class TrainingSession:
+    """What one training session needs. `on_kept` is called when a checkpoint of a step is on disk."""
 
     files: RunFiles
     chosen: Preset
@@ -59,11 +59,11 @@ class Sitting:
     base: str | None = None
     """GUID of the run that this one is finetuned from."""
     started: str = ""
-    """When the run began, if that was in an earlier sitting."""
+    """When the run began, if that was in an earlier session."""
     on_kept: Callable[[], None] = lambda: None
 
     def run(self, start: Checkpoint) -> Run:
-        """Train from `start` to an end. Raises BabyError if the run bursts or a file cannot be written: what
+        """Train from `start` to an end. Raises BabyError if the run diverges or a file cannot be written: what
         the last checkpoint holds is then kept."""
         self.started = self.started or _now()
         self._begin(start)
@@ -76,7 +76,7 @@ class Sitting:
                 try:
                     result = self._fit(start, stop, workers)
                 except Diverged as diverged:
-                    raise self._burst(diverged, workers) from None
+                    raise self._divergence(diverged, workers) from None
                 return self._finish(result)
         except OutOfMemory as error:
             error = OutOfMemory(error.shortage, error.advice, self._kept())
@@ -117,7 +117,7 @@ class Sitting:
     # files ---------------------------------------------------------------------------------------------
 
     def _write_model(self, checkpoint: Checkpoint) -> None:
-        """Write the best weights, unless this sitting has written them."""
+        """Write the best weights, unless this session has written them."""
         best = checkpoint.progress["best"]
         step = best["step"] if best else checkpoint.step
         if step != self._model_step:
@@ -191,7 +191,7 @@ class Sitting:
         return {**place, "tf32": True} if getattr(self.backend, "tf32", False) else place
 
     def _finish(self, result: Result) -> Run:
-        """Write the files of a sitting that ended well."""
+        """Write the files of a training session that ended well."""
         checkpoint, final = result.checkpoint, result.final
         if result.reason == "interrupted" and checkpoint.step == 0:
             raise NothingTrained("interrupted before the first step was done; nothing was trained")
@@ -246,8 +246,8 @@ class Sitting:
     def _told_to_stop(self) -> None:
         self.listener.note("stopping after this step, with a checkpoint; once more: at once")
 
-    def _burst(self, diverged: Diverged, workers: Workers | None) -> BabyError:
-        """What the user is told of a loss that is no number."""
+    def _divergence(self, diverged: Diverged, workers: Workers | None) -> BabyError:
+        """What the user is told of a loss that is NaN or infinite."""
         train, what = self.chosen.train, f"the {diverged.what} at step {diverged.step}"
         self.listener.note(f"{what}; looking for its cause from step {self._last.step} on")
         good, _ = arrays.load_state(self.files.state, self.model.n_parameters, train.dtype)
@@ -257,7 +257,7 @@ class Sitting:
             norm = f"norm {found.norm:.3g} in step {found.step}"
             parts.append(f"the largest gradient was that of {found.parameter}, {norm}")
         if good.step and not found:
-            parts.append(f"the checkpoint of step {good.step} had burst already, begin anew")
+            parts.append(f"the checkpoint of step {good.step} had diverged already: start a new run")
         elif good.step:
             kept = f"run {self.files.guid} can be resumed"
             parts.append(f"the last good checkpoint, of step {good.step}, is kept: {kept}")
@@ -286,12 +286,12 @@ def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Toke
     """Write the files of a run that was trained elsewhere: no state, as there is nothing to resume."""
     backend = backends.load("numpy", dtype=chosen.train.dtype)
     learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
-    sitting = Sitting(files, chosen, model, learned, backend, None, 1, None, started=_now())
+    session = TrainingSession(files, chosen, model, learned, backend, None, 1, None, started=_now())
     write_json(files.tokenizer, tokenizer.to_dict())
     belongs = belonging(files.guid, chosen.model, tokenizer)
     arrays.save_weights(files.model, model.layout, params, {**belongs, "step": "0"})
     result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
-    config = sitting.config(result)
+    config = session.config(result)
     store.write_sealed(files.config, config)
     return Run(files, model, tokenizer, params, config, backend)
 

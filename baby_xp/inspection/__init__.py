@@ -15,10 +15,6 @@ The maths that runs is that of layers/ and models/, with the plain functions of 
 that all arrays exist; instrument.py tells how they come to be seen, and how their names are made.
 """
 
-import itertools
-import math
-import textwrap
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,16 +23,25 @@ import numpy as np
 
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
+from baby_xp.inspection.render import (
+    bar,
+    described,
+    glyph,
+    laid_out,
+    less_common,
+    ordinal,
+    shallow,
+    shown,
+    token_text,
+)
 from baby_xp.instrument import Copies, Recorder
 from baby_xp.layers import cross_entropy
-from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.tree import from_leaves, leaves
 
 if TYPE_CHECKING:
     from baby_xp.run import Run
 
 Change = Mapping[str, Callable[[Any], Any]]
-WIDTH = 100
 SHADES = {False: "·░▒▓█", True: ".-+*#"}
 """Five levels of a weight, for a terminal with block characters and for one without."""
 LEVELS = (0.03, 0.15, 0.35, 0.65)
@@ -65,7 +70,7 @@ class Inspection:
     probabilities: np.ndarray
     """(T, V) float64, the softmax of the logits: what the model expects after each token."""
     loss: float | None
-    """Mean loss in nats a token of the prompt's own next tokens; None if it has none."""
+    """Mean loss in nats per token of the prompt's own next tokens; None if it has none."""
     names: list[list[str]]
     """All names of each array, in the order of computation; the first is that of the layer that made it."""
     vocabulary: list[str]
@@ -99,7 +104,7 @@ class Inspection:
         return len(found), self.arrays[found[0]].shape[1]
 
     def next_tokens(self, position: int = -1, k: int = 5) -> list[tuple[str, float]]:
-        """The k tokens that the model thinks likeliest after the token at `position`, with their probabilities.
+        """The k tokens that the model finds most likely after the token at `position`, with their probabilities.
 
         position: from 0, or from -1 at the end. Raises BabyError if the model gives no answer there.
         """
@@ -149,7 +154,7 @@ class Inspection:
     def _table(self, arrays: dict[str, np.ndarray], layer: int | None, stream: bool) -> list[str]:
         groups = [names for names in self.names if names[0] in arrays]
         if stream and any(name.startswith("blocks.") for name in arrays):
-            groups = [shallow for names in groups if (shallow := _shallow(names))]
+            groups = [first for names in groups if (first := shallow(names))]
         groups += [[path] for path in self.parameters if path in arrays]
         if layer is not None:
             groups = [names for names in groups if names[0].startswith(f"blocks.{layer}.")]
@@ -157,19 +162,19 @@ class Inspection:
                 raise BabyError(f"there is no layer {layer}; leave --layer out to see which blocks there are")
         rows, blocks = [], []
         for names in groups:
-            also = [_less_common(names[0], name) for name in names[1:]]
+            also = [less_common(names[0], name) for name in names[1:]]
             odd = int(np.sum(~np.isfinite(arrays[names[0]])))
             also += [f"({odd} not finite)"] if odd else []
             rows.append([names[0], *described(arrays[names[0]]), ", ".join(also)])
             block = names[0].split(".")[1] if names[0].startswith("blocks.") else None
             blocks.append((names[0] in self.parameters, block))
-        return _laid_out(["name", "shape", "mean", "std", "min", "max", "also"], rows, blocks)
+        return laid_out(["name", "shape", "mean", "std", "min", "max", "also"], rows, blocks)
 
     def next_lines(self, k: int = 5, plain: bool = False) -> list[str]:
         """What the model expects at each position, with bars. plain: ASCII alone."""
         lines, at_end = [], self.positions[-1]
         if len(self.positions) > 1:
-            lines.append("what comes next, as the prompt has it, and what the model thinks likeliest:")
+            lines.append("what comes next, as the prompt has it, and what the model finds most likely:")
             for position in self.positions[:-1]:
                 token, share, rank = self.own_next(position)
                 likeliest = "  ".join(f"{shown(t)} {p:.1%}" for t, p in self.next_tokens(position, min(k, 3)))
@@ -236,10 +241,10 @@ WEIGHTS = "attention.heads.weights"
 def inspect(run: "Run", prompt: str = "", backward: bool = False, change: Change | None = None) -> Inspection:
     """Let a run read a prompt and keep every array on the way; as Run.inspect, which tells more."""
     ids, windows, notes = _read(run, prompt)
-    answers = len(windows) if _is_equation(run) else len(ids)
+    answers = len(windows) if is_equation(run) else len(ids)
     targets = ids[len(ids) - answers + 1 :]
     if backward and not len(targets):
-        least = "an answer, as in 4+4=8" if _is_equation(run) else "at least 2 tokens"
+        least = "an answer, as in 4+4=8" if is_equation(run) else "at least 2 tokens"
         raise BabyError(f"the prompt has no next token to learn from: gradients need {least}")
     changes = dict(change or {})
     xp = run.backend.xp
@@ -274,7 +279,7 @@ def neighbours(run: "Run", token: str, k: int = 5) -> list[tuple[str, float]]:
     ids = run.tokenizer.encode(token, "the token whose neighbours to find")
     if len(ids) != 1:
         raise BabyError(f"{token!r} is {len(ids)} tokens; name one to find its neighbours")
-    table = _embedding(run)
+    table = embedding(run)
     lengths = np.linalg.norm(table, axis=1)
     cosines = table @ table[ids[0]] / np.maximum(lengths * lengths[ids[0]], np.finfo(np.float64).tiny)
     distances = np.linalg.norm(table - table[ids[0]], axis=1)
@@ -284,10 +289,10 @@ def neighbours(run: "Run", token: str, k: int = 5) -> list[tuple[str, float]]:
     return [(token_text(run.tokenizer, i), float(cosines[i])) for i in found]
 
 
-def _embedding(run: "Run") -> np.ndarray:
+def embedding(run: "Run") -> np.ndarray:
     """The rows of the token embedding, (V, C)."""
     tree = run.model.layout.unpack(np, run.params)
-    return tree["embedding" if _is_equation(run) else "wte"]["weight"].astype(np.float64)
+    return tree["embedding" if is_equation(run) else "wte"]["weight"].astype(np.float64)
 
 
 def _read(run: "Run", prompt: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -297,7 +302,7 @@ def _read(run: "Run", prompt: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if not prompt:
         token = shown(token_text(run.tokenizer, ids[0]))
         notes.append(f"there is no prompt: the model sees {token}, with which generation begins")
-    if _is_equation(run):
+    if is_equation(run):
         first = prompt.find("=") if "=" in prompt else len(ids) - 1
         filled = np.concatenate([np.zeros(n_ctx - 1, ids.dtype), ids])
         return ids, np.stack([filled[end : end + n_ctx] for end in range(first, len(ids))]), notes
@@ -326,7 +331,7 @@ def _computed(run: "Run", recorder: Recorder, p: Any, windows: np.ndarray, targe
     return logits, loss, maths.backward(xp, p, saved, dlogits, model.config)
 
 
-def _is_equation(run: "Run") -> bool:
+def is_equation(run: "Run") -> bool:
     return isinstance(run.model.config, EquationConfig)
 
 
@@ -351,221 +356,3 @@ def off(run: "Run", heads: Sequence[tuple[int, int]]) -> dict[str, Callable[[Any
         on[layer, :, head] = 0
     masks = {layer: run.backend.asarray(on[layer]) for layer, _ in heads}
     return {f"blocks.{layer}.{WEIGHTS}": lambda w, mask=mask: w * mask for layer, mask in masks.items()}
-
-
-# the command ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What `inspect` on the command line is asked to show."""
-
-    prompt: str = ""
-    backward: bool = False
-    layer: str | None = None
-    attention: str | None = None
-    picture: str | None = None
-    neighbours: str | None = None
-    off: tuple[str, ...] = ()
-    top: int = 5
-
-
-def report(run: "Run", wish: Wish, plain: bool = False) -> list[str]:
-    """What the command prints; a picture is written, if one is wished for. Raises BabyError as `inspect` does."""
-    gpt = not _is_equation(run)
-    if not gpt and (wish.attention or wish.picture or wish.off):
-        raise BabyError("the equation model has no attention; leave out --attention, --picture and --off")
-    size = (run.model.config.n_layers, run.model.config.n_heads) if gpt else (0, 0)
-    layer = _layer(wish.layer, size[0])
-    switched = [_head(text, "--off", size) for part in wish.off for text in part.split(",")]
-    chosen = wish.attention if wish.attention in (None, "all") else _head(wish.attention, "--attention", size)
-    if wish.top < 1:
-        raise BabyError(f"top must be at least 1, not {wish.top}")
-    if wish.picture:
-        from baby_xp import pictures
-
-        pictures.check(wish.picture)  # before the work, not after it
-    near = neighbours(run, wish.neighbours, wish.top) if wish.neighbours is not None else []
-    seen = inspect(run, wish.prompt, wish.backward, off(run, switched))
-    lines = [*_head_lines(run, seen), ""]
-    if switched:
-        lines += [*_off_lines(seen, inspect(run, wish.prompt), switched), ""]
-    lines += [*_table_lines(seen, wish, layer), "", *seen.next_lines(wish.top, plain)]
-    if wish.picture:
-        lines += ["", f"picture: {pictures.attention(seen, wish.picture, None if chosen == 'all' else chosen)}"]
-    elif gpt and len(seen.tokens) > 1:
-        lines += ["", *_attention_lines(seen, chosen, plain)]
-    if near:
-        lines += ["", *_neighbour_lines(run, wish.neighbours, near, plain)]
-    return lines
-
-
-def _head_lines(run: "Run", seen: Inspection) -> list[str]:
-    number = f"{len(seen.tokens)} token{'s' if len(seen.tokens) > 1 else ''}, each with its id:"
-    tokens = ", ".join(f"{shown(token)} {i}" for token, i in zip(seen.tokens, seen.ids, strict=True))
-    lines = [f"run {run.guid}", *(f"note: {note}" for note in seen.notes), number]
-    margin = " " * 5
-    lines += textwrap.wrap(tokens, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False)
-    if seen.loss is not None:
-        even = math.log(len(seen.vocabulary))
-        lines.append(f"loss of the prompt: {seen.loss:.4f} nats a token (all tokens equally likely: {even:.4f})")
-    return lines
-
-
-def _off_lines(seen: Inspection, before: Inspection, switched: list[tuple[int, int]]) -> list[str]:
-    names = ", ".join(f"{layer}.{head}" for layer, head in switched)
-    plural = "s" if len(switched) > 1 else ""
-    if seen.loss is None or before.loss is None:
-        return [f"head{plural} {names} switched off; a prompt of one token has no loss to compare"]
-    gone = seen.loss - before.loss
-    verdict = f"{abs(gone):.4f} {'worse' if gone > 0 else 'better'}" if gone else "no difference"
-    was, now = before.next_tokens(-1, 1)[0], seen.next_tokens(-1, 1)[0]
-    return [
-        f"head{plural} {names} switched off (all that follows is without):",
-        f"     loss of the prompt       {before.loss:.4f} with, {seen.loss:.4f} without: {verdict}",
-        f"     likeliest after the end  {shown(was[0])} {was[1]:.1%} with, {shown(now[0])} {now[1]:.1%} without",
-    ]
-
-
-def _table_lines(seen: Inspection, wish: Wish, layer: int | str | None) -> list[str]:
-    one = layer if isinstance(layer, int) else None
-    stream = layer is None and any(name.startswith("blocks.") for name in seen.arrays)
-    where = "" if one is None else f" through block {one}"
-    about = "what goes from layer to layer" if stream else f"every array on the way{where}"
-    lines = [f"{about}, by its name in the source (y:2 is the second y there):", *seen.table(one, stream)]
-    if stream:
-        lines.append("(--layer 0 shows all arrays of block 0, --layer all those of all)")
-    if wish.backward:
-        back = f"the gradients on the way back{where}, then those of the parameters:"
-        lines += ["", back, *seen.gradient_table(one, stream)]
-    return lines
-
-
-def _attention_lines(seen: Inspection, chosen: Any, plain: bool) -> list[str]:
-    if chosen == "all":
-        return [*seen.heads_lines(), "(--picture FILE.png draws them all, --attention LAYER.HEAD one of them)"]
-    lines = seen.attention_lines(*(chosen or seen.sharpest_head()), plain)
-    if not chosen:
-        lines.append("(the sharpest head; --attention LAYER.HEAD shows another, --attention all compares them)")
-    return lines
-
-
-def _neighbour_lines(run: "Run", token: str, near: list[tuple[str, float]], plain: bool) -> list[str]:
-    if run.model.config.n_emb > 1:
-        about = f"nearest to the embedding of {shown(token)}, by the cosine of the angle between them:"
-        return [about, *(f"     {shown(t):<8}{c:>7.3f} {bar(c, 50, plain)}".rstrip() for t, c in near)]
-    table = _embedding(run)
-    at = {t: float(table[run.tokenizer.encode(t)[0], 0]) for t in (token, *(t for t, _ in near))}
-    about = f"nearest to {shown(token)}, whose embedding is one number, {at[token]:.3f}"
-    return [
-        f"{about} (first those on the same side of 0):",
-        *(f"     {shown(t):<8}{at[t]:>7.3f}" for t, _ in near),
-    ]
-
-
-def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
-    """The layer and head that "1.2" names. Raises BabyError if there is none such."""
-    layer, _, head = text.partition(".")
-    if not (_is_number(layer) and _is_number(head)):
-        alternative = ", or all" if flag == "--attention" else ""
-        raise BabyError(f"{flag} wants LAYER.HEAD, such as 0.1{alternative}, not {text!r}")
-    for name, value, number in (("layer", int(layer), size[0]), ("head", int(head), size[1])):
-        if value >= number:
-            raise BabyError(f"{flag} {text}: there is no {name} {value}, the run has {name}s 0 to {number - 1}")
-    return int(layer), int(head)
-
-
-def _is_number(text: str) -> bool:
-    """Whether it is a whole number of a few digits: Python reads none of more than some thousand."""
-    return text.isdecimal() and len(text) < 10
-
-
-def _layer(text: str | None, number: int) -> int | str | None:
-    if text in (None, "all"):
-        return text
-    if not number:
-        raise BabyError("the equation model has no blocks: leave out --layer, and all is shown")
-    if not (_is_number(text) and int(text) < number):
-        raise BabyError(f"there is no layer {text!r}: give 0 to {number - 1}, or all")
-    return int(text)
-
-
-# words and characters -------------------------------------------------------------------------------------
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a string: its character; a byte that is none by itself as \\xe9."""
-    if tokenizer.kind == "byte" and int(token) > 127:
-        return f"\\x{int(token):02x}"
-    return tokenizer.decode([int(token)])
-
-
-def shown(token: str) -> str:
-    """A token between quotes, on one line."""
-    return f"'{token}'" if token.startswith("\\x") else repr(token)
-
-
-def glyph(token: str, plain: bool = False) -> str:
-    """A token as a single character, for the edge of a map."""
-    marks = {" ": "_", "\n": "/", "\t": ">"} if plain else {" ": "␣", "\n": "↵", "\t": "⇥"}
-    if token in marks:
-        return marks[token]
-    single = len(token) == 1 and token.isprintable() and unicodedata.east_asian_width(token) not in "WF"
-    return token if single and not unicodedata.combining(token) else "?"
-
-
-def bar(share: float, width: int, plain: bool = False) -> str:
-    """A bar of up to `width` characters, in eighths where the terminal has block characters."""
-    if not share > 0:  # NaN has no length either
-        return ""
-    eighths = round(min(share, 1.0) * width * 8)
-    if plain:
-        return "#" * round(eighths / 8)
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
-
-
-def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th."""
-    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"
-
-
-def described(array: np.ndarray) -> list[str]:
-    """Shape, mean, standard deviation, least and largest of the finite entries, in words."""
-    shape = " x ".join(map(str, array.shape))
-    finite = array[np.isfinite(array)].astype(np.float64)
-    if not finite.size:
-        return [shape, "", "", "", ""]
-    return [shape, *map(figure, (np.mean(finite), np.std(finite), np.min(finite), np.max(finite)))]
-
-
-def figure(number: float) -> str:
-    """A number in few characters: with four decimals, or a power of ten where they would not do."""
-    return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.1e}"
-
-
-def _shallow(names: list[str]) -> list[str]:
-    """An array's names with that of the model or a block first; none if no such scope names it."""
-    own = [name for name in names if "." not in name or (name.startswith("blocks.") and name.count(".") == 2)]
-    return [own[0], *(name for name in names if name != own[0])] if own else []
-
-
-def _less_common(first: str, name: str) -> str:
-    """A name without the place that it shares with the first one."""
-    ours, theirs = first.split(".")[:-1], name.split(".")
-    pairs = zip(ours, theirs[:-1], strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number alone says nothing
-
-
-def _laid_out(header: list[str], rows: list[list[str]], groups: list[Any]) -> list[str]:
-    """Rows of text under a header: words to the left, figures to the right, an empty line between groups."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines, before = [], groups[0] if groups else None
-    for row, group in zip([header, *rows], [before, *groups], strict=True):
-        if group != before:
-            lines.append("")
-        before, (name, shape, *figures, also) = group, row
-        numbers = "  ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths[2:-1], strict=True))
-        lines.append(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {numbers}  {also}".rstrip())
-    return lines
