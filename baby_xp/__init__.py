@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "train": "api", "finetune": "api", "resume": "api", "load": "api", "list_runs": "api", "Run": "run",
-    "estimate": "estimating",
+    "estimate": "estimation.estimate",
     "import_littlebaby": "api", "export_littlebaby": "api", "BabyError": "errors",
 }  # fmt: skip
 

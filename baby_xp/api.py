@@ -15,21 +15,23 @@ from typing import Any, Literal
 
 from baby_xp_data import equations
 
-from baby_xp import backend as backends
-from baby_xp import checks, limits, params, task
-from baby_xp.backend import Backend
+from baby_xp import checks
+from baby_xp.arrays import params, registry
+from baby_xp.arrays.backend import Backend
 from baby_xp.config import DataConfig, EquationConfig, EquationData, Preset, TrainConfig, settings_of
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path
 from baby_xp.models import Model
 from baby_xp.presets import preset as find_preset
+from baby_xp.resources import limits
 from baby_xp.run import Run
-from baby_xp.runs import checkpoint as arrays
+from baby_xp.runs import state_file as arrays
 from baby_xp.runs import store, table
 from baby_xp.runs.store import NewRun, RunFiles
 from baby_xp.runs.table import Summary
 from baby_xp.session import TrainingSession, belonging, keep_imported
+from baby_xp.text import dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 from baby_xp.training import checkpoint
 from baby_xp.training.workers import suitable_number
@@ -82,8 +84,8 @@ def train(
     _check_place(workers, listener)
     limits.check_context(chosen)
     with store.new_run(path) as new:
-        loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
-        learned = task.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
+        loaded = registry.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
+        learned = dataset.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         new.undo.callback(learned.discard)
         model = Model(chosen.model, learned.tokenizer.vocab_size)
         check_size(chosen, model, loaded, learned, workers)
@@ -118,8 +120,8 @@ def finetune(
     if chosen.data.tokenizer != base.tokenizer.kind:
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
     with store.new_run(path, base=base.guid) as new:
-        loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
-        learned = task.prepare(
+        loaded = registry.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
+        learned = dataset.prepare(
             chosen.data, chosen.model, chosen.train, new.files.folder / "corpora", _extending(base.tokenizer)
         )
         new.undo.callback(learned.discard)
@@ -159,14 +161,14 @@ def resume(
         start, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
         _check_belongs(files.state, metadata, files, chosen, tokenizer)
         known = config["data"]
-        text = task.of_run(chosen.data, known["file"], known["sha256"]) if data is None else None
+        text = dataset.of_run(chosen.data, known["file"], known["sha256"]) if data is None else None
         chosen = replace(chosen, data=text or replace(chosen.data, data=data))
         if backend in (None, place["backend"]):
             device = place["device"] if device is None else device
             tf32 = place.get("tf32") if tf32 is None else tf32
         options = {"tf32": tf32, "memory_gib": memory_gib}
-        loaded = backends.load(backend or place["backend"], device, chosen.train.dtype, **options)
-        learned = task.prepare(
+        loaded = registry.load(backend or place["backend"], device, chosen.train.dtype, **options)
+        learned = dataset.prepare(
             chosen.data, chosen.model, chosen.train, files.folder / "corpora", tokenizer, known["sha256"]
         )
         if workers is None and loaded.name == place["backend"]:
@@ -205,7 +207,7 @@ def load(
         last, metadata = arrays.load_state(files.state, model.n_parameters, chosen.train.dtype)
         _check_belongs(files.state, metadata, files, chosen, tokenizer)
         flat = last.state["params"]
-    loaded = backends.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
+    loaded = registry.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
     return Run(files, model, tokenizer, flat, config, loaded)
 
 
@@ -356,7 +358,7 @@ def _sit(
     new: NewRun,
     chosen: Preset,
     model: Model,
-    learned: task.Task,
+    learned: dataset.Task,
     backend: Backend,
     device: str | None,
     workers: int | None,
@@ -408,7 +410,7 @@ def _sizes(config: Any) -> Any:
 
 
 def check_size(
-    chosen: Preset, model: Model, backend: Backend, learned: task.Task, workers: int | None
+    chosen: Preset, model: Model, backend: Backend, learned: dataset.Task, workers: int | None
 ) -> None:
     """Raises BabyError for a run that does not fit this machine, before anything of it is made."""
     limits.check_size(model)

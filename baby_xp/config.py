@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from baby_xp import checks, optim, rng
+from baby_xp import checks
+from baby_xp.arrays import rng
 from baby_xp.checks import LARGEST
 from baby_xp.errors import BabyError
+from baby_xp.training import optimizers
 
 MOST_LAYERS = 10_000
 """With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
@@ -167,7 +169,7 @@ class TrainConfig:
         """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
         if self.base_batch_size is None:
             return self.lr
-        return optim.scaled_rate(self.lr, self.base_batch_size, self.step_size)
+        return optimizers.scaled_rate(self.lr, self.base_batch_size, self.step_size)
 
 
 @dataclass(frozen=True)

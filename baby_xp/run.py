@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp import checks, limits
-from baby_xp.backend import Backend, Shortage, memory_told
+from baby_xp import checks
+from baby_xp.arrays.backend import Backend, Shortage, translate_out_of_memory
 from baby_xp.config import settings_of
 from baby_xp.errors import BabyError
-from baby_xp.generate import Sampling, generate, generate_several
+from baby_xp.inference.generate import Sampling, generate, generate_several
 from baby_xp.models import Model
+from baby_xp.resources import limits
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from baby_xp.checking import Row
     from baby_xp.config import Preset
-    from baby_xp.evaluation import Evaluation
-    from baby_xp.inspection import Inspection
+    from baby_xp.evaluation.evaluate import Evaluation
+    from baby_xp.evaluation.gradient_check import Row
+    from baby_xp.inspection.inspect import Inspection
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -63,7 +64,7 @@ class Run:
         """The continuation, piece by piece as it is generated."""
         settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
         use_cache = checks.flag("use_cache", use_cache)
-        with memory_told(self.backend, _more_memory):
+        with translate_out_of_memory(self.backend, _more_memory):
             params = self.backend.asarray(self.params)
         tokens = generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache)
         return self._pieces(self._told(tokens))
@@ -78,7 +79,8 @@ class Run:
         number = checks.whole("number", number, most=None)
         settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
         limits.check_texts(self.model, self.backend, number)
-        with memory_told(self.backend, lambda shortage: f"ask for fewer texts, or {_more_memory(shortage)}"):
+        advice = lambda shortage: f"ask for fewer texts, or {_more_memory(shortage)}"  # noqa: E731
+        with translate_out_of_memory(self.backend, advice):
             params, prompts = self.backend.asarray(self.params), [ids] * number
             steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
         return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
@@ -116,12 +118,12 @@ class Run:
         Raises BabyError if the run's text is no longer there or is another one by now, or if a text has
         characters that the run does not know.
         """
-        from baby_xp import evaluation  # it needs much that generating does not
+        from baby_xp.evaluation import evaluate  # it needs much that generating does not
 
         num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
         data = None if data is None else checks.path("data", data)
-        with memory_told(self.backend, _more_memory):
-            return evaluation.evaluate(self, *self._settings(data), num_tokens, seed)
+        with translate_out_of_memory(self.backend, _more_memory):
+            return evaluate.evaluate(self, *self._settings(data), num_tokens, seed)
 
     def _settings(self, data: str | None) -> tuple["Preset", str | None]:
         """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
@@ -131,9 +133,9 @@ class Run:
             raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
         if data is not None:
             return replace(chosen, data=replace(chosen.data, data=data)), None
-        from baby_xp import task  # it needs much that generating does not
+        from baby_xp.text import dataset  # it needs much that generating does not
 
-        return replace(chosen, data=task.of_run(chosen.data, known["file"], known["sha256"])), known["sha256"]
+        return replace(chosen, data=dataset.of_run(chosen.data, known["file"], known["sha256"])), known["sha256"]
 
     def inspect(
         self,
@@ -150,14 +152,14 @@ class Run:
         prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
         tokenizer cannot encode, a name that no array has, or a change that does not fit.
         """
-        from baby_xp import inspection  # it needs much that generating does not
+        from baby_xp.inspection import inspect  # it needs much that generating does not
 
         prompt, backward = checks.text("prompt", prompt), checks.flag("backward", backward)
         if change is not None and not isinstance(change, Mapping):
             raise BabyError(f"change must map names of arrays to functions, not be {checks.shown_value(change)}")
         for name, function in (change or {}).items():
             checks.function(f"change of {name}", function)
-        return inspection.inspect(self, prompt, backward, change)
+        return inspect.inspect(self, prompt, backward, change)
 
     def neighbours(self, token: str, k: int = 5) -> list[tuple[str, float]]:
         """The k tokens whose rows of the token embedding are nearest to that of `token`, by the cosine.
@@ -165,10 +167,10 @@ class Run:
         Cosines go from 1, the same direction, to -1, the opposite one. Raises BabyError unless `token` is one
         token that the run knows.
         """
-        from baby_xp import inspection
+        from baby_xp.inspection import inspect
 
         token, k = checks.text("token", token), checks.whole("k", k, least=0)
-        return inspection.neighbours(self, token, k)
+        return inspect.neighbours(self, token, k)
 
     def check(
         self,
@@ -185,13 +187,13 @@ class Run:
         array, the slope of the loss along so many random directions and single elements; see checking.py.
         data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
         """
-        from baby_xp import checking
+        from baby_xp.evaluation import gradient_check
 
         data = None if data is None else checks.path("data", data)
-        return checking.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
+        return gradient_check.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
 
     def _told(self, tokens: Iterator[int]) -> Iterator[int]:
-        with memory_told(self.backend, _more_memory):
+        with translate_out_of_memory(self.backend, _more_memory):
             yield from tokens
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:

@@ -17,24 +17,25 @@ from typing import Any
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp import __version__, counts
-from baby_xp import backend as backends
+from baby_xp import __version__
 from baby_xp import config as configs
-from baby_xp.backend import Backend
+from baby_xp.arrays import registry
+from baby_xp.arrays.backend import Backend, Shortage, device_memory, in_words, translate_out_of_memory
 from baby_xp.config import ModelConfig, Preset
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
 from baby_xp.models import Model
+from baby_xp.resources import counts
 from baby_xp.run import Run
-from baby_xp.runs import checkpoint as arrays
 from baby_xp.runs import report, store
+from baby_xp.runs import state_file as arrays
 from baby_xp.runs.store import RunFiles
-from baby_xp.task import Task
+from baby_xp.text.dataset import Task
 from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.training.checkpoint import Checkpoint
-from baby_xp.training.diagnosis import largest_gradient
+from baby_xp.training.divergence import largest_gradient
 from baby_xp.training.loop import Diverged, Result, fit
-from baby_xp.training.stop import Stop
+from baby_xp.training.signals import Stop
 from baby_xp.training.workers import Workers, alone
 
 SAMPLE_TOKENS = 500
@@ -70,7 +71,7 @@ class TrainingSession:
         try:
             of_step = self.backend, self.model, self.chosen.train.batch_size
             pool = Workers(*of_step, self.workers) if self.workers > 1 else alone(*of_step)
-            told = backends.memory_told(self.backend, self._memory_advice)
+            told = translate_out_of_memory(self.backend, self._memory_advice)
             with Stop(self._told_to_stop) as stop, pool as workers, told:
                 self.listener.started(self, start.step)
                 try:
@@ -224,7 +225,7 @@ class TrainingSession:
 
     # trouble -------------------------------------------------------------------------------------------
 
-    def _memory_advice(self, shortage: backends.Shortage) -> str:
+    def _memory_advice(self, shortage: Shortage) -> str:
         """A batch that would fit, by what is counted and by what was held; or that none would."""
         train, memory = self.chosen.train, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
@@ -284,7 +285,7 @@ class TrainingSession:
 
 def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Tokenizer, params: np.ndarray) -> Run:
     """Write the files of a run that was trained elsewhere: no state, as there is nothing to resume."""
-    backend = backends.load("numpy", dtype=chosen.train.dtype)
+    backend = registry.load("numpy", dtype=chosen.train.dtype)
     learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
     session = TrainingSession(files, chosen, model, learned, backend, None, 1, None, started=_now())
     write_json(files.tokenizer, tokenizer.to_dict())
@@ -318,9 +319,9 @@ def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dic
 
 def _memory_of(backend: Backend) -> dict[str, str]:
     """What the report tells of a device with memory of its own."""
-    if (memory := backends.memory(backend)) is None:
+    if (memory := device_memory(backend)) is None:
         return {}
-    peaks = f"{backends.in_words(memory.peak_used)} / {backends.in_words(memory.peak_held)}"
+    peaks = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
     return {"GPU memory, peak used/held": peaks}
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from baby_xp_backends import cupy_kernels
 
 from baby_xp import checks
-from baby_xp.backend import Memory, Restorable, Shortage
+from baby_xp.arrays.backend import Memory, Restorable, Shortage
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BabyError, BackendUnavailable
-from baby_xp.namespace import Namespace
 
 NO_DRIVER = "install NVIDIA's driver for the card (nvidia-smi shows whether it works), or use --backend numpy"
 GIB = 2**30

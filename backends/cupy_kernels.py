@@ -16,9 +16,9 @@ import math
 
 import numpy as np
 
-from baby_xp import rng
+from baby_xp.arrays import rng
 from baby_xp.layers import embedding, gelu, heads, layernorm
-from baby_xp.optim import EPS
+from baby_xp.training.optimizers import EPS
 
 BLOCK, WARP = 256, 32
 """Threads of a block, and those of them that work on one row."""
@@ -701,6 +701,6 @@ KERNELS = {
     "heads.backward": heads_backward,
     "cross_entropy.forward": cross_entropy_forward,
     "cross_entropy.backward": cross_entropy_backward,
-    "optim.adamw": adamw,
-    "optim.global_norm": global_norm,
+    "optimizers.adamw": adamw,
+    "optimizers.global_norm": global_norm,
 }

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from baby_xp.backend import Restorable
+from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
-from baby_xp.namespace import Namespace
 
 
 class JaxBackend(Restorable):

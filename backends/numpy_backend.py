@@ -10,9 +10,9 @@ import array_api_compat.numpy as library
 import numpy as np
 from baby_xp_backends.numpy_kernels import KERNELS
 
-from baby_xp.backend import Restorable
+from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
-from baby_xp.namespace import Namespace
 
 TOKENS_AT_ONCE = 1024
 """So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""

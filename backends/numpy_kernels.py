@@ -15,10 +15,10 @@ import math
 import numpy as np
 from baby_xp_backends import numpy_decoding
 
-from baby_xp import rng
+from baby_xp.arrays import rng
+from baby_xp.arrays.tree import leaves
 from baby_xp.layers import gelu, heads, layernorm
-from baby_xp.optim import EPS
-from baby_xp.tree import leaves
+from baby_xp.training.optimizers import EPS
 
 PIECE = 65536
 """Elements of one piece: few enough for the cache, and enough that the calls, 1 to 2 microseconds each, vanish."""
@@ -311,7 +311,7 @@ def dropout_select(xp, keep, x, rate: float):
 
 
 def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay, out=None):
-    """As optim.adamw; `out`: three arrays to write the new w, m, v to."""
+    """As optimizers.adamw; `out`: three arrays to write the new w, m, v to."""
     new = (np.empty_like(w), np.empty_like(w), np.empty_like(w)) if out is None else out
     constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
     scratch = np.empty(min(PIECE, len(w)), w.dtype)
@@ -370,8 +370,8 @@ KERNELS = {
     "heads.backward": heads_backward,
     "rng.keep_mask": keep_mask,
     "dropout.select": dropout_select,
-    "optim.adamw": adamw,
-    "optim.global_norm": global_norm,
+    "optimizers.adamw": adamw,
+    "optimizers.global_norm": global_norm,
     "step.add_tree": add_tree,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,

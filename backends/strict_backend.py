@@ -6,9 +6,9 @@ devices that some array library might lack: it stands in for a GPU in the tests.
 
 import numpy as np
 
-from baby_xp.backend import Restorable
+from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
-from baby_xp.namespace import Namespace
 
 
 class StrictBackend(Restorable):

@@ -1,8 +1,8 @@
 """PyTorch, as an array library alone: no autograd, no modules. It checks the maths, and its GPU can run it."""
 
-from baby_xp.backend import Restorable
+from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
-from baby_xp.namespace import Namespace
 
 
 class TorchBackend(Restorable):

@@ -14,8 +14,8 @@ import math
 import statistics
 from dataclasses import asdict, replace
 
-from baby_xp import counts
-from baby_xp.backend import load
+from baby_xp.arrays.registry import load
+from baby_xp.resources import counts
 from bench import harness, results
 from bench.harness import US, say
 from bench.results import mib

@@ -18,7 +18,7 @@ from typing import Any
 from threadpoolctl import threadpool_info
 
 from baby_xp import processes
-from baby_xp.backend import names
+from baby_xp.arrays.registry import names
 from baby_xp.errors import BabyError
 
 ROOT = Path(__file__).parents[1]

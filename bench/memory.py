@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from baby_xp import memory, params
-from baby_xp.backend import load
+from baby_xp.arrays import params
+from baby_xp.arrays.registry import load
 from baby_xp.errors import BabyError
-from baby_xp.estimating import Estimate, estimate
+from baby_xp.estimation.estimate import Estimate, estimate
 from baby_xp.layers import cross_entropy
 from baby_xp.presets import PRESETS
+from baby_xp.resources import process_memory
 from baby_xp.training.step import initial_state, step_noise
 from bench import harness, results, workloads
 from bench.harness import MIB, US, say
@@ -40,7 +41,7 @@ FACTOR, PRECISION = 2.0, 0.15
 def main() -> int:
     """Measure what the command line names, and print the table."""
     asked = parse()
-    if not memory.taken():
+    if not process_memory.taken():
         say("bench.memory: this system has no /proc/<pid>/status, where sizes are read")
         return 2
     if asked.what == "needed" and importlib.util.find_spec("memray") is None:
@@ -71,7 +72,7 @@ def parse() -> argparse.Namespace:
 def idle() -> list[dict[str, int]]:
     """Sizes of a process that imports baby_xp, makes the backend and does nothing; [] where they are not known."""
     load("numpy")
-    return memory.taken()
+    return process_memory.taken()
 
 
 # against what is needed ---------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def measured(preset: str, steps: int) -> dict:
     words = ["train", preset, *(f"--{flag}={value}" for flag, value in flags.items())]
     with tempfile.TemporaryDirectory() as folder:
         found = harness.ask("bench.memory:run_command", words=[*words, f"--path={folder}"])
-    return {"ms": found["ms"], "taken": memory.growth(found["sizes"], memory.of_interpreter())}
+    return {"ms": found["ms"], "taken": process_memory.growth(found["sizes"], process_memory.of_interpreter())}
 
 
 def estimate_row(found: Estimate, real: dict) -> dict[str, str]:
@@ -230,7 +231,7 @@ def run_command(words: list[str]) -> dict:
 
         def progress(self, step, loss, tokens_per_second):
             self.ms.append(1e3 * self.tokens / tokens_per_second)
-            self.workers = memory.taken(memory.children())[1:]  # at the end they no longer run
+            self.workers = process_memory.taken(process_memory.children())[1:]  # at the end they no longer run
             super().progress(step, loss, tokens_per_second)
 
     train_commands.Screen = Watched
@@ -239,7 +240,7 @@ def run_command(words: list[str]) -> dict:
     if code:
         raise SystemExit(code)
     ms = statistics.median(watched[0].ms[1:] or watched[0].ms)
-    return {"ms": ms, "sizes": [*memory.taken(), *watched[0].workers]}
+    return {"ms": ms, "sizes": [*process_memory.taken(), *watched[0].workers]}
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from baby_xp_data import catalog
 from threadpoolctl import threadpool_limits
 
 import baby_xp
-from baby_xp import api, files, presets, task
-from baby_xp.backend import load
+from baby_xp import api, files, presets
+from baby_xp.arrays.registry import load
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
+from baby_xp.text import dataset
 from baby_xp.training.workers import suitable_number
 from bench import harness, results
 from bench.harness import Entry, say
@@ -348,14 +349,14 @@ def timed(key: str, steps: int) -> dict:
     variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
         chosen = api.override(presets.preset(PRESET), settings_of(variant, Path(folder)))
-        dataset = task.prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
-        clock = Clock([dataset.batches.batch(step) for step in range(WARMUP + steps + 1)])
-        model = Model(chosen.model, dataset.tokenizer.vocab_size)
+        prepared = dataset.prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
+        clock = Clock([prepared.batches.batch(step) for step in range(WARMUP + steps + 1)])
+        model = Model(chosen.model, prepared.tokenizer.vocab_size)
         backend = load("numpy", None, chosen.train.dtype)
         number = suitable_number(backend, model, chosen.train.batch_size)
         config = replace(chosen.train, num_steps=len(clock), eval_every=len(clock) + 1, checkpoint_minutes=0.0)
         little = {"n_validation": 1, "validation": lambda: iter(clock.batches[:1])}
-        short = replace(dataset, batches=clock, num_steps=len(clock), **little)
+        short = replace(prepared, batches=clock, num_steps=len(clock), **little)
         _, memory = ours.fit_as_train_does(backend, model, config, short, number)
     return {"ms": clock.ms(WARMUP), "memory": memory, "workers": number}
 

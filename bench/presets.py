@@ -9,7 +9,7 @@ See bench/README.md for how to read it.
 import argparse
 
 from baby_xp.errors import BabyError
-from baby_xp.estimating import Estimate, estimate
+from baby_xp.estimation.estimate import Estimate, estimate
 from baby_xp.presets import PRESETS
 from bench import harness, results
 from bench.harness import say

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from baby_xp import memory
+from baby_xp.resources import process_memory
 from bench import harness
 from bench.harness import MIB, US, say
 from bench.workloads import on_gpu
@@ -110,7 +110,7 @@ def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
     idle: the sizes of an idle process, see bench.memory.idle.
     """
     known = idle and all(run["memory"] for run in runs)
-    return min(memory.growth(run["memory"], idle[0]) for run in runs) if known else None
+    return min(process_memory.growth(run["memory"], idle[0]) for run in runs) if known else None
 
 
 def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:

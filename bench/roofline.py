@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from baby_xp import counts
-from baby_xp.backend import load
+from baby_xp.arrays.registry import load
 from baby_xp.config import GPTConfig
 from baby_xp.layers import mlp
+from baby_xp.resources import counts
 
 SIZES = {"cupy": (8192, 2**27)}
 """By backend: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""

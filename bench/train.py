@@ -9,7 +9,7 @@ See bench/README.md for what is measured and how to read it.
 import argparse
 import statistics
 
-from baby_xp import counts
+from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
 from bench.harness import MIB, US, Entry, say
 from bench.results import mib

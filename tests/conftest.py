@@ -10,10 +10,10 @@ import fake_cupy
 import numpy as np
 import pytest
 
-from baby_xp import backend as backends
 from baby_xp import session
+from baby_xp.arrays import registry
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
-from baby_xp.namespace import Namespace
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
@@ -65,7 +65,7 @@ class Case:
         name, device = VARIANTS[variant]
         self.variant, self.dtype = variant, dtype
         self.backend = (
-            backends.load(name, device, dtype) if variant != "cupy kernels" else fake_cupy.backend(dtype=dtype)
+            registry.load(name, device, dtype) if variant != "cupy kernels" else fake_cupy.backend(dtype=dtype)
         )
         self.to_numpy, self.integers = self.backend.to_numpy, self.backend.integers
         self.xp = self.backend.xp

@@ -228,11 +228,11 @@ def _missing(module: str) -> bool:
 
 @functools.cache
 def _no_gpu() -> bool:
-    from baby_xp import backend
+    from baby_xp.arrays import registry
     from baby_xp.errors import BackendUnavailable
 
     try:
-        backend.load("cupy")
+        registry.load("cupy")
     except BackendUnavailable:
         return True
     return False

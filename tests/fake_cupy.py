@@ -28,7 +28,7 @@ from unittest import mock
 import array_api_compat.numpy
 import numpy as np
 
-from baby_xp import backend as backends
+from baby_xp.arrays import registry
 from baby_xp.errors import BackendUnavailable
 
 SHIM = Path(__file__).with_name("cuda_on_cpu.h")
@@ -295,7 +295,7 @@ def backend(machine: Machine | None = None, device: str | None = None, dtype: st
     if compiler() is None:
         raise BackendUnavailable("cupy kernels", "no C++ compiler on Linux to run them with", "install g++")
     with mock.patch.dict(sys.modules, modules(machine or Machine())):
-        return backends.load("cupy", device, dtype, **options)
+        return registry.load("cupy", device, dtype, **options)
 
 
 # the module ---------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp import params
+from baby_xp.arrays import params
+from baby_xp.arrays.rng import Noise
+from baby_xp.arrays.tree import Layout, leaves
 from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.layers import (
     Shape,
@@ -27,8 +29,6 @@ from baby_xp.layers import (
 )
 from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
 from baby_xp.models import Model
-from baby_xp.rng import Noise
-from baby_xp.tree import Layout, leaves
 
 B, T, H, C, S, V = 3, 5, 2, 6, 8, 11
 N = B * T

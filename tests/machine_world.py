@@ -36,7 +36,7 @@ import baby_xp
 import baby_xp.session
 from baby_xp import api
 from baby_xp.config import settings_of
-from baby_xp.runs import checkpoint, lock, store
+from baby_xp.runs import lock, state_file, store
 from baby_xp.runs.store import GUID, OF_SAFETENSORS, RunFiles
 from baby_xp.training import loop
 
@@ -182,7 +182,7 @@ def _save(arrays, path, metadata=None):
     return _save_file(arrays, path, metadata)
 
 
-_save_file = checkpoint.save_file
+_save_file = state_file.save_file
 
 
 class Guids:
@@ -219,7 +219,7 @@ def small_and_quick() -> Iterator[None]:
             (loop, "time", Clock()),
             (store, "uuid", GUIDS),
             (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
-            (checkpoint, "save_file", _save),
+            (state_file, "save_file", _save),
             (os, "fsync", fsync),
             (importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points)),
         ):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baby_xp import config as configs
-from baby_xp import rng
+from baby_xp.arrays import rng
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset

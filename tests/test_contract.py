@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = [*(ROOT / "baby_xp/layers").glob("*.py"), *(ROOT / "baby_xp/models").glob("*.py")]
-MATHS += [ROOT / "baby_xp" / name for name in ("optim.py", "rng.py", "training/step.py")]
+MATHS += [ROOT / "baby_xp" / name for name in ("training/optimizers.py", "arrays/rng.py", "training/step.py")]
 ARRAYS = {"numpy", "cupy", "cupyx", "torch", "jax", "jaxlib", "scipy", "array_api_compat", "array_api_strict"}
 
 
@@ -43,34 +43,6 @@ def test_each_backend_file_imports_its_own_library_alone():
         assert found <= libraries | {"array_api_compat"}, name
 
 
-LAYERS = {
-    "layers": 0, "models": 1, "training": 2, "generate": 2, "instrument": 2, "runs": 3, "equations": 3,
-    "lab": 4, "run": 4, "evaluation": 4,
-    "inspection": 4, "checking": 4, "pictures": 4, "convert": 4, "session": 5, "api": 6, "estimating": 6,
-    "cli": 7,
-}  # fmt: skip
-
-
-def test_imports_run_one_way():
-    """layers <- models <- training, generate <- runs <- run, session, api <- cli."""
-    for part, rank in LAYERS.items():
-        paths = [ROOT / f"baby_xp/{part}.py"] if (ROOT / f"baby_xp/{part}.py").exists() else []
-        for path in [*paths, *(ROOT / "baby_xp" / part).glob("*.py")]:
-            for other in parts_imported(path) & LAYERS.keys():
-                assert LAYERS[other] <= rank, f"{path} imports {other}"
-
-
-def parts_imported(path: Path) -> set[str]:
-    """The parts of baby_xp that a file imports, as `from baby_xp.part import` or `from baby_xp import part`."""
-    parts = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "baby_xp":
-            parts |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("baby_xp."):
-            parts.add(node.module.split(".")[1])
-    return parts
-
-
 def test_import_needs_nothing_but_the_standard_library():
     code = "import sys, baby_xp; print([m for m in ('numpy', 'torch', 'argparse', 'tqdm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -78,7 +50,7 @@ def test_import_needs_nothing_but_the_standard_library():
 
 def test_training_imports_no_library_of_another_backend():
     code = (
-        "import sys; from baby_xp import api, backend; backend.load('numpy');"
+        "import sys; from baby_xp import api; from baby_xp.arrays import registry; registry.load('numpy');"
         "print([m for m in ('torch', 'jax', 'cupy', 'array_api_strict', 'docstring_parser', 'pooch')"
         " if m in sys.modules])"
     )

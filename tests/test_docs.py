@@ -370,7 +370,7 @@ def test_a_page_that_kills_its_process_fails(tmp_path):
         ("python -m baby_xp train nanogpt-cpu --data my.txt", ""),
         ("python -m baby_xp train", ""),
         ("python -m baby_xp train --backend cupy", "needs a GPU"),
-        ('backend.load("cupy"); baby_xp.train(backend="cupy")', "needs a GPU"),
+        ('registry.load("cupy"); baby_xp.train(backend="cupy")', "needs a GPU"),
         ("nvidia-smi", "needs a GPU"),
         ("pip install -e .", "needs a network"),
         ("python -m pytest -m gpu", "these are the tests"),

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[1]
 WHERE = """import json, baby_xp, baby_xp_backends, baby_xp_data
 print(json.dumps([baby_xp.__file__, *baby_xp_backends.__path__]))
 """

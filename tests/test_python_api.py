@@ -17,11 +17,16 @@ import numpy as np
 import pytest
 
 import baby_xp
-from baby_xp import api, backend, checks, estimating, lab, limits, memory, models
+from baby_xp import api, checks, models
+from baby_xp.arrays import registry
+from baby_xp.arrays.backend import Restorable
 from baby_xp.cli import streams
 from baby_xp.config import GPTConfig
+from baby_xp.equations import leave_one_out
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
+from baby_xp.estimation import estimate
 from baby_xp.presets import preset
+from baby_xp.resources import limits, process_memory
 
 TINY = {
     "n_layers": 1, "n_emb": 16, "head_size": 16, "n_heads": 2, "n_ctx": 16, "num_steps": 4, "eval_every": 2,
@@ -102,9 +107,9 @@ def test_numbers_of_numpy_measure_as_plain_ones_do(run, folder):
 
 def test_a_trial_gets_plain_numbers(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(estimating, "SECONDS", 0.0)
+    monkeypatch.setattr(estimate, "SECONDS", 0.0)
     monkeypatch.setattr(
-        estimating.subprocess, "run", lambda *_, input, **more: asked.append(json.loads(input)) or Ended()
+        estimate.subprocess, "run", lambda *_, input, **more: asked.append(json.loads(input)) or Ended()
     )
     numbers = {"workers": np.int64(2), "lr": np.float32(0.5)}
     with pytest.raises(BabyError, match="the trial"):
@@ -120,7 +125,7 @@ class Ended:
 
 def test_numbers_of_numpy_are_for_the_lab_too():
     chosen = api.override(preset("equations"), {"num_steps": np.int64(3), "held_out": "4+4"})
-    results = lab.experiment(chosen, seeds=np.int64(2), workers=np.int8(1))
+    results = leave_one_out.experiment(chosen, seeds=np.int64(2), workers=np.int8(1))
     assert results.models == 2
 
 
@@ -236,13 +241,13 @@ def test_what_generate_cannot_take_is_named(run, arguments, word):
         (lambda run: baby_xp.import_littlebaby("mo\0del"), "model"),
         (lambda run: baby_xp.import_littlebaby("model.json", config=5), "config"),
         (lambda run: baby_xp.export_littlebaby(run, 5), "folder"),
-        (lambda run: lab.experiment("equations"), "the lab is for equations"),
-        (lambda run: lab.experiment(preset("equations"), "2"), "seeds"),
-        (lambda run: lab.experiment(preset("equations"), 10**12), "seeds"),
-        (lambda run: lab.experiment(preset("equations"), 1, 2.5), "workers"),
-        (lambda run: lab.experiment(preset("equations"), 1, 1, told=5), "told"),
-        (lambda run: backend.load("numpy", dtype="float16"), "dtype"),
-        (lambda run: backend.load(5), "backend"),
+        (lambda run: leave_one_out.experiment("equations"), "the lab is for equations"),
+        (lambda run: leave_one_out.experiment(preset("equations"), "2"), "seeds"),
+        (lambda run: leave_one_out.experiment(preset("equations"), 10**12), "seeds"),
+        (lambda run: leave_one_out.experiment(preset("equations"), 1, 2.5), "workers"),
+        (lambda run: leave_one_out.experiment(preset("equations"), 1, 1, told=5), "told"),
+        (lambda run: registry.load("numpy", dtype="float16"), "dtype"),
+        (lambda run: registry.load(5), "backend"),
     ],
 )
 def test_what_else_cannot_be_taken_is_named(run, call, word):
@@ -318,7 +323,7 @@ def test_a_copy_of_a_run_generates_what_the_run_does(run, folder, name, copied):
 def test_a_backend_is_restored_with_its_device_and_options():
     made = []
 
-    class Kind(backend.Restorable):
+    class Kind(Restorable):
         def __init__(self, device=None, dtype="float32", tf32=False):
             made.append((device, dtype, tf32))
 
@@ -327,7 +332,7 @@ def test_a_backend_is_restored_with_its_device_and_options():
     assert isinstance(make(*arguments), Kind)
     assert made == [("cuda:1", "float64", True)] * 2
     assert copy.deepcopy([first])[0] is first
-    strict = pickle.loads(pickle.dumps(backend.load("numpy", "cpu", "float64")))
+    strict = pickle.loads(pickle.dumps(registry.load("numpy", "cpu", "float64")))
     assert (strict.device, strict.dtype, strict.xp.tokens_at_once) == ("cpu", "float64", 1024)
 
 
@@ -361,7 +366,7 @@ def test_every_error_survives_pickling():
 @pytest.fixture
 def small_machine(monkeypatch):
     """A machine with 64 MiB."""
-    monkeypatch.setattr(memory, "free", lambda: 64 * 2**20)
+    monkeypatch.setattr(process_memory, "free", lambda: 64 * 2**20)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +416,7 @@ def only_small(spec):
 def test_an_estimate_counts_what_does_not_fit(small_machine, folder, monkeypatch, settings):
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
     asked = {"data": folder / "text.txt", **TINY, **settings}
-    lines = estimating.lines(baby_xp.estimate("baby", measure=False, **asked))
+    lines = estimate.lines(baby_xp.estimate("baby", measure=False, **asked))
     assert any("parameters" in line for line in lines)
 
 
@@ -420,12 +425,12 @@ def test_equations_in_a_context_of_absurd_length_are_never_made(tmp_path, name):
     asked = {"n_ctx": 2**31 - 1, "num_steps": 1, "backend": "numpy"}
     refused(lambda: baby_xp.train(name, path=tmp_path / "runs", **asked), "n_ctx", "hold every equation")
     refused(lambda: baby_xp.estimate(name, measure=False, **asked), "n_ctx")
-    refused(lambda: lab.experiment(api.override(preset(name), {"n_ctx": 2**31 - 1})), "n_ctx")
+    refused(lambda: leave_one_out.experiment(api.override(preset(name), {"n_ctx": 2**31 - 1})), "n_ctx")
     assert not list(tmp_path.iterdir())
 
 
 def test_finetuning_is_refused_likewise_and_resuming_is_not(run, folder, monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda: 2**10)
+    monkeypatch.setattr(process_memory, "free", lambda: 2**10)
     where = {"path": folder / "runs", "data": folder / "text.txt", "backend": "numpy"}
     refused(lambda: baby_xp.finetune(run.guid, **where), "KiB")
     assert baby_xp.resume(run.guid, path=folder / "runs", num_steps=5).config["result"]["steps"] == 5
@@ -433,35 +438,36 @@ def test_finetuning_is_refused_likewise_and_resuming_is_not(run, folder, monkeyp
 
 def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_path, monkeypatch):
     """Which is so in one process: an epoch, or a table of equations, is the largest batch there is."""
-    monkeypatch.setattr(memory, "free", lambda: 2**30)
+    monkeypatch.setattr(process_memory, "free", lambda: 2**30)
     more = {"batch_size": 2**31 - 1, "path": tmp_path}
     asked = {**TINY, "num_epochs": 1, "num_steps": None, "data": folder / "text.txt", **more}
     assert baby_xp.train("baby", **asked).config["result"]["steps"] == 1
     assert baby_xp.train("equations", **{**EQUATIONS, "num_steps": 2, **more}).config["result"]["steps"] == 2
-    monkeypatch.setattr(memory, "free", lambda: 2**28)
+    monkeypatch.setattr(process_memory, "free", lambda: 2**28)
     more["batch_size"] = 10**7  # what two processes exchange has room for all of it
     refused(lambda: baby_xp.train("equations", **{**EQUATIONS, **more, "workers": 2}), "--batch-size")
 
 
 def test_other_backends_and_systems_that_tell_no_size_are_left_alone(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda: None)
+    monkeypatch.setattr(process_memory, "free", lambda: None)
     assert baby_xp.train("baby", data=folder / "text.txt", path=tmp_path, **TINY)
-    model, strict = models.Model(GPTConfig(), 50), backend.load("numpy")
-    monkeypatch.setattr(memory, "free", lambda: 1)
+    model, strict = models.Model(GPTConfig(), 50), registry.load("numpy")
+    monkeypatch.setattr(process_memory, "free", lambda: 1)
     monkeypatch.setattr(strict, "name", "another")
     limits.check_training(preset("baby"), model, strict, None, 1)
     limits.check_texts(model, strict, 10**9)
 
 
 def test_the_memory_of_the_machine_is_told_in_bytes(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get, raising=False)
-    monkeypatch.setattr(memory, "PROC", tmp_path)
-    assert memory.free() == 4096 * 1000
+    known = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(process_memory.os, "sysconf", known.get, raising=False)
+    monkeypatch.setattr(process_memory, "PROC", tmp_path)
+    assert process_memory.free() == 4096 * 1000
     (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 300 kB\nSwapFree: 7 kB\n")
-    assert memory.free() == 307 * 1024
+    assert process_memory.free() == 307 * 1024
     (tmp_path / "meminfo").unlink()
-    monkeypatch.delattr(memory.os, "sysconf")
-    assert memory.free() is None
+    monkeypatch.delattr(process_memory.os, "sysconf")
+    assert process_memory.free() is None
 
 
 def test_more_texts_than_fit_are_refused_with_the_number_that_does(run, small_machine):

@@ -12,13 +12,16 @@ import pytest
 from baby_xp_data import equations
 
 import baby_xp
-from baby_xp import api, config, estimating, lab, task
+from baby_xp import api, config
 from baby_xp.cli import common, main, model_commands, options
 from baby_xp.cli.progress import Screen
 from baby_xp.config import TrainConfig
+from baby_xp.equations import leave_one_out
 from baby_xp.errors import BabyError
+from baby_xp.estimation import estimate
 from baby_xp.presets import preset
-from baby_xp.training.stop import SIGNALS
+from baby_xp.text import dataset
+from baby_xp.training.signals import SIGNALS
 from baby_xp.training.workers import PROGRAM
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -92,7 +95,7 @@ def test_the_settings_that_are_typed_are_asked_for(asked, call, command, place, 
     if expected is None:
         assert call(command, *arguments)[0] == 2
         return
-    module = {"train": api, "estimate": estimating}[command]
+    module = {"train": api, "estimate": estimate}[command]
     values, named = asked(module, command, command, *arguments, "--tf32")
     assert [one.name for one in values] == ["baby"]
     named.pop("listener", None)
@@ -198,7 +201,7 @@ def test_finetuning_keeps_the_tokenizer(call):
         baby_xp.finetune("last", data="text.txt", backend="numpy", tokenizer="byte")
 
 
-@pytest.mark.parametrize("name", lab.IGNORED)
+@pytest.mark.parametrize("name", leave_one_out.IGNORED)
 def test_the_lab_refuses_what_it_ignores(call, name):
     value = {"max_minutes": 2.0, "checkpoint_minutes": 2.0}.get(name, 2)
     code, out, err = call("equations", *flags(**{name: value}))
@@ -207,7 +210,7 @@ def test_the_lab_refuses_what_it_ignores(call, name):
     assert err.endswith(f": leave out --{name.replace('_', '-')}\n")
     if name != "eval_every":  # presets have one, and none is the usual one
         with pytest.raises(BabyError, match=f"{name} has no effect"):
-            lab.experiment(api.override(preset("equations"), {name: value}), seeds=1, workers=1)
+            leave_one_out.experiment(api.override(preset("equations"), {name: value}), seeds=1, workers=1)
 
 
 @pytest.mark.parametrize(("more", "named"), [
@@ -234,7 +237,7 @@ def test_greedy_leaves_nothing_to_draw(call, more, named):
 ])  # fmt: skip
 def test_a_table_has_a_held_out_case_of_its_own(overrides, expected):
     assert api.override(preset("equations"), overrides).data.held_out == expected
-    for share in ("10%", lab.EACH):
+    for share in ("10%", leave_one_out.EACH):
         chosen = replace(preset("equations"), data=replace(preset("equations").data, held_out=share))
         assert api.override(chosen, overrides).data.held_out == overrides.get("held_out", share)
 
@@ -262,8 +265,8 @@ def test_a_table_of_differences_alone_is_trained_and_measured(call):
     assert api.load(backend="numpy").config["data"]["held_out"] == "8-4"
     assert call("estimate", "equations", "--operators", "-", "--no-measure", "--backend=numpy")[::2] == (0, "")
     for kind in ("mlp", "gpt"):
-        chosen = lab.suitable(kind, None, None, "-")
-        lab._jobs(api.override(chosen, {"operators": "-"}), 1)
+        chosen = leave_one_out.suitable(kind, None, None, "-")
+        leave_one_out._jobs(api.override(chosen, {"operators": "-"}), 1)
 
 
 @pytest.mark.parametrize(("text", "table", "expected"), [
@@ -357,7 +360,7 @@ def check_sentence(monkeypatch, command, arguments, message, encoding):
 @needs_signals
 @pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
 def test_a_signal_before_training_ends_it_in_one_line(call, work, monkeypatch, signals, number):
-    monkeypatch.setattr(task, "prepare", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(dataset, "prepare", lambda *_: os.kill(os.getpid(), number))
     line = f"baby_xp: interrupted by {number.name}\n"
     assert call("train", "--data=text.txt", *flags(**TINY)) == (128 + number, "", line)
     assert [path.name for path in work.iterdir()] == ["text.txt"]

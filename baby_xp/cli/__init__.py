@@ -13,7 +13,7 @@ from baby_xp.cli import conversion_commands, lab_command, list_commands, model_c
 from baby_xp.cli.streams import Output, OutputLost, guarded, one_line
 from baby_xp.errors import BabyError, NothingTrained
 from baby_xp.files import refusal
-from baby_xp.training.stop import interruptible, interruption
+from baby_xp.training.signals import interruptible, interruption
 
 USAGE = f"""baby_xp {__version__}: train baby language models from scratch
 

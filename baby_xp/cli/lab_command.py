@@ -25,20 +25,21 @@ def equations(arguments: list[str]) -> None:
     kind, rest = positional(arguments, "mlp")
     if kind not in ("mlp", "gpt"):
         raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
-    from baby_xp import api, lab
+    from baby_xp import api
+    from baby_xp.equations import leave_one_out
 
-    chosen = lab.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))
+    chosen = leave_one_out.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))
     parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
-    about = f"Train {chosen.name} with equations held out ({lab.EACH}: each in turn), and ask for them."
+    about = f"Train {chosen.name} with equations held out ({leave_one_out.EACH}: each in turn), and ask for them."
     asked, experiment = parse_settings(parts, Experiment(), about, f"baby_xp equations {kind}", rest)
-    lab.refuse_ignored(asked)
+    leave_one_out.refuse_ignored(asked)
     chosen = api.override(chosen, asked)
     if experiment.picture:
-        from baby_xp import pictures
+        from baby_xp.inspection import plots
 
-        pictures.check(experiment.picture)
+        plots.check(experiment.picture)
     with counting("models") as told:
-        results = lab.experiment(chosen, experiment.seeds, experiment.workers, told)
+        results = leave_one_out.experiment(chosen, experiment.seeds, experiment.workers, told)
     print("\n".join(results.lines()))
     if experiment.picture:
-        print(f"\npicture {pictures.answers(results, experiment.picture)}")
+        print(f"\npicture {plots.answers(results, experiment.picture)}")

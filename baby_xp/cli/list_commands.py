@@ -46,15 +46,15 @@ def presets(arguments: list[str]) -> None:
 def backends(arguments: list[str]) -> None:
     """List the backends: what works, and for the others the reason and the remedy."""
     _no_arguments(backends, arguments)
-    from baby_xp import backend
+    from baby_xp.arrays import registry
 
-    for state in backend.states():
+    for state in registry.states():
         if state.works:
             details = f"; {state.details}" if state.details else ""
             print(f"{state.name:<17} works    {state.version}, {state.device}{details}")
         else:
             print(f"{state.name:<17} missing  {state.reason}; remedy: {state.remedy}")
-    chosen, why = backend.choose()
+    chosen, why = registry.choose()
     print(f"auto takes {chosen.name}: {why}")
 
 

@@ -170,12 +170,13 @@ def check(arguments: list[str]) -> int:
     """Check the gradients of a run -> 0 if all agree with finite differences, 1 if one does not."""
     name, rest = positional(arguments, "last")
     asked, _ = parsed(GradientCheck(), "baby_xp check [RUN]", rest)
-    from baby_xp import api, checking
+    from baby_xp import api
+    from baby_xp.evaluation import gradient_check
 
     run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
     rows = run.check(asked.tokens, asked.batch, asked.seed, asked.elements, asked.directions, asked.data)
     print(f"run {run.guid}, the {asked.weights} weights")
-    print("\n".join([*checking.about(run), "", *checking.lines(rows)]))
+    print("\n".join([*gradient_check.about(run), "", *gradient_check.lines(rows)]))
     return 0 if all(row.agrees for row in rows) else 1
 
 

@@ -19,7 +19,7 @@ class Screen:
         """Say what will be done, and where."""
         from tqdm import tqdm
 
-        from baby_xp.backend import first_use
+        from baby_xp.arrays.backend import first_use
 
         why, backend, learned = "", session.backend, session.learned
         if self.asked == "auto":

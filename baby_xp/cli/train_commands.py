@@ -9,7 +9,7 @@ from baby_xp.cli.common import GpuPlace, parse_settings, parsed, path_flag, posi
 from baby_xp.cli.progress import Screen
 from baby_xp.cli.streams import printable
 from baby_xp.errors import BabyError
-from baby_xp.training.stop import interruption
+from baby_xp.training.signals import interruption
 
 if TYPE_CHECKING:
     from baby_xp.config import Preset
@@ -43,10 +43,10 @@ class EstimatePlace(TrainPlace):
 def estimate(arguments: list[str]) -> None:
     """Estimate what a run would take, with the flags of train."""
     chosen, asked, place = parse_preset("estimate", arguments, EstimatePlace())
-    from baby_xp import estimating
+    from baby_xp.estimation import estimate
 
     where = {name: value for name, value in dataclasses.asdict(place).items() if name != "path"}
-    print("\n".join(estimating.lines(estimating.estimate(chosen, **where, **asked))))
+    print("\n".join(estimate.lines(estimate.estimate(chosen, **where, **asked))))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from baby_xp.errors import BabyError
-from baby_xp.inspection import Inspection, embedding, inspect, is_equation, neighbours, off
+from baby_xp.inspection.inspect import Inspection, embedding, inspect, is_equation, neighbours, off
 from baby_xp.inspection.render import bar, shown
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def report(run: "Run", options: InspectOptions, plain: bool = False) -> list[str
     if options.top < 1:
         raise BabyError(f"top must be at least 1, not {options.top}")
     if options.picture:
-        from baby_xp import pictures
+        from baby_xp.inspection import plots
 
-        pictures.check(options.picture)  # before the work, not after it
+        plots.check(options.picture)  # before the work, not after it
     near = neighbours(run, options.neighbours, options.top) if options.neighbours is not None else []
     seen = inspect(run, options.prompt, options.backward, off(run, switched))
     lines = [*_head_lines(run, seen), ""]
@@ -54,7 +54,7 @@ def report(run: "Run", options: InspectOptions, plain: bool = False) -> list[str
         lines += [*_off_lines(seen, inspect(run, options.prompt), switched), ""]
     lines += [*_table_lines(seen, options, layer), "", *seen.next_lines(options.top, plain)]
     if options.picture:
-        lines += ["", f"picture: {pictures.attention(seen, options.picture, None if chosen == 'all' else chosen)}"]
+        lines += ["", f"picture: {plots.attention(seen, options.picture, None if chosen == 'all' else chosen)}"]
     elif gpt and len(seen.tokens) > 1:
         lines += ["", *_attention_lines(seen, chosen, plain)]
     if near:

@@ -4,8 +4,8 @@ As in The Little Baby, queries, keys and values have no bias, and head_size (S),
 together, is free of n_emb (C).
 """
 
+from baby_xp.arrays.params import scaled
 from baby_xp.layers import dropout, heads, linear
-from baby_xp.params import scaled
 
 DROPOUTS = 2  # places in one block: attention weights, output
 

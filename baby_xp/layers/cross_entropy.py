@@ -4,7 +4,7 @@ It stays a value per token: the mean over a batch, the sum over a text or the sh
 plain sums, and `dy` carries their weights.
 """
 
-from baby_xp.namespace import replaceable
+from baby_xp.arrays.namespace import replaceable
 
 
 def spec():

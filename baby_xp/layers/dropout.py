@@ -4,8 +4,8 @@ Srivastava et al. 2014, in the inverted form, which leaves evaluation without a 
 survive is decided by a hash of where and when they are (see rng.py), not by a generator with a state.
 """
 
-from baby_xp import rng
-from baby_xp.namespace import replaceable
+from baby_xp.arrays import rng
+from baby_xp.arrays.namespace import replaceable
 
 
 def spec():

@@ -1,7 +1,7 @@
 """Embedding: row `ids[n]` of a table, for each token n."""
 
-from baby_xp.namespace import replaceable
-from baby_xp.params import normal
+from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.params import normal
 
 
 def spec(V: int, C: int, std: float = 0.02):

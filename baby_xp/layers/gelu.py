@@ -6,7 +6,7 @@ makes the slope in the forward pass, where the tanh or the density is at hand; b
 
 import math
 
-from baby_xp.namespace import replaceable
+from baby_xp.arrays.namespace import replaceable
 
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 CUBIC = 0.044715

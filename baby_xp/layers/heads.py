@@ -6,8 +6,8 @@ to one output a head. It has no parameters of its own.
 
 import math
 
+from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import dropout, softmax
-from baby_xp.namespace import replaceable
 
 
 def spec():

@@ -1,7 +1,7 @@
 """Layer normalisation over channels: y = gain * xhat + bias, xhat = (x - mean) / std (Ba et al. 2016)."""
 
-from baby_xp.namespace import replaceable
-from baby_xp.params import ones, zeros
+from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.params import ones, zeros
 
 EPS = 1e-5
 

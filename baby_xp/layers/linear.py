@@ -1,7 +1,7 @@
 """Linear layer: y = x W + b."""
 
-from baby_xp.namespace import replaceable
-from baby_xp.params import normal, zeros
+from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.params import normal, zeros
 
 
 def spec(C: int, F: int, bias: bool = True, std: float = 0.02):

@@ -5,8 +5,8 @@ wide MLP: their weights stand side by side, and the gate scales each expert's hi
 matrices do the work of eight.
 """
 
+from baby_xp.arrays.params import normal, scaled, zeros
 from baby_xp.layers import dropout, gelu, linear, softmax
-from baby_xp.params import normal, scaled, zeros
 
 DROPOUTS = 1  # places in one block: output
 EXPANSION, EXPERTS = 4, 4

@@ -4,8 +4,8 @@ The Little Baby's `moh`: y = (sum over h of gate(x)_h head_h(x)) Wout + b. Where
 concatenates its heads, this adds them up, each token by weights of its own.
 """
 
+from baby_xp.arrays.params import scaled
 from baby_xp.layers import dropout, heads, linear, softmax
-from baby_xp.params import scaled
 
 DROPOUTS = 2  # places in one block: attention weights, output
 

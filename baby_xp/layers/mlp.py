@@ -1,7 +1,7 @@
 """The feed-forward network of a block: y = gelu(x Wup + b) Wdown + b, four times as wide inside."""
 
+from baby_xp.arrays.params import scaled
 from baby_xp.layers import dropout, gelu, linear
-from baby_xp.params import scaled
 
 DROPOUTS = 1  # places in one block: output
 EXPANSION = 4

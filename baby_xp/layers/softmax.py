@@ -1,6 +1,6 @@
 """Softmax over the last axis: y = exp(x) / sum(exp(x))."""
 
-from baby_xp.namespace import replaceable
+from baby_xp.arrays.namespace import replaceable
 
 
 def spec():

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from baby_xp.arrays.tree import Layout, Tree, leaves
 from baby_xp.config import EquationConfig, GPTConfig
-from baby_xp.models import gpt, mlp
-from baby_xp.tree import Layout, Tree, leaves
+from baby_xp.models import equation, gpt
 
-MODULES = {GPTConfig: gpt, EquationConfig: mlp}
+MODULES = {GPTConfig: gpt, EquationConfig: equation}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ dropout on the embeddings.
 
 import math
 
+from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import Shape, block, embedding, layernorm, linear
 from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
-from baby_xp.namespace import replaceable
 
 
 def parts(config) -> Parts:

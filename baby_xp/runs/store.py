@@ -213,7 +213,7 @@ def _sweep_half(folder: Path, path: Path) -> None:
 
 def _has_trained(files: RunFiles) -> bool:
     """Whether a run that has lost its config may hold work of its own, or may not be judged."""
-    from baby_xp.runs.checkpoint import read_metadata
+    from baby_xp.runs.state_file import read_metadata
 
     arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
     return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path
-from baby_xp.runs import checkpoint, store
+from baby_xp.runs import state_file, store
 from baby_xp.runs.store import RunFiles
 
 
@@ -41,7 +41,7 @@ def _summary(files: RunFiles) -> Summary:
     try:
         config = store.read_sealed(files.config)
         result = config["result"]
-        kept = checkpoint.read_metadata(files.state)  # of a run that goes on, it knows more than the config
+        kept = state_file.read_metadata(files.state)  # of a run that goes on, it knows more than the config
         steps, num_steps = (int(kept.get(name, 0)) for name in ("step", "num_steps"))
         val_loss = result["val_loss"]
         state = result["state"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp import params
+from baby_xp.arrays import params
 from baby_xp.training.step import initial_state
 
 Progress = dict[str, Any]

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from baby_xp.training.checkpoint import Checkpoint, on_device, to_host
-from baby_xp.training.evaluate import mean_loss
+from baby_xp.training.signals import Stop
 from baby_xp.training.step import make_step, total_loss
-from baby_xp.training.stop import Stop
+from baby_xp.training.validation import mean_loss
 
 READ_EVERY, READ_SECONDS = 10, 1.0
 """Steps, or seconds, between readings of the loss: each reading waits for the device."""

@@ -3,9 +3,10 @@
 import itertools
 import math
 
-from baby_xp import optim, rng
+from baby_xp.arrays import rng
+from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import cross_entropy
-from baby_xp.namespace import replaceable
+from baby_xp.training import optimizers
 
 
 def initial_state(backend, flat, decays, seed: int):
@@ -143,7 +144,7 @@ def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
 
     def step(state, batch):
         loss, gradients = loss_and_gradients(xp, model, state, batch)
-        state, metrics = optim.update(xp, state, gradients, config)
+        state, metrics = optimizers.update(xp, state, gradients, config)
         return state, {"loss": loss, **metrics}
 
     return step

@@ -32,15 +32,15 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from baby_xp import backend as backends
 from baby_xp import config as configs
 from baby_xp import processes
+from baby_xp.arrays import registry
+from baby_xp.arrays.params import decay_mask
+from baby_xp.arrays.tree import leaves
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
-from baby_xp.params import decay_mask
 from baby_xp.text.batches import Batch
 from baby_xp.training.step import add_tree, shard_by_shard, total_loss
-from baby_xp.tree import leaves
 
 COMMAND = struct.Struct("<c10q")
 """What to do; the number of the command, and numbers that the command needs."""
@@ -150,7 +150,7 @@ class Workers:
     def __init__(self, backend, model: Model, batch_size: int, number: int):
         self.backend, self.model, self.number, self.batch_size = backend, model, number, batch_size
         self.children: list[subprocess.Popen] = []
-        self.xp = backend.xp.with_kernels({"optim.adamw": self._update})
+        self.xp = backend.xp.with_kernels({"optimizers.adamw": self._update})
         self._path, self._file = "", -1
         self._number = 0  # of the last command
         self._state: list[Any] = [None, None, None]  # the arrays of the present state in the arena
@@ -266,7 +266,7 @@ class Workers:
         return total
 
     def _update(self, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-        """As optim.adamw: every process updates its part."""
+        """As optimizers.adamw: every process updates its part."""
         arena, old = self.arena, self._at
         if any(given is not own for given, own in zip((w, m, v), self._state, strict=True)):
             for own, given in zip(arena.states[old], (w, m, v), strict=True):
@@ -356,7 +356,7 @@ def _compute_share(backend, model: Model, state: dict[str, Any], batch: Batch, n
 def _update_part(backend, arena: Arena, old: int, part: slice, decays) -> None:
     """AdamW for a part of the flat buffer: from one state in the arena to the other."""
     w, m, v = arena.states[old][:, part]
-    backend.xp.kernels["optim.adamw"](
+    backend.xp.kernels["optimizers.adamw"](
         backend.xp, w, arena.gradients[0][part], m, v, decays, *arena.rates, *arena.settings.tolist(),
         out=arena.states[1 - old][:, part],
     )  # fmt: skip
@@ -372,7 +372,7 @@ def serve() -> None:
     setup = json.loads(line)
     rank, dtype = setup["rank"], setup["dtype"]
     model = Model(configs.model_from_dict(setup["config"], "worker"), setup["vocab_size"])
-    backend = backends.load("numpy", dtype=dtype)
+    backend = registry.load("numpy", dtype=dtype)
     file = setup["file"] if isinstance(setup["file"], int) else os.open(setup["file"], os.O_RDWR)
     arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)
     os.close(file)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from baby_xp import params
+from baby_xp.arrays import params
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
 from baby_xp.training.loop import READ_EVERY
@@ -85,7 +85,7 @@ class Outcome:
     about: dict[str, str]
     """Versions, threads or workers, BLAS kernel: what a reader must know to interpret the time."""
     memory: list[dict[str, int]] = field(default_factory=list)
-    """The sizes of all of its processes, as baby_xp.memory.taken reports them."""
+    """The sizes of all of its processes, as baby_xp.resources.process_memory.taken reports them."""
     gpu_memory: dict[str, int] = field(default_factory=dict)
     """Peak bytes of the GPU's memory in use, and held by the library; empty on a CPU."""
 

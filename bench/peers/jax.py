@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from baby_xp import memory
+from baby_xp.resources import process_memory
 from baby_xp.training.loop import READ_EVERY
 from bench import peers
 from bench.peers import SEED, Clock, Outcome
@@ -39,7 +39,7 @@ def train(
     loss_of, start = jax.jit(loss, static_argnums=1), clock.batches[0]
     last = float(loss_of(state["params"], spec.config, start.inputs, start.targets))
     about = {"jax": jax.__version__, "device": str(jax.devices()[0])}
-    return Outcome([read, last], about, memory.taken())
+    return Outcome([read, last], about, process_memory.taken())
 
 
 def sees_gpu() -> bool:

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 import numpy as np
 
 import baby_xp
-from baby_xp import memory
 from baby_xp.api import Silent
-from baby_xp.backend import load
-from baby_xp.backend import memory as gpu_memory_of
+from baby_xp.arrays.backend import device_memory
+from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
-from baby_xp.generate import Sampling, generate_several
+from baby_xp.inference.generate import Sampling, generate_several
 from baby_xp.models import Model
-from baby_xp.task import Task
+from baby_xp.resources import process_memory
+from baby_xp.text.dataset import Task
 from baby_xp.training.checkpoint import first
 from baby_xp.training.loop import Result, fit
-from baby_xp.training.stop import Stop
+from baby_xp.training.signals import Stop
 from baby_xp.training.workers import Workers, alone, suitable_number
 from bench import harness, peers, workloads
 from bench.peers import SEED, Clock, Outcome
@@ -41,7 +41,7 @@ def train(
     about = {**_about(loaded), "workers": str(number)}
     if hasattr(loaded, "details"):
         about["details"] = loaded.details()
-    found = gpu_memory_of(loaded)
+    found = device_memory(loaded)
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
     return Outcome([last["train_loss"], last["val_loss"]], about, taken, gpu_memory)
 
@@ -57,7 +57,7 @@ def fit_as_train_does(
     with Workers(*of_step, number) if number > 1 else alone(*of_step) as workers:
         start = first(model, config)
         result = fit(backend, model, config, dataset, start, Silent(), lambda kept: None, Stop(), workers)
-        return result, memory.taken([child.pid for child in workers.children] if workers else [])
+        return result, process_memory.taken([child.pid for child in workers.children] if workers else [])
 
 
 def generate(
@@ -66,7 +66,7 @@ def generate(
     """Draw tokens from the whole distribution."""
     loaded = load(backend)
     ms = peers.step_times(_texts(loaded, workload, batch, num_tokens, Sampling(seed=SEED)))
-    return Outcome([], _about(loaded), memory.taken()), ms
+    return Outcome([], _about(loaded), process_memory.taken()), ms
 
 
 def greedy(workload: str, batch: int, tokens: int, backend: str) -> list[list[int]]:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from baby_xp import memory, tree
-from baby_xp.generate import window_start
+from baby_xp.arrays import tree
+from baby_xp.inference.generate import window_start
+from baby_xp.resources import process_memory
 from baby_xp.text.batches import Batch
 from baby_xp.training.loop import READ_EVERY
 from bench import harness, peers, workloads
@@ -65,7 +66,7 @@ def train(
     with torch.no_grad():
         model.eval()
         last = loss_of(clock.batches[0]).item()
-    return Outcome([read, last], about(device), memory.taken(), gpu_memory(device))
+    return Outcome([read, last], about(device), process_memory.taken(), gpu_memory(device))
 
 
 def generate(
@@ -77,7 +78,7 @@ def generate(
     with torch.inference_mode():
         decoder = Decoder.of(workload, batch, num_tokens, backend)
         ms = peers.step_times(decoder.draw(num_tokens))
-    return Outcome([], about(decoder.device), memory.taken()), ms
+    return Outcome([], about(decoder.device), process_memory.taken()), ms
 
 
 def shortfalls(workload: str | dict, ids: list[list[int]], backend: str = "numpy") -> list[list[float]]:

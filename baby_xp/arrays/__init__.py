@@ -1,0 +1,1 @@
+"""Arrays, trees of them, and random numbers: what every layer is written with."""

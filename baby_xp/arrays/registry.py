@@ -1,0 +1,96 @@
+"""The registered backends: by name, or the best one that works here.
+
+A backend is found among the entry points of the group "baby_xp.backends", so that another package can add one.
+"""
+
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from baby_xp import checks
+from baby_xp.arrays.backend import Backend
+from baby_xp.errors import BabyError, BackendUnavailable
+
+GROUP = "baby_xp.backends"
+
+
+@dataclass(frozen=True)
+class State:
+    """What `backends` shows of one: whether it works, and if not, why and what to do."""
+
+    name: str
+    works: bool
+    version: str
+    device: str
+    reason: str = ""
+    remedy: str = ""
+    details: str = ""
+
+
+def names() -> list[str]:
+    """Names of all registered backends, NumPy first."""
+    found = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
+    return sorted(found, key=lambda name: (name != "numpy", name != "cupy", name))
+
+
+def load(name: str = "auto", device: str | None = None, dtype: str = "float32", **options: Any) -> Backend:
+    """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work.
+
+    dtype: "float32" or "float64".
+    options: those of one kind of backend, such as CuPy's tf32 and memory_gib; None and False stand for one that is
+    not given. BabyError for one that the backend does not have.
+    """
+    name = checks.text("backend", name)
+    device = None if device is None else checks.text("device", device)
+    dtype = checks.choice("dtype", dtype, ("float32", "float64"))
+    if name == "auto":
+        return choose(device, dtype, **options)[0]
+    points = importlib.metadata.entry_points(group=GROUP, name=name)
+    if not points:
+        raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
+    kind = next(iter(points)).load()
+    left_out = lambda value: value is None or (isinstance(value, bool | np.bool_) and not value)  # noqa: E731
+    given = {option: value for option, value in options.items() if not left_out(value)}
+    for option in given.keys() - inspect.signature(kind).parameters.keys():
+        raise BabyError(f"{name} has no option {option}: leave it out, or use a backend that has it, such as cupy")
+    return kind(device=device, dtype=dtype, **given)
+
+
+def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
+    """What `auto` takes, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
+    try:
+        backend = load("cupy", device, dtype, **options)
+        return backend, f"a working GPU: {backend.device}"
+    except BackendUnavailable as error:
+        if device not in (None, "cpu"):
+            raise
+        return load("numpy", device, dtype, **options), f"no GPU to use ({error.reason})"
+    except BabyError:  # an option that makes no sense
+        raise
+    except Exception as error:  # what is broken must not stand in the way of what works
+        if device not in (None, "cpu"):
+            raise BackendUnavailable("cupy", _told(error), "reinstall CuPy, or use --backend numpy") from None
+        return load("numpy", device, dtype, **options), f"no GPU to use ({_told(error)})"
+
+
+def states() -> list[State]:
+    """The state of every registered backend; never raises because one cannot work."""
+    return [_state(name) for name in names()]
+
+
+def _state(name: str) -> State:
+    try:
+        backend = load(name)
+        details = backend.details() if hasattr(backend, "details") else ""
+        return State(name, True, backend.version, backend.device, details=details)
+    except BackendUnavailable as error:
+        return State(name, False, "", "", error.reason, error.remedy)
+    except Exception as error:  # a backend of another package, or a broken library: say so, and list the rest
+        return State(name, False, "", "", _told(error), "reinstall the library it needs")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

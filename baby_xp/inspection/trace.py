@@ -1,0 +1,329 @@
+"""The maths under glass: copies of the layers and models that show every array which they compute.
+
+The files in layers/ and models/ hold no hook, and nobody keeps a list of their arrays. Their own source is read,
+and `ast` puts a call after each assignment in a function:
+
+    scores = q @ xp.matrix_transpose(k) / ...
+    scores = __see__("scores", scores)
+
+and around each value that a `forward` or `backward` returns without a name. The copies are compiled from that,
+and refer to each other. What trains and generates is the plain text, and pays nothing.
+
+The names are those of the source, after the place in the model: "blocks.0.attention.heads.scores".
+
+- The place is the path of the layer's parameters. A layer without parameters (heads, softmax, gelu, dropout) has
+  the place of its caller and its module's name. A helper function belongs to the layer that calls it.
+- An array that is returned without a name is "y" from forward and "dx" from backward.
+- A name that is given again is numbered in the order of computation: "scores", "scores:2".
+- An array that goes by several names (one layer's y is the next one's x) has all of them. Mere renaming, as in
+  `q, k, v = saved`, gives no new name; and a loop shows what it ends with.
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from baby_xp import layers, models
+from baby_xp.arrays.tree import Tree
+from baby_xp.errors import BabyError
+
+SEE, SCOPE, IMPORT = "__see__", "__scope__", "__import_copy__"
+DIRECTIONS = {"forward": ("y", 0), "backward": ("dx", -1)}
+"""What a result without a name is called, and which one of several results it is."""
+
+
+class Recorder:
+    """Names every array that it is shown, keeps a copy of it, and may put another one in its place.
+
+    to_host: makes a host array of one of the backend's. p: the tree of parameters, which tells a layer's place.
+    changes: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
+    order of computation; gradients are what is seen after `turn`.
+    """
+
+    def __init__(self, xp: Any, to_host: Callable, p: Tree, changes: Mapping[str, Callable] | None = None):
+        self.xp, self.to_host, self.changes = xp, to_host, dict(changes or {})
+        self.paths = dict(_subtrees(p))
+        self.arrays: dict[str, Any] = {}
+        self.gradients: dict[str, Any] = {}
+        self.now = self.arrays
+        self.names: list[list[str]] = []
+        """For each array in the order of computation, all its names, the first one first."""
+        self._counts: Counter[str] = Counter()
+        self._latest: dict[str, Any] = {}
+        self._known: dict[int, tuple[Any, int]] = {}  # by id; holding the array keeps the id its own
+        self._scopes = [("", "")]
+
+    def turn(self) -> None:
+        """The forward pass is over: what comes now are gradients."""
+        self.now = self.gradients
+
+    def see(self, name: str, value: Any) -> Any:
+        """The value, or what is put in its place. Everything but an array goes through unseen."""
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            return value
+        full = _joined(self._scopes[-1][1], name)
+        if self._latest.get(full) is value or self._is_of_forward(value):
+            return value
+        self._counts[full] += 1
+        unique = full if self._counts[full] == 1 else f"{full}:{self._counts[full]}"
+        value = self._latest[full] = self.changed(unique, value)
+        if id(value) not in self._known:
+            self._known[id(value)] = (value, len(self.names))
+            self.names.append([])
+            self.now[unique] = self.host(value)
+        names = self.names[self._known[id(value)][1]]
+        names.append(unique)
+        self.now[unique] = self.now[names[0]]
+        return value
+
+    def _is_of_forward(self, value: Any) -> bool:
+        """Whether the backward pass only takes up an array that the forward pass has made."""
+        known = self._known.get(id(value))
+        return self.now is self.gradients and known is not None and self.names[known[1]][0] in self.arrays
+
+    def host(self, value: Any) -> Any:
+        """A copy on the host, which nobody writes to later."""
+        return self.to_host(value).copy()
+
+    def changed(self, name: str, value: Any) -> Any:
+        """What the change of that name makes of an array; BabyError if it is none of its shape and type."""
+        if name not in self.changes:
+            return value
+        new = self.changes[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
+        for what in ("shape", "dtype"):
+            if getattr(new, what, None) != getattr(value, what):
+                raise BabyError(
+                    f"the change of {name} must return an array of shape {tuple(value.shape)} and type "
+                    f"{value.dtype}, not {_told(new)}"
+                )
+        # what comes back as it was stays the very same, down to its layout in memory
+        return value if bool(self.xp.all(new == value)) else new
+
+    def check_changes(self, others: Iterable[str] = ()) -> None:
+        """Raises BabyError if a change has a name that no array had. others: names that exist besides."""
+        known = [*self.arrays, *self.gradients, *others]
+        for name in self.changes:
+            if name not in known:
+                back = "" if self.gradients else " (gradients need backward=True)"
+                raise BabyError(f"there is no array {name!r} on the way; {nearest(name, known)}{back}")
+
+    @contextmanager
+    def scope(self, module: str, function: str, p: Any) -> Iterator[None]:
+        """While a function of a module runs: what it names belongs to its place."""
+        caller, path = self._scopes[-1]
+        if function in DIRECTIONS and isinstance(p, dict) and id(p) in self.paths:
+            path = self.paths[id(p)]
+        elif function in DIRECTIONS or module != caller:
+            path = _joined(path, module.rpartition(".")[2])
+        self._scopes.append((module, path))
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+
+class Copies:
+    """The modules of layers/ and models/ once more, rewritten so that a recorder sees their arrays."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+        self.modules: dict[str, types.ModuleType] = {}
+
+    def of(self, module: types.ModuleType) -> types.ModuleType:
+        """The copy of a module."""
+        return self.named(module.__name__)
+
+    def named(self, name: str) -> types.ModuleType:
+        """The copy of the module of that name; it is made when it is first asked for."""
+        if name not in self.modules:
+            copy = self.modules[name] = types.ModuleType(name)
+            vars(copy).update({SEE: self.recorder.see, SCOPE: self._scoped, IMPORT: self._imported})
+            exec(compiled(source_of(name), file_of(name)), vars(copy))
+        return self.modules[name]
+
+    def _imported(self, module: str, name: str) -> Any:
+        """What `from module import name` gives in a copy."""
+        if f"{module}.{name}" in found():
+            return self.named(f"{module}.{name}")
+        if module in found():
+            return getattr(self.named(module), name)
+        if name == "replaceable":  # a copy is the plain function: a backend's kernel would show nothing
+            return lambda function: function
+        return getattr(importlib.import_module(module), name)
+
+    def _scoped(self, function: Callable) -> Callable:
+        """The function, telling the recorder when it begins and ends."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            p = args[1] if len(args) > 1 else None
+            with self.recorder.scope(function.__module__, function.__name__, p):
+                return function(*args, **kwargs)
+
+        return call
+
+
+@functools.cache
+def found() -> frozenset[str]:
+    """The names of all modules of maths: what lies in layers/ and models/."""
+    parts = (layers, models)
+    return frozenset(
+        module.name for part in parts for module in pkgutil.iter_modules(part.__path__, f"{part.__name__}.")
+    )
+
+
+def source_of(name: str) -> str:
+    """The source of a module. Raises BabyError where it is not to be had."""
+    try:
+        return inspect.getsource(importlib.import_module(name))
+    except OSError:
+        raise BabyError(f"to look inside, the source of {name} is needed, and it is not here") from None
+
+
+def file_of(name: str) -> str:
+    """Where a module's source lies: tracebacks through a copy show its lines."""
+    return getattr(importlib.import_module(name), "__file__", None) or name
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(source: str, file: str) -> types.CodeType:
+    """The code of a module in which every function shows its arrays."""
+    tree = ast.parse(source)
+    tree.body = [line for statement in tree.body for line in _rewritten(statement)]
+    return compile(ast.fix_missing_locations(tree), file, "exec")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the names that are most like this one."""
+    like = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return f"nearest: {', '.join(like)}" if like else "`arrays` and `gradients` of an inspection hold all names"
+
+
+def _rewritten(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement of a module: its functions show their arrays, and it imports copies."""
+    if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("baby_xp"):
+        return [_import_of(statement, alias) for alias in statement.names]
+    if isinstance(statement, ast.FunctionDef):
+        direction = statement.name.rpartition("_")[2]
+        body = [_Shown(DIRECTIONS.get(direction)).visit(line) for line in statement.body]
+        statement.body = [line for lines in body for line in (lines if isinstance(lines, list) else [lines])]
+        statement.decorator_list.insert(0, ast.Name(SCOPE, ast.Load()))
+    return [statement]
+
+
+def _import_of(statement: ast.ImportFrom, alias: ast.alias) -> ast.stmt:
+    """`from a import b as c` becomes `c = __import_copy__("a", "b")`."""
+    target = ast.Name(alias.asname or alias.name, ast.Store())
+    call = ast.Call(ast.Name(IMPORT, ast.Load()), [ast.Constant(statement.module), ast.Constant(alias.name)], [])
+    return ast.copy_location(ast.Assign([target], call), statement)
+
+
+class _Shown(ast.NodeTransformer):
+    """Puts a call of see after each assignment, and around a result without a name.
+
+    result: the name of such a result and its place among several; None for a helper, whose caller names it.
+    """
+
+    def __init__(self, result: tuple[str, int] | None):
+        self.result, self.loops = result, 0
+
+    def visit_Assign(self, node):
+        return self._with_sight(node, node.targets)
+
+    def visit_AnnAssign(self, node):
+        return self._with_sight(node, [node.target])
+
+    def visit_AugAssign(self, node):
+        return self._with_sight(node, [node.target])
+
+    def visit_For(self, node):
+        return self._loop(node)
+
+    def visit_While(self, node):
+        return self._loop(node)
+
+    def visit_FunctionDef(self, node):
+        return node  # a function in a function computes for it, and what it returns gets its name there
+
+    def visit_Lambda(self, node):
+        return node
+
+    def visit_Return(self, node):
+        if self.result is None or node.value is None:
+            return node
+        name, place = self.result
+        if isinstance(node.value, ast.Tuple) and node.value.elts:
+            node.value.elts[place] = _seen(name, node.value.elts[place])
+        else:
+            node.value = _seen(name, node.value)
+        return node
+
+    def _with_sight(self, node, targets):
+        if self.loops or node.value is None or isinstance(node.value, ast.Name):
+            return node
+        return [node, *(_sight(name, node) for name in _bound(targets))]
+
+    def _loop(self, node):
+        """What is assigned in a loop is shown once, after it."""
+        self.loops += 1
+        self.generic_visit(node)
+        self.loops -= 1
+        if self.loops:
+            return node
+        parts = [part for line in node.body for part in ast.walk(line)]
+        parts = [part for part in parts if isinstance(part, ast.Assign | ast.AugAssign | ast.AnnAssign)]
+        targets = [target for part in parts for target in getattr(part, "targets", None) or [part.target]]
+        # a loop that ran over nothing has bound nothing
+        bound = ast.Call(ast.Name("locals", ast.Load()), [], [])
+        tests = [ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)]
+        sights = [ast.copy_location(ast.If(test, [_sight(test.left.value, node)], []), node) for test in tests]
+        return [node, *sights]
+
+
+def _bound(targets: list[ast.expr]) -> list[str]:
+    """The names that an assignment binds, in the order of the text, but for those that begin with `_`."""
+    names = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    names = [part for part in names if isinstance(part.ctx, ast.Store) and not part.id.startswith("_")]
+    return list(dict.fromkeys(part.id for part in sorted(names, key=lambda part: (part.lineno, part.col_offset))))
+
+
+def _sight(name: str, node: ast.stmt) -> ast.stmt:
+    """name = __see__("name", name)"""
+    value = _call(name, ast.Name(name, ast.Load()))
+    return ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), node)
+
+
+def _seen(name: str, value: ast.expr) -> ast.expr:
+    """__see__("name", value), but for a value that has a name already."""
+    return value if isinstance(value, ast.Name | ast.Dict) else ast.copy_location(_call(name, value), value)
+
+
+def _call(name: str, value: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(SEE, ast.Load()), [ast.Constant(name), value], [])
+
+
+def _subtrees(p: Tree, path: str = "") -> Iterator[tuple[int, str]]:
+    """(id, path) of a tree and of all trees in it."""
+    yield id(p), path
+    for key, value in p.items():
+        if isinstance(value, dict):
+            yield from _subtrees(value, _joined(path, key))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _told(value: Any) -> str:
+    """A value in a few words."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"one of shape {tuple(value.shape)} and type {value.dtype}"
+    return "nothing (does it `return` the array?)" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,114 @@
+"""What does not fit this machine, said before anything of it is made.
+
+Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
+system ends this process or another one when there is no more. What a run takes in all is more, and `estimate`
+measures it. A GPU knows its own memory, see backend.py.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from baby_xp_data import equations
+
+from baby_xp.arrays.backend import Backend, in_words
+from baby_xp.config import EquationConfig, EquationData, ModelConfig, Preset
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.resources import counts, process_memory
+from baby_xp.text.batches import EpochWindows
+
+MOST_PARAMETERS = 2**40
+"""More than any machine holds, and few enough that all sizes in bytes can be computed with."""
+MOST_CHARACTERS = 2**25
+"""Of all equations, each filled up to the context: they are made at once, in some seconds."""
+BATCH_BYTES = 16
+"""Of a token in a step's batch: input and target, on the host and on the backend, int32 each."""
+PROCESS_BYTES = 10 * 2**20
+"""Of a worker at least, for Python and NumPy alone."""
+
+
+def check_size(model: Model) -> None:
+    """Raises BabyError for a model that no machine holds."""
+    if model.n_parameters > MOST_PARAMETERS:
+        raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
+
+
+def check_context(chosen: Preset) -> None:
+    """Raises BabyError for equations that are filled up to a context of absurd length."""
+    data, n_ctx = chosen.data, chosen.model.n_ctx
+    if isinstance(data, EquationData):
+        most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
+        if n_ctx > most:
+            whole = equations.longest(data.digits)
+            raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
+
+
+def check_training(chosen: Preset, model: Model, backend: Backend, batches: Any, workers: int) -> None:
+    """Raises BabyError for a run that this machine's memory cannot hold, where NumPy computes.
+
+    batches: those of training. workers: processes that share a step.
+    """
+    check_size(model)
+    room = _room(backend)
+    if room is None:
+        return
+    sequences = batches.batch_size
+    if isinstance(batches, EpochWindows):
+        sequences = min(sequences, batches.n_windows)  # a batch is never more than an epoch
+    together, itemsize = min(chosen.train.batch_size, sequences), np.dtype(chosen.train.dtype).itemsize
+    sizes = model.vocab_size, together, min(workers, together), itemsize
+    parts = counts.arrays(chosen.model, *sizes, backend.xp.tokens_at_once)
+    parts["batch"] = BATCH_BYTES * sequences * chosen.model.n_ctx
+    if workers > 1:
+        parts["processes"] = (workers - 1) * PROCESS_BYTES
+        # in what they exchange there is room for a whole batch, though there may be less to learn from
+        parts["batch"] += BATCH_BYTES // 2 * chosen.train.batch_size * chosen.model.n_ctx
+    if (taken := sum(parts.values())) > room:
+        lower = _to_lower(parts, chosen.model)
+        raise BabyError(f"training this takes {_too_much(taken, room)}: lower {lower}")
+
+
+def check_batch(model: Model, batch: int, tokens: int) -> None:
+    """Raises BabyError for a batch that `check` cannot compute at once, in float64 and without tiles."""
+    room, config = process_memory.free(), model.config
+    if room is None or isinstance(config, EquationConfig):  # a table of equations is small
+        return
+    one = counts.gpu_bytes(replace(config, n_ctx=tokens), model.vocab_size, 1, 8)
+    fixed = 6 * 8 * model.n_parameters  # parameters twice, two gradients, and what they are packed from
+    if fixed + batch * one > room:
+        most = max(0, room - fixed) // one
+        advice = f"choose a batch of {most:,} at most" if most else "that is too little for this model"
+        raise BabyError(f"a check of {batch:,} sequences takes {_too_much(fixed + batch * one, room)}: {advice}")
+
+
+def check_texts(model: Model, backend: Backend, number: int) -> None:
+    """Raises BabyError for more texts than can be generated together."""
+    room = _room(backend)
+    if room is None:
+        return
+    one = counts.cache_bytes(model.config, np.dtype(backend.dtype).itemsize) + 2 * 8 * model.vocab_size
+    if number * one > room:
+        raise BabyError(
+            f"{number:,} texts at once take {_too_much(number * one, room)}: ask for {room // one:,} at most"
+        )
+
+
+def _room(backend: Backend) -> int | None:
+    return process_memory.free() if backend.name == "numpy" else None
+
+
+def _too_much(size: int, room: int) -> str:
+    return f"at least {in_words(size)}, and this machine has {in_words(room)} free"
+
+
+def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
+    """The settings that most of the memory is for."""
+    largest = max(parts, key=parts.get)
+    if largest == "batch":
+        return "--batch-size or --accumulate"
+    if largest in ("processes", "exchange of workers"):
+        return "--workers"
+    if isinstance(config, EquationConfig):
+        return "--n-ctx, --n-emb or --n-hidden"
+    return "--n-ctx, --n-emb, --head-size or --n-layers"

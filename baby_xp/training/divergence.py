@@ -1,0 +1,59 @@
+"""Why a run diverged: its last steps once more, looking at every parameter's gradient."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from baby_xp.training import optimizers
+from baby_xp.training.checkpoint import Checkpoint, on_device
+from baby_xp.training.step import accumulated, noisy_loss_and_gradients
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The parameter whose gradient was largest, its norm, and the step it was in, counted from 1.
+
+    The norm is not finite where the gradients were the first to diverge.
+    """
+
+    parameter: str
+    norm: float
+    step: int
+
+
+def largest_gradient(backend, model, config, task, start: Checkpoint, last: int, workers=None) -> Finding | None:
+    """The largest gradient in the last step from `start` on whose loss was finite; `last`: the step that was not.
+
+    The steps are computed again, which gives the same numbers: a run need not keep its past at hand.
+    """
+    xp, finding = backend.xp, None
+    compute = noisy_loss_and_gradients if workers is None else workers.loss_and_gradients
+    if config.accumulate > 1:
+        compute = accumulated(compute, config.batch_size)
+    state = on_device(backend, model, config, start)
+    with np.errstate(all="ignore"):
+        for step in range(start.step, last):
+            batch = task.batches.batch(step)
+            batch = type(batch)(*(backend.asarray(part) for part in batch))
+            loss, gradients = compute(xp, model, state, batch)
+            if not np.isfinite(backend.to_numpy(loss)).all():
+                break
+            norms = _norms(model.layout, backend.to_numpy(gradients))
+            diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
+            if len(diverged) == len(norms) and finding is not None:  # it was over before: that tells more
+                break
+            parameter = diverged[0] if diverged else max(norms, key=norms.get)
+            finding = Finding(parameter, norms[parameter], step + 1)
+            if diverged:
+                break
+            state, _ = optimizers.update(xp, state, gradients, config)
+    return finding
+
+
+def _norms(layout, gradients: np.ndarray) -> dict[str, float]:
+    """Norm of each parameter's gradient, from the flat buffer (P,); in float64, where squares do not overflow."""
+    ends = np.cumsum(layout.sizes)
+    return {
+        path: float(np.linalg.norm(gradients[end - size : end].astype(np.float64)))
+        for path, size, end in zip(layout.paths, layout.sizes, ends, strict=True)
+    }

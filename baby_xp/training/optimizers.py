@@ -1,0 +1,80 @@
+"""AdamW on the flat buffer, clipping by the global norm, and schedules of the learning rate."""
+
+import math
+
+from baby_xp.arrays.namespace import replaceable
+
+EPS = 1e-8
+
+
+@replaceable
+def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: float, weight_decay: float):
+    """One step of AdamW with decoupled decay (Loshchilov and Hutter 2019), element by element.
+
+    w, g, m, v (P,): parameters, gradients, first and second moments. decays (P,): 1 where weight decay
+    pulls, else 0. scale, lr, bias1, bias2 (1,): what clipping leaves of the gradients, learning rate,
+    1 - beta1^t, 1 - beta2^t. -> new w, m, v.
+    """
+    g = scale * g
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    step = (m / bias1) / (xp.sqrt(v / bias2) + EPS)
+    return w - lr * (step + weight_decay * decays * w), m, v
+
+
+def update(xp, state, gradients, config):
+    """A new state after one step, and the metrics of it; the gradient norm is that before clipping.
+
+    state: params, m, v (P,), decays (P,), step (1,) int32. `config` is a TrainConfig.
+    """
+    norm = global_norm(xp, gradients)
+    scale = clip_scale(xp, norm, config.clip)
+    lr = learning_rate(xp, state["step"], config, gradients.dtype)
+    t = xp.astype(state["step"] + 1, gradients.dtype)
+    # -expm1(t log(beta)) is 1 - beta^t without the cancellation that costs float32 its digits at small t
+    bias1, bias2 = (-xp.expm1(t * math.log(beta)) for beta in (config.beta1, config.beta2))
+    w, m, v = adamw(
+        xp, state["params"], gradients, state["m"], state["v"], state["decays"], scale, lr, bias1, bias2,
+        config.beta1, config.beta2, config.weight_decay,
+    )  # fmt: skip
+    state = {**state, "params": w, "m": m, "v": v, "step": state["step"] + 1}
+    return state, {"grad_norm": norm, "lr": lr}
+
+
+def clip_scale(xp, norm, limit: float):
+    """What brings gradients of this global norm (1,) down to `limit` at most (0: no limit) -> (1,).
+
+    Pascanu et al. 2013.
+    """
+    if limit == 0:
+        return xp.ones_like(norm)
+    return xp.minimum(limit / (norm + 1e-6), xp.ones_like(norm))
+
+
+@replaceable
+def global_norm(xp, gradients):
+    """Root of the sum of squares: (P,) -> (1,)."""
+    return xp.reshape(xp.sqrt(xp.sum(gradients * gradients)), (1,))
+
+
+def learning_rate(xp, step, config, dtype):
+    """The rate at step (1,) int32, counted from 0 -> (1,).
+
+    Linear warm-up over `warmup_steps`, then constant, or a half cosine that ends at `min_lr` after
+    `num_steps` (Loshchilov and Hutter 2017).
+    """
+    t = xp.astype(step, dtype)
+    peak = config.peak_lr
+    if config.schedule == "cosine":
+        span = max(1, config.num_steps - config.warmup_steps)
+        done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
+        lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))
+    else:
+        lr = xp.zeros_like(t) + peak
+    warm = peak * (t + 1) / (config.warmup_steps + 1)
+    return xp.where(t < config.warmup_steps, warm, lr)
+
+
+def scaled_rate(lr: float, base_batch_size: int, batch_size: int) -> float:
+    """The Little Baby's rule: the rate grows in proportion to the batch, LR_new = LR_old * (B_new / B_old)."""
+    return lr * (batch_size / base_batch_size)

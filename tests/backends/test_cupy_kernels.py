@@ -1,0 +1,361 @@
+"""CuPy's kernels: each gives what the plain function gives that it replaces, on the CPU and on a GPU.
+
+On the CPU, the source that a GPU would get is compiled by the C++ compiler and run thread by thread: fake_cupy.py.
+"""
+
+import shutil
+import subprocess
+
+import fake_cupy
+import numpy as np
+import pytest
+from baby_xp_backends import cupy_kernels
+from conftest import case_of
+from layer_table import TABLE, numbers_for
+
+from baby_xp.arrays import params, rng
+from baby_xp.arrays.namespace import REPLACEABLE
+from baby_xp.arrays.tree import leaves
+from baby_xp.config import GPTConfig, TrainConfig
+from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads, layernorm, linear, softmax
+from baby_xp.models import Model
+from baby_xp.text.batches import RandomWindows
+from baby_xp.training import optimizers
+from baby_xp.training.step import initial_state, make_step
+
+BOTH = ["cupy kernels", pytest.param("cupy", marks=pytest.mark.gpu)]
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
+"""Largest difference from the plain form in float64, in units of the array's largest number."""
+
+
+@pytest.fixture(params=BOTH)
+def cupy(request):
+    """The kernels in float64."""
+    return case_of(request.param)
+
+
+@pytest.fixture(params=BOTH)
+def cupy32(request):
+    """The kernels in float32."""
+    return case_of(request.param, "float32")
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0.3, 1.5, shape)
+
+
+def stream(B: int) -> np.ndarray:
+    return np.random.default_rng(9).integers(-(2**31), 2**31, B).astype(np.int32)
+
+
+# each function and what it is called with: more rows than a block has warps, more columns than a warp has threads,
+# and neither a multiple of 32 --------------------------------------------------------------------------------
+
+N, C, V = 75, 70, 101
+RATE = 0.3
+
+
+def weights(C: int, F: int) -> dict[str, np.ndarray]:
+    return {"weight": draw(0, C, F), "bias": draw(1, F)}
+
+
+def gains(C: int) -> dict[str, np.ndarray]:
+    return {"gain": draw(0, C), "bias": draw(1, C)}
+
+
+def both_ways(module, p, x, dy, *arguments):
+    """Forward and backward of a layer, as one function of xp and a way to put arrays on the device."""
+
+    def run(xp, put):
+        on_device = {name: put(array) for name, array in p.items()}
+        y, saved = module.forward(xp, on_device, put(x), *arguments)
+        back = module.backward(xp, on_device, saved, put(dy))
+        dp, dx = back if isinstance(back, tuple) else (back, None)
+        return [y, dx, *dp.values()]
+
+    return run
+
+
+def attention(B, T, H, D, noise: bool, spread: float = 1.0):
+    def run(xp, put):
+        given = (put(stream(B)), RATE) if noise else None
+        y, saved = heads.forward(xp, {}, put(spread * draw(0, B * T, 3 * H * D)), Shape(B, T, H), given)
+        return [y, heads.backward(xp, {}, saved, put(draw(1, B * T, H * D)))[1], *saved[1:3]]
+
+    return run
+
+
+def adamw(size: int):
+    def run(xp, put):
+        arrays = [put(draw(i, size)) for i in range(3)]
+        arrays += [put(draw(3, size) ** 2), put(np.arange(size) % 2.0)]
+        scalars = [put(np.array([x])) for x in (0.7, 1e-2, 0.3, 0.05)]
+        return optimizers.adamw(xp, *arrays, *scalars, 0.9, 0.99, 0.1)
+
+    return run
+
+
+def loss(xp, put):
+    logits, targets = draw(0, N, V), np.random.default_rng(1).integers(0, V, N).astype(np.int32)
+    losses, saved = cross_entropy.forward(xp, {}, put(20 * logits), put(targets))
+    return [losses, cross_entropy.backward(xp, {}, saved, put(draw(2, N)))[1]]
+
+
+def rows_by_id(number: int, V: int):
+    ids = np.random.default_rng(0).integers(0, V, number).astype(np.int32) // 3 * 3
+    return lambda xp, put: [embedding.sum_by_id(xp, put(ids), put(draw(1, number, C)), V)]
+
+
+def dropped(xp, put):
+    y, keep = dropout.drop(xp, put(draw(0, 3, 7, 101)), put(stream(3)), RATE)
+    return [y, keep, dropout.select(xp, keep, put(draw(1, 3, 7, 101)), RATE)]
+
+
+CASES = {
+    "linear": both_ways(linear, weights(C, V), draw(2, N, C), draw(3, N, V)),
+    "linear without bias": both_ways(linear, {"weight": draw(0, C, V)}, draw(2, N, C), draw(3, N, V)),
+    "linear with many rows": both_ways(linear, weights(2, 3), draw(2, 2111, 2), draw(3, 2111, 3)),
+    "layer norm": both_ways(layernorm, gains(C), draw(2, N, C), draw(3, N, C)),
+    "layer norm of one row": both_ways(layernorm, gains(5), draw(2, 1, 5), draw(3, 1, 5)),
+    "gelu": both_ways(gelu, {}, draw(0, N, C), draw(1, N, C), "tanh"),
+    "gelu of more than a grid": both_ways(gelu, {}, draw(0, 1_100_003), draw(1, 1_100_003), "tanh"),
+    "gelu by erf": both_ways(gelu, {}, draw(0, N, C), draw(1, N, C), "erf"),
+    "gelu far from zero": lambda xp, put: gelu.tanh_form(xp, put(np.array([-1e4, -40.0, -10, 0, 10, 1e4]))),
+    "softmax": both_ways(softmax, {}, draw(0, N, C), draw(1, N, C)),
+    "softmax of a short row": both_ways(softmax, {}, draw(0, 3, 5, 4), draw(1, 3, 5, 4)),
+    "attention": attention(2, 37, 3, 5, noise=False),
+    "attention with dropout": attention(3, 37, 2, 4, noise=True),
+    "attention of one token": attention(2, 1, 2, 4, noise=True),
+    "attention with scores far apart": attention(2, 9, 3, 4, noise=False, spread=30.0),
+    "cross-entropy": loss,
+    "rows of many ids": rows_by_id(700, cupy_kernels.ONE_HOT_IDS + 5),
+    "rows of few ids": rows_by_id(100, 11),
+    "dropout": dropped,
+    "AdamW": adamw(1000),
+    "AdamW of more than a grid": adamw(1_100_003),
+    "global norm": lambda xp, put: [optimizers.global_norm(xp, put(draw(0, 300_007)))],
+    "global norm of one": lambda xp, put: [optimizers.global_norm(xp, put(draw(0, 1)))],
+}  # fmt: skip
+NAMES = pytest.mark.parametrize("name", CASES)
+
+
+def compare(case, plain, run) -> None:
+    found, expected = run(case.xp, case.asarray), run(plain.xp, plain.asarray)
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        one, other = case.to_numpy(one), np.asarray(other)
+        assert (one.shape, one.dtype.kind) == (other.shape, other.dtype.kind)
+        if one.dtype.kind == "f":
+            assert one.dtype == case.dtype
+        scale = max(1e-3, np.max(np.abs(other)))
+        np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=TOLERANCE[case.dtype])
+
+
+@NAMES
+def test_a_kernel_is_the_plain_function(cupy, plain, name):
+    compare(cupy, plain, CASES[name])
+
+
+@NAMES
+def test_a_kernel_is_the_plain_function_in_float32(cupy32, plain, name):
+    compare(cupy32, plain, CASES[name])
+
+
+def test_every_kernel_replaces_a_function_that_exists():
+    assert set(cupy_kernels.KERNELS) <= set(REPLACEABLE)
+
+
+def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
+    machine = fake_cupy.Machine()
+    try:
+        backend = fake_cupy.backend(machine)
+    except fake_cupy.BackendUnavailable as error:
+        pytest.skip(error.reason)
+    reached = set()
+    kernels = {
+        name: lambda xp, *arguments, _name=name, _function=function: (
+            reached.add(_name) or _function(xp, *arguments)
+        )
+        for name, function in backend.xp.kernels.items()
+    }
+    monkeypatch.setattr(backend.xp, "kernels", kernels)
+    for run in CASES.values():
+        run(backend.xp, lambda array: backend.asarray(np.asarray(array)))
+    rng.keep_mask(backend.xp, backend.asarray(stream(2)), 5, RATE)
+    rng.streams(backend.xp, *(backend.integers([i]) for i in range(3)), 2)
+    assert reached == set(cupy_kernels.KERNELS)
+    in_source = {part.partition("(")[0] for part in cupy_kernels.source("float32").split("__global__ void ")[1:]}
+    assert {name for name, _ in machine.launched} == in_source
+
+
+@NAMES
+def test_the_order_of_threads_changes_nothing(name):
+    """A result that hangs on an order that CUDA does not promise shows here as two results."""
+    machine = fake_cupy.Machine()
+    try:
+        backend = fake_cupy.backend(machine)
+    except fake_cupy.BackendUnavailable as error:
+        pytest.skip(error.reason)
+    results = []
+    for machine.falling in (False, True):
+        results.append(
+            [
+                None if array is None else array.tobytes()
+                for array in CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
+            ]
+        )
+    assert results[0] == results[1]
+
+
+# bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 513, 70_001])
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.9])
+def test_masks_are_the_same_bit_for_bit(cupy32, plain, size, rate):
+    keys = np.array([0, 1, -1, 2**31 - 1, -(2**31)], dtype=np.int32)
+    found = cupy32.to_numpy(rng.keep_mask(cupy32.xp, cupy32.asarray(keys), size, rate))
+    assert np.array_equal(found, rng.keep_mask(plain.xp, keys, size, rate), equal_nan=True)
+
+
+def test_streams_are_the_same_bit_for_bit(cupy32, plain):
+    samples = np.arange(300, dtype=np.int32)
+    for seed, step in ((0, 0), (2**32 - 1, 7), (5, 2**31)):
+        found = []
+        for case in (cupy32, plain):
+            given = case.integers([seed]), case.integers([step]), case.asarray(samples)
+            found.append(case.to_numpy(rng.streams(case.xp, *given, 9)))
+        assert np.array_equal(*found)
+
+
+def test_attention_drops_what_the_mask_says(cupy, plain):
+    """The softmax kernel hashes for itself; the weights that it drops are those that rng.keep_mask says."""
+    B, T, H, D = 2, 6, 3, 4
+    _, saved = heads.forward(cupy.xp, {}, cupy.asarray(draw(0, B * T, 3 * H * D)), Shape(B, T, H),
+                             (cupy.asarray(stream(B)), 0.5))  # fmt: skip
+    weights, dropped = cupy.to_numpy(saved[3]), cupy.to_numpy(saved[4])
+    keep = rng.keep_mask(plain.xp, stream(B), H * T * T, 0.5).reshape(B, H, T, T)
+    assert np.array_equal(dropped != 0, keep & (weights != 0))
+    assert (weights[:, :, ~np.tri(T, dtype=bool)] == 0).all()
+
+
+# numbers that are not finite, and views -------------------------------------------------------------------
+
+
+def test_a_logit_of_minus_infinity_adds_nothing_and_one_that_is_no_number_shows(cupy, plain):
+    logits = draw(0, 4, 40)
+    logits[0, 0] = logits[1, 39] = -np.inf
+    logits[2, 5], logits[3, :] = np.nan, -np.inf
+    targets = np.array([3, 0, 1, 2], dtype=np.int32)
+    with np.errstate(invalid="ignore"):
+        expected, _ = cross_entropy.forward(plain.xp, {}, logits, targets)
+    found, _ = cross_entropy.forward(cupy.xp, {}, cupy.asarray(logits), cupy.asarray(targets))
+    np.testing.assert_allclose(cupy.to_numpy(found), expected, rtol=1e-12)
+    assert np.isnan(expected).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_where_logits_lie_does_not_matter(cupy, plain, shift):
+    logits, targets, dy = draw(0, 9, 40) + shift, np.arange(9, dtype=np.int32), draw(1, 9)
+    results = []
+    for case in (cupy, plain):
+        losses, saved = cross_entropy.forward(case.xp, {}, case.asarray(logits), case.asarray(targets))
+        dlogits = cross_entropy.backward(case.xp, {}, saved, case.asarray(dy))[1]
+        softmaxed = softmax.forward(case.xp, {}, case.asarray(logits))[0]
+        results.append([case.to_numpy(array) for array in (losses, dlogits, softmaxed)])
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_kernels_take_views_as_they_are_meant(cupy, plain):
+    x = draw(0, 60, 50)
+    gain = {"gain": draw(1, 60), "bias": draw(2, 60)}
+    found, _ = layernorm.forward(cupy.xp, {k: cupy.asarray(v) for k, v in gain.items()}, cupy.asarray(x).T)
+    np.testing.assert_allclose(cupy.to_numpy(found), layernorm.forward(plain.xp, gain, x.T)[0], atol=1e-12)
+    y, slope = gelu.tanh_form(cupy.xp, cupy.asarray(x)[::2, 1:9])
+    np.testing.assert_allclose(cupy.to_numpy(y), gelu.tanh_form(plain.xp, x[::2, 1:9])[0], atol=1e-12)
+    np.testing.assert_allclose(cupy.to_numpy(slope), gelu.tanh_form(plain.xp, x[::2, 1:9])[1], atol=1e-12)
+
+
+# products -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_batched_products_are_products(cupy, transpose_a, transpose_b):
+    a, b = draw(0, 2, 3, 5, 7), draw(1, 2, 3, 7, 4)
+    out = cupy.asarray(np.zeros((2, 3, 5, 4)))
+    turned = ((a, transpose_a), (b, transpose_b))
+    on_device = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
+    found = cupy.xp.batched_product(*on_device, transpose_a, transpose_b, factor=0.25, out=out)
+    np.testing.assert_allclose(cupy.to_numpy(found), 0.25 * (a @ b), atol=1e-13)
+    assert found is out
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((5, 7), (7, 4)), ((2, 5, 7), (7, 4)), ((2, 3, 5, 7), (7, 4)), ((3, 5, 7), (3, 7, 4)), ((5, 7), (3, 7, 4)),
+     ((1, 5, 7), (3, 7, 4)), ((2, 0, 7), (2, 7, 4)), ((7,), (7, 4)), ((0, 5, 7), (7, 4))],
+)  # fmt: skip
+def test_matmul_is_matmul_for_all_shapes(cupy, a, b):
+    a, b = draw(0, *a), draw(1, *b)
+    found = cupy.to_numpy(cupy.xp.matmul(cupy.asarray(a), cupy.asarray(b)))
+    assert found.shape == (a @ b).shape
+    np.testing.assert_allclose(found, a @ b, atol=1e-13)
+
+
+# a step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = Model(GPTConfig(n_ctx=8, n_emb=12, head_size=8, n_heads=2, n_layers=2, dropout=0.2), 17)
+    batch = RandomWindows(np.random.default_rng(0).integers(0, 17, 400), 8, 3, 0).batch(0)
+    return model, batch
+
+
+def test_a_step_never_waits_for_the_device(small):
+    machine = fake_cupy.Machine()
+    try:
+        backend = fake_cupy.backend(machine)
+    except fake_cupy.BackendUnavailable as error:
+        pytest.skip(error.reason)
+    model, batch = small
+    state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
+    step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
+    before = machine.synchronized
+    for _ in range(2):
+        state, metrics = step(state, type(batch)(*map(backend.asarray, batch)))
+    assert machine.synchronized == before
+    assert np.isfinite(float(backend.to_numpy(metrics["loss"])[0]))
+    assert machine.synchronized == before + 1
+
+
+def test_the_layer_table_gives_the_same_numbers_a_second_time(cupy32):
+    """No sum is made in an order left to chance."""
+    for entry in TABLE:
+        numbers, results = numbers_for(entry), []
+        for _ in range(2):
+            arrays = [cupy32.asarray(array) for array in (numbers.flat, numbers.x, numbers.streams)]
+            p = numbers.layout.unpack(cupy32.xp, arrays[0])
+            y, saved = entry.forward(cupy32.xp, p, *arrays[1:])
+            dp, _ = entry.backward(cupy32.xp, p, saved, cupy32.asarray(numbers.dy(y.shape)))
+            results.append([cupy32.to_numpy(array).tobytes() for array in (y, *(leaf for _, leaf in leaves(dp)))])
+        assert results[0] == results[1], entry.name
+
+
+# the compilers that a GPU's code goes through ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA's compiler nvcc is not here")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_source_compiles_for_a_gpu_and_keeps_its_numbers_in_registers(tmp_path, dtype):
+    (tmp_path / "kernels.cu").write_text(cupy_kernels.source(dtype), "utf-8")
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "kernels.cu", "-o", "kernels.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = cupy_kernels.source(dtype).count('extern "C" __global__')
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == kernels

@@ -1,0 +1,420 @@
+"""The original Little Baby's files: they compute here what they did there, come back as they were, and no fault
+in them raises anything but a BabyError.
+"""
+
+import copy
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baby_xp.arrays import params
+from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.convert import littlebaby
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer
+
+REFERENCES = ["pre-mha-mlp", "post-mha-mlp", "pre-moh-mlp", "pre-mha-moe"]
+SWITCHES = [
+    {"c_sequence": s, "c_attention": a, "c_network": n}
+    for s in ("pre", "post")
+    for a in ("mha", "moh")
+    for n in ("mlp", "moe")
+]
+GUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+TOKENIZER = CharTokenizer("\n aé漢🙂")  # not sorted by code point: the order is the file's
+KINDS = ("config", "tokenizer", "model")
+
+
+def config_of(switches: dict, **others) -> GPTConfig:
+    sizes = {"n_ctx": 3, "n_emb": 4, "head_size": 6, "n_heads": 2, "n_layers": 2, "dropout": 0.25}
+    return GPTConfig(**{**sizes, **switches, **others})
+
+
+def parameters(config: GPTConfig, V: int = TOKENIZER.vocab_size) -> np.ndarray:
+    flat = np.random.default_rng(0).normal(size=Model(config, V).n_parameters)
+    flat[:4] = [-0.0, np.finfo(float).max, np.finfo(float).smallest_subnormal, 3.0]
+    return flat
+
+
+def documents(folder: Path, switches: dict) -> dict[str, dict]:
+    """What the three files of a model hold."""
+    config = config_of(switches)
+    files = littlebaby.write(folder, GUID, config, TOKENIZER, parameters(config))
+    return {kind: json.loads(path.read_text("ascii")) for kind, path in zip(KINDS, files, strict=True)}
+
+
+def put(folder: Path, documents: dict) -> Path:
+    """Write the documents into one folder. Returns the model's file."""
+    for kind, value in documents.items():
+        (folder / f"{kind}_x.json").write_text(json.dumps(value), "ascii")
+    return folder / "model_x.json"
+
+
+def read_or_refused(folder: Path) -> littlebaby.Converted | None:
+    """The model in a folder; None if a BabyError, of one line, refused it."""
+    try:
+        return littlebaby.read(folder / "model_x.json")
+    except BabyError as error:
+        return None if str(error).isprintable() else pytest.fail(f"more than one line: {error}")
+
+
+def message_of(caught) -> str:
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Documents of a small model with a mixture of heads and of experts; to be copied, not changed."""
+    return documents(tmp_path_factory.mktemp("made"), SWITCHES[7])
+
+
+# what the original wrote --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_what_is_written_is_what_the_original_wrote(reference_folder, tmp_path, name):
+    found = littlebaby.read(reference_folder / f"model_{name}.json")
+    train = TrainConfig(**found.train)
+    files = littlebaby.write(tmp_path, GUID, found.config, found.tokenizer, found.params, train)
+    for kind, path in zip(KINDS, files, strict=True):
+        original = json.loads((reference_folder / f"{kind}_{name}.json").read_text("utf-8"))
+        assert json.loads(path.read_text("ascii")) == original
+
+
+# there and back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+def test_all_eight_kinds_come_back_bit_for_bit(tmp_path, switches):
+    config = config_of(switches)
+    flat = parameters(config)
+    files = littlebaby.write(tmp_path, GUID, config, TOKENIZER, flat)
+    found = littlebaby.read(files[2])
+    assert found.params.dtype == np.float64
+    assert found.params.tobytes() == flat.tobytes()
+    assert (found.config, found.tokenizer, found.guid) == (config, TOKENIZER, GUID)
+    assert found.train == {"num_epochs": 1, "batch_size": 16, "lr": 1e-3}
+    assert [path.relative_to(tmp_path).as_posix() for path in files] == [
+        f"configs/config_{GUID}.json",
+        f"tokenizers/tokenizer_{GUID}.json",
+        f"models/model_{GUID}.json",
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(SWITCHES),
+    *[st.integers(1, 3)] * 5,
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+)
+def test_models_of_any_size_come_back(tmp_path_factory, switches, n_ctx, n_emb, n_heads, width, n_layers, text):
+    sizes = {"n_ctx": n_ctx, "n_emb": n_emb, "n_heads": n_heads, "n_layers": n_layers}
+    config, tokenizer = GPTConfig(**switches, **sizes, head_size=n_heads * width), CharTokenizer.from_text(text)
+    flat = params.draw(Model(config, tokenizer.vocab_size).spec, 0)
+    files = littlebaby.write(tmp_path_factory.mktemp("any"), GUID, config, tokenizer, flat)
+    found = littlebaby.read(files[2])
+    assert (found.config, found.tokenizer) == (config, tokenizer)
+    assert found.params.astype("float32").tobytes() == flat.tobytes()
+
+
+def test_the_training_settings_are_those_the_original_can_follow(tmp_path):
+    config, train = config_of({}), TrainConfig(num_steps=9, batch_size=8, accumulate=3, lr=1e-3, base_batch_size=6)
+    files = littlebaby.write(tmp_path, GUID, config, TOKENIZER, parameters(config), train)
+    found = littlebaby.read(files[2])
+    assert found.train == {"num_epochs": 1, "batch_size": 24, "lr": train.peak_lr}
+
+
+def test_the_notebook_finds_the_folders_that_it_writes_into(tmp_path, made):
+    documents(tmp_path, SWITCHES[0])
+    assert (tmp_path / "outputs").is_dir()
+    assert (tmp_path / "settings").is_dir()
+
+
+# where the files lie ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", [GUID, "small", ""])
+def test_files_are_found_beside_the_model_and_their_tag_is_kept_where_it_is_a_guid(tmp_path, made, tag):
+    for kind in KINDS:
+        (tmp_path / f"{kind}_{tag}.json").write_text(json.dumps(made[kind]), "ascii")
+    assert littlebaby.read(tmp_path / f"model_{tag}.json").guid == (tag if tag == GUID else None)
+
+
+def test_files_are_found_from_within_their_folder(tmp_path, monkeypatch):
+    documents(tmp_path, SWITCHES[0])
+    monkeypatch.chdir(tmp_path / "models")
+    assert littlebaby.read(Path(f"model_{GUID}.json")).guid == GUID
+
+
+def test_files_that_are_named_are_taken(tmp_path, made):
+    documents(tmp_path, SWITCHES[0])
+    paths = [tmp_path / name for name in ("a", "b", "c.weights")]
+    for path, kind in zip(paths, KINDS, strict=True):
+        path.write_text(json.dumps(made[kind]), "ascii")
+    config, tokenizer, model = paths
+    found = littlebaby.read(model, config, tokenizer)
+    assert (found.config, found.guid) == (config_of(SWITCHES[7]), None)
+
+
+def test_a_finetuned_model_has_the_config_of_the_one_it_was_made_from(tmp_path):
+    documents(tmp_path, SWITCHES[0])
+    model = tmp_path / f"models/model_{GUID}_finetuned.json"
+    shutil.copy(tmp_path / f"models/model_{GUID}.json", model)
+    with pytest.raises(BabyError, match="say where the tokenizer is"):  # its own has other ids
+        littlebaby.read(model)
+    shutil.copy(
+        tmp_path / f"tokenizers/tokenizer_{GUID}.json", tmp_path / f"models/tokenizer_{GUID}_finetuned.json"
+    )
+    assert littlebaby.read(model).config == config_of(SWITCHES[0])
+
+
+def test_models_from_before_there_were_switches_are_read(tmp_path):
+    new = documents(tmp_path, SWITCHES[0])
+    names = {"mlp_proj_up_": "mlp_fc_", "mlp_proj_dn_": "mlp_proj_"}
+    older = re.compile("|".join(names))
+    config = {name: value for name, value in new["config"].items() if not name.startswith("c_")}
+    model = {older.sub(lambda m: names[m[0]], name): value for name, value in new["model"].items()}
+    assert sum("mlp_fc" in name for name in model) == 4
+    found = littlebaby.read(put(tmp_path, {"config": config, "tokenizer": new["tokenizer"], "model": model}))
+    assert found.config == config_of(SWITCHES[0])
+    assert found.params.tobytes() == parameters(found.config).tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_file_is_named(tmp_path, made, kind):
+    for one in set(KINDS) - {kind}:
+        (tmp_path / f"{one}_x.json").write_text(json.dumps(made[one]), "ascii")
+    with pytest.raises(
+        BabyError, match=rf"{kind}_x\.json (cannot be read \(No such|is not there, nor in)"
+    ) as caught:
+        littlebaby.read(tmp_path / "model_x.json")
+    message_of(caught)
+
+
+@pytest.mark.parametrize("model", ["", "a\0b", "x" * 5000, "nowhere/model_\n.json"])
+def test_a_path_that_cannot_be_a_file_is_refused(tmp_path, model):
+    with pytest.raises(BabyError, match=r"cannot be read|is no path") as caught:
+        littlebaby.read(tmp_path / model)
+    message_of(caught)
+
+
+# faults -------------------------------------------------------------------------------------------------
+
+Q, BIAS = "block_0_moh_q_weight", "block_1_moe_expert_3_dn_bias"
+FAULTS = {
+    "a name is missing": ("model", Q, None, f"lacks {Q}"),
+    "a name is unknown": ("model", "block_0_moh_z_weight\n", [1.0], r"has 'block_0_moh_z_weight\\n'"),
+    "a block too many": ("model", "block_2_ln1_gamma", [1.0] * 4, "has 3 blocks, its config n_layers 2"),
+    "shape": ("model", BIAS, [1.0, 2.0], r"is of shape \(2,\), not numbers of shape \(4,\)"),
+    "turned": ("model", Q, [[1.0] * 4] * 6, r"is of shape \(6, 4\), not numbers of shape \(4, 6\)"),
+    "ragged": ("model", Q, [[1.0] * 6] * 3 + [[1.0] * 5], "is lists of different lengths"),
+    "too flat": ("model", Q, [1.0] * 4, r"is of shape \(4,\)"),
+    "too deep": ("model", BIAS, [[1.0]] * 4, r"is of shape \(4, 1\)"),
+    "empty": ("model", BIAS, [], r"is of shape \(0,\)"),
+    "a word": ("model", BIAS, [1.0, 2.0, 3.0, "4"], "is not of numbers alone"),
+    "true": ("model", BIAS, [1.0, 2.0, 3.0, True], "is not of numbers alone"),
+    "null within": ("model", BIAS, [1.0, 2.0, 3.0, None], "is not of numbers alone"),
+    "null": ("model", BIAS, "null", "is null, not numbers"),
+    "an object": ("model", BIAS, {"a": 1}, "is {'a': 1}, not numbers"),
+    "nan": ("model", BIAS, [1.0, 2.0, 3.0, float("nan")], "not finite"),
+    "infinity": ("model", BIAS, [1.0, 2.0, 3.0, float("-inf")], "not finite"),
+    "too large for a float": ("model", BIAS, [1.0, 2.0, 3.0, 10**400], "not finite"),
+    "a bias that the original has not": ("model", "block_0_moh_g_bias", [0.0, 0.0], "models with null alone"),
+    "8 experts": ("model", "block_1_moe_n_experts", 8, "is 8; baby_xp has models with 4 alone"),
+    "expansion": ("model", "block_1_moe_expansion", 2, "is 2; baby_xp has models with 4 alone"),
+    "expansion as a float": ("model", "block_1_moe_expansion", 4.0, "is 4.0; baby_xp has models with 4 alone"),
+    "no such order": ("config", "c_sequence", "sandwich", "c_sequence must be one of pre, post, not 'sandwich'"),
+    "no such attention": ("config", "c_attention", None, "lacks block_0_mha_q_weight"),
+    "another network": ("config", "c_network", "mlp", "lacks block_0_mlp_proj_up_weight"),
+    "a switch that is a list": ("config", "c_network", ["moe"], "c_network must be one of"),
+    "unknown setting": ("config", "c_position", "rotary", "'c_position', which is not a setting"),
+    "our own config": ("config", "kind", "gpt", "'kind', which is not a setting"),
+    "missing size": ("config", "n_heads", None, "lacks n_heads"),
+    "size": ("config", "n_emb", 5, r"not numbers of shape \(6, 5\)"),
+    "half a size": ("config", "n_ctx", 2.5, "n_ctx must be a whole number"),
+    "enormous width": ("config", "n_emb", 2**31 - 1, "is too small for the"),
+    "enormous depth": ("config", "n_layers", 10_000, "has 2 blocks, its config n_layers 10000"),
+    "heads that do not divide": ("config", "n_heads", 4, "n_heads 4 does not divide head_size 6"),
+    "dropout": ("config", "dropout", 1.0, "dropout must be a number of at least 0 and below 1"),
+    "rate": ("config", "lr", "fast", "lr must be a number above 0"),
+    "epochs": ("config", "num_epochs", 0, "num_epochs must be a whole number of at least 1"),
+    "vocabulary": ("tokenizer", "vocab", ["a", "b"], "vocab_size"),
+    "no vocabulary": ("tokenizer", "vocab", None, "not a list of characters"),
+    "bytes": ("tokenizer", "kind", "byte", "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_in_one_line(tmp_path, made, fault):
+    kind, name, value, message = FAULTS[fault]
+    changed = copy.deepcopy(made)
+    changed[kind][name] = None if value == "null" else value
+    if value is None:
+        del changed[kind][name]
+    with pytest.raises(BabyError, match=message) as caught:
+        littlebaby.read(put(tmp_path, changed))
+    assert f"{kind}_x.json" in message_of(caught) or kind == "config"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"vocab": list("ab")}, "wte_weight for 6 ids, its tokenizer 2 characters"),
+        ({"kind": "byte"}, "is not one of characters"),
+        (["a"], "a tokenizer is a JSON object"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, made, tokenizer, message):
+    with pytest.raises(BabyError, match=message) as caught:
+        littlebaby.read(put(tmp_path, {**made, "tokenizer": tokenizer}))
+    message_of(caught)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[1, 2", b"null", b"3", b"[]", b'"x"', b"[" * 100_000])
+def test_files_that_hold_something_else_are_refused(tmp_path, made, kind, data):
+    for one in KINDS:
+        (tmp_path / f"{one}_x.json").write_bytes(data if one == kind else json.dumps(made[one]).encode("ascii"))
+    with pytest.raises(BabyError, match=f"{kind}_x.json") as caught:
+        littlebaby.read(tmp_path / "model_x.json")
+    message_of(caught)
+
+
+class Trap:
+    """Unpickling it leaves a mark."""
+
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.sprung = True",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "protocol"), [(".json", 2), (".json", 5), (".pkl", 0), (".pickle", 4), (".PKL", 5)]
+)
+def test_pickles_are_refused_with_the_reason_and_never_opened(tmp_path, made, suffix, protocol):
+    import builtins
+
+    path = tmp_path / f"model_x{suffix}"
+    path.write_bytes(pickle.dumps(Trap(), protocol))
+    for config, tokenizer, model in (None, None, path), (path, path, path):
+        with pytest.raises(
+            BabyError, match=r"is a pickle, .* runs whatever code .*; get the JSON files"
+        ) as caught:
+            littlebaby.read(model, config, tokenizer)
+        message_of(caught)
+    assert not hasattr(builtins, "sprung")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+def mutate(draw, value):
+    """Walk to some place in a JSON value; change, drop, double or replace what is there."""
+    if isinstance(value, dict | list) and value and draw(st.integers(0, 4)):
+        key = draw(st.sampled_from(sorted(value)) if isinstance(value, dict) else st.integers(0, len(value) - 1))
+        match draw(st.sampled_from(["deeper", "deeper", "deeper", "drop", "double"])):
+            case "deeper":
+                value[key] = mutate(draw, value[key])
+            case "drop":
+                del value[key]
+            case "double" if isinstance(value, dict):
+                value[draw(st.sampled_from([key + "_", key.replace("0", "1"), "block_7_x", ""]))] = value[key]
+            case "double":
+                value.insert(key, value[key])
+        return value
+    return draw(JSON)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_change_of_the_values_raises_anything_else(tmp_path_factory, made, data):
+    changed = copy.deepcopy(made)
+    for _ in range(data.draw(st.integers(1, 2))):
+        kind = data.draw(st.sampled_from(KINDS))
+        changed[kind] = mutate(data.draw, changed[kind])
+    found = read_or_refused(put(tmp_path_factory.mktemp("changed"), changed).parent)
+    if found is None:
+        return
+    assert found.params.shape == (Model(found.config, found.tokenizer.vocab_size).n_parameters,)
+    assert np.isfinite(found.params).all()
+    TrainConfig(**{"num_epochs": 1, "schedule": "constant", **found.train})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.binary(max_size=3), st.booleans())
+def test_no_damage_to_the_bytes_raises_anything_else(tmp_path_factory, made, kind, at, new, cut):
+    folder = tmp_path_factory.mktemp("damaged")
+    for one in KINDS:
+        data = json.dumps(made[one]).encode("ascii")
+        i = at % len(data)
+        damaged = data[:i] + new + (b"" if cut else data[i + len(new) :])
+        (folder / f"{one}_x.json").write_bytes(damaged if one == kind else data)
+    found = read_or_refused(folder)
+    assert found is None or np.isfinite(found.params).all()
+
+
+# what the original cannot hold --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "message"),
+    [
+        (config_of({}, gelu="erf"), TOKENIZER, "no GELU by erf"),
+        (config_of({}), ByteTokenizer(), "no tokenizer of bytes"),
+        (EquationConfig(), TOKENIZER, "no equation model"),
+    ],
+    ids=["erf", "bytes", "equations"],
+)
+def test_what_the_original_cannot_hold_is_refused(tmp_path, config, tokenizer, message):
+    flat = np.zeros(Model(config, tokenizer.vocab_size).n_parameters)
+    with pytest.raises(BabyError, match=message) as caught:
+        littlebaby.write(tmp_path / "new", GUID, config, tokenizer, flat)
+    message_of(caught)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("guid", ["", "small", "../x", GUID.upper(), GUID + "/x"])
+def test_only_a_guid_names_the_files(tmp_path, guid):
+    config = config_of({})
+    with pytest.raises(BabyError, match="is not a GUID"):
+        littlebaby.write(tmp_path, guid, config, TOKENIZER, parameters(config))
+
+
+@pytest.mark.parametrize("flat", [np.zeros(3), parameters(config_of({})) * np.nan, np.zeros((1, 1))])
+def test_parameters_that_are_not_the_models_are_refused(tmp_path, flat):
+    with pytest.raises(BabyError, match="finite numbers"):
+        littlebaby.write(tmp_path, GUID, config_of({}), TOKENIZER, flat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_written_over(tmp_path, kind):
+    config = config_of({})
+    there = tmp_path / f"{kind}s" / f"{kind}_{GUID}.json"
+    there.parent.mkdir()
+    there.write_text("mine")
+    with pytest.raises(BabyError, match="is there already"):
+        littlebaby.write(tmp_path, GUID, config, TOKENIZER, parameters(config))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [there]
+    assert there.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    config = config_of({})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BabyError, match="cannot be written") as caught:
+        littlebaby.write(tmp_path / "file", GUID, config, TOKENIZER, parameters(config))
+    message_of(caught)

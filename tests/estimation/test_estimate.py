@@ -1,0 +1,363 @@
+"""The estimate: what is counted is what happens, and a trial tells and leaves nothing behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import array_api_compat.numpy as library
+import numpy as np
+import pytest
+
+from baby_xp import api
+from baby_xp.arrays import params, registry
+from baby_xp.arrays.namespace import Namespace
+from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.errors import BabyError
+from baby_xp.estimation import estimate
+from baby_xp.inference.generate import Logits
+from baby_xp.layers import cross_entropy
+from baby_xp.models import Model
+from baby_xp.presets import PRESETS
+from baby_xp.resources import counts, process_memory
+from baby_xp.text import dataset
+from baby_xp.text.batches import Batch
+from baby_xp.training.step import initial_state, make_step, shard_sizes, step_noise
+
+V, BATCH = 11, 3
+SWITCHES = [
+    {"c_sequence": sequence, "c_attention": attention, "c_network": network}
+    for sequence, attention, network in product(("pre", "post"), ("mha", "moh"), ("mlp", "moe"))
+]
+# odd sizes: masks are made two elements at a time
+GPTS = [GPTConfig(n_ctx=5, n_emb=7, head_size=9, n_heads=3, n_layers=2, dropout=0.3, **one) for one in SWITCHES]
+EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for activation in ("tanh", "gelu")]
+MODELS = [*GPTS, *EQUATIONS]
+TINY = {
+    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 6,
+    "eval_every": 2, "checkpoint_every": 3,
+}  # fmt: skip
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+def name_of(config) -> str:
+    parts = [getattr(config, name, "") for name in ("c_sequence", "c_attention", "c_network", "activation")]
+    return "-".join(filter(None, parts))
+
+
+def batch_of(config, size: int = BATCH) -> Batch:
+    draw = np.random.default_rng(0).integers
+    inputs = draw(0, V, (size, config.n_ctx), dtype=np.int32)
+    targets = draw(0, V, inputs.shape if isinstance(config, GPTConfig) else size, dtype=np.int32)
+    return Batch(inputs, targets, np.arange(size, dtype=np.int32))
+
+
+def state_of(model: Model, backend):
+    flat = params.draw(model.spec, 0, backend.dtype)
+    return initial_state(backend, flat, params.decay_mask(model.spec), 0)
+
+
+# exact counts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [*MODELS, *(one.model for one in PRESETS.values())], ids=repr)
+def test_parameters_by_kind_add_up(config):
+    kinds = counts.parameters(config, V)
+    assert sum(kinds.values()) == Model(config, V).n_parameters
+    assert kinds["token embeddings"] == V * config.n_emb
+
+
+def test_parameters_of_a_kind_by_hand():
+    config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4)
+    assert counts.parameters(config, 65) == {
+        "token embeddings": 65 * 128,
+        "positions": 64 * 128,
+        "norms": (2 * 4 + 1) * 2 * 128,
+        "attention": 4 * (4 * 128 * 128 + 128),
+        "network": 4 * (8 * 128 * 128 + 5 * 128),
+        "head": 128 * 65 + 65,
+    }
+
+
+def test_the_formula_of_the_little_baby_by_hand():
+    config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=16, n_layers=4)
+    assert counts.formula_parameters(config, 65) == 8_320 + 4 * (65_536 + 262_144)
+    assert counts.formula_parameters(EQUATIONS[0], 13) is None
+
+
+class Counted(np.ndarray):
+    """An array that counts the operations of the matrix products that it takes part in."""
+
+    flops = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if "out" in kwargs:
+            kwargs["out"] = tuple(map(Counted.plain, kwargs["out"]))
+        result = getattr(ufunc, method)(*map(Counted.plain, inputs), **kwargs)
+        if ufunc is np.matmul:
+            Counted.flops += 2 * result.size * inputs[0].shape[-1]
+        return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+    @staticmethod
+    def plain(value):
+        return value.view(np.ndarray) if isinstance(value, Counted) else value
+
+
+def counting_namespace() -> Namespace:
+    """NumPy as the maths is written, without faster functions; `where` alone would lose the class."""
+    return Namespace(library, device="cpu", where=lambda *arrays: library.where(*arrays).view(Counted))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("config", MODELS, ids=name_of)
+def test_flops_are_those_of_all_products_of_a_step(config, accumulate, monkeypatch):
+    monkeypatch.setattr(Counted, "flops", 0)
+    model, xp = Model(config, V), counting_namespace()
+    state = state_of(model, registry.load("numpy"))
+    state["params"] = state["params"].view(Counted)
+    train = TrainConfig(num_steps=10, batch_size=BATCH, accumulate=accumulate)
+    make_step(xp, model, train)(state, batch_of(config, BATCH * accumulate))
+    assert counts.step_flops(config, V, BATCH * accumulate) == Counted.flops
+
+
+@pytest.mark.parametrize("config", MODELS, ids=name_of)
+def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
+    monkeypatch.setattr(Counted, "flops", 0)
+    model, xp = Model(config, V), counting_namespace()
+    flat = state_of(model, registry.load("numpy"))["params"].view(Counted)
+    model.forward(xp, model.layout.unpack(xp, flat), batch_of(config).inputs)
+    assert counts.forward_flops(config, V, BATCH) == Counted.flops
+
+
+def owners(value) -> dict[int, int]:
+    """Bytes of each distinct array in nested tuples, lists and dicts, by the identity of what owns it."""
+    if isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        return {id(value): value.nbytes}
+    found: dict[int, int] = {}
+    if isinstance(value, tuple | list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            found.update(owners(one))
+    return found
+
+
+@pytest.mark.parametrize(("n_ctx", "dropout", "dtype"), [  # one block of rows, and three
+    (5, 0.0, "float32"), (5, 0.3, "float64"), (70, 0.0, "float64"), (70, 0.3, "float32"),
+])  # fmt: skip
+@pytest.mark.parametrize("config", MODELS, ids=name_of)
+def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, dropout, dtype):
+    if isinstance(config, GPTConfig):
+        config = GPTConfig(**{**vars(config), "dropout": dropout, "n_ctx": n_ctx})
+    backend, model, batch = registry.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
+    xp, state = backend.xp, state_of(model, backend)
+    noise = step_noise(xp, model, state["seed"], state["step"], batch)
+    logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
+    _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
+    elsewhere = owners((state["params"], *batch))
+    kept = {key: size for key, size in owners((saved, loss_saved)).items() if key not in elsewhere}
+    assert counts.saved_bytes(config, V, BATCH, np.dtype(dtype).itemsize) == sum(kept.values())
+
+
+@pytest.mark.parametrize("config", GPTS, ids=name_of)
+def test_cache_bytes_are_those_of_a_full_context(config):
+    backend, model = registry.load("numpy"), Model(config, V)
+    logits = Logits(backend, model, model.layout.unpack(backend.xp, state_of(model, backend)["params"]))
+    logits.next([[1] * (config.n_ctx - 1)])
+    logits.next([[1] * config.n_ctx])
+    assert counts.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
+
+
+def test_arrays_of_workers_are_those_of_their_shares():
+    config = GPTS[0]
+    alone, three = counts.arrays(config, V, 7), counts.arrays(config, V, 7, workers=3)
+    assert three["activations"] == sum(counts.saved_bytes(config, V, share) for share in (3, 2, 2))
+    assert three["activations"] == alone["activations"]
+    in_shards = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
+    assert in_shards["activations"] == 3 * counts.saved_bytes(config, V, 1)
+    assert three["exchange of workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
+
+
+@pytest.mark.parametrize("config", GPTS, ids=name_of)
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
+    model = Model(dataclasses.replace(config, n_layers=n_layers), V)
+    assert model.n_parameters == model.layout.size == params.count(model.spec)
+    another = Model(model.config, V)
+    assert another.n_parameters == model.n_parameters
+    assert "spec" not in vars(another)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "at_once"), [(1, 8, None), (7, 16, None), (7, 64, 100), (50, 64, 1024), (3, 99, 8)]
+)
+def test_the_largest_shard_is_that_of_the_list(B, T, at_once):
+    assert counts._largest_shard(B, T, at_once) == max(shard_sizes(B, T, at_once))
+
+
+@pytest.mark.parametrize("n_ctx", [1, 31, 32, 33, 64, 100, 257])
+@pytest.mark.parametrize("head_size", [16, 128])
+def test_scores_are_summed_by_a_formula(n_ctx, head_size):
+    config = dataclasses.replace(GPTS[0], n_ctx=n_ctx, head_size=head_size, n_heads=2, dropout=0.0)
+    rows = max(32, head_size // 2)
+    blocks = [(start, min(start + rows, n_ctx)) for start in range(0, n_ctx, rows)]
+    assert counts._scores_saved(config) == 2 * sum((end - start) * end for start, end in blocks)
+
+
+@pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 3}])
+def test_tokens_are_those_of_all_batches(settings, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 10)
+    chosen = api.override(PRESETS["baby"], {**TINY, **settings, "data": str(path)})
+    learned = dataset.prepare(chosen.data, chosen.model, chosen.train, tmp_path)
+    real = sum(learned.batches.batch(step).inputs.size for step in range(learned.num_steps))
+    found = estimate.estimate(chosen, measure=False)
+    assert (found.tokens, found.facts.num_steps) == (real, learned.num_steps)
+    assert found.flops == counts.step_flops(chosen.model, found.facts.vocab_size, real // chosen.model.n_ctx)
+
+
+# the trial ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where this process and its children put temporary files; trials are short."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
+    yield path
+    assert list(path.iterdir()) == []
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 40)
+    return path
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_measures_and_leaves_nothing_behind(folder, text_file, workers):
+    settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": workers}
+    found = estimate.estimate("baby", **settings)
+    assert found.facts == estimate.estimate("baby", **settings, measure=False).facts
+    assert found.facts.workers == workers
+    assert 0 < found.trial.ms_a_step < 5000
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    json.dumps(vars(found.trial), allow_nan=False)  # infinite numbers would not reach another program
+    if process_memory.taken():
+        assert 15 * workers < found.memory / 2**20 < 200 * workers
+    shown = "\n".join(estimate.lines(found))
+    assert f"{found.n_parameters:,} exactly" in shown
+    assert "MiB at the peak" in shown or not process_memory.taken()
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_a_trial_of_the_equation_model(folder):
+    found = estimate.estimate("equations", backend="numpy")
+    assert found.trial.token_seconds > 0
+    assert found.facts.step_size == 108  # there are no more pairs, whatever the batch size
+    assert found.cache == 0
+    assert "The Little Baby's V H" not in "\n".join(estimate.lines(found))
+
+
+def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, text_file, monkeypatch):
+    """And where no sizes are told, memory is None."""
+    monkeypatch.setattr(process_memory, "PROC", folder / "absent")
+    often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
+    settings = {**TINY, **often, "max_minutes": 1e-9, "data": str(text_file), "backend": "numpy"}
+    found = estimate.estimate("baby", **settings)
+    assert found.trial.ms_a_step > 0
+    assert (process_memory.taken(), process_memory.children(), process_memory.of_interpreter()) == ([], [], None)
+    assert found.memory is None
+    assert "not known" in "\n".join(estimate.lines(found))
+
+
+def test_without_a_trial_the_counts_remain(folder, text_file):
+    found = estimate.estimate("baby", measure=False, backend="numpy", **{**TINY, "data": str(text_file)})
+    assert (found.trial, found.memory, found.seconds) == (None, None, None)
+    assert "not measured" in "\n".join(estimate.lines(found))
+    assert found.arrays["weights"] == 4 * found.n_parameters
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_bad_setting_is_an_error_of_one_line(folder, text_file, measure):
+    """Also where the process of the trial finds it, as in the first case."""
+    for wrong in (
+        {"data": "there-is-no-such-file.txt"}, {"n_heads": 3}, {"no_such_setting": 1}, {"workers": 0},
+        *([] if measure else [{"backend": "abacus"}, {"n_emb": 2**21, "n_heads": 1}]),
+    ):  # fmt: skip
+        with pytest.raises(BabyError) as caught:
+            estimate.estimate(
+                "baby", measure=measure, **{**TINY, "backend": "numpy", "data": str(text_file), **wrong}
+            )
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_is_an_error():
+    with pytest.raises(BabyError, match="unknown preset"):
+        estimate.estimate("teenager")
+
+
+def test_a_trial_that_bursts_says_so(folder, text_file):
+    burst = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
+    with pytest.raises(BabyError, match="learning rate"):
+        estimate.estimate("baby", backend="numpy", **{**TINY, **burst, "data": str(text_file)})
+
+
+@needs_signals
+def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
+    monkeypatch.setattr(estimate, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(BabyError, match="killed by signal 9"):
+        estimate.estimate("baby", **TINY)
+
+
+@pytest.mark.slow
+@needs_signals
+def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file, signals):
+    """SIGTERM ends a Python process where it stands: its `finally` is not run."""
+    settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": 2}
+    call = f"estimate.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
+    program = f"from baby_xp.estimation import estimate; {call}"
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    waiting_for(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
+    child.send_signal(signal.SIGTERM)
+    child.wait()
+    waiting_for(lambda: not list(folder.iterdir()))
+
+
+def waiting_for(what, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# memory -------------------------------------------------------------------------------------------------
+
+
+@needs_proc
+def test_memory_finds_a_child_and_what_it_takes():
+    program = "block = b'x' * (64 << 20); print(len(block), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        child.stdout.readline()
+        assert child.pid in process_memory.children()
+        main, other = process_memory.taken([child.pid])
+        child.communicate("\n")
+    idle = process_memory.of_interpreter()
+    assert other["peak"] - idle["peak"] == pytest.approx(64 << 20, rel=0.1)
+    grown = process_memory.growth([main, other], idle) - process_memory.growth([main], idle)
+    assert grown == pytest.approx(64 << 20, rel=0.1)
+    assert process_memory.taken([child.pid]) == []  # it is no more

@@ -1,0 +1,135 @@
+"""The key-value cache: its logits are those of the whole text computed at once, at every position."""
+
+import numpy as np
+import pytest
+from baby_xp_backends import numpy_decoding
+from conftest import case_of
+from test_training import SWITCHES
+from threadpoolctl import threadpool_limits
+
+from baby_xp.arrays import params
+from baby_xp.config import GPTConfig
+from baby_xp.inference.generate import Logits, window_start
+from baby_xp.models import Model, gpt
+
+N_CTX, V = 7, 11
+IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
+ALL_SWITCHES = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+
+
+def model_and_weights(case, switches):
+    model = Model(GPTConfig(n_ctx=N_CTX, n_emb=8, head_size=12, n_heads=3, n_layers=2, dropout=0.3, **switches), V)
+    flat = params.draw(model.spec, 0, "float64")
+    flat = flat + np.random.default_rng(1).normal(0, 0.3, flat.shape)
+    return model, model.layout.unpack(case.xp, case.asarray(flat))
+
+
+def test_token_by_token_gives_the_logits_of_the_whole(backend):
+    if backend.variant == "jax jit":
+        pytest.skip("generation is not compiled")
+    # slow where each operation takes long: there, the two combinations that have nothing in common serve
+    for switches in SWITCHES if backend.variant.startswith("numpy") else SWITCHES[::7]:
+        model, p = model_and_weights(backend, switches)
+        whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
+        whole, cache = backend.to_numpy(whole), None
+        for t in range(N_CTX):
+            logits, saved = gpt.forward(
+                backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
+            )
+            cache = gpt.cache_of(saved, model.config)
+            message = " ".join(switches.values())
+            np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=message)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+@ALL_SWITCHES
+def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
+    case = case_of(kind)
+    model, p = model_and_weights(case, switches)
+    whole, _ = model.forward(case.xp, p, IDS[None, :N_CTX])
+    for cut in range(1, N_CTX):
+        _, saved = gpt.forward(case.xp, p, IDS[None, :cut], model.config)
+        cache = gpt.cache_of(saved, model.config)
+        logits, _ = gpt.forward(case.xp, p, IDS[None, cut:N_CTX], model.config, cache=cache)
+        np.testing.assert_allclose(logits, whole[cut:], atol=1e-12)
+
+
+@ALL_SWITCHES
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+def test_past_the_context_cached_and_uncached_logits_stay_equal(kind, switches):
+    """And both are those of the window, computed at once, whatever the length of the prompt."""
+    case = case_of(kind)
+    model, p = model_and_weights(case, switches)
+    uncached, expected = Logits(case.backend, model, p, False), {}
+    texts = np.stack([IDS, IDS[::-1], (IDS + 3) % V])
+    for length in range(1, len(IDS) + 1):
+        window = texts[:, window_start(length, N_CTX) : length]
+        expected[length] = model.forward(case.xp, p, window)[0].reshape(*window.shape, V)[:, -1]
+        np.testing.assert_allclose(uncached.next(texts[:, :length].tolist()), expected[length], atol=1e-12)
+    for first in (1, 3, N_CTX, 12):
+        cached = Logits(case.backend, model, p, True)
+        for length in range(first, len(IDS) + 1):
+            np.testing.assert_allclose(cached.next(texts[:, :length].tolist()), expected[length], atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [30.0, 3e3])
+@pytest.mark.parametrize("first", [1, 4])
+def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size, first):
+    """exp of such a score is infinite or 0: NumPy's step must see that, and leave the cache as it has to be."""
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    for block in p["blocks"].values():
+        block["attention"]["qkv"]["weight"][:, :24] *= size  # queries and keys
+    logits = Logits(case.backend, model, p, True)
+    for length in range(first, N_CTX + 1):
+        expected, _ = model.forward(case.xp, p, IDS[None, :length])
+        np.testing.assert_allclose(logits.next([IDS[:length].tolist()])[0], expected[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [3.0, 30.0])
+def test_scores_that_are_all_very_low_are_decoded_as_they_are_computed_at_once(size):
+    """With keys that are the queries' opposites, a token's own score is -|q|^2: exp gives 0, and 0 is the sum."""
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    for block in p["blocks"].values():
+        weight = block["attention"]["qkv"]["weight"]
+        weight[:, :12] *= size
+        weight[:, 12:24] = -weight[:, :12]
+    logits = Logits(case.backend, model, p, True)
+    for length in range(1, N_CTX + 1):
+        expected, _ = model.forward(case.xp, p, IDS[None, :length])
+        np.testing.assert_allclose(logits.next([IDS[:length].tolist()])[0], expected[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
+def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
+    case = case_of(kind)
+    model, p = model_and_weights(case, SWITCHES[0])
+    lengths, decode = [], gpt.decode
+    watched = lambda xp, p, ids, *rest: lengths.append(ids.shape[1]) or decode(xp, p, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(gpt, "decode", watched)
+    logits = Logits(case.backend, model, p, True)
+    for length in range(3, 10):
+        logits.next([IDS[:length].tolist()])
+    assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
+
+
+def test_of_the_model_that_a_step_is_made_for_nothing_else_is_computed(monkeypatch):
+    case = case_of("numpy")
+    model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
+    logits = Logits(case.backend, model, p, True)
+    monkeypatch.setattr(gpt, "forward", None)
+    assert all(logits.next([IDS[:length].tolist()]).shape == (1, V) for length in range(3, 10))
+
+
+def test_blas_has_its_threads_back_after_a_token():
+    case = case_of("numpy")
+    model, p = model_and_weights(case, SWITCHES[0])
+    threads = lambda: [library.get_num_threads() for library in numpy_decoding.blas()]  # noqa: E731
+    with threadpool_limits(3, user_api="blas"):
+        before = threads()
+        Logits(case.backend, model, p, True).next([[1, 2, 3]])
+        assert threads() == before
+        with numpy_decoding.OneThread():
+            assert set(threads()) <= {1}
+        assert threads() == before

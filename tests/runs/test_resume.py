@@ -1,0 +1,318 @@
+"""A run that was stopped, killed or cut short ends bit for bit like one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SAMPLE_TOKENS, case_of
+from safetensors.numpy import load_file
+
+import baby_xp.session
+from baby_xp import api
+from baby_xp.errors import BabyError
+from baby_xp.run import Run
+from baby_xp.runs import store
+from baby_xp.runs.store import RunFiles
+from baby_xp.text.batches import RandomWindows
+
+pytestmark = pytest.mark.usefixtures("signals")
+KILLER = Path(__file__).parents[1] / "killer.py"
+TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
+TINY = {
+    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 24,
+    "eval_every": 5, "checkpoint_every": 4, "dropout": 0.2, "sample_tokens": 5, "warmup_steps": 3, "lr": 1e-2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_step():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baby_xp.training.loop, "READ_EVERY", 1)  # the listeners below hear of every step
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8", newline="\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def odd_end(tmp_path_factory) -> Path:
+    """A text whose validation part is unlike the rest: the better a model knows the rest, the worse it does."""
+    path = tmp_path_factory.mktemp("text") / "odd_end.txt"
+    path.write_text("the cat sat on the mat. " * 90 + "tam eht no tas tac eht " * 10, encoding="utf-8")
+    return path
+
+
+class Stopper(api.Silent):
+    """Stops a run from inside, in one of the ways there are, when it comes to a step or an evaluation."""
+
+    def __init__(self, at: int, where: str = "progress", how: str = "signal"):
+        self.at, self.where, self.how, self.done = at, where, how, False
+
+    def progress(self, step, loss, tokens_per_second):
+        self._stop("progress", step)
+
+    def evaluated(self, record):
+        self._stop("whole" if record["whole_validation"] else "evaluated", record["step"])
+
+    def _stop(self, where, step):
+        if where == self.where and step >= self.at and not self.done:
+            self.done = True
+            if self.how == "exception":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), {"signal": signal.SIGINT, "term": signal.SIGTERM}[self.how])
+
+
+@dataclass(frozen=True)
+class Ending:
+    """All that must be the same bit for bit."""
+
+    arrays: dict
+    weights: np.ndarray
+    metrics: list
+    sample: str
+    result: dict
+
+    @classmethod
+    def of(cls, run: Run) -> "Ending":
+        metrics = [json.loads(line) for line in run.files.metrics.read_text("ascii").splitlines()]
+        for record in metrics:
+            del record["seconds"]
+        times = ("seconds", "tokens_per_second")
+        result = {name: value for name, value in run.config["result"].items() if name not in times}
+        arrays = {name: array.tobytes() for name, array in load_file(run.files.state).items()}
+        sample = run.files.completion().read_text("utf-8")
+        weights = api.load(run.guid, path=run.files.folder, backend="numpy").params
+        return cls(arrays, weights.tobytes(), metrics, sample, result)
+
+
+def train(text: Path, folder: Path, listener=None, **more) -> Run:
+    settings = {**TINY, "backend": "numpy", "data": str(text), **more}
+    return api.train("baby", path=folder, listener=listener, **settings)
+
+
+_alone: dict[tuple, Ending] = {}
+
+
+@pytest.fixture
+def alone(text, tmp_path):
+    """How a run ends that is left alone."""
+
+    def ending(**more) -> Ending:
+        key = tuple(sorted(more.items()))
+        if key not in _alone:
+            _alone[key] = Ending.of(train(text, tmp_path / "alone", **more))
+        return _alone[key]
+
+    return ending
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("at", [1, 7, 20, 23])
+def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_path, alone, at, workers):
+    stopped = train(text, tmp_path, Stopper(at), workers=workers)
+    result = stopped.config["result"]
+    assert (result["state"], result["reason"]) == ("stopped", "interrupted")
+    assert result["steps"] == at
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=workers)
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("how", ["signal", "term", "exception"])
+@pytest.mark.parametrize("where", ["progress", "evaluated"])
+def test_it_does_not_matter_where_and_how_it_is_stopped(text, tmp_path, alone, where, how):
+    train(text, tmp_path, Stopper(10, where, how), workers=1)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
+    train(text, tmp_path, Stopper(3), workers=1)
+    for at in (6, 11, 12, 19):
+        assert api.resume(path=tmp_path, listener=Stopper(at)).config["result"]["state"] == "stopped"
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_a_run_stopped_during_its_last_evaluation_is_measured_when_resumed(text, tmp_path, alone, monkeypatch):
+    fit = baby_xp.training.loop._Run.measure_the_best
+    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", _interrupted)
+    assert train(text, tmp_path, workers=1).config["result"]["state"] == "stopped"
+    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", fit)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("more", [
+    {"num_steps": None, "num_epochs": 1, "stride": 40},
+    {"accumulate": 2, "batch_size": 2},
+    {"dtype": "float64", "c_attention": "moh", "c_network": "moe", "c_sequence": "post"},
+    {"tokenizer": "byte"},
+], ids=["epochs", "accumulation", "float64 post moh moe", "bytes"])  # fmt: skip
+def test_other_settings_resume_as_exactly(text, tmp_path, alone, more):
+    train(text, tmp_path, Stopper(9), workers=1, **more)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1, **more)
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp_path, patience):
+    more = {"workers": 1, "lr": 0.1, "patience": patience, "num_steps": 40}
+    whole = Ending.of(train(odd_end, tmp_path / "alone", **more))
+    assert whole.result["reason"] == ("patience" if patience else "steps")
+    train(odd_end, tmp_path / "runs", Stopper(whole.result["steps"] - 3), **more)
+    resumed = api.resume(path=tmp_path / "runs")
+    assert resumed.config["result"]["best_step"] < resumed.config["result"]["steps"] - 3
+    assert not np.array_equal(resumed.params, api.load(path=tmp_path / "runs", weights="last").params)
+    assert Ending.of(resumed) == whole
+
+
+@pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_every_backend_resumes_exactly(text, tmp_path, name, monkeypatch):
+    case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
+    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 1)  # slow where every operation is compiled
+    small = {"num_steps": 5, "eval_every": 3, "sample_tokens": 0, "backend": name}
+    whole = Ending.of(train(text, tmp_path / "alone", **small))
+    train(text, tmp_path / "runs", Stopper(2), **small)
+    assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
+
+
+def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_path, alone):
+    stopped = train(text, tmp_path, workers=1, max_minutes=1e-9)
+    assert (stopped.config["result"]["reason"], stopped.config["result"]["steps"]) == ("time", 0)
+    done = api.resume(path=tmp_path, max_minutes=0)
+    assert Ending.of(done) == alone(workers=1)
+
+
+def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone, monkeypatch):
+    train(text, tmp_path, workers=1, max_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomWindows, "batch", _interrupted)
+        with pytest.raises(BabyError, match="before the first step"):
+            api.resume(path=tmp_path, max_minutes=0)
+    assert [run.state for run in api.list_runs(tmp_path)] == ["stopped"]
+    assert Ending.of(api.resume(path=tmp_path, max_minutes=0)) == alone(workers=1)
+
+
+# what can be changed, and what cannot -------------------------------------------------------------------
+
+
+def test_a_run_that_is_done_goes_on_with_more_steps(text, tmp_path, alone):
+    train(text, tmp_path, workers=1, schedule="constant", num_steps=12)
+    for more in ({}, {"num_steps": 1}, {"num_steps": 12}):
+        with pytest.raises(BabyError, match="is done with all its 12 steps; to go on give more --num-steps"):
+            api.resume(path=tmp_path, **more)
+    longer, whole = api.resume(path=tmp_path, num_steps=24), alone(workers=1, schedule="constant")
+    assert load_file(longer.files.state)["params"].tobytes() == whole.arrays["params"]
+
+
+def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
+    ended = train(odd_end, tmp_path, workers=1, patience=1, lr=0.1, num_steps=40)
+    assert ended.config["result"]["reason"] == "patience"
+    with pytest.raises(BabyError, match="another --patience"):
+        api.resume(path=tmp_path)
+    assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
+
+
+def test_a_run_of_epochs_goes_on_for_as_many_steps_as_are_asked_for(text, tmp_path):
+    done = train(text, tmp_path, workers=1, num_steps=None, num_epochs=1, stride=100)
+    more = done.config["result"]["steps"] + 2
+    assert api.resume(path=tmp_path, num_steps=more).config["result"]["steps"] == more
+
+
+def test_a_run_that_goes_on_keeps_the_time_of_its_beginning(text, tmp_path):
+    files = train(text, tmp_path, Stopper(3), workers=1, num_steps=4).files
+    then = "2001-02-03T04:05:06+00:00"
+    store.write_sealed(files.config, {**store.read_sealed(files.config), "started": then, "written": then})
+    done = api.resume(path=tmp_path)
+    assert done.config["started"] == then < done.config["written"]
+
+
+def test_on_another_backend_a_run_goes_on_without_the_workers_of_the_first(text, tmp_path):
+    case_of("strict")  # skips where it is absent
+    train(text, tmp_path, Stopper(3), workers=2, num_steps=4)
+    done = api.resume(path=tmp_path, backend="array-api-strict")
+    assert (done.config["result"]["state"], done.config["place"]["workers"]) == ("done", 1)
+
+
+def test_a_run_goes_on_on_its_device(text, tmp_path):
+    case_of("strict device1")
+    place = {"backend": "array-api-strict", "device": "device1"}
+    stopped = train(text, tmp_path, Stopper(1), num_steps=2, **place)
+    done = api.resume(path=tmp_path)
+    for part in ("place", "machine"):
+        assert done.config[part] == stopped.config[part]
+        assert "device1" in str(done.config[part]["device"]).lower()
+
+
+def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
+    """Whoever hears of a measurement may stop the run."""
+    stopped = train(text, tmp_path, Stopper(10, "evaluated", "exception"), workers=1)
+    lines = stopped.files.metrics.read_text("ascii").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone):
+    train(text, tmp_path, Stopper(5), workers=1)
+    for wrong in ({"num_steps": 2}, {"num_steps": "9"}, {"num_steps": None}, {"workers": 0}):
+        with pytest.raises(BabyError, match=next(iter(wrong))):
+            api.resume(path=tmp_path, **wrong)
+    with pytest.raises(BabyError, match="n_emb cannot be changed"):
+        api.resume(path=tmp_path, n_emb=16)
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_metrics_that_are_gone_come_back(text, tmp_path, alone):
+    train(text, tmp_path, Stopper(12), workers=1).files.metrics.unlink()
+    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+
+
+def test_a_text_that_was_changed_is_noticed(text, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text(TEXT, encoding="utf-8", newline="\n")
+    train(own, tmp_path / "runs", Stopper(3), workers=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    own.write_text(TEXT.replace("cat", "dog", 1), encoding="utf-8", newline="\n")
+    with pytest.raises(BabyError, match=r"no longer the text that the run was trained on.*--data"):
+        api.resume(path=tmp_path / "runs")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
+
+
+# killed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 40, (0.005, 0.08)), (2, 3, (0.8, 1.2))])
+def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path, workers, kills, seconds):
+    """SIGKILL, checkpoints included: they take most of the time here."""
+    steps, pause = 400, kills * seconds[1] / 400  # a step writes a file or more
+    settings = {"workers": workers, "num_steps": steps, "eval_every": steps // 10, "checkpoint_every": 1}
+    whole, folder = Ending.of(train(text, tmp_path / "alone", **settings)), tmp_path / "runs"
+    asked = {
+        "folder": str(folder), "kills": kills, "seconds": seconds, "pause": pause, "seed": 0,
+        "sample_tokens": SAMPLE_TOKENS,
+        "settings": {**TINY, "backend": "numpy", "data": str(text), **settings},
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, KILLER], input=json.dumps(asked), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["kills"], told["status"]) == (kills, 0)
+    if workers == 1:
+        assert told["while_writing"] > 0, "no kill fell into a checkpoint"
+    run = api.load(path=folder, backend="numpy")
+    assert Ending.of(run) == whole
+    names = {path.name for path in folder.rglob("*") if run.guid in path.name}
+    assert names == {path.name for path in RunFiles(folder, run.guid).of_training}

@@ -1,0 +1,301 @@
+"""Weights and checkpoints as safetensors: the way there and back is exact, and a file that is not as it was
+written is an error, however it was damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from baby_xp.arrays.tree import Layout
+from baby_xp.errors import BabyError
+from baby_xp.runs import state_file
+from baby_xp.training.checkpoint import Checkpoint, nothing_yet
+
+LAYOUT = Layout(("wte.weight", "blocks.0.norm1.gain", "blocks.0.norm1.bias", "scalar"), ((5, 3), (3,), (3,), (1,)))
+FLAT = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
+ARRAYS = {
+    name: FLAT[sum(LAYOUT.sizes[:i]) :][:size].reshape(shape)
+    for i, (name, shape, size) in enumerate(zip(LAYOUT.paths, LAYOUT.shapes, LAYOUT.sizes, strict=True))
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "model.safetensors"
+    state_file.save_weights(path, LAYOUT, FLAT, {"guid": "a-b"})
+    return path
+
+
+def sealed(arrays: dict, metadata: dict | None = None) -> bytes:
+    """A file with a checksum that fits: what is behind the checksum has checks of its own."""
+    metadata = metadata or {}
+    return save(arrays, {**metadata, "checksum": state_file._checksum(arrays, metadata)})
+
+
+def header_of(path) -> dict:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def failure(path) -> str:
+    with pytest.raises(BabyError) as caught:
+        state_file.load_weights(path, LAYOUT)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+# there and back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_come_back_bit_for_bit(tmp_path, dtype):
+    flat = np.random.default_rng(0).normal(size=LAYOUT.size).astype(dtype)
+    flat[:3] = [-0.0, np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal]
+    state_file.save_weights(tmp_path / "a", LAYOUT, flat, {"step": "3"})
+    back, metadata = state_file.load_weights(tmp_path / "a", LAYOUT)
+    assert metadata == {"step": "3"}
+    assert back.dtype == flat.dtype
+    assert back.tobytes() == flat.tobytes()
+
+
+def test_every_array_has_its_name_and_shape_in_the_file(path):
+    arrays = load_file(path)
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], array, strict=True)
+
+
+def test_the_metadata_is_in_the_file_with_a_checksum(path):
+    metadata = header_of(path)["__metadata__"]
+    assert metadata == {"guid": "a-b", "checksum": metadata["checksum"]}
+    assert len(metadata["checksum"]) == 64
+    assert state_file.load_weights(path, LAYOUT)[1] == {"guid": "a-b"}
+    assert state_file.read_metadata(path) == metadata
+
+
+def test_the_order_of_the_arrays_in_the_file_does_not_matter(path):
+    path.write_bytes(sealed(dict(reversed(ARRAYS.items())), {"guid": "a-b"}))
+    np.testing.assert_array_equal(state_file.load_weights(path, LAYOUT)[0], FLAT)
+
+
+STATE = {"params": FLAT, "m": FLAT * 2, "v": FLAT * 3, "step": np.array([7], np.int32)}
+RECORD = {"step": 6, "train_loss": 0.1 + 0.2, "val_loss": 1e-300, "sample": "\u20ac\n\ud800"}
+PROGRESS = {
+    **nothing_yet(),
+    "records": [RECORD],
+    "best": {"step": 6, "val_loss": 1e-300},
+    "total": 1 / 3,
+    "count": 1,
+}
+
+
+@pytest.mark.parametrize("best", [None, FLAT * 5], ids=["the present is the best", "another was the best"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, best, dtype):
+    state = {name: array if name == "step" else array.astype(dtype) for name, array in STATE.items()}
+    best = None if best is None else best.astype(dtype)
+    state_file.save_state(tmp_path / "state", Checkpoint(state, best, PROGRESS), {"guid": "a-b", "step": "7"})
+    back, metadata = state_file.load_state(tmp_path / "state", LAYOUT.size, dtype)
+    assert metadata == {"guid": "a-b", "step": "7"}
+    assert back.state.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back.state[name], array, strict=True)
+    assert (back.best is None) == (best is None)
+    np.testing.assert_array_equal(back.best_params, state["params"] if best is None else best, strict=True)
+    assert back.progress == PROGRESS
+    assert back.step == 7
+
+
+def test_a_checkpoint_is_one_file(tmp_path):
+    state_file.save_state(tmp_path / "state", Checkpoint(STATE, FLAT, PROGRESS), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert load_file(tmp_path / "state").keys() == {"params", "m", "v", "step", "best"}
+    assert json.loads(header_of(tmp_path / "state")["__metadata__"]["progress"]) == PROGRESS
+
+
+def test_the_metadata_of_a_file_that_cannot_be_read_is_empty(tmp_path, path):
+    path.write_bytes(path.read_bytes()[:50])
+    for name in (path.name, "missing", "."):
+        assert state_file.read_metadata(tmp_path / name) == {}
+
+
+# checkpoints that do not serve --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state_path(tmp_path):
+    path = tmp_path / "state.safetensors"
+    state_file.save_state(path, Checkpoint(STATE, FLAT, PROGRESS), {"guid": "a-b"})
+    return path
+
+
+def state_failure(path, size=LAYOUT.size, dtype="float32") -> str:
+    with pytest.raises(BabyError) as caught:
+        state_file.load_state(path, size, dtype)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+def test_a_checkpoint_of_another_size_or_precision_is_none_of_this_model(state_path):
+    n = LAYOUT.size
+    assert f"no checkpoint of this model ({n + 1} parameters in float32)" in state_failure(state_path, size=n + 1)
+    assert f"no checkpoint of this model ({n} parameters in float64)" in state_failure(state_path, dtype="float64")
+
+
+@pytest.mark.parametrize("change", [
+    {"m": None}, {"step": None}, {"params": None}, {"extra": FLAT}, {"v": FLAT[:-1]}, {"best": FLAT[:-1]},
+    {"m": FLAT.astype("float64")}, {"best": FLAT.astype("float64")}, {"m": FLAT.astype("int32")},
+    {"best": FLAT.reshape(1, -1)}, {"step": np.zeros(2, np.int32)}, {"step": np.array(7, np.int32)},
+], ids=lambda change: " ".join(f"{name} {getattr(array, 'shape', None)}" for name, array in change.items())
+)  # fmt: skip
+def test_arrays_that_make_no_checkpoint(state_path, change):
+    arrays = {name: array for name, array in {**STATE, "best": FLAT, **change}.items() if array is not None}
+    state_path.write_bytes(sealed(arrays, {"progress": json.dumps(PROGRESS)}))
+    assert "is no checkpoint of this model" in state_failure(state_path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"progress": "{"}, {"progress": ""}])
+def test_a_checkpoint_without_progress_is_none(state_path, metadata):
+    state_path.write_bytes(sealed(STATE, metadata))
+    assert "is no checkpoint of a run" in state_failure(state_path)
+
+
+def test_weights_are_no_checkpoint_and_a_checkpoint_no_weights(path, state_path):
+    assert "is no checkpoint of this model" in state_failure(path)
+    assert "does not belong to this model" in failure(state_path)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
+    """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
+    for damaged, told in ((path, failure), (state_path, state_failure)):
+        data = damaged.read_bytes()
+        for place in range(0, len(data), 3):
+            damaged.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+            assert told(damaged)
+            assert isinstance(state_file.read_metadata(damaged), dict)  # or nothing, but no error
+
+
+# files that do not serve --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"guid": "a-b"}])
+def test_a_file_without_a_checksum_is_no_file_of_a_run(path, metadata):
+    path.write_bytes(save(ARRAYS, metadata))
+    assert "is no file of a run (it has no checksum)" in failure(path)
+
+
+def test_a_header_whose_metadata_is_null_is_no_file_of_a_run(path):
+    header = {name: value for name, value in header_of(path).items() if name != "__metadata__"}
+    text = json.dumps({"__metadata__": None, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + FLAT.tobytes())
+    assert "is no file of a run (it has no checksum)" in failure(path)
+
+
+CHANGES = {
+    "a number": ({**ARRAYS, "scalar": ARRAYS["scalar"] + 1e-7}, {"guid": "a-b"}),
+    "a shape": ({**ARRAYS, "wte.weight": ARRAYS["wte.weight"].reshape(3, 5)}, {"guid": "a-b"}),
+    "a type of as many bytes": ({**ARRAYS, "scalar": ARRAYS["scalar"].view(np.int32)}, {"guid": "a-b"}),
+    "two names": (
+        {
+            **ARRAYS,
+            "blocks.0.norm1.gain": ARRAYS["blocks.0.norm1.bias"],
+            "blocks.0.norm1.bias": ARRAYS["blocks.0.norm1.gain"],
+        },
+        {"guid": "a-b"},
+    ),
+    "the metadata": (ARRAYS, {"guid": "a-c"}),
+    "more metadata": (ARRAYS, {"guid": "a-b", "step": "3"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_without_a_new_checksum_is_an_error(path, change):
+    arrays, metadata = CHANGES[change]
+    path.write_bytes(save(arrays, {**metadata, "checksum": state_file._checksum(ARRAYS, {"guid": "a-b"})}))
+    assert "is damaged: its checksum differs" in failure(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "none"])
+def test_other_arrays_belong_to_another_model(path, change):
+    arrays = dict(ARRAYS)
+    if change == "extra":
+        arrays["zzz"] = FLAT
+    elif change == "none":
+        arrays = {}
+    else:
+        array = arrays.pop("scalar")
+        arrays |= {"scalar2": array} if change == "renamed" else {}
+    path.write_bytes(sealed(arrays))
+    message = failure(path)
+    assert "does not belong to this model" in message
+    expected = {
+        "missing": "1 arrays differ, first 'scalar'",
+        "extra": "1 arrays differ, first 'zzz'",
+        "renamed": "2 arrays differ, first 'scalar'",
+        "none": "4 arrays differ",
+    }
+    assert expected[change] in message
+
+
+def test_another_shape_or_type_belongs_to_another_model(path):
+    for shape in ((3, 5), (15,), (5, 3, 1), (1, 5, 3), (4, 3)):
+        path.write_bytes(sealed({**ARRAYS, "wte.weight": np.zeros(shape, np.float32)}))
+        assert f"wte.weight is float32 {shape}, not float (5, 3)" in failure(path)
+    for dtype in ("int32", "int8", "uint64", "bool"):
+        path.write_bytes(sealed({**ARRAYS, "blocks.0.norm1.gain": np.ones(3, dtype)}))
+        assert f"blocks.0.norm1.gain is {dtype} (3,), not float (3,)" in failure(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_file_that_cannot_be_read_leaves_the_run_incomplete(tmp_path, kind):
+    if kind == "folder":
+        (tmp_path / "model").mkdir()
+    said = {"missing": "is missing: the run is incomplete", "folder": "cannot be read"}[kind]
+    assert said in failure(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00" * 7, b"\x00" * 8, b"\xff" * 8, b"PK\x03\x04 a zip", b"\x80\x04K\x01.", b"{}", b"GIF89a" * 40],
+)
+def test_a_file_of_another_kind_is_damaged(path, data):
+    path.write_bytes(data)
+    assert "is damaged (" in failure(path)
+
+
+def test_a_truncation_is_noticed_wherever_it_is(path):
+    data = path.read_bytes()
+    for length in {*range(0, len(data), 7), *range(10), len(data) - 1}:
+        path.write_bytes(data[:length])
+        assert "is damaged (" in failure(path)
+    path.write_bytes(data + b"\x00")
+    assert "is damaged (" in failure(path)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2", "F4", "I16", "X", "", None, 3])
+def test_a_type_that_does_not_fit_is_an_error(path, dtype):
+    # the header of a file that a program wrote, not what a disk spoilt: sizes and offsets agree where they can
+    width = {"BF16": 2, "F16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}.get(dtype, 4)
+    header, end = {}, 0
+    for name, array in ARRAYS.items():
+        begin, end = end, end + array.size * width
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+    numpy_type = {"F16": np.float16, "I16": np.int16}.get(dtype)
+    arrays = {name: np.zeros(array.shape, numpy_type or "float32") for name, array in ARRAYS.items()}
+    header["__metadata__"] = {"checksum": state_file._checksum(arrays, {})}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    if dtype == "F16":  # halves are numbers too
+        assert state_file.load_weights(path, LAYOUT)[0].shape == (LAYOUT.size,)
+    elif dtype == "I16":
+        assert "wte.weight is int16 (5, 3), not float (5, 3)" in failure(path)
+    else:
+        assert "is damaged" in failure(path)
+
+
+# Most of the mutations go where they can do harm: to the header.

@@ -1,0 +1,339 @@
+"""The model as a whole: training agrees between backends, it learns, and it computes what the original did."""
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import case_of
+
+from baby_xp.arrays import params
+from baby_xp.arrays.tree import from_leaves, leaves
+from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.models import Model
+from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
+from baby_xp.training import optimizers
+from baby_xp.training.step import (
+    accumulated,
+    initial_state,
+    loss_and_gradients,
+    make_step,
+    noisy_loss_and_gradients,
+    total_loss,
+)
+from baby_xp.training.workers import Workers
+
+SWITCHES = [
+    {"c_sequence": s, "c_attention": a, "c_network": n}
+    for s in ("pre", "post")
+    for a in ("mha", "moh")
+    for n in ("mlp", "moe")
+]
+TEXT = np.random.default_rng(0).integers(0, 17, 400)
+SMALL = {"n_ctx": 8, "n_emb": 12, "head_size": 8, "n_heads": 2, "n_layers": 2}
+
+
+def on_device(case, batch: Batch) -> Batch:
+    return Batch(*(case.asarray(part) for part in batch))
+
+
+def train(case, model, config, batches, steps):
+    """Losses of some training steps, and the parameters after them."""
+    state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
+    step, losses = case.compile(make_step(case.xp, model, config)), []
+    for i in range(steps):
+        state, metrics = step(state, on_device(case, batches.batch(i)))
+        losses.append(float(case.to_numpy(metrics["loss"])[0]))
+    return np.array(losses), case.to_numpy(state["params"])
+
+
+@functools.cache
+def on_plain_numpy(compute, *how):
+    return compute(case_of("numpy plain"), *how)
+
+
+def six_steps(case, kind):
+    switches = {"pre mha mlp": SWITCHES[0], "post moh moe": SWITCHES[7]}[kind]
+    model = Model(GPTConfig(**SMALL, dropout=0.2, **switches), 17)
+    config = TrainConfig(num_steps=6, batch_size=3, warmup_steps=2, lr=1e-2, min_lr=1e-3)
+    return train(case, model, config, RandomWindows(TEXT, 8, 3, 0), 6)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["pre mha mlp", "post moh moe"])
+def test_steps_of_training_agree_with_dropout_on(quick_backend, kind):
+    losses, weights = six_steps(quick_backend, kind)
+    expected, expected_weights = on_plain_numpy(six_steps, kind)
+    np.testing.assert_allclose(losses, expected, rtol=1e-10)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parity
+def test_steps_of_training_agree_in_float32(quick_backend32):
+    losses, _ = six_steps(quick_backend32, "pre mha mlp")
+    np.testing.assert_allclose(losses, on_plain_numpy(six_steps, "pre mha mlp")[0], rtol=1e-4)
+
+
+@pytest.mark.parity
+def test_steps_of_the_equation_model_agree(quick_backend, plain):
+    model = Model(EquationConfig(), 13)
+    config = TrainConfig(num_steps=10, batch_size=8, warmup_steps=0, schedule="constant")
+    draw = np.random.default_rng(0).integers
+    batches = PairBatches(draw(0, 13, (40, 4)), draw(0, 13, 40), 8, 0)
+    losses, _ = train(quick_backend, model, config, batches, 10)
+    np.testing.assert_allclose(losses, train(plain, model, config, batches, 10)[0], rtol=1e-10)
+
+
+class SameBatch:
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def batch(self, step: int) -> Batch:
+        return self._batch
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+def test_one_batch_is_overfitted(switches):
+    model = Model(GPTConfig(**SMALL, **switches), 17)
+    config = TrainConfig(num_steps=300, batch_size=3, lr=2e-2, min_lr=1e-3, warmup_steps=10, weight_decay=0.0)
+    losses, _ = train(case_of("numpy"), model, config, SameBatch(RandomWindows(TEXT, 8, 3, 0).batch(0)), 300)
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+def test_first_weights_predict_almost_nothing(switches):
+    """The loss of a fresh model is near log V: neither confident nor broken."""
+    model = Model(GPTConfig(n_ctx=16, n_emb=32, head_size=32, n_heads=4, n_layers=4, **switches), 65)
+    case, flat = case_of("numpy"), params.draw(model.spec, 0, "float64")
+    ids = np.random.default_rng(0).integers(0, 65, (8, 17)).astype(np.int32)
+    batch = Batch(ids[:, :-1], ids[:, 1:], np.arange(8, dtype=np.int32))
+    assert float(total_loss(case.xp, model, flat, batch)[0]) / 128 == pytest.approx(np.log(65), abs=0.15)
+
+
+def test_shares_of_a_batch_add_up_to_the_batch(plain):
+    model, batch = Model(GPTConfig(**SMALL), 17), RandomWindows(TEXT, 8, 5, 0).batch(0)
+    flat = params.draw(model.spec, 0, "float64")
+    whole = loss_and_gradients(plain.xp, model, flat, batch)
+    shares = [
+        loss_and_gradients(plain.xp, model, flat, Batch(*(part[a:b] for part in batch)), n_targets=40)
+        for a, b in ((0, 2), (2, 5))
+    ]
+    for i in range(2):
+        np.testing.assert_allclose(sum(share[i] for share in shares), whole[i], rtol=1e-10, atol=1e-14)
+
+
+# accumulated gradients ----------------------------------------------------------------------------------
+
+
+ONE_BLOCK = {**SMALL, "n_layers": 1}
+
+
+def steps_in_parts(case, batch_size, accumulate, dropout=0.2, epochs=False, workers=None, steps=4):
+    """Losses, gradient norms and last parameters of steps of 12 samples, `batch_size` of them at a time."""
+    model = Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17)
+    config = TrainConfig(
+        num_steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=1, lr=1e-2, min_lr=1e-3
+    )
+    assert config.step_size == 12
+    # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
+    batches = EpochWindows(TEXT[:155], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
+    state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
+    more = {} if workers is None else {"loss_and_gradients": workers(model).loss_and_gradients}
+    step = case.compile(make_step(case.xp, model, config, **more))
+    figures, sizes = [], []
+    for i in range(steps):
+        batch = batches.batch(i)
+        state, metrics = step(state, on_device(case, batch))
+        sizes.append(len(batch.samples))
+        figures.append([float(case.to_numpy(metrics[name])[0]) for name in ("loss", "grad_norm")])
+    assert sizes == ([12, 7, 12, 7] if epochs else [12] * 4)[:steps]
+    return np.array(figures), case.to_numpy(state["params"])
+
+
+def check_parts(case, expected, **how):
+    figures, weights = steps_in_parts(case, **how)
+    np.testing.assert_allclose(figures, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(weights, expected[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+def test_a_step_in_four_parts_is_the_step(quick_backend, request, epochs):
+    """With dropout on, and where an epoch ends in a smaller step."""
+    if quick_backend.variant == "jax jit":
+        if epochs:
+            pytest.skip("JAX compiles every part of every shape: too slow here")
+        request.getfixturevalue("quick_compilation")
+    expected = steps_in_parts(quick_backend, 12, 1, epochs=epochs, steps=2)
+    check_parts(quick_backend, expected, batch_size=3, accumulate=4, epochs=epochs, steps=2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+def test_in_however_many_parts_a_step_is_the_step(dropout, epochs):
+    case = case_of("numpy")
+    expected = steps_in_parts(case, 12, 1, dropout, epochs)
+    for size in (1, 2, 4, 6):
+        check_parts(case, expected, batch_size=size, accumulate=12 // size, dropout=dropout, epochs=epochs)
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):
+    case = case_of("numpy")
+    expected = steps_in_parts(case, 12, 1, dropout, epochs)
+    with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 3, 2) as pool:
+        how = {"dropout": dropout, "epochs": epochs, "workers": lambda model: pool}
+        check_parts(case, expected, batch_size=3, accumulate=4, **how)
+    with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 12, 2) as pool:
+        check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": lambda model: pool})
+
+
+def test_the_equation_model_in_parts_is_the_whole_too():
+    case, model, draw = case_of("numpy"), Model(EquationConfig(n_hidden=8), 13), np.random.default_rng(0).integers
+    batch = PairBatches(draw(0, 13, (40, 4)), draw(0, 13, 40), 12, 0).batch(0)
+    state = initial_state(case, params.draw(model.spec, 0, "float64") * 3, params.decay_mask(model.spec), 0)
+    whole = noisy_loss_and_gradients(case.xp, model, state, batch)
+    parts = accumulated(noisy_loss_and_gradients, 5)(case.xp, model, state, batch)
+    for one, other in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_no_more_than_a_part_is_computed_at_a_time():
+    """What accumulating is for: the memory of a step is that of its part."""
+    case, model, sizes = case_of("numpy"), Model(GPTConfig(**SMALL), 17), []
+
+    def noted(xp, model, state, batch, n_targets=None):
+        sizes.append((batch.inputs.shape, batch.targets.shape, batch.samples.tolist(), n_targets))
+        return noisy_loss_and_gradients(xp, model, state, batch, n_targets)
+
+    config = TrainConfig(num_steps=1, batch_size=3, accumulate=3)
+    state = initial_state(case, params.draw(model.spec, 0, "float64"), params.decay_mask(model.spec), 0)
+    make_step(case.xp, model, config, noted)(state, RandomWindows(TEXT, 8, 7, 0).batch(0))
+    parts = [[0, 1, 2], [3, 4, 5], [6]]
+    assert sizes == [((len(part), 8), (len(part), 8), part, 56) for part in parts]
+
+
+# optimizer ----------------------------------------------------------------------------------------------
+
+
+def test_adamw_is_the_adamw_of_the_paper(plain):
+    """Three steps against the formulas in plain Python floats, one number at a time."""
+    config = TrainConfig(num_steps=3, lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip=0.0)
+    w0, gradients = [1.0, -2.0], [[0.3, -0.1], [0.2, 0.4], [-0.5, 0.1]]
+    state = {"params": np.array(w0), "m": np.zeros(2), "v": np.zeros(2), "decays": np.array([1.0, 0.0])}
+    state["step"] = np.array([0], dtype=np.int32)
+    for gradient in gradients:
+        state, _ = optimizers.update(plain.xp, state, np.array(gradient), config)
+    for i, decays in enumerate((1.0, 0.0)):
+        w, m, v = w0[i], 0.0, 0.0
+        for t, gradient in enumerate(gradients, start=1):
+            m, v = 0.9 * m + 0.1 * gradient[i], 0.99 * v + 0.01 * gradient[i] ** 2
+            w -= 0.1 * (m / (1 - 0.9**t) / ((v / (1 - 0.99**t)) ** 0.5 + 1e-8) + 0.5 * decays * w)
+        assert state["params"][i] == pytest.approx(w, rel=1e-12)
+
+
+def test_clipping_brings_the_global_norm_down_to_the_limit(plain):
+    norm = np.array([5.0])
+    assert optimizers.clip_scale(plain.xp, norm, 1.0)[0] * 5 == pytest.approx(1.0, rel=1e-6)
+    assert optimizers.clip_scale(plain.xp, norm, 10.0)[0] == 1
+    assert optimizers.clip_scale(plain.xp, norm, 0.0)[0] == 1
+
+
+def rates(plain, **settings):
+    config = TrainConfig(**{"num_steps": 100, "warmup_steps": 10, "lr": 1.0, "min_lr": 0.1, **settings})
+    steps = (np.array([step], dtype=np.int32) for step in range(120))
+    return [float(optimizers.learning_rate(plain.xp, step, config, np.float64)[0]) for step in steps]
+
+
+def test_the_cosine_rises_falls_and_stays(plain):
+    lr = rates(plain)
+    assert lr[0] == pytest.approx(1 / 11)
+    assert lr[9] == pytest.approx(10 / 11)
+    assert lr[10] == pytest.approx(1.0)
+    assert lr[55] == pytest.approx(0.55)
+    assert lr[100:] == pytest.approx([0.1] * 20)
+    assert all(a > b for a, b in itertools.pairwise(lr[10:101]))
+
+
+def test_the_constant_rate_is_constant_after_the_warm_up(plain):
+    lr = rates(plain, schedule="constant")
+    assert lr[10:] == pytest.approx([1.0] * 110)
+
+
+def test_only_weights_decay_and_residual_projections_start_smaller():
+    model = Model(GPTConfig(n_ctx=16, n_emb=32, head_size=32, n_heads=2, n_layers=8, c_network="moe"), 20)
+    specs = dict(leaves(model.spec))
+    decaying = {path for path, spec in specs.items() if spec.decays}
+    assert decaying == {path for path in specs if path.endswith("weight")}
+    assert specs["blocks.0.attention.qkv.weight"].std == 0.02
+    assert specs["blocks.0.attention.out.weight"].std == pytest.approx(0.02 / 4)
+    assert specs["blocks.0.network.down.weight"].std == pytest.approx(0.02 / 4)
+    flat = params.draw(model.spec, 0)
+    assert params.decay_mask(model.spec).shape == flat.shape == (model.n_parameters,)
+
+
+# the original -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pre-mha-mlp", "post-mha-mlp", "pre-moh-mlp", "pre-mha-moe"])
+def test_the_original_little_baby_is_reproduced(quick_backend, reference_folder, name):
+    """Logits, loss and every gradient of its reference models, in float64."""
+    read = lambda kind: json.loads((reference_folder / f"{kind}_{name}.json").read_text("utf-8"))  # noqa: E731
+    config, expected = read("config"), read("expected")
+    names = (*SMALL, "dropout", "c_sequence", "c_attention", "c_network")
+    model = Model(GPTConfig(**{name: config[name] for name in names}), 65)
+    flat = case_of("numpy plain").asarray(ours(model, read("model")))
+    ids = np.array(expected["inputs"]), np.array(expected["targets"])
+    batch = on_device(quick_backend, Batch(*ids, np.arange(3)))
+
+    def compute(flat, batch):
+        logits, _ = model.forward(quick_backend.xp, model.layout.unpack(quick_backend.xp, flat), batch.inputs)
+        return logits, *loss_and_gradients(quick_backend.xp, model, flat, batch)
+
+    logits, loss, gradients = quick_backend.compile(compute)(quick_backend.asarray(flat), batch)
+    np.testing.assert_allclose(
+        quick_backend.to_numpy(logits), np.reshape(expected["logits"], (-1, 65)), atol=1e-10, rtol=0
+    )
+    assert float(quick_backend.to_numpy(loss)[0]) == pytest.approx(expected["loss"], abs=1e-10)
+    np.testing.assert_allclose(
+        quick_backend.to_numpy(gradients), ours(model, expected["gradients"]), atol=1e-10, rtol=0
+    )
+
+
+def ours(model: Model, weights: dict) -> np.ndarray:
+    """The original's named weights (or gradients) in the order of our flat buffer."""
+    config = model.config
+    w = {name: None if value is None else np.array(value) for name, value in weights.items()}
+    pairs = [("wte.weight", w["wte_weight"]), ("wpe.weight", w["wpe_weight"])]
+    for i in range(config.n_layers):
+        pairs += [(f"blocks.{i}.{name}", value) for name, value in original_block(config, w, f"block_{i}_")]
+    pairs += [("ln_f.gain", w["ln_f_gamma"]), ("ln_f.bias", w["ln_f_beta"])]
+    pairs += [("lm_head.weight", w["lm_head_weight"]), ("lm_head.bias", w["lm_head_bias"])]
+    return model.layout.pack(case_of("numpy plain").xp, from_leaves(pairs))
+
+
+def original_block(config, w, at):
+    a, out = config.c_attention, {"mha": "c", "moh": "m"}[config.c_attention]
+    yield from [("norm1.gain", w[f"{at}ln1_gamma"]), ("norm1.bias", w[f"{at}ln1_beta"])]
+    yield "attention.qkv.weight", np.concatenate([w[f"{at}{a}_{part}_weight"] for part in "qkv"], axis=1)
+    if a == "moh":
+        yield "attention.gate.weight", w[f"{at}moh_g_weight"]
+    yield from [(f"attention.out.{part}", w[f"{at}{a}_{out}_{part}"]) for part in ("weight", "bias")]
+    yield from [("norm2.gain", w[f"{at}ln2_gamma"]), ("norm2.bias", w[f"{at}ln2_beta"])]
+    if config.c_network == "mlp":
+        for name, theirs in (("up", "up"), ("down", "dn")):
+            yield from [
+                (f"network.{name}.{part}", w[f"{at}mlp_proj_{theirs}_{part}"]) for part in ("weight", "bias")
+            ]
+        return
+    experts = [f"{at}moe_expert_{e}_" for e in range(4)]
+    yield "network.gate.weight", w[f"{at}moe_g_weight"]
+    yield "network.up.weight", np.concatenate([w[f"{e}up_weight"] for e in experts], axis=1)
+    yield "network.up.bias", np.concatenate([w[f"{e}up_bias"] for e in experts])
+    yield "network.down.weight", np.concatenate([w[f"{e}dn_weight"] for e in experts], axis=0)
+    yield "network.down.bias", np.stack([w[f"{e}dn_bias"] for e in experts])

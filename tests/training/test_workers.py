@@ -1,0 +1,554 @@
+"""Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import baby_xp.api
+from baby_xp.arrays import params, registry
+from baby_xp.cli import main
+from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.text.batches import Batch, RandomWindows
+from baby_xp.training import optimizers
+from baby_xp.training import workers as workers_module
+from baby_xp.training.step import accumulated, initial_state, noisy_loss_and_gradients, total_loss
+from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
+
+TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
+BATCH = 7
+IDS = np.random.default_rng(0).integers(0, 11, 300)
+TINY = {
+    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 6,
+    "eval_every": 2, "dropout": 0.1, "sample_tokens": 0,
+}  # fmt: skip
+FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+class Setting:
+    """A model with dropout, its state at some step, and a batch."""
+
+    def __init__(self, dtype: str, config=None):
+        self.backend = registry.load("numpy", dtype=dtype)
+        config = config or GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_heads=2, n_layers=2, dropout=0.3)
+        self.model = Model(config, 11)
+        flat = params.draw(self.model.spec, 0, dtype) * 5
+        self.state = initial_state(self.backend, flat, params.decay_mask(self.model.spec), 2**31 + 5)
+        self.state["step"] = self.backend.integers([3])
+        self.batch = RandomWindows(IDS, 8, BATCH, 0).batch(0)
+
+    @property
+    def xp(self):
+        return self.backend.xp
+
+    def alone(self, batch: Batch):
+        return noisy_loss_and_gradients(self.xp, self.model, self.state, batch)
+
+    def pool(self, number: int) -> Workers:
+        return Workers(self.backend, self.model, BATCH, number)
+
+
+@pytest.fixture(scope="module", params=[(1, "float32"), (2, "float64"), (3, "float32")], ids=str)
+def together(request):
+    """A setting and its running workers."""
+    number, dtype = request.param
+    setting = Setting(dtype)
+    with setting.pool(number) as pool:
+        yield setting, pool
+
+
+@pytest.fixture(params=["memory", "file", "named file"])
+def arenas(request, monkeypatch) -> list[Path]:
+    """The arena files that were made, for each kind: a file in memory, one without a name, one as on Windows."""
+    made, mkstemp = [], tempfile.mkstemp
+    if request.param == "memory" and not hasattr(os, "memfd_create"):
+        pytest.skip("the system has no files in memory")
+    if request.param != "memory":
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(workers_module, "INHERITED", request.param != "named file")
+
+    def recorded(*args, **kwargs):
+        handle, path = mkstemp(*args, **kwargs)
+        made.append(Path(path))
+        return handle, path
+
+    monkeypatch.setattr(tempfile, "mkstemp", recorded)
+    return made
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 40)
+    return path
+
+
+def first(batch: Batch, n: int) -> Batch:
+    return Batch(*(part[:n] for part in batch))
+
+
+# what they compute --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [BATCH, 3, 2, 1])
+def test_loss_and_gradients_are_those_of_one_process(together, size):
+    """Also for a batch with fewer samples than there are workers."""
+    setting, pool = together
+    batch = first(setting.batch, size)
+    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
+    expected_loss, expected = setting.alone(batch)
+    tolerance = TOLERANCE[setting.backend.dtype]
+    assert loss.dtype == gradients.dtype == expected.dtype
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("bounds", [(0, 2, 3, BATCH), (0, 5, BATCH)], ids=str)
+def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bounds):
+    """As gradients are accumulated: a part's dropout is that which its samples have in the whole."""
+    setting, pool = together
+    n_targets, state = setting.batch.targets.size, setting.state
+    expected_loss, expected = setting.alone(setting.batch)
+    loss, gradients = 0, np.zeros_like(expected)
+    for first_sample, last in itertools.pairwise(bounds):
+        part = Batch(*(array[first_sample:last] for array in setting.batch))
+        more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
+        loss, gradients = loss + more, gradients + of_part
+    tolerance = 3 * TOLERANCE[setting.backend.dtype]  # more sums, more roundings
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_gradients_are_accumulated_as_in_one_process(together):
+    """The gradients of a part must outlast the next part."""
+    setting, pool = together
+    arguments = setting.xp, setting.model, setting.state, setting.batch
+    loss, gradients = accumulated(pool.loss_and_gradients, 3)(*arguments)
+    expected_loss, expected = accumulated(noisy_loss_and_gradients, 3)(*arguments)
+    tolerance = 3 * TOLERANCE[setting.backend.dtype]
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
+    setting, pool = together
+    numbered = Batch(*setting.batch[:2], setting.batch.samples[::-1] + 5)
+    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, numbered)
+    expected_loss, expected = setting.alone(numbered)
+    assert expected_loss != setting.alone(setting.batch)[0]
+    tolerance = TOLERANCE[setting.backend.dtype]
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_dropout_was_on_in_the_test_above(together):
+    setting, _ = together
+    other = {**setting.state, "step": setting.backend.integers([4])}
+    assert (
+        setting.alone(setting.batch)[0]
+        != noisy_loss_and_gradients(setting.xp, setting.model, other, setting.batch)[0]
+    )
+
+
+@pytest.mark.parametrize("size", [BATCH, 2, 1])
+def test_the_total_loss_is_that_of_one_process(together, size):
+    setting, pool = together
+    batch = first(setting.batch, size)
+    found = pool.total_loss(setting.state["params"], batch)
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_a_shorter_window_is_evaluated_too(together):
+    setting, pool = together
+    batch = Batch(setting.batch.inputs[:3, :5], setting.batch.targets[:3, :5], setting.batch.samples[:3])
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
+    found = pool.total_loss(setting.state["params"], batch)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_a_repetition_is_the_same_bit_for_bit(together):
+    setting, pool = together
+    compute = lambda workers: [  # noqa: E731
+        array.tobytes()
+        for array in workers.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
+    ]
+    runs = [compute(pool) for _ in range(2)]
+    if pool.number == 2:
+        with setting.pool(pool.number) as fresh:
+            runs.append(compute(fresh))
+    assert len(set(map(tuple, runs))) == 1
+
+
+def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
+    """For a state from elsewhere, for one that an update gave, and for gradients that are not in the arena."""
+    setting, pool = together
+    config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1)
+    alone = shared = setting.state
+    for step in range(4):
+        _, gradients = pool.loss_and_gradients(setting.xp, setting.model, shared, setting.batch)
+        if step == 2:
+            gradients = gradients.copy()
+        if step == 3:
+            shared = {name: array.copy() for name, array in shared.items()}
+        alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config)
+        before = {name: array.copy() for name, array in shared.items()}
+        given, (shared, _) = shared, optimizers.update(pool.xp, shared, gradients, config)
+        for name in ("params", "m", "v"):
+            assert shared[name].tobytes() == alone[name].tobytes()
+            assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
+
+
+def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
+    """Ctrl-C may come between a command and its answers; the loss is then measured by the same workers."""
+    setting, pool = together
+    expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
+    for _ in range(5):
+        pool._hand_out(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
+        found = pool.total_loss(setting.state["params"], setting.batch)
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
+
+
+def test_the_equation_model_with_one_target_a_context():
+    setting = Setting("float64", EquationConfig(n_hidden=8))
+    batch = Batch(setting.batch.inputs[:, :4], setting.batch.targets[:, 3], setting.batch.samples)
+    with setting.pool(2) as pool:
+        loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
+    expected_loss, expected = setting.alone(batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    np.testing.assert_allclose(gradients, expected, atol=1e-12)
+
+
+def train(tmp_path, text_file, workers: int):
+    return baby_xp.api.train(
+        "baby", path=tmp_path / "runs", backend="numpy", workers=workers, data=str(text_file), **TINY
+    )
+
+
+def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_path, text_file):
+    alone, *two = (train(tmp_path, text_file, workers) for workers in (1, 2, 2))
+    assert two[0].params.tobytes() == two[1].params.tobytes()
+    np.testing.assert_allclose(two[0].params, alone.params, atol=1e-5)
+    # what a training gives does not hold the memory of its workers
+    owner = two[0].params
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    assert owner.base is None
+    assert two[0].config["machine"]["workers"] == 2
+    assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
+
+
+def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
+    """Too high a rate makes the first steps the best; the last record measures the weights that were kept."""
+    run = baby_xp.api.train(
+        "baby", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
+        **{**TINY, "num_steps": 9, "eval_every": 1, "lr": 50.0, "warmup_steps": 0, "schedule": "constant"},
+    )  # fmt: skip
+    *records, last = [json.loads(line) for line in run.files.metrics.read_text().splitlines()]
+    best = min(records, key=lambda record: record["val_loss"])
+    assert last["whole_validation"]
+    assert best["step"] == last["step"] < 8
+    assert last["val_loss"] == pytest.approx(best["val_loss"], rel=1e-9)
+
+
+# how many -----------------------------------------------------------------------------------------------
+
+
+def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    numpy_backend = registry.load("numpy")
+    small, large = Model(GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_layers=1), 11), Model(GPTConfig(), 65)
+    assert suitable_number(numpy_backend, small, 16) == 1
+    assert suitable_number(numpy_backend, large, 16) == 8
+    assert suitable_number(numpy_backend, large, 5) == 5
+
+    class Elsewhere:
+        name = "cupy"
+
+    assert suitable_number(Elsewhere(), large, 16) == 1
+
+
+def test_there_are_no_more_workers_than_samples():
+    setting = Setting("float32")
+    for asked, given in ((1, 1), (4, 4), (30, BATCH)):
+        assert baby_xp.api.number_of_workers(asked, setting.backend, setting.model, BATCH) == given
+
+
+# what stays behind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.first_case
+def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they_work(arenas, request):
+    setting = Setting("float32")
+    with setting.pool(3) as pool:
+        children = list(pool.children)
+        assert len(children) == 2
+        assert all(child.poll() is None for child in children)
+        assert [path.exists() for path in arenas] == {
+            "memory": [], "file": [False], "named file": [True]
+        }[request.node.callspec.params["arenas"]]  # fmt: skip
+    assert [child.returncode for child in children] == [0, 0]
+    assert not any(path.exists() for path in arenas)
+
+
+def test_threads_of_the_array_library_and_the_places_of_modules(tmp_path, monkeypatch):
+    """Threads are as before afterwards; workers find modules where this process finds them."""
+    from threadpoolctl import threadpool_info
+
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = threadpool_info()
+    with Setting("float32").pool(2):
+        assert all(library["num_threads"] == 1 for library in threadpool_info())
+        assert (tmp_path / "seen").exists()
+    assert threadpool_info() == before
+
+
+class Killer(baby_xp.api.Silent):
+    """A listener that kills a worker after an evaluation."""
+
+    def __init__(self, pools):
+        self.pools = pools
+
+    def evaluated(self, record):
+        os.kill(self.pools[0].children[0].pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def pools(monkeypatch) -> list[Workers]:
+    """The workers that were started."""
+    started, enter = [], Workers.__enter__
+    monkeypatch.setattr(Workers, "__enter__", lambda self: started.append(self) or enter(self))
+    return started
+
+
+@pytest.fixture
+def children(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that were started."""
+    started, popen = [], subprocess.Popen
+
+    def recorded(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    return started
+
+
+KILLED = "worker 1 of 2 was killed by signal 9; train with fewer --workers, or --workers 1"
+
+
+def main_with_killer(more: list[str], tmp_path, text_file, pools, monkeypatch) -> int:
+    monkeypatch.setattr("baby_xp.cli.train_commands.Screen", lambda asked: Killer(pools))
+    return main(["train", "--path", f"{tmp_path}/runs", "--data", str(text_file), *FLAGS, *more])
+
+
+@pytest.mark.first_case
+@needs_signals
+def test_a_worker_that_is_killed_ends_training_in_one_line(
+    tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
+):
+    code = main_with_killer(["--workers", "2"], tmp_path, text_file, pools, monkeypatch)
+    assert code == 2
+    assert capfd.readouterr().err == f"baby_xp: {KILLED}\n"
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
+    assert not any(path.exists() for path in arenas)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.first_case
+@needs_signals
+def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
+    tmp_path, text_file, arenas, pools, children, monkeypatch, capfd
+):
+    more, killed = ["--workers", "3", "--checkpoint-every", "1"], KILLED.replace("of 2", "of 3")
+    assert main_with_killer(more, tmp_path, text_file, pools, monkeypatch) == 2
+    assert capfd.readouterr().err == f"baby_xp: {killed}\n"
+    assert [child.returncode for child in children] == [-signal.SIGKILL, 0]
+    assert not any(path.exists() for path in arenas)
+    (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
+    assert (summary.state, summary.steps) == ("failed", 2)  # the worker was killed after the evaluation of step 2
+    run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
+    assert run.config["result"]["reason"] == killed
+    assert len(run.generate(num_tokens=3)) == 3
+
+
+def test_a_worker_that_cannot_start_ends_training_in_one_line(arenas, children, monkeypatch):
+    monkeypatch.setattr(workers_module, "PROGRAM", "raise SystemExit(3)")
+    with pytest.raises(BabyError, match=r"worker 1 of 3 ended with exit code 3|workers cannot be started"):
+        Setting("float32").pool(3).__enter__()
+    assert all(child.returncode == 3 for child in children)
+    assert not any(path.exists() for path in arenas)
+
+
+def test_python_that_cannot_be_found_ends_training_in_one_line(arenas, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1"):
+        Setting("float32").pool(2).__enter__()
+    assert not any(path.exists() for path in arenas)
+
+
+def test_too_many_open_files_end_training_in_one_line_of_advice(arenas, monkeypatch):
+    def popen(*arguments, **more):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(workers_module.subprocess, "Popen", popen)
+    with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1, or .* \(ulimit -n\)"):
+        Setting("float32").pool(2).__enter__()
+    assert not any(path.exists() for path in arenas)
+
+
+fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room")
+
+
+@fallocate
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
+@pytest.mark.parametrize("arenas", ["memory"], indirect=True)
+def test_a_full_memory_falls_back_to_the_folder_for_temporary_files(arenas, monkeypatch):
+    reserve, failed = os.posix_fallocate, []
+
+    def full_once(*args):
+        if not failed:
+            failed.append(args)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return reserve(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_once)
+    setting = Setting("float64")
+    with setting.pool(2) as pool:
+        loss, _ = pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
+    np.testing.assert_allclose(loss, setting.alone(setting.batch)[0], rtol=1e-12)
+    assert [path.parent for path in arenas] == [Path(tempfile.gettempdir())]
+    assert not any(path.exists() for path in arenas)
+
+
+@fallocate
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OverflowError("too large")])
+def test_without_room_anywhere_no_worker_starts(arenas, children, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BabyError, match=r"workers cannot be started \(.*; try --workers 1"):
+        Setting("float32").pool(2).__enter__()
+    assert children == []
+    assert not any(path.exists() for path in arenas)
+
+
+# a program that is ended from outside -------------------------------------------------------------------
+
+
+def wait_until(condition, seconds: float = 120.0):
+    """What the condition gives once it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.02)
+    return value
+
+
+def parent_and_state(pid: str) -> tuple[int, str]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[1]), fields[0]
+    except (OSError, IndexError):
+        return 0, "gone"
+
+
+def children_of(pid: int) -> list[str]:
+    return [path.name for path in Path("/proc").glob("[0-9]*") if parent_and_state(path.name)[0] == pid]
+
+
+@pytest.fixture
+def training(tmp_path, text_file, signals):
+    """A program that trains with a worker beside itself, past its first evaluation.
+
+    The folder "temporary" is its own for temporary files.
+    """
+    (tmp_path / "temporary").mkdir()
+    arguments = [*FLAGS, "--num-steps", "100000000", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "baby_xp", "train", "--path", "runs", "--data", str(text_file), *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+    )  # fmt: skip
+    try:
+        wait_until(lambda: any((tmp_path / "runs").glob("outputs/metrics_*")))
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@needs_proc
+@needs_signals
+def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path):
+    workers = children_of(training.pid)
+    assert len(workers) == 1
+    training.kill()
+    training.wait()
+    # where nobody waits for orphans they stay as zombies, which hold nothing
+    wait_until(lambda: all(parent_and_state(pid)[1] in ("gone", "Z") for pid in workers))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert training.stderr.read() == b""
+
+
+@pytest.mark.first_case
+@needs_signals
+@pytest.mark.parametrize(("number", "group"), [
+    ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
+])  # fmt: skip
+def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, tmp_path, number, group):
+    """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
+    (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
+    out, err = (text.decode() for text in training.communicate(timeout=120))
+    assert training.returncode == 128 + getattr(signal, number)
+    by = "" if number == "SIGINT" else f" by {number}"
+    assert err == f"stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted{by}\n"
+    (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
+    assert (summary.state, summary.num_steps) == ("stopped", 100_000_000)
+    run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
+    result = run.config["result"]
+    assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", summary.steps)
+    assert f"stopped after step {result['steps']}, with a checkpoint; to go on: python -m baby_xp resume" in out
+    assert "whole validation part" not in out
+    assert not run.files.completion().exists()
+    assert not run.files.lock.exists()
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("n_emb", "threads"), [(8, 1), (256, None)])
+def test_one_process_computes_small_steps_with_one_thread(tmp_path, n_emb, threads):
+    """A product that waits for a second thread on a busy machine can take a hundred times as long."""
+    from threadpoolctl import threadpool_info
+
+    def of_blas():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen, before = [], of_blas()
+
+    class Watch(baby_xp.api.Silent):
+        def progress(self, step, loss, tokens_per_second):
+            seen.extend(of_blas())
+
+    (tmp_path / "text.txt").write_text("to and fro, to and fro\n" * 200, encoding="utf-8")
+    baby_xp.api.train(
+        "baby", path=tmp_path, backend="numpy", workers=1, data=str(tmp_path / "text.txt"), n_emb=n_emb,
+        head_size=8, n_ctx=32, num_steps=1, sample_tokens=0, listener=Watch(),
+    )  # fmt: skip
+    assert seen
+    assert set(seen) == ({threads} if threads else set(before))
+    assert of_blas() == before
