@@ -34,6 +34,13 @@ B, T, H, C, S, V = 3, 5, 2, 6, 8, 11
 N = B * T
 SHAPE = Shape(B, T, H)
 RATE = 0.3
+SWITCHES = [
+    {"c_sequence": s, "c_attention": a, "c_network": n}
+    for s in ("pre", "post")
+    for a in ("mha", "moh")
+    for n in ("mlp", "moe")
+]
+"""All combinations of the three switches."""
 
 
 @dataclass(frozen=True)

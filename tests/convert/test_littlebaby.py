@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_table import SWITCHES
 
 from baby_xp.arrays import params
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
@@ -22,12 +23,6 @@ from baby_xp.models import Model
 from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer
 
 REFERENCES = ["pre-mha-mlp", "post-mha-mlp", "pre-moh-mlp", "pre-mha-moe"]
-SWITCHES = [
-    {"c_sequence": s, "c_attention": a, "c_network": n}
-    for s in ("pre", "post")
-    for a in ("mha", "moh")
-    for n in ("mlp", "moe")
-]
 GUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 TOKENIZER = CharTokenizer("\n aé漢🙂")  # not sorted by code point: the order is the file's
 KINDS = ("config", "tokenizer", "model")

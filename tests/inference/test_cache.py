@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from baby_xp_backends import numpy_decoding
 from conftest import case_of
-from test_training import SWITCHES
+from layer_table import SWITCHES
 from threadpoolctl import threadpool_limits
 
 from baby_xp.arrays import params

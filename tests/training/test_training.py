@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import case_of
+from layer_table import SWITCHES
 
 from baby_xp.arrays import params
 from baby_xp.arrays.tree import from_leaves, leaves
@@ -24,12 +25,6 @@ from baby_xp.training.step import (
 )
 from baby_xp.training.workers import Workers
 
-SWITCHES = [
-    {"c_sequence": s, "c_attention": a, "c_network": n}
-    for s in ("pre", "post")
-    for a in ("mha", "moh")
-    for n in ("mlp", "moe")
-]
 TEXT = np.random.default_rng(0).integers(0, 17, 400)
 SMALL = {"n_ctx": 8, "n_emb": 12, "head_size": 8, "n_heads": 2, "n_layers": 2}
 
