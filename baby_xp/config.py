@@ -5,8 +5,10 @@ The Little Baby's where it has them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
+
+from baby_xp_data import equations
 
 from baby_xp import checks
 from baby_xp.arrays import rng
@@ -216,22 +218,81 @@ class EquationData(DataConfig):
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named configuration."""
+class RunConfig:
+    """All that a run was asked for. A preset is one of these with a name of its own."""
 
     name: str
-    about: str
+    """That of the preset."""
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, with the keys of a run's config file."""
+        parts = {part: to_dict(getattr(self, part)) for part in PARTS}
+        return {"preset": self.name, **parts}
 
-CONFIGS = {config.kind: config for config in (GPTConfig, EquationConfig)}
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> "RunConfig":
+        """What `to_dict` gave, or a run's config file. Raises BabyError, naming `where`, if it makes no sense."""
+        return cls(
+            str(values["preset"]),
+            model_from_dict(values["model"], where),
+            from_dict(TrainConfig, values["train"], where),
+            data_from_dict(values["data"], where),
+        )
+
+    def override(self, settings: dict[str, Any]) -> "RunConfig":
+        """The same with some fields of its parts replaced.
+
+        num_epochs without num_steps means epochs: num_steps of the preset no longer holds. Where the table of
+        equations is another one, it is given a held-out case of its own. Raises BabyError for an unknown setting,
+        and for one that would change nothing.
+        """
+        known = {part: {field.name for field in fields(getattr(self, part))} for part in PARTS}
+        unknown = [name for name in settings if not any(name in names for names in known.values())]
+        if unknown:
+            raise BabyError(f"preset {self.name} has no setting {unknown[0]!r}")
+        if settings.get("num_epochs") is not None and "num_steps" not in settings:
+            settings = {**settings, "num_steps": None}
+        parts = {
+            part: replace(getattr(self, part), **{name: settings[name] for name in names & settings.keys()})
+            for part, names in known.items()
+        }
+        found = replace(self, **parts)
+        _refuse_what_changes_nothing(found, settings)
+        data, of_table = found.data, {"max_sum", "digits", "operators"}
+        if isinstance(data, EquationData) and of_table & settings.keys() and "held_out" not in settings:
+            suited = equations.suited(data.held_out, data.max_sum, data.digits, data.operators)
+            found = replace(found, data=replace(data, held_out=suited))
+        return found
+
+
+PARTS = ("model", "train", "data")
+MODELS: dict[str, type[ModelConfig]] = {kind.kind: kind for kind in (GPTConfig, EquationConfig)}
+
+
+def _refuse_what_changes_nothing(config: RunConfig, settings: dict[str, Any]) -> None:
+    """Raises BabyError for a setting that was asked for and has no effect beside the others."""
+    train, data = config.train, config.data
+    of_equations = isinstance(data, EquationData)
+    if "stride" in settings and train.stride != 1:
+        what = f"stride {train.stride} has no effect"
+        if of_equations:
+            raise BabyError(f"{what} on equations, which are not cut out of a text: leave out --stride")
+        if train.num_epochs is None:
+            raise BabyError(f"{what} on windows from random places: give --num-epochs too, or leave out --stride")
+    if "min_lr" in settings and train.schedule == "constant":
+        raise BabyError(
+            "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
+        )
+    if "max_sum" in settings and isinstance(data, EquationData) and data.max_sum and "+" not in data.operators:
+        raise BabyError("max_sum has no effect without sums: add + to --operators, or leave out --max-sum")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values; a model's with its kind."""
-    kind = {"kind": config.kind} if type(config) in CONFIGS.values() else {}
+    kind = {"kind": config.kind} if isinstance(config, ModelConfig) else {}
     return {**kind, **asdict(config)}
 
 
@@ -252,31 +313,20 @@ def from_dict(kind: type, values: Any, where: str) -> Any:
 def model_from_dict(values: Any, where: str) -> ModelConfig:
     """The model config that to_dict wrote."""
     name = values.get("kind") if isinstance(values, dict) else None
-    kind = CONFIGS.get(name) if isinstance(name, str) else None
+    kind = MODELS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise BabyError(
-            f"{where}: kind of model is none of {', '.join(CONFIGS)}; the file is damaged or from elsewhere"
+            f"{where}: kind of model is none of {', '.join(MODELS)}; the file is damaged or from elsewhere"
         )
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
 
 def data_from_dict(values: Any, where: str) -> DataConfig:
-    """The data config that to_dict wrote, without what else a run's config tells of its data."""
+    """The data config that to_dict wrote, without what else a run's config file says of its data."""
     if not isinstance(values, dict):
         raise BabyError(f"{where}: {values!r} is not the data of a run; the file is damaged or from elsewhere")
     kind = EquationData if "held_out" in values else DataConfig
     return from_dict(kind, {name: values[name] for name in values if name not in ("file", "sha256")}, where)
-
-
-def settings_of(config: dict[str, Any], where: str) -> Preset:
-    """The settings that a run's config holds. Raises BabyError, naming `where`, if they make no sense."""
-    return Preset(
-        str(config["preset"]),
-        "a run",
-        model_from_dict(config["model"], where),
-        from_dict(TrainConfig, config["train"], where),
-        data_from_dict(config["data"], where),
-    )
 
 
 def _check(config: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:

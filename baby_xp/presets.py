@@ -1,45 +1,49 @@
 """Named configurations, each with the reason for its numbers."""
 
-from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, Preset, TrainConfig
+from baby_xp import checks
+from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
 
 
-def _age(months: int, n_ctx: int, says: str) -> Preset:
+def _age(months: int, n_ctx: int, says: str) -> tuple[str, RunConfig]:
     # The Little Baby's ages are one model with a growing context. Its rate is constant and it warms up over
     # no step; decay and moments are those of its optimizer. Clipping is ours: 16 layers can diverge without it.
-    return Preset(
-        f"{months}-months",
+    return (
         f"The Little Baby at {months} months: {says}",
-        GPTConfig(n_ctx=n_ctx, n_emb=128, head_size=128, n_heads=16, n_layers=16, dropout=0.1),
-        TrainConfig(
-            batch_size=16, num_epochs=1, lr=1e-3, base_batch_size=16, schedule="constant", warmup_steps=0,
-            beta2=0.999, weight_decay=0.01, clip=1.0, eval_every=1000,
+        RunConfig(
+            f"{months}-months",
+            GPTConfig(n_ctx=n_ctx, n_emb=128, head_size=128, n_heads=16, n_layers=16, dropout=0.1),
+            TrainConfig(
+                batch_size=16, num_epochs=1, lr=1e-3, base_batch_size=16, schedule="constant", warmup_steps=0,
+                beta2=0.999, weight_decay=0.01, clip=1.0, eval_every=1000,
+            ),
+            DataConfig(data="shakespeare"),
         ),
-        DataConfig(data="shakespeare"),
     )  # fmt: skip
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
-        # no download, and its exact entropy says how good a loss can be.
-        Preset(
+_ALL: tuple[tuple[str, RunConfig], ...] = (
+    # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
+    # no download, and its exact entropy says how good a loss can be.
+    (
+        "babbles nursery stories after about a minute on two cores",
+        RunConfig(
             "baby",
-            "babbles nursery stories after about a minute on two cores",
             GPTConfig(n_ctx=64, n_emb=64, head_size=64, n_heads=4, n_layers=3, dropout=0.0),
             TrainConfig(
                 batch_size=16, num_steps=2500, lr=3e-3, min_lr=3e-4, warmup_steps=100, eval_every=250
             ),
             DataConfig(data="nursery"),
         ),
-        # What matters is an embedding of one number: digits can then lie nowhere but on a line, and what holds for
-        # the sums that were seen holds between them. With 16 numbers it fits as well and answers nothing else.
-        # 128 neurons without decay answered every held-out sum that can be had, in 10 seeds of 10; with 64, or
-        # with decay, a seed in five lost some. docs/equations.md has the figures.
-        Preset(
+    ),
+    # What matters is an embedding of one number: digits can then lie nowhere but on a line, and what holds for
+    # the sums that were seen holds between them. With 16 numbers it fits as well and answers nothing else.
+    # 128 neurons without decay answered every held-out sum that can be had, in 10 seeds of 10; with 64, or
+    # with decay, a seed in five lost some. docs/equations.md has the figures.
+    (
+        "babyLLM: sums of two one-digit numbers, and the answer of 4+4, which it never saw",
+        RunConfig(
             "equations",
-            "babyLLM: sums of two one-digit numbers, and the answer of 4+4, which it never saw",
             EquationConfig(n_ctx=4, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
             TrainConfig(
                 batch_size=1024,
@@ -53,11 +57,13 @@ PRESETS = {
             ),
             EquationData(),
         ),
-        # The same network with a context that holds an equation whole, so that both digits of a sum follow
-        # from what it sees.
-        Preset(
+    ),
+    # The same network with a context that holds an equation whole, so that both digits of a sum follow
+    # from what it sees.
+    (
+        "sums of two one-digit numbers up to 9+9, the whole equation in the context",
+        RunConfig(
             "equations-table",
-            "sums of two one-digit numbers up to 9+9, the whole equation in the context",
             EquationConfig(n_ctx=6, n_emb=1, n_hidden=128, activation="tanh", std=0.1),
             TrainConfig(
                 batch_size=1024, num_steps=1500, lr=1e-2, min_lr=0.0, warmup_steps=100, weight_decay=0.1, clip=0.0,
@@ -65,10 +71,12 @@ PRESETS = {
             ),
             EquationData(max_sum=0),
         ),
-        # Two digits need more than a line: to carry, a digit must be told from its neighbours.
-        Preset(
+    ),
+    # Two digits need more than a line: to carry, a digit must be told from its neighbours.
+    (
+        "sums and differences of operands up to 99, a tenth of them held out",
+        RunConfig(
             "equations-2",
-            "sums and differences of operands up to 99, a tenth of them held out",
             EquationConfig(n_ctx=9, n_emb=8, n_hidden=512, activation="gelu", std=0.03),
             TrainConfig(
                 batch_size=1024, num_steps=10000, lr=3e-3, min_lr=0.0, warmup_steps=200, weight_decay=0.1,
@@ -76,9 +84,11 @@ PRESETS = {
             ),
             EquationData(digits=2, operators="+-", max_sum=0, held_out="10%"),
         ),
-        Preset(
+    ),
+    (
+        "the same sums and differences for a GPT",
+        RunConfig(
             "equations-gpt",
-            "the same sums and differences for a GPT",
             GPTConfig(n_ctx=9, n_emb=64, head_size=64, n_heads=4, n_layers=2, dropout=0.0),
             TrainConfig(
                 batch_size=512, num_steps=3000, lr=3e-3, min_lr=0.0, warmup_steps=200, weight_decay=0.1, clip=1.0,
@@ -86,37 +96,46 @@ PRESETS = {
             ),
             EquationData(digits=2, operators="+-", max_sum=0, held_out="10%"),
         ),
-        # nanoGPT's Shakespeare run for a laptop: its README reports a validation loss of 1.88.
-        Preset(
+    ),
+    # nanoGPT's Shakespeare run for a laptop: its README reports a validation loss of 1.88.
+    (
+        "nanoGPT's Shakespeare run for a laptop",
+        RunConfig(
             "nanogpt-cpu",
-            "nanoGPT's Shakespeare run for a laptop",
             GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4, dropout=0.0),
             TrainConfig(
                 batch_size=12, num_steps=2000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250
             ),
             DataConfig(data="shakespeare"),
         ),
-        # nanoGPT's Shakespeare run for a GPU: its README reports a best validation loss of 1.4697.
-        Preset(
+    ),
+    # nanoGPT's Shakespeare run for a GPU: its README reports a best validation loss of 1.4697.
+    (
+        "nanoGPT's Shakespeare run for a GPU",
+        RunConfig(
             "nanogpt-gpu",
-            "nanoGPT's Shakespeare run for a GPU",
             GPTConfig(n_ctx=256, n_emb=384, head_size=384, n_heads=6, n_layers=6, dropout=0.2),
             TrainConfig(
                 batch_size=64, num_steps=5000, lr=1e-3, min_lr=1e-4, warmup_steps=100, eval_every=250
             ),
             DataConfig(data="shakespeare"),
         ),
-        _age(3, 8, "coos and gurgles"),
-        _age(6, 16, "loud, random cries"),
-        _age(12, 32, "joyful noise with hints of intention"),
-        _age(24, 64, "words arrive"),
-        _age(48, 128, "stories and opinions"),
-    )
-}
+    ),
+    _age(3, 8, "coos and gurgles"),
+    _age(6, 16, "loud, random cries"),
+    _age(12, 32, "joyful noise with hints of intention"),
+    _age(24, 64, "words arrive"),
+    _age(48, 128, "stories and opinions"),
+)
+PRESETS = {config.name: config for _, config in _ALL}
+ABOUT = {config.name: about for about, config in _ALL}
+"""What each preset is, in a few words."""
 
 
-def preset(name: str) -> Preset:
-    """The preset of that name. Raises BabyError for an unknown one."""
-    if name not in PRESETS:
+def preset(name: str | RunConfig) -> RunConfig:
+    """The preset of that name; one of your own is taken as it is. Raises BabyError for an unknown one."""
+    if isinstance(name, RunConfig):
+        return name
+    if checks.text("preset", name) not in PRESETS:
         raise BabyError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

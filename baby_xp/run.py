@@ -1,89 +1,37 @@
-"""A run in memory: a trained model that generates."""
+"""A run in memory: a trained model with its files and settings."""
 
-import codecs
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from baby_xp_data import equations
-
 from baby_xp import checks
-from baby_xp.arrays.backend import Backend, Shortage, translate_out_of_memory
-from baby_xp.config import settings_of
+from baby_xp.arrays.backend import translate_out_of_memory
+from baby_xp.config import EquationData, RunConfig
 from baby_xp.errors import BabyError
-from baby_xp.inference.generate import Sampling, generate, generate_several
-from baby_xp.models import Model
-from baby_xp.resources import limits
+from baby_xp.inference.trained_model import MORE_MEMORY, TrainedModel
 from baby_xp.runs.store import RunFiles
-from baby_xp.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from baby_xp.config import Preset
     from baby_xp.evaluation.evaluate import Evaluation
     from baby_xp.evaluation.gradient_check import Row
     from baby_xp.inspection.inspect import Inspection
 
-NUM_TOKENS = 500
-"""Tokens to generate where nothing else is said."""
-
 
 @dataclass(frozen=True)
-class Run:
-    """A trained model with its tokenizer and its files."""
+class Run(TrainedModel):
+    """A trained model with its files and settings."""
 
     files: RunFiles
-    model: Model
-    tokenizer: Tokenizer
-    params: np.ndarray
-    """The parameters (P,), on the host."""
     config: dict[str, Any]
     """The run's config file."""
-    backend: Backend
+    settings: RunConfig
+    """What the config file says of model, training and data."""
 
     @property
     def guid(self) -> str:
         """The run's GUID."""
         return self.files.guid
-
-    def generate(
-        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
-    ) -> str:
-        """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
-
-        Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
-        """
-        pieces = self.stream(prompt, num_tokens, use_cache, **sampling)
-        return prompt + "".join(pieces)
-
-    def stream(
-        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
-    ) -> Iterator[str]:
-        """The continuation, piece by piece as it is generated."""
-        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
-        use_cache = checks.flag("use_cache", use_cache)
-        with translate_out_of_memory(self.backend, _more_memory):
-            params = self.backend.asarray(self.params)
-        tokens = generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache)
-        return self._pieces(self._told(tokens))
-
-    def generate_several(
-        self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Any
-    ) -> list[str]:
-        """So many continuations, each with the prompt, computed together: far faster than one after the other.
-
-        Text i is what `generate` gives with the seed `seed` + i. Raises BabyError as `generate` does.
-        """
-        number = checks.whole("number", number, most=None)
-        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
-        limits.check_texts(self.model, self.backend, number)
-        advice = lambda shortage: f"ask for fewer texts, or {_more_memory(shortage)}"  # noqa: E731
-        with translate_out_of_memory(self.backend, advice):
-            params, prompts = self.backend.asarray(self.params), [ids] * number
-            steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
-        return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
 
     def answer(self, question: str) -> str:
         """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
@@ -93,23 +41,9 @@ class Run:
 
         Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
-        data = self.config["data"]
-        if "digits" not in data:
+        if not isinstance(self.settings.data, EquationData):
             raise BabyError(f"run {self.guid} did not learn equations: let it generate")
-        text = _question(question, data["digits"], data["operators"], data["max_sum"])
-        whole = self.model.config.n_ctx >= equations.longest(data["digits"])
-        for piece in self.stream(text, data["digits"] + 2 if whole else 1, greedy=True):
-            if piece == " ":
-                break
-            text += piece
-        return text
-
-    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray, int]:
-        """What to draw by, the ids to go on from, and the number of tokens."""
-        prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
-        settings = Sampling.of(sampling)
-        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
-        return settings, ids, num_tokens
+        return self.ask(question, self.settings.data)
 
     def evaluate(self, data: str | Path | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
         """Measure the run over the whole validation part of its text, or of another one (`data`).
@@ -121,21 +55,8 @@ class Run:
         from baby_xp.evaluation import evaluate  # it needs much that generating does not
 
         num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
-        data = None if data is None else checks.path("data", data)
-        with translate_out_of_memory(self.backend, _more_memory):
-            return evaluate.evaluate(self, *self._settings(data), num_tokens, seed)
-
-    def _settings(self, data: str | None) -> tuple["Preset", str | None]:
-        """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
-        chosen = settings_of(self.config, str(self.files.config))
-        known = self.config["data"]
-        if data is None and self.config["result"]["state"] == "imported":
-            raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
-        if data is not None:
-            return replace(chosen, data=replace(chosen.data, data=data)), None
-        from baby_xp.text import dataset  # it needs much that generating does not
-
-        return replace(chosen, data=dataset.of_run(chosen.data, known["file"], known["sha256"])), known["sha256"]
+        with translate_out_of_memory(self.backend, lambda shortage: MORE_MEMORY):
+            return evaluate.evaluate(self, *self._with_text(data), num_tokens, seed)
 
     def inspect(
         self,
@@ -181,54 +102,24 @@ class Run:
         directions: int = 3,
         data: str | Path | None = None,
     ) -> "list[Row]":
-        """Hold the gradient of every parameter against finite differences, in float64 on text of the run's own.
+        """Compare the gradient of every parameter with finite differences, in float64 on text of the run's own.
 
         tokens, batch: size of the batch; seed: which batch, mask of dropout and directions. For each parameter
-        array, the slope of the loss along so many random directions and single elements; see checking.py.
+        array, the slope of the loss along this many random directions and single elements; see gradient_check.py.
         data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
         """
         from baby_xp.evaluation import gradient_check
 
-        data = None if data is None else checks.path("data", data)
-        return gradient_check.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
+        return gradient_check.check(self, *self._with_text(data), tokens, batch, seed, elements, directions)
 
-    def _told(self, tokens: Iterator[int]) -> Iterator[int]:
-        with translate_out_of_memory(self.backend, _more_memory):
-            yield from tokens
+    def _with_text(self, data: str | Path | None) -> tuple[RunConfig, str | None]:
+        """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
+        from baby_xp.text import dataset  # it needs much that generating does not
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        """Decode ids as they come; bytes wait until their character is whole."""
-        if self.tokenizer.kind != "byte":
-            yield from (self.tokenizer.decode([token]) for token in tokens)
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            if piece := decoder.decode(bytes([token])):
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
-
-    def first_ids(self) -> np.ndarray:
-        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
-        try:
-            return self.tokenizer.encode("\n", "prompt")
-        except BabyError:
-            return np.zeros(1, np.int32)
-
-
-def _question(question: str, digits: int, operators: str, max_sum: int) -> str:
-    """A question as equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is none of the table."""
-    asked = "".join(checks.text("question", question).split()).removesuffix("=")
-    parts = re.fullmatch(r"(0|[1-9][0-9]*)([+-])(0|[1-9][0-9]*)", asked)
-    known = f"4{operators[0]}4="
-    if parts is None or parts[2] not in operators or max(len(parts[1]), len(parts[3])) > digits:
-        what = f"with {' or '.join(operators)} and operands of {digits} digit{'s' * (digits > 1)} at most"
-        raise BabyError(f"{checks.shown_value(question)} is no question of this run: ask {known}, {what}")
-    if parts[2] == "+" and max_sum and (total := int(parts[1]) + int(parts[3])) > max_sum:
-        raise BabyError(f"{asked} makes {total}, and the run knows sums up to {max_sum}: ask {known}, for example")
-    return f"{asked}="
-
-
-def _more_memory(shortage: Shortage) -> str:
-    """What to do where a trained model does not fit."""
-    return "end what else holds the GPU's memory (nvidia-smi shows it), raise --memory-gib, or use --backend numpy"
+        if data is not None:
+            return replace(self.settings, data=replace(self.settings.data, data=checks.path("data", data))), None
+        if self.config["result"]["state"] == "imported":
+            raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
+        known = self.config["data"]
+        found = dataset.of_run(self.settings.data, known["file"], known["sha256"])
+        return replace(self.settings, data=found), known["sha256"]

@@ -2,39 +2,35 @@
 resuming all come down to it.
 
 The order of writing is what makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
-follow it; the config says last how it ended. A run whose config says "running" while no process holds its lock
-was killed, and goes on from its checkpoint.
+follow it; the config file says last how it ended. A run whose config file says "running" while no process holds
+its lock was killed, and goes on from its checkpoint.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp import __version__
-from baby_xp import config as configs
-from baby_xp.arrays import registry
-from baby_xp.arrays.backend import Backend, Shortage, device_memory, in_words, translate_out_of_memory
-from baby_xp.config import ModelConfig, Preset
+from baby_xp.arrays.backend import Shortage, translate_out_of_memory
+from baby_xp.config import EquationData, RunConfig
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
-from baby_xp.models import Model
+from baby_xp.inference.trained_model import TrainedModel
 from baby_xp.resources import counts
 from baby_xp.run import Run
-from baby_xp.runs import report, store
-from baby_xp.runs import state_file as arrays
-from baby_xp.runs.store import RunFiles
-from baby_xp.text.dataset import Task
-from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.runs import config_file, report, state_file, store
+from baby_xp.runs.store import NewRun, RunFiles
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.divergence import largest_gradient
-from baby_xp.training.loop import Diverged, Result, fit
+from baby_xp.training.listener import Listener
+from baby_xp.training.loop import Diverged, Loop, Result
+from baby_xp.training.plan import Plan
+from baby_xp.training.setup import Setup
 from baby_xp.training.signals import Stop
 from baby_xp.training.workers import Workers, alone
 
@@ -45,37 +41,33 @@ SAMPLE_ANSWERS = 6
 
 
 @dataclass
-class TrainingSession:
-    """What one training session needs. `on_kept` is called when a checkpoint of a step is on disk."""
+class TrainingSession(Listener):
+    """One training session. The loop tells it what happens: it keeps that in files and passes it on."""
 
-    files: RunFiles
-    chosen: Preset
-    model: Model
-    learned: Task
-    backend: Backend
-    device: str | None
-    """As it was asked for; None: the backend's default."""
-    workers: int
-    listener: Any
+    new: NewRun
+    setup: Setup
+    plan: Plan
+    listener: Listener
     base: str | None = None
     """GUID of the run that this one is finetuned from."""
-    started: str = ""
+    began: str = ""
     """When the run began, if that was in an earlier session."""
-    on_kept: Callable[[], None] = lambda: None
 
     def run(self, start: Checkpoint) -> Run:
         """Train from `start` to an end. Raises BabyError if the run diverges or a file cannot be written: what
         the last checkpoint holds is then kept."""
-        self.started = self.started or _now()
+        self.began = self.began or config_file.now()
         self._begin(start)
+        setup, sample = self.setup, self._sample if self.plan.train.sample_tokens else None
         try:
-            of_step = self.backend, self.model, self.chosen.train.batch_size
-            pool = Workers(*of_step, self.workers) if self.workers > 1 else alone(*of_step)
-            told = translate_out_of_memory(self.backend, self._memory_advice)
-            with Stop(self._told_to_stop) as stop, pool as workers, told:
+            of_step = setup.backend, setup.model, setup.config.train.batch_size
+            pool = Workers(*of_step, setup.workers) if setup.workers > 1 else alone(*of_step)
+            memory_errors = translate_out_of_memory(setup.backend, self._memory_advice)
+            with Stop(self._stop_asked) as stop, pool as workers, memory_errors:
                 self.listener.started(self, start.step)
+                parts = setup.backend, setup.model, setup.dataset
                 try:
-                    result = self._fit(start, stop, workers)
+                    result = Loop(*parts, self.plan, self, self.keep, stop, workers, sample).run(start)
                 except Diverged as diverged:
                     raise self._divergence(diverged, workers) from None
                 return self._finish(result)
@@ -87,12 +79,10 @@ class TrainingSession:
             self._failed(error)
             raise
 
-    def _fit(self, start: Checkpoint, stop: Stop, workers: Workers | None) -> Result:
-        train = self.chosen.train
-        return fit(
-            self.backend, self.model, train, self.learned, start, self, self.keep, stop, workers,
-            sample=self._sample if train.sample_tokens else None, evaluate_first=self.base is not None,
-        )  # fmt: skip
+    @property
+    def files(self) -> RunFiles:
+        """Those of the run."""
+        return self.new.files
 
     # what the loop calls -------------------------------------------------------------------------------
 
@@ -107,24 +97,33 @@ class TrainingSession:
 
     def keep(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and the best weights so far where they are others than before."""
-        belongs = belonging(self.files.guid, self.chosen.model, self.learned.tokenizer)
-        steps = {"step": str(checkpoint.step), "num_steps": str(self.learned.num_steps)}
-        arrays.save_state(self.files.state, checkpoint, {**belongs, **steps})
+        steps = {"step": str(checkpoint.step), "num_steps": str(self.setup.dataset.num_steps)}
+        state_file.save_state(self.files.state, checkpoint, {**self._belonging(), **steps})
         self._last, self._before = _without_arrays(checkpoint), {}
         self._write_model(checkpoint)
         if checkpoint.step:
-            self.on_kept()
+            self.new.keep = True
+
+    def _sample(self, params: Any) -> Iterator[str]:
+        trained = self._trained(self.setup.backend.to_numpy(params))
+        return sample_of(trained, self.setup.config, self.plan.train.sample_tokens)
+
+    def _trained(self, params: np.ndarray) -> TrainedModel:
+        return TrainedModel(self.setup.model, self.setup.dataset.tokenizer, params, self.setup.backend)
 
     # files ---------------------------------------------------------------------------------------------
+
+    def _belonging(self) -> dict[str, str]:
+        return state_file.belonging(self.files.guid, self.setup.config.model, self.setup.dataset.tokenizer)
 
     def _write_model(self, checkpoint: Checkpoint) -> None:
         """Write the best weights, unless this session has written them."""
         best = checkpoint.progress["best"]
         step = best["step"] if best else checkpoint.step
         if step != self._model_step:
-            belongs = belonging(self.files.guid, self.chosen.model, self.learned.tokenizer)
-            metadata = {**belongs, "step": str(step)}
-            arrays.save_weights(self.files.model, self.model.layout, checkpoint.best_params, metadata)
+            metadata = {**self._belonging(), "step": str(step)}
+            layout = self.setup.model.layout
+            state_file.save_weights(self.files.model, layout, checkpoint.best_params, metadata)
             self._model_step = step
 
     def _begin(self, start: Checkpoint) -> None:
@@ -137,9 +136,9 @@ class TrainingSession:
                 self._before[path] = path.read_bytes()
         self._write_metrics()  # it may be gone, or have lines of after the checkpoint
         if not os.path.lexists(self.files.state):
-            write_json(self.files.tokenizer, self.learned.tokenizer.to_dict())
+            write_json(self.files.tokenizer, self.setup.dataset.tokenizer.to_dict())
             self.keep(start)
-        store.write_sealed(self.files.config, self.config(self._result("running")))
+        store.write_sealed(self.files.config, self._content(self._result("running")))
 
     def _write_metrics(self) -> None:
         """The records of the last checkpoint, and no others."""
@@ -163,33 +162,9 @@ class TrainingSession:
             **more,
         }
 
-    def config(self, result: dict[str, Any]) -> dict[str, Any]:
+    def _content(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the config file holds."""
-        chosen, sha256 = self.chosen, self.learned.facts.get("sha256")
-        return {
-            "guid": self.files.guid,
-            "baby_xp": __version__,
-            "preset": chosen.name,
-            "base": self.base,
-            "started": self.started,
-            "written": _now(),
-            "model": configs.to_dict(chosen.model),
-            "vocab_size": self.model.vocab_size,
-            "parameters": self.model.n_parameters,
-            "train": configs.to_dict(chosen.train),
-            "data": {**configs.to_dict(chosen.data), "file": self.learned.file, "sha256": sha256},
-            "place": self._place(),
-            "machine": {
-                "machine": report.machine(), "backend": self.backend.version, "device": self.backend.device,
-                "workers": self.workers, **_memory_of(self.backend),
-            },
-            "result": result,
-        }  # fmt: skip
-
-    def _place(self) -> dict[str, Any]:
-        """Where the run computes, as it was asked for, and what changes its numbers: `resume` goes on with it."""
-        place = {"backend": self.backend.name, "device": self.device, "workers": self.workers}
-        return {**place, "tf32": True} if getattr(self.backend, "tf32", False) else place
+        return config_file.content(self.files, self.setup, self.base, self.began, result)
 
     def _finish(self, result: Result) -> Run:
         """Write the files of a training session that ended well."""
@@ -200,37 +175,32 @@ class TrainingSession:
         self._write_model(checkpoint)  # a kill may have come between the last checkpoint and its weights
         if result.reason == "interrupted":  # at once, perhaps, and between an evaluation and its line
             self._write_metrics()
-        told = self._result("done" if result.reason in ("steps", "patience") else "stopped", reason=result.reason)
-        run, sample = self._as_run(checkpoint.best_params), ""
+        state = "done" if result.reason in ("steps", "patience") else "stopped"
+        outcome = self._result(state, reason=result.reason)
+        trained, sample = self._trained(checkpoint.best_params), ""
         if final:
-            told["val_loss"] = final["val_loss"]
-            sample = "".join(sample_of(run, self.chosen.train.seed))
+            outcome["val_loss"] = final["val_loss"]
+            sample = "".join(sample_of(trained, self.setup.config, SAMPLE_TOKENS))
             write(self.files.completion(), sample + "\n")
-        return replace(run, config=self._tell(self.config(told), [final] if final else [], sample))
+        content = self._content(outcome)
+        self._write_report(content, [final] if final else [], sample)
+        return Run(**vars(trained), files=self.files, config=content, settings=self.setup.config)
 
-    def _tell(self, config: dict[str, Any], more: list[dict[str, Any]], sample: str) -> dict[str, Any]:
-        """Write the report and, last of all, the config -> the config."""
+    def _write_report(self, content: dict[str, Any], more: list[dict[str, Any]], sample: str) -> None:
+        """Write the report and, last of all, the config file."""
         records = [*self._last.progress["records"], *more]
-        write(self.files.report, report.text(config, records, self.learned.facts, sample))
-        store.write_sealed(self.files.config, config)
-        return config
-
-    def _as_run(self, params: Any) -> Run:
-        config = self.config(self._result("running"))
-        return Run(self.files, self.model, self.learned.tokenizer, params, config, self.backend)
-
-    def _sample(self, params: Any) -> Iterator[str]:
-        train = self.chosen.train
-        return sample_of(self._as_run(self.backend.to_numpy(params)), train.seed, train.sample_tokens)
+        write(self.files.report, report.text(content, records, self.setup.dataset.facts, sample))
+        store.write_sealed(self.files.config, content)
 
     # trouble -------------------------------------------------------------------------------------------
 
     def _memory_advice(self, shortage: Shortage) -> str:
         """A batch that would fit, by what is counted and by what was held; or that none would."""
-        train, memory = self.chosen.train, shortage.memory
+        train, model, memory = self.plan.train, self.setup.model, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
-        sizes = self.chosen.model, self.model.vocab_size, train.batch_size
-        fits = counts.batch_that_fits(*sizes, memory.room, known, itemsize)
+        fits = counts.batch_that_fits(
+            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize
+        )
         if not fits:
             return "by a rough count not even one sequence would fit: choose a smaller model or a shorter --n-ctx"
         found = f"by a rough count about {fits:,} sequences at once would fit, not {train.batch_size:,}"
@@ -244,15 +214,15 @@ class TrainingSession:
         step = self._last.step
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
-    def _told_to_stop(self) -> None:
+    def _stop_asked(self) -> None:
         self.listener.note("stopping after this step, with a checkpoint; once more: at once")
 
     def _divergence(self, diverged: Diverged, workers: Workers | None) -> BabyError:
         """What the user is told of a loss that is NaN or infinite."""
-        train, what = self.chosen.train, f"the {diverged.what} at step {diverged.step}"
+        setup, train, what = self.setup, self.plan.train, f"the {diverged.what} at step {diverged.step}"
         self.listener.note(f"{what}; looking for its cause from step {self._last.step} on")
-        good, _ = arrays.load_state(self.files.state, self.model.n_parameters, train.dtype)
-        found = largest_gradient(self.backend, self.model, train, self.learned, good, diverged.step, workers)
+        good, _ = state_file.load_state(self.files.state, setup.model.n_parameters, train.dtype)
+        found = largest_gradient(setup.backend, setup.model, train, setup.dataset, good, diverged.step, workers)
         parts = [what]
         if found:
             norm = f"norm {found.norm:.3g} in step {found.step}"
@@ -280,54 +250,18 @@ class TrainingSession:
                     write(path, data)
             elif self._last.step:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self._tell(self.config(self._result("failed", reason=reason)), [], "")
+                self._write_report(self._content(self._result("failed", reason=reason)), [], "")
 
 
-def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Tokenizer, params: np.ndarray) -> Run:
-    """Write the files of a run that was trained elsewhere: no state, as there is nothing to resume."""
-    backend = registry.load("numpy", dtype=chosen.train.dtype)
-    learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
-    session = TrainingSession(files, chosen, model, learned, backend, None, 1, None, started=_now())
-    write_json(files.tokenizer, tokenizer.to_dict())
-    belongs = belonging(files.guid, chosen.model, tokenizer)
-    arrays.save_weights(files.model, model.layout, params, {**belongs, "step": "0"})
-    result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
-    config = session.config(result)
-    store.write_sealed(files.config, config)
-    return Run(files, model, tokenizer, params, config, backend)
-
-
-def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> Iterator[str]:
+def sample_of(trained: TrainedModel, config: RunConfig, num_tokens: int) -> Iterator[str]:
     """What a run shows of itself, piece by piece: a text, or some of the answers that it was never told."""
-    data = run.config["data"]
-    if "held_out" not in data:
-        return run.stream(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
-    of_table = data["max_sum"], data["digits"], data["operators"]
-    named = equations.chosen(data["held_out"], run.config["train"]["seed"], *of_table)
+    data, seed = config.data, config.train.seed
+    if not isinstance(data, EquationData):
+        return trained.stream(num_tokens=num_tokens, seed=seed)
+    named = equations.chosen(data.held_out, seed, data.max_sum, data.digits, data.operators)
     some = named[:: -(-len(named) // SAMPLE_ANSWERS)]
-    return iter([", ".join(run.answer(f"{case}=") for case in some)])
-
-
-def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """What binds a file of arrays to its run, model and tokenizer: metadata of the file."""
-    return {
-        "guid": guid,
-        "model": json.dumps(configs.to_dict(model_config), sort_keys=True),
-        "tokenizer": store.digest(tokenizer.to_dict()),
-    }
-
-
-def _memory_of(backend: Backend) -> dict[str, str]:
-    """What the report tells of a device with memory of its own."""
-    if (memory := device_memory(backend)) is None:
-        return {}
-    peaks = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
-    return {"GPU memory, peak used/held": peaks}
+    return iter([", ".join(trained.ask(f"{case}=", data) for case in some)])
 
 
 def _without_arrays(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, state={"step": checkpoint.state["step"]}, best=None)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

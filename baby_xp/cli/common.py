@@ -1,53 +1,43 @@
 """What several commands have in common: where a run computes, how a command line is read, what is printed."""
 
-import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baby_xp.cli import options
+from baby_xp.compute import Compute
+
+if TYPE_CHECKING:
+    from baby_xp.run import Run
+
+COMPUTE = options.names_of(Compute)
+LOADING = tuple(name for name in COMPUTE if name != "workers")
+"""Where a trained model computes: one process does."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run computes and where its files lie."""
+class Folder:
+    """Where the files of runs lie."""
 
-    backend: str = "auto"
-    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists which work."""
-    device: str | None = None
-    """Device of the backend, such as cuda:1; none: its default."""
     path: str = "runs"
     """Folder of the runs."""
 
 
-@dataclass(frozen=True)
-class GpuPlace(Place):
-    """Where a run computes, how a GPU does it, and where its files lie."""
+def parsed(
+    default: Any, command: Callable[..., Any], rest: str, arguments: list[str], *more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The options of a command, a dataclass whose values are the defaults, and all that was given by name.
 
-    tf32: bool = False
-    """TF32 matrix products: faster, less precise (cupy backend)."""
-    memory_gib: float | None = None
-    """Limit of GPU memory, in GiB (cupy backend); none: no limit."""
-
-
-def parsed(default: Any, program: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The options of a command, a dataclass whose values are the defaults, and those of them that were given."""
-    about = " ".join((type(default).__doc__ or "").split())
-    given = options.parse({"options": default}, about, program, arguments)
-    return replace(default, **given), given
-
-
-def parse_settings(
-    parts: dict[str, Any], place: Any, about: str, program: str, arguments: list[str]
-) -> tuple[dict[str, Any], Any]:
-    """The settings that flags give in place of those of `parts`, which are configs, and the place that they name.
-
-    Those that are not given are not among them: it matters what was asked for, not only what results.
+    command: the function, whose docstring is the help and whose name the program's, with `rest` after it. more:
+    dataclasses, or a Subset of one, whose fields are options too.
     """
-    given = options.parse({**parts, "place": place}, about, program, arguments)
-    of_place = {field.name: given.pop(field.name) for field in dataclasses.fields(place) if field.name in given}
-    return given, replace(place, **of_place)
+    parts = [("", part) for part in (default, *more)]
+    program = f"baby_xp {command.__name__.strip('_')} {rest}".strip()
+    given = options.parse(parts, command.__doc__ or "", program, arguments)
+    own = {name: given[name] for name in options.names_of(default) if name in given}
+    return replace(default, **own), given
 
 
 def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
@@ -57,13 +47,13 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
     return default, arguments
 
 
-def load(name: str, asked: Any) -> Any:
+def load(name: str, given: dict[str, Any], weights: str) -> "Run":
     """A run where it is asked for, to generate or to be measured."""
     from baby_xp import api
     from baby_xp.arrays.backend import first_use
 
-    settings = ("path", "backend", "device", "weights", "tf32", "memory_gib")
-    run = api.load(name, **{setting: getattr(asked, setting) for setting in settings})
+    where = {option: given[option] for option in ("path", *LOADING) if option in given}
+    run = api.load(name, weights=weights, **where)
     if note := first_use(run.backend):
         print(note, file=sys.stderr, flush=True)
     return run
@@ -74,6 +64,7 @@ def short(guid: str) -> str:
     return guid[:8] + guid[36:]
 
 
-def path_flag(path: str) -> str:
-    """What names the folder of the runs in a command that a message tells."""
+def path_flag(given: dict[str, Any]) -> str:
+    """What names the folder of the runs in a command that a message tells, if it was given."""
+    path = given.get("path", "runs")
     return "" if path == "runs" else f" --path {shlex.quote(path)}"

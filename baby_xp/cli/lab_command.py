@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from baby_xp.cli import options
-from baby_xp.cli.common import parse_settings, positional
+from baby_xp.cli.common import parsed, positional
 from baby_xp.cli.progress import counting
 from baby_xp.errors import BabyError
 
 
 @dataclass(frozen=True)
-class Experiment:
+class EquationsOptions:
     """How many models, and what to show. Nothing is kept except the picture."""
 
     seeds: int = 5
@@ -21,25 +21,28 @@ class Experiment:
 
 
 def equations(arguments: list[str]) -> None:
-    """Measure what equation models, or GPTs (equations gpt), say to equations that they never saw."""
+    """Hold out each equation in turn, train a model without it, ask for it: the equation model, or a gpt.
+
+    python -m baby_xp equations
+    python -m baby_xp equations gpt --held-out 10% --seeds 1
+    """
     kind, rest = positional(arguments, "mlp")
     if kind not in ("mlp", "gpt"):
         raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
-    from baby_xp import api
     from baby_xp.equations import leave_one_out
 
-    chosen = leave_one_out.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))
-    parts = {"model": chosen.model, "train": chosen.train, "data": chosen.data}
-    about = f"Train {chosen.name} with equations held out ({leave_one_out.EACH}: each in turn), and ask for them."
-    asked, experiment = parse_settings(parts, Experiment(), about, f"baby_xp equations {kind}", rest)
+    preset = leave_one_out.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))
+    parts = preset.model, preset.train, preset.data
+    experiment, given = parsed(EquationsOptions(), equations, kind, rest, *parts)
+    asked = {name: given[name] for name in given if name not in options.names_of(experiment)}
     leave_one_out.refuse_ignored(asked)
-    chosen = api.override(chosen, asked)
+    config = preset.override(asked)
     if experiment.picture:
         from baby_xp.inspection import plots
 
         plots.check(experiment.picture)
     with counting("models") as told:
-        results = leave_one_out.experiment(chosen, experiment.seeds, experiment.workers, told)
+        results = leave_one_out.experiment(config, experiment.seeds, experiment.workers, told)
     print("\n".join(results.lines()))
     if experiment.picture:
         print(f"\npicture {plots.answers(results, experiment.picture)}")

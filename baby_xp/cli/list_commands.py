@@ -1,23 +1,18 @@
 """The commands that list runs, presets and backends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from baby_xp.cli.common import parsed, short
+from baby_xp.cli.common import Folder, parsed, short
 from baby_xp.errors import BabyError
 
 
-@dataclass(frozen=True)
-class Folder:
-    """List all runs, the last trained one first."""
-
-    path: str = "runs"
-    """Folder of the runs."""
-
-
 def runs(arguments: list[str]) -> None:
-    """List all runs, the one last trained first."""
-    asked, _ = parsed(Folder(), "baby_xp runs", arguments)
+    """List all runs, the one last trained first.
+
+    python -m baby_xp runs
+    python -m baby_xp runs --path other_runs
+    """
+    asked, _ = parsed(Folder(), runs, "", arguments)
     from baby_xp import api
 
     found = api.list_runs(asked.path)
@@ -37,10 +32,10 @@ def runs(arguments: list[str]) -> None:
 def presets(arguments: list[str]) -> None:
     """List the presets."""
     _no_arguments(presets, arguments)
-    from baby_xp.presets import PRESETS
+    from baby_xp.presets import ABOUT, PRESETS
 
-    for preset in PRESETS.values():
-        print(f"{preset.name:<16} {preset.about}; data: {preset.data.data}")
+    for name, config in PRESETS.items():
+        print(f"{name:<16} {ABOUT[name]}; data: {config.data.data}")
 
 
 def backends(arguments: list[str]) -> None:

@@ -5,17 +5,22 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from baby_xp.cli.common import GpuPlace, Place, load, parsed, positional
+from baby_xp.cli.common import LOADING, Folder, load, parsed, positional
+from baby_xp.cli.options import Subset
 from baby_xp.cli.streams import printable
+from baby_xp.compute import Compute
 from baby_xp.errors import BabyError
 from baby_xp.files import write
 
+if TYPE_CHECKING:
+    from baby_xp.config import DataConfig
+
 
 @dataclass(frozen=True)
-class Generation(GpuPlace):
-    """Generate text from a prompt."""
+class GenerateOptions:
+    """How text is generated."""
 
     prompt: str = ""
     """Text to continue."""
@@ -37,23 +42,28 @@ class Generation(GpuPlace):
     """The weights with the best validation loss, or those of the last checkpoint."""
 
 
+WHERE = Folder(), Subset(Compute(), LOADING)
 WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
 """Settings that have no effect where nothing is drawn."""
 
 
 def generate(arguments: list[str]) -> None:
-    """Generate from a run and keep the completion."""
+    """Generate text from a prompt, and keep it.
+
+    python -m baby_xp generate last --prompt "Once "
+    python -m baby_xp generate 1a2b --temperature 0.7 --num-tokens 200
+    """
     name, rest = positional(arguments, "last")
-    asked, given = parsed(Generation(), "baby_xp generate [RUN]", rest)
+    asked, given = parsed(GenerateOptions(), generate, "[RUN]", rest, *WHERE)
     if asked.greedy and (ways := [name for name in WAYS_TO_DRAW if name in given]):
         flags = " and ".join("--" + name.replace("_", "-") for name in ways)
         raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
-    run = load(name, asked)
+    run = load(name, given, asked.weights)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
     )  # fmt: skip
-    _note_on_equations(run, asked.prompt)
+    _note_on_equations(run.settings.data, asked.prompt)
     text = asked.prompt
     print(printable(text), end="", flush=True)
     for piece in pieces:
@@ -67,14 +77,15 @@ def generate(arguments: list[str]) -> None:
     print(f"kept in {completion}", file=sys.stderr)
 
 
-def _note_on_equations(run: Any, prompt: str) -> None:
+def _note_on_equations(data: "DataConfig", prompt: str) -> None:
     """Say so if a run that learned equations is given something else to go on from."""
+    from baby_xp.config import EquationData
+
+    if not prompt or not isinstance(data, EquationData):
+        return
     from baby_xp_data import equations as table
 
-    data = run.config["data"]
-    if not prompt or "digits" not in data:
-        return
-    of_table = data["max_sum"], data["digits"], data["operators"]
+    of_table = data.max_sum, data.digits, data.operators
     if not table.begins_answer(prompt, *of_table):
         example = table.example(*of_table[1:])
         what = f"its equations were asked like {example}=, and {prompt!r} is none of them"
@@ -82,8 +93,8 @@ def _note_on_equations(run: Any, prompt: str) -> None:
 
 
 @dataclass(frozen=True)
-class Measurement(GpuPlace):
-    """Measure a run over the whole validation part of its text."""
+class EvaluateOptions:
+    """What is measured."""
 
     data: str | None = None
     """Another text to measure on; none: the run's own."""
@@ -96,21 +107,23 @@ class Measurement(GpuPlace):
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure a run."""
+    """Measure a run over the whole validation part of its text.
+
+    python -m baby_xp evaluate
+    python -m baby_xp evaluate 1a2b --data other.txt
+    """
     name, rest = positional(arguments, "last")
-    asked, _ = parsed(Measurement(), "baby_xp evaluate [RUN]", rest)
-    run = load(name, asked)
+    asked, given = parsed(EvaluateOptions(), evaluate, "[RUN]", rest, *WHERE)
+    run = load(name, given, asked.weights)
     found = run.evaluate(asked.data, asked.num_tokens, asked.seed)
     print(f"run {run.guid}, the {asked.weights} weights")
     print("\n".join(found.lines()))
 
 
 @dataclass(frozen=True)
-class Look(Place):
-    """Show every array between a prompt and the next token, the predictions, and what the heads attend to."""
+class InspectCommandOptions:
+    """What is shown."""
 
-    backend: str = "numpy"
-    """numpy, cupy, torch, jax or array-api-strict."""
     prompt: str = ""
     """Text for the model to read."""
     layer: str | None = None
@@ -132,24 +145,26 @@ class Look(Place):
 
 
 def inspect(arguments: list[str]) -> None:
-    """Look into a run."""
+    """Show every array between a prompt and the next token, the predictions, and what the heads attend to.
+
+    python -m baby_xp inspect last --prompt "the cat"
+    python -m baby_xp inspect 1a2b --prompt "the cat" --attention all --picture heads.png
+    """
     name, rest = positional(arguments, "last")
-    asked, _ = parsed(Look(), "baby_xp inspect [RUN]", rest)
-    from baby_xp import api
+    where = Folder(), Subset(Compute("numpy"), ("backend", "device"))
+    asked, given = parsed(InspectCommandOptions(), inspect, "[RUN]", rest, *where)
     from baby_xp.inspection import printing
 
-    run = api.load(name, path=asked.path, backend=asked.backend, device=asked.device, weights=asked.weights)
+    run = load(name, {"backend": "numpy", **given}, asked.weights)
     shown = {field.name: getattr(asked, field.name) for field in dataclasses.fields(printing.InspectOptions)}
     lines = printing.report(run, printing.InspectOptions(**shown), plain=not _can_show("░█▏␣↵"))
     print("\n".join(lines))
 
 
 @dataclass(frozen=True)
-class GradientCheck:
-    """Compare the gradient of every parameter with finite differences, in float64, on the run's own text."""
+class CheckOptions:
+    """What is compared."""
 
-    path: str = "runs"
-    """Folder of the runs."""
     data: str | None = None
     """Another text to take the batch from; none: the run's own."""
     batch: int = 2
@@ -167,13 +182,18 @@ class GradientCheck:
 
 
 def check(arguments: list[str]) -> int:
-    """Check the gradients of a run -> 0 if all agree with finite differences, 1 if one does not."""
+    """Compare the gradient of every parameter with finite differences, in float64, on the run's own text.
+
+    The exit code is 0 if all agree and 1 if one does not.
+
+    python -m baby_xp check
+    python -m baby_xp check 1a2b --tokens 32 --elements 10
+    """
     name, rest = positional(arguments, "last")
-    asked, _ = parsed(GradientCheck(), "baby_xp check [RUN]", rest)
-    from baby_xp import api
+    asked, given = parsed(CheckOptions(), check, "[RUN]", rest, Folder())
     from baby_xp.evaluation import gradient_check
 
-    run = api.load(name, path=asked.path, backend="numpy", weights=asked.weights)
+    run = load(name, {**given, "backend": "numpy"}, asked.weights)
     rows = run.check(asked.tokens, asked.batch, asked.seed, asked.elements, asked.directions, asked.data)
     print(f"run {run.guid}, the {asked.weights} weights")
     print("\n".join([*gradient_check.about(run), "", *gradient_check.lines(rows)]))

@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import shlex
+import shutil
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,13 +23,28 @@ DASHES = "\0--"
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
-def parse(parts: dict[str, Any], about: str, program: str, arguments: Sequence[str]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some fields of a dataclass, as options. defaults: whether its values are what holds if nothing is given."""
+
+    part: Any
+    names: tuple[str, ...]
+    defaults: bool = True
+
+
+def names_of(part: Any) -> tuple[str, ...]:
+    """The fields of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(part))
+
+
+def parse(parts: Sequence[tuple[str, Any]], about: str, program: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The fields that the arguments name, with their values; those that are not named are not in it.
 
-    parts: what to call the flags in the help, and the dataclass that they stand for. about, program: for the help.
+    parts: what to call the flags in the help ("": nothing), and the dataclass, or Subset of one, that they stand
+    for. about, program: for the help; about begins with what the command does, and ends with two examples.
     Raises BabyError for what cannot be used, and SystemExit after --help.
     """
-    fields = [field for part in parts.values() for field in _fields(part)]
+    fields = [field for _, part in parts for field in _fields(part)]
     kinds = {_flag(name): kind for name, kind, _ in fields}
     try:
         found, rest = _parser(parts, about, program, arguments).parse_known_args(_joined(arguments, kinds))
@@ -55,24 +72,37 @@ def peek(arguments: Sequence[str], *flags: str) -> list[str | None]:
 # the parser ---------------------------------------------------------------------------------------------
 
 
-def _parser(parts: dict[str, Any], about: str, program: str, arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    parts: Sequence[tuple[str, Any]], about: str, program: str, arguments: Sequence[str]
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        program.split(" [")[0], f"{program} [options]", about, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False, exit_on_error=False,
+        program.split(" [")[0], f"{program} [options]", inspect.cleandoc(about), allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS, formatter_class=_Help,
     )  # fmt: skip
     helping = not {"-h", "--help"}.isdisjoint(arguments)
-    for title, part in parts.items():
-        group = parser if title == "options" else parser.add_argument_group(title)
-        told = _docstrings(type(part)) if helping else {}
+    groups = {title: parser.add_argument_group(title) if title else parser for title, _ in parts}
+    for title, part in parts:
+        group = groups[title]
+        told = _docstrings(part) if helping else {}
         for name, kind, default in _fields(part):
             group.add_argument(_flag(name), dest=name, help=_help(told.get(name, ""), default), **_reading(kind))
     return parser
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, so that most options take one line."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 120) - 2)
+
+
 def _fields(part: Any) -> list[tuple[str, Any, Any]]:
     """Name, type and default of each field."""
+    if isinstance(part, Subset):
+        found = [field for field in _fields(part.part) if field[0] in part.names]
+        return found if part.defaults else [(name, kind, None) for name, kind, _ in found]
     kinds = get_type_hints(type(part))
-    return [(one.name, kinds[one.name], getattr(part, one.name)) for one in dataclasses.fields(part)]
+    return [(name, kinds[name], getattr(part, name)) for name in names_of(part)]
 
 
 def _reading(kind: Any) -> dict[str, Any]:
@@ -116,9 +146,11 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _docstrings(kind: type) -> dict[str, str]:
+def _docstrings(part: Any) -> dict[str, str]:
     """What is written below each field."""
     import docstring_parser
+
+    kind = type(part.part if isinstance(part, Subset) else part)
 
     return {
         field.arg_name: field.description or ""

@@ -21,20 +21,21 @@ class Screen:
 
         from baby_xp.arrays.backend import first_use
 
-        why, backend, learned = "", session.backend, session.learned
+        setup = session.setup
+        why, backend, dataset = "", setup.backend, setup.dataset
         if self.asked == "auto":
             why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
-        processes = f", {session.workers} processes" if session.workers > 1 else ""
-        size = f"{session.model.n_parameters:,} parameters"
+        processes = f", {setup.workers} processes" if setup.workers > 1 else ""
+        size = f"{setup.model.n_parameters:,} parameters"
         lines = [f"{size} on {backend.version}, {backend.device}{processes}{why}"]
         facts = {
             "training tokens": "training",
             "validation tokens": "validation",
             "training contexts": "contexts",
         }
-        shown = [f"{learned.facts[name]:,} {short}" for name, short in facts.items() if name in learned.facts]
-        vocabulary = learned.tokenizer.vocab_size
-        lines.append(f"{learned.name}: {vocabulary} different tokens, {' and '.join(shown)}")
+        shown = [f"{dataset.facts[name]:,} {short}" for name, short in facts.items() if name in dataset.facts]
+        vocabulary = dataset.tokenizer.vocab_size
+        lines.append(f"{dataset.name}: {vocabulary} different tokens, {' and '.join(shown)}")
         if session.base:
             lines.append(f"finetuned from run {session.base}")
         if step:
@@ -44,9 +45,9 @@ class Screen:
         self.guid = session.files.guid
         with self._anyhow():
             print("\n".join(lines), flush=True)
-        self.entropy = learned.facts.get("entropy, nats per character")
+        self.entropy = dataset.facts.get("entropy, nats per character")
         self.bar = tqdm(
-            total=learned.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=dataset.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:

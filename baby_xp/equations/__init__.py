@@ -21,7 +21,7 @@ from baby_xp_data.equations import VOCABULARY, decode, encode
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.tree import Tree
-from baby_xp.config import EquationConfig, GPTConfig, Preset, TrainConfig
+from baby_xp.config import EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.presets import preset
 from baby_xp.text.batches import PairBatches
@@ -50,7 +50,7 @@ def sequences(equations: Sequence[str], n_ctx: int = data.CONTEXT) -> tuple[np.n
     return data.pairs(equations, n_ctx=n_ctx)
 
 
-def hyperparameters(name: str = "equations") -> Preset:
+def hyperparameters(name: str = "equations") -> RunConfig:
     """Step 4: sizes of the model (`.model`) and how it is trained (`.train`)."""
     return preset(name)
 

@@ -22,9 +22,8 @@ from baby_xp_data import equations as data
 from threadpoolctl import threadpool_limits
 
 from baby_xp import checks, equations, processes
-from baby_xp import config as configs
 from baby_xp.arrays import registry
-from baby_xp.config import EquationConfig, EquationData, Preset, TrainConfig
+from baby_xp.config import EquationConfig, EquationData, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.presets import preset
@@ -60,7 +59,7 @@ class Results:
     losses: the last training loss of each model, nats per target.
     """
 
-    chosen: Preset
+    chosen: RunConfig
     answers: tuple[Answer, ...]
     copied: float
     models: int
@@ -152,7 +151,7 @@ class Results:
         return lines
 
 
-def suitable(kind: str, digits: Any = None, max_sum: Any = None, operators: Any = None) -> Preset:
+def suitable(kind: str, digits: Any = None, max_sum: Any = None, operators: Any = None) -> RunConfig:
     """The preset that an experiment begins with: kind is "mlp", the equation model, or "gpt".
 
     digits, max_sum, operators: what is asked for, as numbers or words; None: nothing.
@@ -176,7 +175,7 @@ def refuse_ignored(names: Collection[str]) -> None:
 
 
 def experiment(
-    chosen: Preset, seeds: int = 5, workers: int | None = None, told: Callable[[int, int], None] | None = None
+    chosen: RunConfig, seeds: int = 5, workers: int | None = None, told: Callable[[int, int], None] | None = None
 ) -> Results:
     """Train the models of an experiment and ask them.
 
@@ -185,8 +184,8 @@ def experiment(
     None for one a core. `told(done, of)` is called after each model. Raises BabyError for a setting that makes no
     sense.
     """
-    if not isinstance(chosen, Preset) or not isinstance(chosen.data, EquationData):
-        given = chosen.name if isinstance(chosen, Preset) else checks.shown_value(chosen)
+    if not isinstance(chosen, RunConfig) or not isinstance(chosen.data, EquationData):
+        given = chosen.name if isinstance(chosen, RunConfig) else checks.shown_value(chosen)
         raise BabyError(f"the lab is for equations, not for {given}: choose a preset such as equations")
     usual = TrainConfig(num_steps=1)
     # eval_every apart: it is never nothing, and each preset has its own
@@ -210,7 +209,7 @@ def experiment(
     return Results(chosen, tuple(answers), float(np.mean(copied)), len(jobs), seconds, number, tuple(losses))
 
 
-def _check_first(job: Preset) -> None:
+def _check_first(job: RunConfig) -> None:
     """Raises BabyError for what is wrong with a model, or its data, before the first one is trained."""
     limits.check_context(job)
     learned = dataset.prepare(job.data, job.model, job.train, None)
@@ -218,7 +217,7 @@ def _check_first(job: Preset) -> None:
     limits.check_training(job, model, backend, learned.batches, 1)
 
 
-def run_job(chosen: Preset) -> tuple[list[Answer], float, list[float]]:
+def run_job(chosen: RunConfig) -> tuple[list[Answer], float, list[float]]:
     """Train one model of a preset of equations -> its answers to what was held out, its last loss, and for each
     answer the share of the nearest trained equations that have the same."""
     settings, seed = chosen.data, chosen.train.seed
@@ -269,7 +268,7 @@ def _in_places(equation: str, width: int) -> str:
     return question[:at].rjust(width) + question[at] + question[at + 1 :].rjust(width)
 
 
-def _jobs(chosen: Preset, seeds: int) -> list[Preset]:
+def _jobs(chosen: RunConfig, seeds: int) -> list[RunConfig]:
     """A preset for each model: what it holds out, and its seed."""
     table = chosen.data.max_sum, chosen.data.digits, chosen.data.operators
     if chosen.data.held_out == EACH:
@@ -291,7 +290,7 @@ def _cores() -> int:
 # processes ----------------------------------------------------------------------------------------------
 
 
-def _all(jobs: list[Preset], number: int) -> Iterator[tuple[list[Answer], float, list[float]]]:
+def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], float, list[float]]]:
     """The results of all jobs as they come. A model is small: a process trains it alone, and then the next one."""
     if number == 1:
         yield from map(run_job, jobs)
@@ -336,9 +335,8 @@ def _feed(child: subprocess.Popen, waiting: queue.SimpleQueue, found: queue.Simp
     with suppress(queue.Empty):
         while True:
             job = waiting.get_nowait()
-            parts = {name: configs.to_dict(getattr(job, name)) for name in ("model", "train", "data")}
             try:
-                child.stdin.write(json.dumps({"name": job.name, **parts}) + "\n")
+                child.stdin.write(json.dumps(job.to_dict()) + "\n")
                 child.stdin.flush()
                 found.put(json.loads(child.stdout.readline()))
             except (OSError, ValueError):  # nothing but a line of JSON comes from one that lives
@@ -356,11 +354,7 @@ def _child() -> None:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    chosen = Preset(
-        job["name"], "a model of the lab",
-        configs.model_from_dict(job["model"], "lab"), configs.from_dict(TrainConfig, job["train"], "lab"),
-        configs.data_from_dict(job["data"], "lab"),
-    )  # fmt: skip
+    chosen = RunConfig.from_dict(job, "lab")
     try:
         answers, loss, copied = run_job(chosen)
     except BabyError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from baby_xp_data import equations as known
 
 from baby_xp import equations
-from baby_xp.config import Preset
+from baby_xp.config import RunConfig
 from baby_xp.evaluation import text_metrics
 from baby_xp.run import Run
 from baby_xp.runs import store
@@ -73,7 +73,7 @@ class Evaluation:
         return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
 
 
-def evaluate(run: Run, chosen: Preset, sha256: str | None, num_tokens: int, seed: int) -> Evaluation:
+def evaluate(run: Run, chosen: RunConfig, sha256: str | None, num_tokens: int, seed: int) -> Evaluation:
     """Measure a run on the text of `chosen`, which must hash to `sha256` unless that is None.
 
     Raises BabyError if the text cannot serve.
@@ -121,7 +121,7 @@ def _measure(run: Run, batches: Iterator[Batch]) -> tuple[float, float]:
     return loss, right / targets
 
 
-def _answered(run: Run, chosen: Preset) -> float:
+def _answered(run: Run, chosen: RunConfig) -> float:
     """The share of held-out equations that a run answers correctly."""
     data, weights = chosen.data, run.model.layout.unpack(np, run.params)
     table = {"digits": data.digits, "operators": data.operators}

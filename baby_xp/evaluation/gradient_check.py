@@ -31,7 +31,7 @@ from threadpoolctl import threadpool_limits
 from baby_xp import checks
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
-from baby_xp.config import Preset
+from baby_xp.config import RunConfig
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import limits
@@ -75,7 +75,7 @@ class Row:
 
 def check(
     run: "Run",
-    chosen: Preset,
+    chosen: RunConfig,
     sha256: str | None,
     tokens: int,
     batch: int,
@@ -186,7 +186,7 @@ def _places(model: Model) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         start += size
 
 
-def _batch(run: "Run", chosen: Preset, sha256: str | None, tokens: int, batch: int, seed: int) -> Batch:
+def _batch(run: "Run", chosen: RunConfig, sha256: str | None, tokens: int, batch: int, seed: int) -> Batch:
     """A batch of the run's training text, or of its equations."""
     learned = dataset.prepare(
         chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256

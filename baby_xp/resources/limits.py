@@ -12,7 +12,7 @@ import numpy as np
 from baby_xp_data import equations
 
 from baby_xp.arrays.backend import Backend, in_words
-from baby_xp.config import EquationConfig, EquationData, ModelConfig, Preset
+from baby_xp.config import EquationConfig, EquationData, ModelConfig, RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.resources import counts, process_memory
@@ -34,7 +34,7 @@ def check_size(model: Model) -> None:
         raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
 
 
-def check_context(chosen: Preset) -> None:
+def check_context(chosen: RunConfig) -> None:
     """Raises BabyError for equations that are filled up to a context of absurd length."""
     data, n_ctx = chosen.data, chosen.model.n_ctx
     if isinstance(data, EquationData):
@@ -44,7 +44,7 @@ def check_context(chosen: Preset) -> None:
             raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
 
 
-def check_training(chosen: Preset, model: Model, backend: Backend, batches: Any, workers: int) -> None:
+def check_training(chosen: RunConfig, model: Model, backend: Backend, batches: Any, workers: int) -> None:
     """Raises BabyError for a run that this machine's memory cannot hold, where NumPy computes.
 
     batches: those of training. workers: processes that share a step.

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
 from baby_xp.arrays.tree import Layout
+from baby_xp.config import ModelConfig, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import refusal, shown, write
 from baby_xp.runs import store
+from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.training.checkpoint import Checkpoint
 
 
@@ -72,6 +74,23 @@ def load_state(path: Path, size: int, dtype: str) -> tuple[Checkpoint, dict[str,
         raise BabyError(f"{shown(path)} is no checkpoint of a run") from None
     best = arrays.pop("best", None)
     return Checkpoint(arrays, best, progress), metadata
+
+
+def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """What binds a file of arrays to its run, model and tokenizer: metadata of the file."""
+    return {
+        "guid": guid,
+        "model": json.dumps(to_dict(model_config), sort_keys=True),
+        "tokenizer": store.digest(tokenizer.to_dict()),
+    }
+
+
+def check_belonging(path: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
+    """Raises BabyError unless the arrays at `path` were written for the run, model and tokenizer of `expected`."""
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            run = f"run {expected['guid']}"
+            raise BabyError(f"{path} was written with another {name}: the files of {run} were mixed up")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class Dataset:
     """Everything that training asks of the data."""
 
     name: str
@@ -42,6 +42,11 @@ class Task:
     """The text, where there is one."""
     file: str | None = None
     """The absolute path of the text, if it was named by a path."""
+
+    @classmethod
+    def empty(cls, name: str, tokenizer: Tokenizer) -> "Dataset":
+        """Of a model that came without what it learned from."""
+        return cls(name, tokenizer, None, 0, lambda: iter(()), 0, {})
 
     def check(self) -> None:
         """Raises BabyError if the ids on disk were changed since they were opened. Costs little."""
@@ -61,7 +66,7 @@ def prepare(
     cache_folder: Path | None,
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
-) -> Task:
+) -> Dataset:
     """Find the text, make ids of it and lay out its batches. tokenizer, sha256: as for `read_corpus`.
 
     Raises BabyError if the text cannot serve.
@@ -138,7 +143,7 @@ def read_corpus(
         raise
 
 
-def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Task:
+def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Dataset:
     check_length(corpus, model.n_ctx)
     if train.num_epochs is None:
         batches = RandomWindows(corpus.train, model.n_ctx, train.step_size, train.seed)
@@ -161,10 +166,12 @@ def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Ta
 
     n_validation = len(corpus.validation) - 1
     file = None if name in catalog.names() or corpus.file is None else str(corpus.file)
-    return Task(corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus, file)
+    return Dataset(
+        corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus, file
+    )
 
 
-def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Task:
+def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
     if not isinstance(data, EquationData):
         raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
     of_table = {"digits": data.digits, "operators": data.operators}
@@ -195,7 +202,7 @@ def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Task
         for start in range(0, len(whole.samples), train.batch_size):
             yield Batch(*(part[start : start + train.batch_size] for part in whole))
 
-    return Task("equations", tokenizer, batches, num_steps, validation, whole.targets.size, facts)
+    return Dataset("equations", tokenizer, batches, num_steps, validation, whole.targets.size, facts)
 
 
 def _check_context(n_ctx: int, digits: int) -> None:

@@ -1,33 +1,29 @@
-"""The loop around the pure step: batches in, losses out, checkpoints on the way, and the reason of the end."""
+"""The loop around the pure step: batches in, losses out, checkpoints on the way, and why it ended."""
 
 import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from baby_xp.arrays.backend import Backend
+from baby_xp.models import Model
+from baby_xp.text.dataset import Dataset
 from baby_xp.training.checkpoint import Checkpoint, on_device, to_host
+from baby_xp.training.listener import Listener
+from baby_xp.training.plan import Plan, Position
 from baby_xp.training.signals import Stop
 from baby_xp.training.step import make_step, total_loss
 from baby_xp.training.validation import mean_loss
+from baby_xp.training.workers import Workers
 
 READ_EVERY, READ_SECONDS = 10, 1.0
 """Steps, or seconds, between readings of the loss: each reading waits for the device."""
 EVALUATION_TOKENS = 20_000
 """Validation tokens of a measurement on the way, about; the last one takes them all."""
-
-
-class Listener(Protocol):
-    """Who wants to know how training goes."""
-
-    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Called every few steps with the mean loss since the last call."""
-
-    def evaluated(self, record: dict[str, Any]) -> None:
-        """Called with the record of each evaluation: step, train_loss, val_loss, lr, grad_norm, seconds."""
 
 
 class Diverged(Exception):
@@ -38,9 +34,9 @@ class Diverged(Exception):
         self.what, self.step = what, step
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """How a training session ended. `checkpoint` is its last moment.
+    """How a training session ended, and its last checkpoint.
 
     reason: "steps", "patience", "time" or "interrupted". final: the record of the evaluation of the best model
     over the whole validation part, None after an interrupt.
@@ -49,105 +45,92 @@ class Result:
     checkpoint: Checkpoint
     reason: str
     final: dict[str, Any] | None
-    tokens_per_second: float
 
 
-def fit(
-    backend,
-    model,
-    config,
-    task,
-    start: Checkpoint,
-    listener: Listener,
-    keep: Callable[[Checkpoint], None],
-    stop: Stop,
-    workers=None,
-    sample: Callable[[Any], Iterator[str]] | None = None,
-    evaluate_first: bool = False,
-) -> Result:
-    """Train on from `start`, which gives up its arrays.
+@dataclass
+class Loop:
+    """Steps, evaluations and checkpoints, each where the plan says, until the plan or the user ends them."""
 
-    `config` is a TrainConfig, `task` a Task, `workers` a Workers or None. `keep` gets a checkpoint now and then,
-    and at the end. `sample` makes a text, piece by piece, of parameters (P,) on the device. `stop` may ask for an
-    early end: the step at hand is finished. A KeyboardInterrupt gives that step up.
-    Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
-    """
-    run = _Run(backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first)
-    start.give_up_arrays()  # they are on the device now
-    with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
-        try:
-            reason = run.until_the_end()
-        except KeyboardInterrupt:
-            reason = "interrupted"
-        run.keep_checkpoint()
-        final = None
-        if reason != "interrupted":
+    backend: Backend
+    model: Model
+    dataset: Dataset
+    plan: Plan
+    listener: Listener
+    keep: Callable[[Checkpoint], None]
+    """Gets a checkpoint now and then, and at the end."""
+    stop: Stop
+    """May ask for an early end: the step at hand is finished. A KeyboardInterrupt abandons that step."""
+    workers: Workers | None = None
+    sample: Callable[[Any], Iterator[str]] | None = None
+    """Makes a text, piece by piece, of parameters (P,) on the device."""
+
+    def run(self, start: Checkpoint) -> Result:
+        """Train on from `start`, which gives up its arrays.
+
+        Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
+        """
+        self._begin(start)
+        with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
             try:
-                final = run.measure_the_best()
+                reason = self._until_the_end()
             except KeyboardInterrupt:
                 reason = "interrupted"
-    rate = run.progress["tokens"] / max(run.progress["training_seconds"], 1e-9)
-    checkpoint = run.checkpoint()
-    if workers is not None:
-        checkpoint.copy_arrays()  # they lie in memory that goes with the workers
-    return Result(checkpoint, reason, final, rate)
+            self._write_checkpoint()
+            final = None
+            if reason != "interrupted":
+                try:
+                    final = self._evaluate_best()
+                except KeyboardInterrupt:
+                    reason = "interrupted"
+        checkpoint = self._checkpoint()
+        if self.workers is not None:
+            checkpoint.copy_arrays()  # they lie in memory that goes with the workers
+        return Result(checkpoint, reason, final)
 
-
-class _Run:
-    """What the loop remembers between steps: the state on the device, and the progress of a checkpoint."""
-
-    def __init__(self, backend, model, config, task, start, listener, keep, stop, workers, sample, evaluate_first):
-        self.backend, self.config, self.task = backend, config, task
-        self.listener, self._keep, self.stop, self.sample = listener, keep, stop, sample
-        self.evaluate_first = evaluate_first
-        if workers is None:
-            step, total = make_step(backend.xp, model, config), functools.partial(total_loss, backend.xp, model)
+    def _begin(self, start: Checkpoint) -> None:
+        backend, model, config = self.backend, self.model, self.plan.train
+        if self.workers is None:
+            step = make_step(backend.xp, model, config)
+            total = functools.partial(total_loss, backend.xp, model)
         else:
-            step, total = make_step(workers.xp, model, config, workers.loss_and_gradients), workers.total_loss
-        self._step = backend.compile(step)
-        self._total = backend.compile(total)
+            step = make_step(self.workers.xp, model, config, self.workers.loss_and_gradients)
+            total = self.workers.total_loss
+        self._step, self._total = backend.compile(step), backend.compile(total)
         self.state = on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
         self._best = self._params() if start.best is None else backend.asarray(start.best)
-        self._unread = []  # step, metrics and number of tokens of each
-        self._seconds_before, self.begin = self.progress["seconds"], time.perf_counter()
-        self._read_at, self._tokens_at = self.begin, self.progress["tokens"]
-        self._kept_at, self._kept = self.begin, self._moment()
+        self._unread: list[tuple[int, Any, int]] = []  # step, metrics and number of tokens of each
+        self._readings = 0
+        self._seconds_before, self._began = self.progress["seconds"], time.perf_counter()
+        self._read_at, self._tokens_at = self._began, self.progress["tokens"]
+        self._kept_at, self._kept = self._began, self._version()
+        start.give_up_arrays()  # they are on the device now
 
-    # the end -------------------------------------------------------------------------------------------
-
-    def until_the_end(self) -> str:
-        """Steps, evaluations and checkpoints, each where it is due -> the reason of the end.
-
-        What is due follows from the step and the progress alone, so that a run that is resumed between any two
-        of them goes on as it would have.
-        """
+    def _until_the_end(self) -> str:
+        """All that is due, again and again -> the reason of the end."""
         while True:
-            if self._evaluation_is_due():
+            if self.plan.evaluates(self._position()):
                 self._evaluate()
-            if reason := self._reason_to_end():
+            if reason := self.plan.ends(self._position()):
                 return reason
-            if self._checkpoint_is_due():
-                self.keep_checkpoint()
+            if self.plan.writes_checkpoint(self._position()):
+                self._write_checkpoint()
             self._advance()
             waited = time.perf_counter() - self._read_at
-            if len(self._unread) >= READ_EVERY or waited > READ_SECONDS or self.step == self.task.num_steps:
+            if len(self._unread) >= READ_EVERY or waited > READ_SECONDS or self.step == self.plan.num_steps:
                 self._read()
 
-    def _reason_to_end(self) -> str | None:
-        if self.step >= self.task.num_steps:
-            return "steps"
-        if self.config.patience and evaluations_since_best(self.progress) >= self.config.patience:
-            return "patience"
-        if self.stop.asked:
-            return "interrupted"
-        minutes = (time.perf_counter() - self.begin) / 60
-        return "time" if self.config.max_minutes and minutes >= self.config.max_minutes else None
+    def _position(self) -> Position:
+        now, best = time.perf_counter(), self.progress["best"]
+        return Position(
+            self.step, self.progress["records"], best and best["step"], now - self._began, now - self._kept_at,
+            self._readings, self.stop.asked,
+        )  # fmt: skip
 
     # steps ---------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        batch = self.task.batches.batch(self.step)
+        batch = self.dataset.batches.batch(self.step)
         on_device = type(batch)(*(self.backend.asarray(part) for part in batch))
         state, metrics = self._step(self.state, on_device)
         unread = [*self._unread, (self.step, metrics, batch.inputs.size)]
@@ -173,22 +156,15 @@ class _Run:
         self.progress, self._unread = progress, []
         rate = (progress["tokens"] - self._tokens_at) / max(now - self._read_at, 1e-9)
         self._read_at, self._tokens_at = now, progress["tokens"]
+        self._readings += 1
         self.listener.progress(self.step, sum(losses) / len(losses), rate)
 
     # evaluations ---------------------------------------------------------------------------------------
 
-    def _evaluation_is_due(self) -> bool:
-        records = self.progress["records"]
-        if records and records[-1]["step"] == self.step:
-            return False
-        if self.step == 0:
-            return self.evaluate_first
-        return self.step % self.config.eval_every == 0 or self.step == self.task.num_steps
-
     def _evaluate(self) -> None:
         """Measure the validation loss on a sample of the validation part, and remember the best model."""
         self._read()
-        every = max(1, self.task.n_validation // EVALUATION_TOKENS)
+        every = max(1, self.dataset.n_validation // EVALUATION_TOKENS)
         loss = self._validation_loss(self.state["params"], every)
         progress = self.progress
         record = {
@@ -208,7 +184,7 @@ class _Run:
         self.listener.evaluated(record)
         self._read_at = time.perf_counter()
 
-    def measure_the_best(self) -> dict[str, Any]:
+    def _evaluate_best(self) -> dict[str, Any]:
         """The validation loss of the best model over the whole validation part: the last record."""
         best = self.progress["best"]
         at = best["step"] if best else self.step
@@ -219,7 +195,7 @@ class _Run:
         return record
 
     def _figures(self) -> dict[str, float]:
-        """What a record tells of the last step, and how long the run has taken."""
+        """What a record says of the last step, and how long the run has taken."""
         figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
         return {**figures, "seconds": round(self._seconds(), 3)}
 
@@ -228,7 +204,7 @@ class _Run:
         return self.backend.xp.asarray(self.state["params"], copy=True)
 
     def _validation_loss(self, params, every: int) -> float:
-        loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.task.validation()), every)
+        loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.dataset.validation()), every)
         if not math.isfinite(loss):
             raise Diverged(f"validation loss became {loss}", self.step)
         return loss
@@ -239,16 +215,8 @@ class _Run:
 
     # checkpoints ---------------------------------------------------------------------------------------
 
-    def _checkpoint_is_due(self) -> bool:
-        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
-        if self._moment() == self._kept:
-            return False
-        if every and self.step % every == 0:
-            return True
-        return bool(minutes) and time.perf_counter() - self._kept_at > 60 * minutes
-
-    def checkpoint(self) -> Checkpoint:
-        """The present moment, on the host."""
+    def _checkpoint(self) -> Checkpoint:
+        """A snapshot, on the host."""
         best = self.progress["best"]
         elsewhere = best is not None and best["step"] != self.step
         return Checkpoint(
@@ -257,28 +225,22 @@ class _Run:
             {**self.progress, "seconds": self._seconds()},
         )
 
-    def keep_checkpoint(self) -> None:
-        """Hand the present moment to `keep`, unless that has it already."""
+    def _write_checkpoint(self) -> None:
+        """Hand a checkpoint to `keep`, unless that has this one already."""
         self._read()
-        if self._moment() == self._kept:
+        if self._version() == self._kept:
             return
-        self.task.check()  # what the steps learned from must have been the text
-        checkpoint = self.checkpoint()
+        self.dataset.check()  # what the steps learned from must have been the text
+        checkpoint = self._checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
             raise Diverged("parameters became numbers that are not finite", self.step)
-        self._keep(checkpoint)
-        self._kept, self._kept_at = self._moment(), time.perf_counter()
+        self.keep(checkpoint)
+        self._kept, self._kept_at = self._version(), time.perf_counter()
         self._read_at = self._kept_at
 
-    def _moment(self) -> tuple[int, int]:
-        """Tells two moments apart: an evaluation comes after the step that it measures."""
+    def _version(self) -> tuple[int, int]:
+        """Tells two checkpoints apart: an evaluation comes after the step that it measures."""
         return self.step, len(self.progress["records"])
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self.begin
-
-
-def evaluations_since_best(progress: dict[str, Any]) -> int:
-    """Evaluations after the best one."""
-    best = progress["best"]
-    return sum(best is not None and record["step"] > best["step"] for record in progress["records"])
+        return self._seconds_before + time.perf_counter() - self._began

@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from baby_xp import config as configs
 from baby_xp import processes
 from baby_xp.arrays import registry
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tree import leaves
+from baby_xp.config import model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
@@ -212,7 +212,7 @@ class Workers:
     def _child(self, rank: int) -> subprocess.Popen:
         setup = {
             "file": self._file if INHERITED else self._path, "rank": rank, "number": self.number,
-            "batch_size": self.batch_size, "config": configs.to_dict(self.model.config),
+            "batch_size": self.batch_size, "config": to_dict(self.model.config),
             "vocab_size": self.model.vocab_size, "dtype": self.backend.dtype,
             "part": self._bounds[rank : rank + 2],
         }  # fmt: skip
@@ -371,7 +371,7 @@ def serve() -> None:
         return
     setup = json.loads(line)
     rank, dtype = setup["rank"], setup["dtype"]
-    model = Model(configs.model_from_dict(setup["config"], "worker"), setup["vocab_size"])
+    model = Model(model_from_dict(setup["config"], "worker"), setup["vocab_size"])
     backend = registry.load("numpy", dtype=dtype)
     file = setup["file"] if isinstance(setup["file"], int) else os.open(setup["file"], os.O_RDWR)
     arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)

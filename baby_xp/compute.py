@@ -1,0 +1,41 @@
+"""Where a run computes: a backend, its device, its options and the processes that share a step."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from baby_xp import checks
+
+if TYPE_CHECKING:
+    from baby_xp.arrays.backend import Backend
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where to compute. Raises BabyError for values of a wrong type; `load` says what this machine lacks."""
+
+    backend: str = "auto"
+    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists which work."""
+    device: str | None = None
+    """Device of the backend, such as cuda:1; none: its default."""
+    tf32: bool = False
+    """TF32 matrix products: faster, less precise (cupy backend)."""
+    memory_gib: float | None = None
+    """Limit of GPU memory, in GiB (cupy backend); none: no limit."""
+    workers: int | None = None
+    """Processes that share each step (numpy backend); none: chosen automatically."""
+
+    def __post_init__(self):
+        checks.text("backend", self.backend)
+        checks.flag("tf32", self.tf32)
+        if self.device is not None:
+            checks.text("device", self.device)
+        if self.memory_gib is not None:
+            checks.number("memory_gib", self.memory_gib, above=0)
+        if self.workers is not None:
+            checks.whole("workers", self.workers, most=checks.most_processes())
+
+    def load(self, dtype: str) -> "Backend":
+        """The backend. Raises BabyError if it cannot work here."""
+        from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
+
+        return registry.load(self.backend, self.device, dtype, tf32=bool(self.tf32), memory_gib=self.memory_gib)

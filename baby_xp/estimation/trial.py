@@ -1,0 +1,225 @@
+"""A trial: train with the very settings of a run for a few seconds, in a process of its own and a folder that goes
+again. It evaluates, shows samples and writes checkpoints, as the run would.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from baby_xp import processes
+from baby_xp.compute import Compute
+from baby_xp.config import LARGEST, RunConfig
+from baby_xp.errors import BabyError, OutOfMemory
+from baby_xp.resources import process_memory
+from baby_xp.runs import store
+from baby_xp.session import TrainingSession
+from baby_xp.text.batches import Batch, EpochWindows
+from baby_xp.text.dataset import Dataset
+from baby_xp.training import checkpoint
+from baby_xp.training.listener import Listener
+from baby_xp.training.plan import Plan, Position
+from baby_xp.training.setup import Setup, prepare
+
+SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
+"""How long the trial trains when it is warm, and in all at most; and how often it reads the loss at least."""
+CHECKPOINT_SECONDS = 1.0
+"""Between the checkpoints of the trial. Where freed memory is reused is partly chance: it takes several of them
+to see what the many of a long run come to."""
+GENERATED = 64
+"""Tokens that the trial generates."""
+VALIDATION_BATCHES = 3
+PROGRAM = "from baby_xp.estimation.trial import serve; serve()"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run once its text was read."""
+
+    backend: str
+    workers: int
+    vocab_size: int
+    num_steps: int
+    step_size: int
+    """Sequences in a step; in the last one of an epoch there may be fewer."""
+    sequences: int
+    """Sequences in the whole run."""
+    n_validation: int
+    corpus_bytes: int
+    """Length of the file of ids."""
+    tokens_at_once: int | None
+    """Tokens of a batch that the backend computes together; None: all."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short run with the same settings took."""
+
+    ms_a_step: float
+    """Median over the readings after the first."""
+    tokens_per_second: float
+    evaluation_seconds: float
+    """Of one batch of the validation part."""
+    token_seconds: float
+    """Of a token that is generated."""
+    checkpoint_seconds: float
+    start_seconds: float
+    memory: int | None
+    """Bytes that all processes took at their peak, less those of a bare interpreter each; None without /proc."""
+
+
+def facts_of(setup: Setup, folder: Path) -> Facts:
+    """What is known of a run before it is tried; folder: where its ids were written."""
+    batches, n = setup.dataset.batches, setup.dataset.num_steps
+    sequences = n * batches.batch_size
+    if isinstance(batches, EpochWindows):  # the last batch of an epoch may be smaller
+        epochs, rest = divmod(n, batches.steps_per_epoch)
+        sequences = epochs * batches.n_windows + rest * batches.batch_size
+    corpus_bytes = sum(path.stat().st_size for path in folder.glob("*.ids"))
+    return Facts(
+        setup.backend.name, setup.workers, setup.model.vocab_size, n, batches.batch_size, sequences,
+        setup.dataset.n_validation, corpus_bytes, setup.backend.xp.tokens_at_once,
+    )  # fmt: skip
+
+
+def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, Trial]:
+    """Try a run in a process of its own: only there can a peak of memory be the run's alone.
+
+    Raises BabyError for what `train` would refuse, and if the process does not come to its end.
+    """
+    request = {"config": config.to_dict(), "compute": asdict(compute), "path": folder, "seconds": SECONDS}
+    environment = processes.environment()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
+        encoding="utf-8", env=environment, start_new_session=True,  # Ctrl-C is for this process, which ends it
+    )  # fmt: skip
+    if done.returncode:
+        code = done.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise BabyError(f"the trial {how}: the memory may be too small for this run; try a smaller model or batch")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise BabyError(found["error"])
+    idle, sizes = process_memory.of_interpreter(environment), found["trial"].pop("sizes")
+    taken = process_memory.growth(sizes, idle) if idle and sizes else None
+    return Facts(**found["facts"]), Trial(**found["trial"], memory=taken)
+
+
+def serve() -> None:
+    """What the process of a trial does: a request on its input, an answer as the last line of its output."""
+    import tqdm  # noqa: F401  # the command line of the real run has it, and it takes room too
+
+    request = json.load(sys.stdin)
+    try:
+        config, compute = RunConfig.from_dict(request["config"], "trial"), Compute(**request["compute"])
+        answer = try_run(config, compute, Path(request["path"]), request["seconds"])
+    except OutOfMemory as error:  # the run that it speaks of goes with the trial
+        answer = {"error": f"{error.shortage}; {error.advice}"}
+    except BabyError as error:
+        answer = {"error": " ".join(str(error).split())}
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "an array did not fit"
+        answer = {"error": f"not enough memory ({reason}); choose a smaller model or batch"}
+    finally:  # not only by the process that asks: that may be no more
+        shutil.rmtree(request["path"], ignore_errors=True)
+    with suppress(BrokenPipeError):
+        print(json.dumps(answer), flush=True)
+
+
+def try_run(config: RunConfig, compute: Compute, folder: Path, seconds: float) -> dict[str, Any]:
+    """Train until enough was seen -> facts and trial, as plain JSON values."""
+    began = time.perf_counter()
+    with store.new_run(folder) as new:
+        setup = prepare(config, compute, folder / "corpora")
+        watch = Watch(seconds)
+        plan = TrialPlan(setup.config.train, LARGEST, watch=watch)
+        short = replace(setup, dataset=watch.timed(setup.dataset))
+        run = TrainingSession(new, short, plan, watch).run(checkpoint.first(setup.model, setup.config.train))
+    written = time.perf_counter()
+    run.generate(num_tokens=GENERATED)
+    generated = time.perf_counter()
+    facts = facts_of(setup, folder / "corpora")
+    tokens, rate = facts.step_size * config.model.n_ctx, statistics.median(watch.rates)
+    trial = {
+        "ms_a_step": 1e3 * tokens / rate,
+        "tokens_per_second": rate,
+        "evaluation_seconds": statistics.median(watch.evaluations),
+        "token_seconds": (generated - written) / GENERATED,
+        "checkpoint_seconds": written - watch.ended,
+        "start_seconds": watch.began - began,
+        "sizes": process_memory.taken() and [*process_memory.taken(), *watch.sizes],
+    }
+    return {"facts": asdict(facts), "trial": trial}
+
+
+class Watch(Listener):
+    """Times a trial."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.rates: list[float] = []
+        """Tokens per second, of the readings after the evaluation."""
+        self.evaluations: list[float] = []
+        """Seconds of each validation batch."""
+        self.began = self.ended = 0.0
+        self.warm: float | None = None
+        self.sizes: list[dict[str, int]] = []
+        """Of the worker processes; at the end of training they are gone."""
+
+    def started(self, session: TrainingSession, step: int) -> None:
+        """Note when."""
+        self.began = time.perf_counter()
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """Readings count from the evaluation on."""
+        self.warm = time.perf_counter()
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Note a reading."""
+        if self.warm is None:
+            return
+        self.rates.append(tokens_per_second)
+        now = time.perf_counter()
+        enough = len(self.rates) >= READINGS and now - self.warm >= self.seconds
+        if enough or now - self.began >= MOST_SECONDS:
+            self.sizes = process_memory.taken(process_memory.children())[1:]
+            self.ended = now
+
+    def timed(self, dataset: Dataset) -> Dataset:
+        """The dataset with a validation part of a few batches, each of which is timed."""
+
+        def validation() -> Iterator[Batch]:
+            for batch in islice(dataset.validation(), VALIDATION_BATCHES):
+                begin = time.perf_counter()
+                yield batch
+                self.evaluations.append(time.perf_counter() - begin)
+
+        return replace(dataset, validation=validation, n_validation=1)
+
+
+@dataclass(frozen=True)
+class TrialPlan(Plan):
+    """A first reading, an evaluation with its sample, then steps and checkpoints until enough was seen. These hold
+    the best weights beside the present ones, as most of a long run do."""
+
+    watch: Watch = field(kw_only=True)
+
+    def evaluates(self, at: Position) -> bool:
+        """Once, when the loss was read for the first time."""
+        return at.readings > 0 and not at.records
+
+    def writes_checkpoint(self, at: Position) -> bool:
+        """As often as it takes to see what they come to."""
+        return at.checkpoint_seconds > CHECKPOINT_SECONDS
+
+    def ends(self, at: Position) -> str | None:
+        """As the user would end it."""
+        return "interrupted" if self.watch.ended else None

@@ -1,0 +1,150 @@
+"""A trained model in memory: it generates."""
+
+import codecs
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from baby_xp_data import equations
+
+from baby_xp import checks
+from baby_xp.arrays.backend import Backend, translate_out_of_memory
+from baby_xp.config import EquationData
+from baby_xp.errors import BabyError
+from baby_xp.inference.generate import Logits, Sampling, generate, generate_several
+from baby_xp.models import Model
+from baby_xp.resources import limits
+from baby_xp.text.tokenizer import Tokenizer
+
+NUM_TOKENS = 500
+"""Tokens to generate where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its tokenizer and its parameters, on a backend."""
+
+    model: Model
+    tokenizer: Tokenizer
+    params: np.ndarray
+    """The parameters (P,), on the host."""
+    backend: Backend
+
+    def generate(
+        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> str:
+        """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
+
+        Raises BabyError for a prompt that the tokenizer cannot encode, or a setting that makes no sense.
+        """
+        return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
+
+    def stream(
+        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+    ) -> Iterator[str]:
+        """The continuation, piece by piece as it is generated. Arguments and errors as in `generate`."""
+        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
+        use_cache = checks.flag("use_cache", use_cache)
+        with self._memory_errors():
+            params = self.backend.asarray(self.params)
+        tokens = generate(self.backend, self.model, params, ids, num_tokens, settings, use_cache)
+        return self._pieces(tokens)
+
+    def generate_several(
+        self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Any
+    ) -> list[str]:
+        """This many continuations, each with the prompt, computed together: far faster than one after the other.
+
+        Text i is what `generate` gives with the seed `seed` + i. Raises BabyError as `generate` does, and for more
+        texts than memory holds.
+        """
+        number = checks.whole("number", number, most=None)
+        settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
+        limits.check_texts(self.model, self.backend, number)
+        with self._memory_errors("ask for fewer texts, or "):
+            params, prompts = self.backend.asarray(self.params), [ids] * number
+            steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
+        return [prompt + "".join(self._decoded(iter(text))) for text in np.array(steps).T.tolist()]
+
+    def logits(self, prompt: str = "") -> np.ndarray:
+        """The logits (V,) of the token that follows the prompt, in float64 on the host.
+
+        Raises BabyError for a prompt that the tokenizer cannot encode.
+        """
+        ids = self._ids(checks.text("prompt", prompt))
+        with self._memory_errors():
+            p = self.model.layout.unpack(self.backend.xp, self.backend.asarray(self.params))
+            return Logits(self.backend, self.model, p).next([ids.tolist()])[0]
+
+    def ask(self, question: str, table: EquationData) -> str:
+        """The most likely answer to a question of the table that the model learned: "4+4=" -> "4+4=8".
+
+        "4+4" and "4 + 4 =" ask the same. The first digit of the answer alone where the context does not hold an
+        equation whole: the others then do not follow from what the model sees. Raises BabyError for what is no
+        question of the table.
+        """
+        text = _question(question, table)
+        whole = self.model.config.n_ctx >= equations.longest(table.digits)
+        for piece in self.stream(text, table.digits + 2 if whole else 1, greedy=True):
+            if piece == " ":
+                break
+            text += piece
+        return text
+
+    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray, int]:
+        """What to draw by, the ids to go on from, and the number of tokens."""
+        prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
+        return Sampling.of(sampling), self._ids(prompt), num_tokens
+
+    def _ids(self, prompt: str) -> np.ndarray:
+        return self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
+
+    def first_ids(self) -> np.ndarray:
+        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
+        try:
+            return self.tokenizer.encode("\n", "prompt")
+        except BabyError:
+            return np.zeros(1, np.int32)
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        with self._memory_errors():
+            yield from self._decoded(tokens)
+
+    def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Decode ids as they come; bytes wait until their character is whole."""
+        if self.tokenizer.kind != "byte":
+            yield from (self.tokenizer.decode([token]) for token in tokens)
+            return
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            if piece := decoder.decode(bytes([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def _memory_errors(self, advice: str = "") -> AbstractContextManager[None]:
+        """Where memory of the device runs out inside, raise OutOfMemory, which says what to do."""
+        return translate_out_of_memory(self.backend, lambda shortage: advice + MORE_MEMORY)
+
+
+MORE_MEMORY = (
+    "end what else holds the GPU's memory (nvidia-smi shows it), raise --memory-gib, or use --backend numpy"
+)
+"""What to do where a trained model does not fit."""
+
+
+def _question(question: str, table: EquationData) -> str:
+    """A question as equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is none of the table."""
+    asked = "".join(checks.text("question", question).split()).removesuffix("=")
+    parts = re.fullmatch(r"(0|[1-9][0-9]*)([+-])(0|[1-9][0-9]*)", asked)
+    digits, operators, max_sum = table.digits, table.operators, table.max_sum
+    known = f"4{operators[0]}4="
+    if parts is None or parts[2] not in operators or max(len(parts[1]), len(parts[3])) > digits:
+        what = f"with {' or '.join(operators)} and operands of {digits} digit{'s' * (digits > 1)} at most"
+        raise BabyError(f"{checks.shown_value(question)} is no question of this run: ask {known}, {what}")
+    if parts[2] == "+" and max_sum and (total := int(parts[1]) + int(parts[3])) > max_sum:
+        raise BabyError(f"{asked} makes {total}, and the run knows sums up to {max_sum}: ask {known}, for example")
+    return f"{asked}="

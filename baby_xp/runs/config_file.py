@@ -1,0 +1,82 @@
+"""The config file of a run: what was asked for, where it computed, and how it ended."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from baby_xp import __version__
+from baby_xp.arrays.backend import device_memory, in_words
+from baby_xp.config import RunConfig
+from baby_xp.errors import BabyError
+from baby_xp.runs import report, state_file, store
+from baby_xp.runs.store import RunFiles
+from baby_xp.text.tokenizer import Tokenizer, tokenizer_from_dict
+from baby_xp.training.setup import Setup
+
+KEYS = {"guid", "preset", "base", "started", "model", "train", "data", "place", "result", "vocab_size"}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """The files of a run that are no arrays, read once."""
+
+    files: RunFiles
+    content: dict[str, Any]
+    """The config file as it is."""
+    config: RunConfig
+    tokenizer: Tokenizer
+
+    @property
+    def belonging(self) -> dict[str, str]:
+        """What the metadata of the run's arrays must say."""
+        return state_file.belonging(self.files.guid, self.config.model, self.tokenizer)
+
+
+def now() -> str:
+    """The time as the files have it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def content(
+    files: RunFiles, setup: Setup, base: str | None, started: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    """What the config file holds. base: GUID of the run that this one is finetuned from; result: how it stands."""
+    backend, dataset, config = setup.backend, setup.dataset, setup.config.to_dict()
+    # what the numbers depend on, and how it was asked for: `resume` goes on with it
+    place = {"backend": backend.name, "device": setup.compute.device, "workers": setup.workers}
+    if getattr(backend, "tf32", False):
+        place["tf32"] = True
+    machine = {
+        "machine": report.machine(), "backend": backend.version, "device": backend.device,
+        "workers": setup.workers,
+    }  # fmt: skip
+    if (memory := device_memory(backend)) is not None:
+        machine["GPU memory, peak used/held"] = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
+    return {
+        "guid": files.guid,
+        "baby_xp": __version__,
+        "base": base,
+        "started": started,
+        "written": now(),
+        **config,
+        "vocab_size": setup.model.vocab_size,
+        "parameters": setup.model.n_parameters,
+        "data": {**config["data"], "file": dataset.file, "sha256": dataset.facts.get("sha256")},
+        "place": place,
+        "machine": machine,
+        "result": result,
+    }
+
+
+def read(files: RunFiles) -> StoredRun:
+    """Config and tokenizer of a run. Raises BabyError if they cannot be read, or do not belong together."""
+    content = store.read_sealed(files.config)
+    if not content.keys() >= KEYS or content["guid"] != files.guid:
+        raise BabyError(f"{files.config} is not the config of run {files.guid}; the file is from elsewhere")
+    tokenizer = tokenizer_from_dict(store.read_json(files.tokenizer), str(files.tokenizer))
+    if tokenizer.vocab_size != content["vocab_size"]:
+        raise BabyError(
+            f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {content['vocab_size']!r}: "
+            "they do not belong together"
+        )
+    return StoredRun(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)

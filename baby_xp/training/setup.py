@@ -1,0 +1,70 @@
+"""What a training computes with: its config and what this machine has made of it."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from baby_xp.arrays.backend import Backend
+from baby_xp.compute import Compute
+from baby_xp.config import RunConfig
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.resources import limits
+from baby_xp.text import dataset
+from baby_xp.text.corpus import Making
+from baby_xp.text.dataset import Dataset
+from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.training.workers import suitable_number
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training that can begin: `prepare` makes it, for training, finetuning, resuming and estimating alike."""
+
+    config: RunConfig
+    """With the number of steps, if the config tells epochs."""
+    compute: Compute
+    """As it was asked for."""
+    backend: Backend
+    dataset: Dataset
+    model: Model
+    workers: int
+    """Processes that share a step."""
+
+
+def prepare(
+    config: RunConfig,
+    compute: Compute,
+    folder: Path | None,
+    tokenizer: Tokenizer | Making | None = None,
+    sha256: str | None = None,
+    check_memory: bool = True,
+) -> Setup:
+    """Load the backend, read the text and lay out the model.
+
+    folder: where the ids of a text are kept; None: in memory. tokenizer, sha256: as for dataset.prepare.
+    check_memory: refuse what certainly does not fit this machine, before anything of it is made.
+    Raises BabyError if the config and the machine do not go together; no ids are then left behind.
+    """
+    limits.check_context(config)
+    backend = compute.load(config.train.dtype)
+    data = dataset.prepare(config.data, config.model, config.train, folder, tokenizer, sha256)
+    with ExitStack() as undo:
+        undo.callback(data.discard)
+        model = Model(config.model, data.tokenizer.vocab_size)
+        limits.check_size(model)
+        workers = number_of_workers(compute.workers, backend, model, config.train.batch_size)
+        if check_memory:
+            limits.check_training(config, model, backend, data.batches, workers)
+        undo.pop_all()
+    config = replace(config, train=replace(config.train, num_steps=data.num_steps))
+    return Setup(config, compute, backend, data, model, workers)
+
+
+def number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:
+    """Processes that share a step: as many as were asked for, or as suit. Raises BabyError if that cannot be."""
+    if asked is None:
+        return suitable_number(backend, model, batch_size)
+    if asked > 1 and backend.name != "numpy":
+        raise BabyError(f"workers are processes of the numpy backend; with {backend.name} leave out --workers")
+    return min(asked, batch_size)
