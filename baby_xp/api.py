@@ -11,12 +11,21 @@ print(tuned.evaluate())
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from baby_xp import checks, presets
 from baby_xp.arrays import params
 from baby_xp.compute import Compute
-from baby_xp.config import DataConfig, EquationConfig, RunConfig, TrainConfig
+from baby_xp.config import (
+    DataConfig,
+    EquationConfig,
+    FinetuneSettings,
+    GPTConfig,
+    ResumeSettings,
+    RunConfig,
+    Settings,
+    TrainConfig,
+)
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
@@ -37,10 +46,7 @@ from baby_xp.training.plan import Plan
 from baby_xp.training.setup import Setup, prepare
 
 FINETUNE_STEPS = 500
-RESUMABLE = (
-    "num_steps", "lr", "min_lr", "clip", "eval_every", "sample_tokens", "patience", "max_minutes",
-    "checkpoint_every", "checkpoint_minutes",
-)  # fmt: skip
+RESUMABLE = tuple(ResumeSettings.__annotations__)
 """Settings that may be changed when a run is resumed."""
 
 
@@ -54,7 +60,7 @@ def train(
     tf32: bool = False,
     memory_gib: float | None = None,
     listener: Any = None,
-    **overrides: Any,
+    **overrides: Unpack[Settings],
 ) -> Run:
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
@@ -82,7 +88,7 @@ def finetune(
     tf32: bool = False,
     memory_gib: float | None = None,
     listener: Any = None,
-    **overrides: Any,
+    **overrides: Unpack[FinetuneSettings],
 ) -> Run:
     """Train the best weights of a run on another text, as a new run: <guid>_finetuned.
 
@@ -93,7 +99,9 @@ def finetune(
     compute, listener = Compute(backend, device, tf32, memory_gib, workers), listening(listener)
     base = load(name, path=path, backend="numpy")
     config = finetuning(base).override({**overrides, "data": data})
-    if replace(config.model, dropout=0.0) != replace(base.model.config, dropout=0.0):
+    models = config.model, base.settings.model
+    sizes = {replace(gpt, dropout=0.0) for gpt in models if isinstance(gpt, GPTConfig)}
+    if len(sizes) > 1:
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
     if config.data.tokenizer != base.tokenizer.kind:
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
@@ -116,7 +124,7 @@ def resume(
     memory_gib: float | None = None,
     data: str | Path | None = None,
     listener: Any = None,
-    **overrides: Any,
+    **overrides: Unpack[ResumeSettings],
 ) -> Run:
     """Go on with a run from its last checkpoint, as if it had never stopped.
 
@@ -132,8 +140,11 @@ def resume(
         _check_resumable(stored, overrides)
         start = _read_state(stored)
         base, text = stored.content["base"], stored.content["data"]
-        found = dataset.of_run(config.data, text["file"], text["sha256"]) if data is None else None
-        config = replace(config, data=found or replace(config.data, data=data))
+        if data is None:
+            found = dataset.of_run(config.data, text["file"], text["sha256"])
+        else:
+            found = replace(config.data, data=checks.path("data", data))
+        config = replace(config, data=found)
         compute = _as_before(stored.content["place"], backend, device, workers, tf32, memory_gib)
         setup = prepare(config, compute, files.folder / "corpora", stored.tokenizer, text["sha256"])
         plan = Plan.of(setup, evaluate_first=base is not None)
@@ -157,7 +168,7 @@ def load(
     Raises BabyError if the run cannot be loaded, or its files do not belong together.
     """
     compute = Compute(backend, device, tf32, memory_gib)
-    weights = checks.choice("weights", weights, ("best", "last"))
+    checks.choice("weights", weights, ("best", "last"))
     stored = config_file.read(store.find(path, name))
     files, config = stored.files, stored.config
     model = Model(config.model, stored.tokenizer.vocab_size)
@@ -186,7 +197,7 @@ def import_littlebaby(
     original's GUID, where its files are named by one. It generates and can be finetuned; there is nothing to
     resume. dtype: the original computes in float64. Raises BabyError if the files do not hold one whole model.
     """
-    beside = [one and as_path(one, what) for one, what in ((config, "config"), (tokenizer, "tokenizer"))]
+    beside = [as_path(one, what) if one else None for one, what in ((config, "config"), (tokenizer, "tokenizer"))]
     found = littlebaby.read(as_path(model, "model"), *beside)
     # the original's rate is constant and without warm-up; decay and moments are those of its optimizer
     settings = {"num_epochs": 1, "schedule": "constant", "warmup_steps": 0, "beta2": 0.999, "weight_decay": 0.01}
@@ -230,7 +241,7 @@ def finetuning(base: Run) -> RunConfig:
         config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
         schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
     )  # fmt: skip
-    return replace(config, train=train, data=DataConfig(tokenizer=base.tokenizer.kind))
+    return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 
 
 def _prepared(new: NewRun, config: RunConfig, compute: Compute, tokenizer: Any = None) -> Setup:
@@ -249,7 +260,14 @@ def _read_state(stored: StoredRun) -> Checkpoint:
     return found
 
 
-def _as_before(place: dict[str, Any], backend: str | None, device, workers, tf32, memory_gib) -> Compute:
+def _as_before(
+    place: dict[str, Any],
+    backend: str | None,
+    device: str | None,
+    workers: int | None,
+    tf32: bool | None,
+    memory_gib: float | None,
+) -> Compute:
     """Where a run goes on: where it has computed, but for what is asked for."""
     if backend in (None, place["backend"]):
         device = place["device"] if device is None else device
@@ -258,7 +276,7 @@ def _as_before(place: dict[str, Any], backend: str | None, device, workers, tf32
     return Compute(backend or place["backend"], device, bool(tf32), memory_gib, workers)
 
 
-def _check_resumable(stored: StoredRun, overrides: dict[str, Any]) -> None:
+def _check_resumable(stored: StoredRun, overrides: ResumeSettings) -> None:
     for name in overrides:
         if name not in RESUMABLE:
             raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")

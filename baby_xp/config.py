@@ -4,9 +4,10 @@ Every field is a flag of the command line (n_ctx is --n-ctx) and a key of the ru
 The Little Baby's where it has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from os import PathLike
+from typing import Any, ClassVar, Literal, TypedDict
 
 from baby_xp_data import equations
 
@@ -242,7 +243,7 @@ class RunConfig:
             data_from_dict(values["data"], where),
         )
 
-    def override(self, settings: dict[str, Any]) -> "RunConfig":
+    def override(self, settings: Mapping[str, Any]) -> "RunConfig":
         """The same with some fields of its parts replaced.
 
         num_epochs without num_steps means epochs: num_steps of the preset no longer holds. Where the table of
@@ -268,11 +269,67 @@ class RunConfig:
         return found
 
 
+class ResumeSettings(TypedDict, total=False):
+    """What may be changed of a run that is resumed: fields of TrainConfig, as keyword arguments."""
+
+    num_steps: int | None
+    lr: float
+    min_lr: float
+    clip: float
+    eval_every: int
+    sample_tokens: int
+    patience: int
+    max_minutes: float
+    checkpoint_every: int
+    checkpoint_minutes: float
+
+
+class FinetuneSettings(ResumeSettings, total=False):
+    """What may be changed where a run is finetuned: fields of TrainConfig, and dropout."""
+
+    batch_size: int
+    accumulate: int
+    num_epochs: int | None
+    stride: int
+    base_batch_size: int | None
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    seed: int
+    dtype: Literal["float32", "float64"]
+    dropout: float
+    tokenizer: Literal["char", "byte"]
+
+
+class Settings(FinetuneSettings, total=False):
+    """What may be changed of a preset: all fields of its configs."""
+
+    n_ctx: int
+    n_emb: int
+    head_size: int
+    n_heads: int
+    n_layers: int
+    c_sequence: Literal["pre", "post"]
+    c_attention: Literal["mha", "moh"]
+    c_network: Literal["mlp", "moe"]
+    gelu: Literal["tanh", "erf"]
+    n_hidden: int
+    activation: Literal["tanh", "gelu"]
+    std: float
+    data: str | PathLike[str]
+    digits: int
+    operators: Literal["+", "-", "+-"]
+    max_sum: int
+    held_out: str
+
+
 PARTS = ("model", "train", "data")
 MODELS: dict[str, type[ModelConfig]] = {kind.kind: kind for kind in (GPTConfig, EquationConfig)}
 
 
-def _refuse_what_changes_nothing(config: RunConfig, settings: dict[str, Any]) -> None:
+def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any]) -> None:
     """Raises BabyError for a setting that was asked for and has no effect beside the others."""
     train, data = config.train, config.data
     of_equations = isinstance(data, EquationData)

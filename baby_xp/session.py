@@ -10,7 +10,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,12 @@ class TrainingSession(Listener):
     """GUID of the run that this one is finetuned from."""
     began: str = ""
     """When the run began, if that was in an earlier session."""
+    _last: Checkpoint = field(init=False)
+    """The one on disk, without its arrays."""
+    _model_step: int | None = field(init=False, default=None)
+    """The step whose weights this session has written."""
+    _before: dict[Path, bytes] = field(init=False, default_factory=dict)
+    """What the files are to be again if the run goes on to nothing."""
 
     def run(self, start: Checkpoint) -> Run:
         """Train from `start` to an end. Raises BabyError if the run diverges or a file cannot be written: what
@@ -129,8 +136,7 @@ class TrainingSession(Listener):
     def _begin(self, start: Checkpoint) -> None:
         """The files as of the start: from now on the run can be found, and goes on from there."""
         store.sweep(self.files)
-        self._last, self._model_step = _without_arrays(start), None
-        self._before = {}  # what the files are to be again if the run goes on to nothing
+        self._last = _without_arrays(start)
         for path in (self.files.metrics, self.files.config):
             with suppress(OSError):
                 self._before[path] = path.read_bytes()

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from baby_xp.cli import options
 from baby_xp.compute import Compute
@@ -47,7 +47,7 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
     return default, arguments
 
 
-def load(name: str, given: dict[str, Any], weights: str) -> "Run":
+def load(name: str, given: dict[str, Any], weights: Literal["best", "last"]) -> "Run":
     """A run where it is asked for, to generate or to be measured."""
     from baby_xp import api
     from baby_xp.arrays.backend import first_use

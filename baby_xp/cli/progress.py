@@ -3,9 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baby_xp.cli.streams import OutputLost, printable
+
+if TYPE_CHECKING:
+    from baby_xp.session import TrainingSession
 
 
 class Screen:
@@ -13,9 +16,10 @@ class Screen:
 
     def __init__(self, asked_backend: str):
         self.asked = asked_backend
-        self.bar = None
+        self.bar: Any = None
+        """tqdm's, once training has started."""
 
-    def started(self, session, step: int) -> None:
+    def started(self, session: "TrainingSession", step: int) -> None:
         """Say what will be done, and where."""
         from tqdm import tqdm
 

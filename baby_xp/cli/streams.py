@@ -36,7 +36,8 @@ class Output:
     """
 
     def __init__(self, stream: Any):
-        self._stream, self.lost = stream, None
+        self._stream = stream
+        self.lost: OutputLost | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

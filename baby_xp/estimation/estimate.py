@@ -9,11 +9,11 @@ import tempfile
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from baby_xp import presets
 from baby_xp.compute import Compute
-from baby_xp.config import EquationConfig, RunConfig
+from baby_xp.config import EquationConfig, GPTConfig, RunConfig, Settings
 from baby_xp.estimation import trial
 from baby_xp.estimation.trial import Facts, Trial
 from baby_xp.files import refusal
@@ -69,7 +69,7 @@ class Estimate:
     @property
     def memory(self) -> int | None:
         """Bytes that the run's processes take at their peak, less a bare interpreter's; None if not measured."""
-        return self.trial and self.trial.memory
+        return self.trial.memory if self.trial else None
 
     @property
     def disk(self) -> int:
@@ -96,7 +96,7 @@ def estimate(
     tf32: bool = False,
     memory_gib: float | None = None,
     measure: bool = True,
-    **overrides: Any,
+    **overrides: Unpack[Settings],
 ) -> Estimate:
     """What `train` with the same arguments will take. measure: also try it, which takes some seconds.
 
@@ -127,7 +127,7 @@ def _seconds(config: RunConfig, facts: Facts, took: Trial) -> dict[str, float]:
     whole = took.evaluation_seconds * max(1.0, facts.n_validation / (train.batch_size * context))
     evaluations = -(-facts.num_steps // train.eval_every)
     sample = SAMPLE_TOKENS + evaluations * train.sample_tokens
-    checkpoints = facts.num_steps // train.checkpoint_every if train.checkpoint_every else 0
+    checkpoints: float = facts.num_steps // train.checkpoint_every if train.checkpoint_every else 0
     if train.checkpoint_minutes:
         checkpoints += training / 60 / train.checkpoint_minutes
     every = max(1, facts.n_validation // EVALUATION_TOKENS)
@@ -168,13 +168,14 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def _by_formula(found: Estimate) -> list[tuple[str, str]]:
-    count = counts.formula_parameters(found.config.model, found.facts.vocab_size)
-    if count is None:
+    model = found.config.model
+    count = counts.formula_parameters(model, found.facts.vocab_size)
+    if count is None or not isinstance(model, GPTConfig):
         return []
     network = {"mlp": "counts the network twice", "moe": "counts half of the experts"}
     return [
         ("", f"{count:,} by The Little Baby's V H + L (4 H^2 + 4 H F), a rule of thumb"),
-        ("", f"that leaves out positions, norms, biases and head, and {network[found.config.model.c_network]}"),
+        ("", f"that leaves out positions, norms, biases and head, and {network[model.c_network]}"),
     ]
 
 
@@ -186,7 +187,7 @@ def _by_rule(found: Estimate) -> list[tuple[str, str]]:
 
 def _measured(found: Estimate) -> list[tuple[str, str]]:
     trial, seconds = found.trial, found.seconds
-    if trial is None:
+    if trial is None or seconds is None:
         return [("memory, time", "not measured")]
     of_device = "" if found.facts.backend == "numpy" else "; a GPU's own memory is not in it"
     taken = "not known: this system does not tell it"

@@ -7,7 +7,7 @@ tokens at the same positions: the logits are equal. A model of a fixed context s
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -46,7 +46,7 @@ class Sampling:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Sampling":
+    def of(cls, settings: Mapping[str, Any]) -> "Sampling":
         """From arguments that were given by name. Raises BabyError for a name that is none of the fields."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in known]:

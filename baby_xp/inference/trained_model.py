@@ -2,10 +2,10 @@
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from baby_xp_data import equations
@@ -23,6 +23,16 @@ NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
 
 
+class SamplingSettings(TypedDict, total=False):
+    """The fields of Sampling, as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+    seed: int
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A model with its tokenizer and its parameters, on a backend."""
@@ -34,7 +44,11 @@ class TrainedModel:
     backend: Backend
 
     def generate(
-        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+        self,
+        prompt: str = "",
+        num_tokens: int = NUM_TOKENS,
+        use_cache: bool = True,
+        **sampling: Unpack[SamplingSettings],
     ) -> str:
         """The prompt and its continuation. `sampling`: temperature, top_k, top_p, greedy, seed.
 
@@ -43,7 +57,11 @@ class TrainedModel:
         return prompt + "".join(self.stream(prompt, num_tokens, use_cache, **sampling))
 
     def stream(
-        self, prompt: str = "", num_tokens: int = NUM_TOKENS, use_cache: bool = True, **sampling: Any
+        self,
+        prompt: str = "",
+        num_tokens: int = NUM_TOKENS,
+        use_cache: bool = True,
+        **sampling: Unpack[SamplingSettings],
     ) -> Iterator[str]:
         """The continuation, piece by piece as it is generated. Arguments and errors as in `generate`."""
         settings, ids, num_tokens = self._start(prompt, num_tokens, sampling)
@@ -54,7 +72,7 @@ class TrainedModel:
         return self._pieces(tokens)
 
     def generate_several(
-        self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Any
+        self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Unpack[SamplingSettings]
     ) -> list[str]:
         """This many continuations, each with the prompt, computed together: far faster than one after the other.
 
@@ -94,7 +112,9 @@ class TrainedModel:
             text += piece
         return text
 
-    def _start(self, prompt: str, num_tokens: int, sampling: dict[str, Any]) -> tuple[Sampling, np.ndarray, int]:
+    def _start(
+        self, prompt: str, num_tokens: int, sampling: Mapping[str, Any]
+    ) -> tuple[Sampling, np.ndarray, int]:
         """What to draw by, the ids to go on from, and the number of tokens."""
         prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
         return Sampling.of(sampling), self._ids(prompt), num_tokens

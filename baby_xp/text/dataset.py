@@ -22,6 +22,10 @@ NURSERY_CHARACTERS, NURSERY_SEED = 1_000_000, 0
 class Batches(Protocol):
     """Batches by the number of the step alone, so that a run can go on where another stopped."""
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a step."""
+
     def batch(self, step: int) -> Batch: ...
 
 

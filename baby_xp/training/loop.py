@@ -91,7 +91,7 @@ class Loop:
         backend, model, config = self.backend, self.model, self.plan.train
         if self.workers is None:
             step = make_step(backend.xp, model, config)
-            total = functools.partial(total_loss, backend.xp, model)
+            total: Callable[..., Any] = functools.partial(total_loss, backend.xp, model)
         else:
             step = make_step(self.workers.xp, model, config, self.workers.loss_and_gradients)
             total = self.workers.total_loss
