@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp import __version__
+from baby_xp import __version__, layout
 from baby_xp import config as configs
 from baby_xp.arrays import registry
-from baby_xp.arrays.backend import Backend, Shortage, device_memory, in_words, translate_out_of_memory
+from baby_xp.arrays.backend import Backend, Shortage, device_memory, translate_out_of_memory
 from baby_xp.config import ModelConfig, Preset
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
@@ -321,7 +321,7 @@ def _memory_of(backend: Backend) -> dict[str, str]:
     """What the report tells of a device with memory of its own."""
     if (memory := device_memory(backend)) is None:
         return {}
-    peaks = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
+    peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
     return {"GPU memory, peak used/held": peaks}
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from baby_xp import checks
+from baby_xp import checks, layout
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.config import Preset
@@ -209,17 +209,15 @@ def lines(rows: list[Row]) -> list[str]:
     """The rows as a table for people, layer by layer, with the summary at the end."""
     layers = [row.name.rpartition(".")[0] for row in rows]
     width = max(12, *map(len, layers))
-    text = [f"{'':<{width}}  {'shape':<13} {'gradient':>9}  {'directions':>10}  {'elements':>9}  {'fast':>9}"]
-    before = None
-    for row, layer in zip(rows, layers, strict=True):
+    cells = [("", "shape", "gradient", "directions", "elements", "fast", "")]
+    for row, layer, before in zip(rows, layers, [None, *layers], strict=False):
         if layer != before:
-            text.append(layer)
-        before, name = layer, f"  {row.name.rpartition('.')[2]}"
-        shape = " x ".join(map(str, row.shape))
-        errors = f"{row.directions:>10.1e}  {row.elements:>9.1e}  {row.fast:>9.1e}"
-        verdict = "agrees" if row.agrees else "DISAGREES"
-        text.append(f"{name:<{width}}  {shape:<13} {row.gradient:>9.1e}  {errors}  {verdict}")
-    return [*text, "", summary(rows)]
+            cells.append((layer, *[""] * 6))
+        figures = [f"{one:.1e}" for one in (row.gradient, row.directions, row.elements, row.fast)]
+        shape, verdict = " x ".join(map(str, row.shape)), "agrees" if row.agrees else "DISAGREES"
+        cells.append((f"  {row.name.rpartition('.')[2]}", shape, *figures, verdict))
+    form = f"{{:<{width}}}  {{:<13}} {{:>9}}  {{:>10}}  {{:>9}}  {{:>9}}  {{}}"
+    return [*layout.columns(form, cells), "", summary(rows)]
 
 
 def summary(rows: list[Row]) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from baby_xp import layout
 from baby_xp.arrays.tree import from_leaves, leaves
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
@@ -28,7 +29,6 @@ from baby_xp.inspection.render import (
     bar,
     described,
     glyph,
-    laid_out,
     less_common,
     ordinal,
     shallow,
@@ -168,7 +168,7 @@ class Inspection:
             rows.append([names[0], *described(arrays[names[0]]), ", ".join(also)])
             block = names[0].split(".")[1] if names[0].startswith("blocks.") else None
             blocks.append((names[0] in self.parameters, block))
-        return laid_out(["name", "shape", "mean", "std", "min", "max", "also"], rows, blocks)
+        return layout.fitted(["name", "shape", "mean", "std", "min", "max", "also"], rows, "<<>>>><", blocks)
 
     def next_lines(self, k: int = 5, plain: bool = False) -> list[str]:
         """What the model expects at each position, with bars. plain: ASCII alone."""

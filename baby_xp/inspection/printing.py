@@ -1,10 +1,10 @@
 """What the command `inspect` prints of an inspection."""
 
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from baby_xp import layout
 from baby_xp.errors import BabyError
 from baby_xp.inspection.inspect import Inspection, embedding, inspect, is_equation, neighbours, off
 from baby_xp.inspection.render import bar, shown
@@ -63,11 +63,10 @@ def report(run: "Run", options: InspectOptions, plain: bool = False) -> list[str
 
 
 def _head_lines(run: "Run", seen: Inspection) -> list[str]:
-    number = f"{len(seen.tokens)} token{'s' if len(seen.tokens) > 1 else ''}, each with its id:"
+    number = f"{layout.counted(len(seen.tokens), 'token')}, each with its id:"
     tokens = ", ".join(f"{shown(token)} {i}" for token, i in zip(seen.tokens, seen.ids, strict=True))
     lines = [f"run {run.guid}", *(f"note: {note}" for note in seen.notes), number]
-    margin = " " * 5
-    lines += textwrap.wrap(tokens, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False)
+    lines += layout.wrapped(" " * 5, tokens, WIDTH)
     if seen.loss is not None:
         even = math.log(len(seen.vocabulary))
         lines.append(f"loss of the prompt: {seen.loss:.4f} nats per token (all tokens equally likely: {even:.4f})")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp.arrays.backend import Backend, in_words
+from baby_xp import layout
+from baby_xp.arrays.backend import Backend
 from baby_xp.config import EquationConfig, EquationData, ModelConfig, Preset
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -99,7 +100,7 @@ def _room(backend: Backend) -> int | None:
 
 
 def _too_much(size: int, room: int) -> str:
-    return f"at least {in_words(size)}, and this machine has {in_words(room)} free"
+    return f"at least {layout.size(size)}, and this machine has {layout.size(room)} free"
 
 
 def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:

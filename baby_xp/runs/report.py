@@ -6,6 +6,7 @@ import platform
 import sys
 from typing import Any
 
+from baby_xp import layout
 from baby_xp.files import shown
 
 REASONS = {
@@ -62,20 +63,19 @@ def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[s
 
 
 def _losses(records: list[dict[str, Any]]) -> list[str]:
-    lines = ["Losses, in nats per token", "    step     train  validation        rate  grad norm   seconds"]
+    rows: list[tuple[str, ...]] = [("step", "train", "validation", "rate", "grad norm", "seconds", "")]
     for record in records:
         train = f"{record['train_loss']:.4f}" if record["train_loss"] is not None else ""
-        part = "  whole validation part, weights kept" if record["whole_validation"] else ""
-        lines.append(
-            f"{record['step']:8d}  {train:>8}  {record['val_loss']:10.4f}  {record['lr']:10.3g}  "
-            f"{record['grad_norm']:9.3g}  {record['seconds']:8.1f}{part}"
-        )
-    return [*lines, ""]
+        losses = str(record["step"]), train, f"{record['val_loss']:.4f}"
+        part = "whole validation part, weights kept" if record["whole_validation"] else ""
+        pace = f"{record['lr']:.3g}", f"{record['grad_norm']:.3g}", f"{record['seconds']:.1f}"
+        rows.append((*losses, *pace, part))
+    lines = layout.columns("{:>8}  {:>8}  {:>10}  {:>10}  {:>9}  {:>8}  {}", rows)
+    return ["Losses, in nats per token", *lines, ""]
 
 
 def _table(title: str, values: dict[str, Any]) -> list[str]:
-    width = max(len(name) for name in values)
-    return [title, *(f"    {name:<{width}}  {_shown(value)}" for name, value in values.items()), ""]
+    return [title, *layout.pairs([(name, _shown(value)) for name, value in values.items()], 4), ""]
 
 
 def _shown(value: Any) -> str:
