@@ -28,7 +28,8 @@ from baby_xp.resources import limits
 from baby_xp.run import Run
 from baby_xp.runs import state_file as arrays
 from baby_xp.runs import store, table
-from baby_xp.runs.store import NewRun, RunFiles
+from baby_xp.runs.creation import NewRun, new_run
+from baby_xp.runs.store import RunFiles
 from baby_xp.runs.table import Summary
 from baby_xp.session import TrainingSession, belonging, keep_imported
 from baby_xp.text import dataset
@@ -83,7 +84,7 @@ def train(
     chosen = override(preset_of(preset), overrides)
     _check_place(workers, listener)
     limits.check_context(chosen)
-    with store.new_run(path) as new:
+    with new_run(path) as new:
         loaded = registry.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = dataset.prepare(chosen.data, chosen.model, chosen.train, new.files.folder / "corpora")
         new.undo.callback(learned.discard)
@@ -119,7 +120,7 @@ def finetune(
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
     if chosen.data.tokenizer != base.tokenizer.kind:
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
-    with store.new_run(path, base=base.guid) as new:
+    with new_run(path, base=base.guid) as new:
         loaded = registry.load(backend, device, chosen.train.dtype, tf32=tf32, memory_gib=memory_gib)
         learned = dataset.prepare(
             chosen.data, chosen.model, chosen.train, new.files.folder / "corpora", _extending(base.tokenizer)
@@ -232,7 +233,7 @@ def import_littlebaby(
     train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
     chosen = Preset("littlebaby", "a model of the original", found.config, train_config, DataConfig(str(model)))
     own = Model(found.config, found.tokenizer.vocab_size)
-    with store.new_run(path, guid=found.guid) as new:
+    with new_run(path, guid=found.guid) as new:
         return keep_imported(new.files, chosen, own, found.tokenizer, found.params.astype(dtype))
 
 

@@ -17,13 +17,14 @@ from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import limits
+from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
-from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.text.tokenizer import Tokenizer, first_ids
 
 if TYPE_CHECKING:
     from baby_xp.config import Preset
     from baby_xp.evaluation.evaluate import Evaluation
-    from baby_xp.evaluation.gradient_check import Row
+    from baby_xp.evaluation.gradient_check import GradientCheck
     from baby_xp.inspection.inspect import Inspection
 
 NUM_TOKENS = 500
@@ -108,7 +109,7 @@ class Run:
         """What to draw by, the ids to go on from, and the number of tokens."""
         prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
         settings = Sampling.of(sampling)
-        ids = self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
+        ids = self.tokenizer.encode(prompt, "prompt") if prompt else first_ids(self.tokenizer)
         return settings, ids, num_tokens
 
     def evaluate(self, data: str | Path | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
@@ -141,25 +142,25 @@ class Run:
         self,
         prompt: str = "",
         backward: bool = False,
-        change: Mapping[str, Callable[[Any], Any]] | None = None,
+        patch: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> "Inspection":
         """Let the model read a prompt and see every array on the way, under its name in the source.
 
-        backward: the gradients of the prompt's mean loss too. change: for names of arrays, gradients or
+        backward: the gradients of the prompt's mean loss too. patch: for names of arrays, gradients or
         parameters a function each, which gets a copy of the array (of the backend) and returns what shall go on
         in its place, of the same shape and type. A gradient is computed as if what was put in place had always
         been there. There is no dropout. Without a prompt, the model sees what generation begins with; of a
         prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
-        tokenizer cannot encode, a name that no array has, or a change that does not fit.
+        tokenizer cannot encode, a name that no array has, or a patch that does not fit.
         """
         from baby_xp.inspection import inspect  # it needs much that generating does not
 
         prompt, backward = checks.text("prompt", prompt), checks.flag("backward", backward)
-        if change is not None and not isinstance(change, Mapping):
-            raise BabyError(f"change must map names of arrays to functions, not be {checks.shown_value(change)}")
-        for name, function in (change or {}).items():
-            checks.function(f"change of {name}", function)
-        return inspect.inspect(self, prompt, backward, change)
+        if patch is not None and not isinstance(patch, Mapping):
+            raise BabyError(f"patch must map names of arrays to functions, not be {checks.shown_value(patch)}")
+        for name, function in (patch or {}).items():
+            checks.function(f"patch of {name}", function)
+        return inspect.inspect(self, prompt, backward, patch)
 
     def neighbours(self, token: str, k: int = 5) -> list[tuple[str, float]]:
         """The k tokens whose rows of the token embedding are nearest to that of `token`, by the cosine.
@@ -180,7 +181,7 @@ class Run:
         elements: int = 4,
         directions: int = 3,
         data: str | Path | None = None,
-    ) -> "list[Row]":
+    ) -> "list[GradientCheck]":
         """Hold the gradient of every parameter against finite differences, in float64 on text of the run's own.
 
         tokens, batch: size of the batch; seed: which batch, mask of dropout and directions. For each parameter
@@ -188,9 +189,12 @@ class Run:
         data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
         """
         from baby_xp.evaluation import gradient_check
+        from baby_xp.text import dataset
 
         data = None if data is None else checks.path("data", data)
-        return gradient_check.check(self, *self._settings(data), tokens, batch, seed, elements, directions)
+        (chosen, sha256), folder = self._settings(data), store.folder_for_ids(self.files)
+        learned = dataset.prepare(chosen.data, chosen.model, chosen.train, folder, self.tokenizer, sha256)
+        return gradient_check.check(self, learned.batches, tokens, batch, seed, elements, directions)
 
     def _told(self, tokens: Iterator[int]) -> Iterator[int]:
         with translate_out_of_memory(self.backend, _more_memory):
@@ -207,13 +211,6 @@ class Run:
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
-
-    def first_ids(self) -> np.ndarray:
-        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
-        try:
-            return self.tokenizer.encode("\n", "prompt")
-        except BabyError:
-            return np.zeros(1, np.int32)
 
 
 def _question(question: str, digits: int, operators: str, max_sum: int) -> str:

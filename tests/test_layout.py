@@ -16,7 +16,8 @@ def test_pairs_have_their_values_below_one_another():
 
 
 def test_columns_follow_a_form():
-    assert layout.columns("{:>5}  {:<4}|{}", [("step", "a", ""), (12, "b", "c")]) == [" step  a   |", "   12  b   |c"]
+    rows = [("step", "a", ""), (12, "b", "c")]
+    assert layout.columns("{:>5}  {:<4}|{}", rows) == [" step  a   |", "   12  b   |c"]
 
 
 def test_fitted_columns_are_as_wide_as_their_widest_cell_and_groups_are_apart():

@@ -44,12 +44,12 @@ class Recorder:
     """Names every array that it is shown, keeps a copy of it, and may put another one in its place.
 
     to_host: makes a host array of one of the backend's. p: the tree of parameters, which tells a layer's place.
-    changes: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
+    patches: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
     order of computation; gradients are what is seen after `turn`.
     """
 
-    def __init__(self, xp: Any, to_host: Callable, p: Tree, changes: Mapping[str, Callable] | None = None):
-        self.xp, self.to_host, self.changes = xp, to_host, dict(changes or {})
+    def __init__(self, xp: Any, to_host: Callable, p: Tree, patches: Mapping[str, Callable] | None = None):
+        self.xp, self.to_host, self.patches = xp, to_host, dict(patches or {})
         self.paths = dict(_subtrees(p))
         self.arrays: dict[str, Any] = {}
         self.gradients: dict[str, Any] = {}
@@ -74,7 +74,7 @@ class Recorder:
             return value
         self._counts[full] += 1
         unique = full if self._counts[full] == 1 else f"{full}:{self._counts[full]}"
-        value = self._latest[full] = self.changed(unique, value)
+        value = self._latest[full] = self.patched(unique, value)
         if id(value) not in self._known:
             self._known[id(value)] = (value, len(self.names))
             self.names.append([])
@@ -93,24 +93,24 @@ class Recorder:
         """A copy on the host, which nobody writes to later."""
         return self.to_host(value).copy()
 
-    def changed(self, name: str, value: Any) -> Any:
-        """What the change of that name makes of an array; BabyError if it is none of its shape and type."""
-        if name not in self.changes:
+    def patched(self, name: str, value: Any) -> Any:
+        """What the patch of that name makes of an array; BabyError if it is none of its shape and type."""
+        if name not in self.patches:
             return value
-        new = self.changes[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
+        new = self.patches[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
         for what in ("shape", "dtype"):
             if getattr(new, what, None) != getattr(value, what):
                 raise BabyError(
-                    f"the change of {name} must return an array of shape {tuple(value.shape)} and type "
+                    f"the patch of {name} must return an array of shape {tuple(value.shape)} and type "
                     f"{value.dtype}, not {_told(new)}"
                 )
         # what comes back as it was stays the very same, down to its layout in memory
         return value if bool(self.xp.all(new == value)) else new
 
-    def check_changes(self, others: Iterable[str] = ()) -> None:
-        """Raises BabyError if a change has a name that no array had. others: names that exist besides."""
+    def check_patches(self, others: Iterable[str] = ()) -> None:
+        """Raises BabyError if a patch has a name that no array had. others: names that exist besides."""
         known = [*self.arrays, *self.gradients, *others]
-        for name in self.changes:
+        for name in self.patches:
             if name not in known:
                 back = "" if self.gradients else " (gradients need backward=True)"
                 raise BabyError(f"there is no array {name!r} on the way; {nearest(name, known)}{back}")

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.files import ATTEMPTS, absolute, listed, make_folder, refusal, remove_folders, shown, try_to_lock
+from baby_xp.files import ATTEMPTS, absolute, make_folder, refusal, remove, remove_folders, shown, write_pieces
 from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
@@ -234,17 +233,18 @@ class KeptIds:
 
         Raises BabyError if they cannot be kept.
         """
+        made: list[Path] = []
         try:
+            make_folder(self.path.parent, made)
             for _ in range(ATTEMPTS):
                 with suppress(FileNotFoundError):  # another process may clear the folder at any moment
                     if (ids := self._opened()) is not None:
                         return ids
-                    self._write(encoded())
-                    if (ids := self._opened()) is not None:
-                        return ids
+                    self._write(encoded)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except BaseException as error:
             self.discard()
+            remove_folders(made)
             if isinstance(error, OSError):
                 raise refusal(self.path, error) from error
             raise
@@ -288,7 +288,7 @@ class KeptIds:
     def discard(self) -> None:
         """Remove the file if this object wrote it."""
         if self.made:
-            _remove(self.path)
+            remove(self.path)
 
     def _is_whole(self) -> bool:
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
@@ -303,47 +303,20 @@ class KeptIds:
             return file.read() == found.digest()
         return False
 
-    def _write(self, encoded: Iterator[np.ndarray]) -> None:
-        # A name of its own for each writer: two that make the same file at once both succeed.
-        temporary = self.path.with_name(f"{self.path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        made: list[Path] = []
+    def _write(self, encoded: Callable[[], Iterator[np.ndarray]]) -> None:
+        def pieces() -> Iterator[memoryview | bytes]:
+            found = hashlib.sha256()
+            for ids in encoded():
+                found.update(ids.data)
+                yield ids.data
+            yield found.digest()
+
         try:
-            make_folder(self.path.parent, made)
-            with open(temporary, "xb") as file:
-                with suppress(OSError):  # locked while it grows: see sweep_ids
-                    try_to_lock(file)
-                found = hashlib.sha256()
-                for ids in encoded:
-                    found.update(ids.data)
-                    file.write(ids.data)
-                file.write(found.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.replace(temporary, self.path)
-                self.made = True
-            except PermissionError:  # Windows does not replace a file that another process has mapped
-                if not self._is_whole():
-                    raise
-        except BaseException:
-            _remove(temporary)
-            remove_folders(made)
-            raise
-        _remove(temporary)  # where it was not renamed
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-def sweep_ids(folder: Path) -> None:
-    """Remove what processes left in a folder of ids that were killed while they wrote there."""
-    for path in listed(folder):
-        if path.suffix == ".tmp":
-            with suppress(OSError), open(path, "rb") as file:
-                if try_to_lock(file, shared=True):  # nobody writes it; where files cannot be locked, it stays
-                    path.unlink()
+            write_pieces(self.path, pieces)
+            self.made = True
+        except PermissionError:  # Windows does not replace a file that another process has mapped
+            if not self._is_whole():
+                raise
 
 
 def _identity(path: Path) -> tuple[int, ...]:

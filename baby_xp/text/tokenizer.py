@@ -94,7 +94,7 @@ class CharTokenizer:
 
     def extended(self, characters: Iterable[str]) -> "CharTokenizer":
         """A tokenizer that knows these characters too. New ones come last, sorted: old ids stay valid."""
-        return CharTokenizer(self.vocab + tuple(sorted(set(characters).difference(self.vocab))))
+        return CharTokenizer((*self.vocab, *sorted(set(characters).difference(self.vocab))))
 
     def to_dict(self) -> dict[str, Any]:
         """What a tokenizer file holds; `tokenizer_from_dict` reads it back."""
@@ -162,6 +162,14 @@ def tokenizer_from_dict(d: Any, where: str) -> Tokenizer:
     vocab = _checked_vocab(d["vocab"], where)
     _check_vocab_size(d, len(vocab), where)
     return CharTokenizer(vocab)
+
+
+def first_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
+    try:
+        return tokenizer.encode("\n", "prompt")
+    except BabyError:
+        return np.zeros(1, np.int32)
 
 
 def utf8(text: str, where: str = "text", start: Place = START) -> bytes:

@@ -177,15 +177,15 @@ def test_slopes_are_exact_for_polynomials_up_to_the_fourth_degree(monkeypatch):
 
 def test_directions_and_elements():
     gradient = np.array([0.1, -5, 0.2, 3, 0.0, 1])
-    found = list(gradient_check._directions(np.random.default_rng(0), gradient, 4, 3))
+    found = list(gradient_check.chosen_directions(np.random.default_rng(0), gradient, 4, 3))
     assert len(found) == 7
     for direction in found:
         assert np.linalg.norm(direction) == pytest.approx(1)
     elements = [int(np.argmax(direction)) for direction in found[3:]]
     assert elements[:2] == [1, 3]
     assert len(set(elements)) == 4
-    assert len(list(gradient_check._directions(np.random.default_rng(0), gradient[:2], 9, 1))) == 3
-    assert len(list(gradient_check._directions(np.random.default_rng(0), gradient, 0, 1))) == 1
+    assert len(list(gradient_check.chosen_directions(np.random.default_rng(0), gradient[:2], 9, 1))) == 3
+    assert len(list(gradient_check.chosen_directions(np.random.default_rng(0), gradient, 0, 1))) == 1
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_one_others(run):

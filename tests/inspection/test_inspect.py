@@ -134,8 +134,8 @@ def test_every_backend_shows_the_same_arrays(name):
         other = dataclasses.replace(run, backend=registry.load(name, None, "float64"))
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    change = {"blocks.0.attention.heads.weights": lambda w: w * 0.5, "ln_f.gain": lambda g: g * 2}
-    found, expected = (one.inspect("the cat", backward=True, change=change) for one in (other, run))
+    patch = {"blocks.0.attention.heads.weights": lambda w: w * 0.5, "ln_f.gain": lambda g: g * 2}
+    found, expected = (one.inspect("the cat", backward=True, patch=patch) for one in (other, run))
     for part in ("arrays", "gradients"):
         ours, theirs = getattr(expected, part), getattr(found, part)
         assert list(theirs) == list(ours)
@@ -234,7 +234,7 @@ def test_gradients_are_those_of_finite_differences_at_any_array(run):
         direction = np.random.default_rng(3).normal(0, 1, seen.arrays[name].shape)
 
         def loss(h, name=name, direction=direction):
-            return run.inspect("the cat", change={name: lambda a: a + h * direction}).loss
+            return run.inspect("the cat", patch={name: lambda a: a + h * direction}).loss
 
         claimed = float(np.sum(seen.gradients[gradient] * direction))
         assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(claimed, rel=1e-6, abs=1e-9), name
@@ -367,7 +367,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
         raise RuntimeError("here")
 
     with pytest.raises(RuntimeError) as caught:
-        run.inspect("the cat", change={"blocks.0.attention.heads.scores": fail})
+        run.inspect("the cat", patch={"blocks.0.attention.heads.scores": fail})
     frames = [(str(entry.path), entry.lineno) for entry in caught.traceback]
     lines = python_inspect.getsource(heads).splitlines()
     at = next(line for path, line in frames if path.endswith("heads.py"))
@@ -388,7 +388,7 @@ def test_all_sources_are_rewritten_without_loss():
         assert [line for line in plain.splitlines() if line in set(kept)] == kept
 
 
-# changes --------------------------------------------------------------------------------------------------
+# patches --------------------------------------------------------------------------------------------------
 
 
 @EVERY_MODEL
@@ -401,7 +401,7 @@ def test_an_array_replaced_by_itself_changes_nothing(config, tokenizer, prompt):
         return lambda array: asked.append(name) or array
 
     names = [*plain.arrays, *plain.gradients]
-    found = run.inspect(prompt, backward=True, change={name: itself(name) for name in names})
+    found = run.inspect(prompt, backward=True, patch={name: itself(name) for name in names})
     assert set(asked) == set(names)
     assert found.loss == plain.loss
     for part in ("arrays", "gradients"):
@@ -420,8 +420,8 @@ def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network,
         return weight
 
     before = run.inspect("the cat sat")
-    found = run.inspect("the cat sat", change=inspect.off(run, [(1, head)]))
-    expected = run.inspect("the cat sat", change={"blocks.1.attention.out.weight": zero_slice})
+    found = run.inspect("the cat sat", patch=inspect.ablate(run, [(1, head)]))
+    expected = run.inspect("the cat sat", patch={"blocks.1.attention.out.weight": zero_slice})
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert abs(found.loss - before.loss) > 1e-3
@@ -431,21 +431,21 @@ def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network,
 
 def test_a_head_of_a_mixture_switched_off_adds_nothing():
     run = a_run(gpt_config(attention="moh"))
-    found = run.inspect("the cat", change=inspect.off(run, [(0, 1), (0, 2), (1, 0)]))
+    found = run.inspect("the cat", patch=inspect.ablate(run, [(0, 1), (0, 2), (1, 0)]))
     mixed = found.arrays["blocks.0.attention.mixed"]
     gate, y = found.arrays["blocks.0.attention.gate:2"], found.arrays["blocks.0.attention.y:2"]
     np.testing.assert_allclose(mixed, gate[:, :1] * y[:, 0])
     assert found.arrays["blocks.1.attention.y:2"][:, 0].any() == np.False_
 
 
-def test_what_a_change_writes_into_is_its_own(run):
+def test_what_a_patch_writes_into_is_its_own(run):
     plain = run.inspect("the cat")
 
     def spoil(weights):
         weights[...] = 0
         return weights
 
-    found = run.inspect("the cat", change={"blocks.0.attention.heads.weights": spoil})
+    found = run.inspect("the cat", patch={"blocks.0.attention.heads.weights": spoil})
     assert same(
         found.arrays["blocks.0.attention.heads.softmax.y"], plain.arrays["blocks.0.attention.heads.softmax.y"]
     )
@@ -472,36 +472,36 @@ def test_what_comes_back_as_it_was_stays_the_very_same():
     """Its layout in memory too, on which the order of sums may depend."""
     value = np.arange(12.0).reshape(3, 4)[:, ::2].T
     recorder = Recorder(np, np.asarray, {}, {"a": lambda a: a + 0, "b": lambda a: a + 1})
-    assert recorder.changed("a", value) is value
-    assert same(recorder.changed("b", value), value + 1)
+    assert recorder.patched("a", value) is value
+    assert same(recorder.patched("b", value), value + 1)
 
 
-def test_a_gradient_can_be_changed(run):
+def test_a_gradient_can_be_patched(run):
     """Without the gradient of what the block adds to the stream, none of its parameters has one."""
-    change = {"blocks.1.network.down.dx": lambda dx: dx * 0}
-    gradients = run.inspect("the cat", backward=True, change=change).gradients
+    patch = {"blocks.1.network.down.dx": lambda dx: dx * 0}
+    gradients = run.inspect("the cat", backward=True, patch=patch).gradients
     assert not gradients["blocks.1.network.up.weight"].any()
     assert gradients["blocks.1.network.down.weight"].any()
     assert gradients["blocks.1.attention.qkv.weight"].any()  # by way of the residual connection
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("patch", "words"),
     [
         ({"blocks.0.attention.weights": abs}, ("no array 'blocks.0.attention.weights'", "heads.weights")),
         ({"blocks.0.network.dh": abs}, ("no array 'blocks.0.network.dh'", "backward=True")),
         ({"???": abs}, ("no array '???'", "hold all names")),
-        ({"logits": lambda a: a[:-1]}, ("change of logits", "shape (7, 14) and type float64", "shape (6, 14)")),
-        ({"logits": lambda a: a.astype("float32")}, ("change of logits", "float32")),
-        ({"logits": lambda a: None}, ("change of logits", "nothing", "return")),
-        ({"logits": lambda a: 3.0}, ("change of logits", "not a float")),
-        ({"ln_f.gain": lambda a: a[1:]}, ("change of ln_f.gain", "shape (8,)")),
+        ({"logits": lambda a: a[:-1]}, ("patch of logits", "shape (7, 14) and type float64", "shape (6, 14)")),
+        ({"logits": lambda a: a.astype("float32")}, ("patch of logits", "float32")),
+        ({"logits": lambda a: None}, ("patch of logits", "nothing", "return")),
+        ({"logits": lambda a: 3.0}, ("patch of logits", "not a float")),
+        ({"ln_f.gain": lambda a: a[1:]}, ("patch of ln_f.gain", "shape (8,)")),
     ],
     ids=lambda value: str(list(value))[:40],
 )  # fmt: skip
-def test_a_change_that_cannot_be(run, change, words):
+def test_a_patch_that_cannot_be(run, patch, words):
     with pytest.raises(BabyError) as caught:
-        run.inspect("the cat", change=change)
+        run.inspect("the cat", patch=patch)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -811,7 +811,7 @@ def test_heads_switched_off(call, trained):
     out = call("--prompt=the cat", "--off", "0.1", "1.0,1.2")[1]
     before, after = (
         trained.inspect("the cat"),
-        trained.inspect("the cat", change=inspect.off(trained, [(0, 1), (1, 0), (1, 2)])),
+        trained.inspect("the cat", patch=inspect.ablate(trained, [(0, 1), (1, 0), (1, 2)])),
     )
     assert "heads 0.1, 1.0, 1.2 switched off" in out
     assert f"{before.loss:.4f} with, {after.loss:.4f} without" in out
