@@ -191,7 +191,7 @@ def lines(rows: list[GradientCheck]) -> list[str]:
     """The rows as a table for people, layer by layer, with the summary at the end."""
     layers = [row.name.rpartition(".")[0] for row in rows]
     width = max(12, *map(len, layers))
-    cells = [("", "shape", "gradient", "directions", "elements", "fast", "")]
+    cells: list[tuple[str, ...]] = [("", "shape", "gradient", "directions", "elements", "fast", "")]
     for row, layer, before in zip(rows, layers, [None, *layers], strict=False):
         if layer != before:
             cells.append((layer, *[""] * 6))

@@ -176,8 +176,10 @@ class Inspection:
         lines, at_end = [], self.positions[-1]
         if len(self.positions) > 1:
             lines.append("what comes next, as the prompt has it, and what the model finds most likely:")
-            for position in self.positions[:-1]:
-                token, share, rank = self.own_next(position)
+            for position in self.positions:
+                if (following := self.own_next(position)) is None:
+                    break
+                token, share, rank = following
                 likeliest = "  ".join(f"{shown(t)} {p:.1%}" for t, p in self.next_tokens(position, min(k, 3)))
                 place = f"{position:>4} {shown(self.tokens[position]):<5} then {shown(token):<5}{share:>7.1%}"
                 lines.append(f"{place} {bar(share, 20, plain):<20} {ordinal(rank):>5}   {likeliest}".rstrip())

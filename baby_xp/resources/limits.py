@@ -105,7 +105,7 @@ def _too_much(size: int, room: int) -> str:
 
 def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
     """The settings that most of the memory is for."""
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda kind: parts[kind])
     if largest == "batch":
         return "--batch-size or --accumulate"
     if largest in ("processes", "exchange of workers"):

@@ -81,13 +81,11 @@ class Corpus:
     ) -> "Corpus":
         """The corpus of a UTF-8 file of any size, its ids kept in a file in `cache_folder` unless that is None.
 
-        `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
-        makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
-        hash, then for its ids. A later call finds the ids there.
-        A damaged file of ids is made anew.
-        Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`,
-        holds a character that the tokenizer does not know, or if the folder cannot be written; nothing is
-        then left behind.
+        `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that makes
+        one from the text's chunks. The text is read twice, in chunks: for its characters, counts and hash, then
+        for its ids. A later call finds the ids there; a damaged file of ids is made anew.
+        Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`, holds
+        a character that the tokenizer does not know, or if the folder cannot be written; then nothing is left.
         """
         corpus = _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
         return replace(corpus, file=Path(absolute(path)))
@@ -224,6 +222,7 @@ class KeptIds:
 
     def __init__(self, path: Path, n: int, dtype: np.dtype):
         self.path, self.n, self.dtype = path, n, dtype
+        self.size = n * dtype.itemsize
         self.made = False
         """Whether this object wrote the file."""
         self._seen: tuple[int, ...] = ()
@@ -251,18 +250,17 @@ class KeptIds:
 
     def _opened(self) -> np.ndarray | None:
         """The ids from the file; None if it does not hold them."""
-        if self.n * self.dtype.itemsize > IN_MEMORY:
+        if self.size > IN_MEMORY:
             if not self._is_whole():
                 return None
             self._seen = _identity(self.path)
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
-        size = self.n * self.dtype.itemsize
         try:
             with open(self.path, "rb") as file:
-                data = memoryview(file.read(size + HASH_SIZE + 1))  # no more: it may be anything
+                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: it may be anything
         except FileNotFoundError:
             return None
-        ids, end = data[:size], data[size:]
+        ids, end = data[: self.size], data[self.size :]
         return np.frombuffer(ids, self.dtype) if hashlib.sha256(ids).digest() == end else None
 
     def check(self) -> None:
@@ -274,16 +272,14 @@ class KeptIds:
             return
         try:
             seen = _identity(self.path)
-            if seen == self._seen or self._is_whole():
-                self._seen = seen
-                return
+            if seen != self._seen and not self._is_whole():
+                change = f"{shown(self.path)} was changed while it was in use"
+                raise BabyError(f"{change}; it is made anew from the text the next time")
+            self._seen = seen
         except FileNotFoundError:
             return
         except OSError as error:
             raise refusal(self.path, error, "read") from None
-        raise BabyError(
-            f"{shown(self.path)} was changed while it was in use; it is made anew from the text the next time"
-        )
 
     def discard(self) -> None:
         """Remove the file if this object wrote it."""
@@ -292,7 +288,7 @@ class KeptIds:
 
     def _is_whole(self) -> bool:
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
-            size, found = self.n * self.dtype.itemsize, hashlib.sha256()
+            size, found = self.size, hashlib.sha256()
             if os.fstat(file.fileno()).st_size != size + HASH_SIZE:
                 return False
             while size:

@@ -56,14 +56,10 @@ def imported(tmp_path, trained):
     return run, api.import_littlebaby(files[2], path=tmp_path / "runs", dtype="float32"), text
 
 
-def test_it_generates_the_same_text(imported):
-    ours, run, _ = imported
+def test_it_generates_the_same_text_and_can_be_finetuned(imported):
+    ours, run, text = imported
     assert run.guid == ours.guid
     assert run.generate("The ", num_tokens=40, greedy=True) == ours.generate("The ", num_tokens=40, greedy=True)
-
-
-def test_it_can_be_finetuned(imported):
-    _, run, text = imported
     text.write_text(TEXT + "Ü" * 9, encoding="utf-8")
     tuned = api.finetune(path=run.files.folder, data=str(text), num_steps=3, backend="numpy")
     assert tuned.guid == f"{run.guid}_finetuned"
@@ -124,9 +120,8 @@ def test_an_export_to_a_full_disk_names_its_own_flag(imported, tmp_path, monkeyp
 
 def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
     _, run, _ = imported
-    assert (
-        main(["export", "littlebaby", run.guid[:8], f"--path={run.files.folder}", f"--to={tmp_path / 'out'}"]) == 0
-    )
+    there = ["export", "littlebaby", run.guid[:8], f"--path={run.files.folder}", f"--to={tmp_path / 'out'}"]
+    assert main(there) == 0
     model = capsys.readouterr().out.splitlines()[-1]
     assert main(["import", "littlebaby", model, f"--path={tmp_path / 'third'}"]) == 0
     assert f"run {run.guid}" in capsys.readouterr().out
