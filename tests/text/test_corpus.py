@@ -94,14 +94,14 @@ def test_an_empty_file_is_refused(tmp_path, data):
 
 def test_a_missing_file_a_folder_and_a_pipe_are_told_apart(tmp_path):
     for path, said in [
-        (tmp_path / "none.txt", "there is no file"),
+        (tmp_path / "none\n.txt", "there is no file"),
         (tmp_path, "is a folder"),
         (Path(os.devnull), "is not a regular file"),
         (write(tmp_path, b"a") / "below", "cannot be read" if os.name != "nt" else "there is no file"),
     ]:
         with pytest.raises(BabyError, match=said) as error:
             list(read_text(path))
-        assert path.name in message_of(error)
+        assert repr(path.name)[1:-1] in message_of(error)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -114,12 +114,6 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(BabyError, match="Permission denied") as error:
         list(read_text(path))
     message_of(error)
-
-
-def test_a_path_with_a_newline_stays_on_one_line(tmp_path):
-    with pytest.raises(BabyError) as error:
-        list(read_text(tmp_path / "a\nb"))
-    assert "a\\nb" in message_of(error)
 
 
 # Corpora
@@ -235,17 +229,18 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert list(cache.iterdir()) == before
 
 
-@pytest.mark.parametrize("call", ["builtins.open", "os.fsync", "os.replace", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize("call", ["builtins.open", "read again", "os.fsync", "os.replace", "pathlib.Path.mkdir"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, monkeypatch, call, error):
     path, cache, plain_open = write(tmp_path, b"abc"), tmp_path / "new" / "cache", open
 
     def fail(*arguments, **_):
-        if call == "builtins.open" and arguments[1:2] != ("xb",):
+        is_meant = {"builtins.open": ("xb",), "read again": ("rb",)}.get(call, arguments[1:2]) == arguments[1:2]
+        if not is_meant or (call == "read again" and not os.path.exists(cache)) or arguments[0] == path:
             return plain_open(*arguments)
         raise error
 
-    monkeypatch.setattr(call, fail)
+    monkeypatch.setattr("builtins.open" if call == "read again" else call, fail)
     with pytest.raises((BabyError, KeyboardInterrupt)) as caught:
         Corpus.from_file(path, "char", cache)
     assert list(tmp_path.iterdir()) == [path]
