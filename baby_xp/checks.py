@@ -120,7 +120,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """True or False, NumPy's too; 1 and 0 stand for them."""
-    with contextlib.suppress(Exception):  # whatever an object does when it is compared: it is no flag
+    with contextlib.suppress(Exception):  # whatever an object does when it is compared: it is not a flag
         if value in (True, False):
             return bool(value)
     raise BabyError(f"{name} must be True or False, not {shown_value(value)}")

@@ -1,7 +1,7 @@
 """Files and folders: written whole, made where they are missing, and one sentence for what the system refuses.
 
-Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`: there
-alone it is decided what to advise.
+Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`, the one
+place that decides what to advise.
 """
 
 import errno
@@ -116,8 +116,8 @@ def make_folder(folder: Path, made: list[Path] | None = None) -> None:
 
 
 def make_writable_folder(folder: Path, made: list[Path], other: str | None = None) -> None:
-    """The same. Raises BabyError if it cannot be made, or no file can be made in it."""
-    # permission bits do not tell (file systems mounted read-only, root): only writing does
+    """The same. Raises BabyError if it cannot be made, or if no file can be made in it."""
+    # permission bits do not decide (file systems mounted read-only, root): only writing shows it
     trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
     try:
         for attempt in range(ATTEMPTS):

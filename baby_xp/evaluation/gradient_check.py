@@ -67,7 +67,7 @@ class GradientCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether the gradient is that of the loss, as far as TOLERANCE tells."""
+        """Whether the gradient is that of the loss, as far as TOLERANCE shows."""
         return self.worst < TOLERANCE  # NaN is not
 
 
@@ -120,7 +120,7 @@ class Slopes:
         ]
 
     def along(self, place: slice, direction: np.ndarray) -> float:
-        """The slope of the loss along a direction in one parameter's part of the buffer, by differences alone."""
+        """The slope of the loss along a direction in one parameter's part of the buffer, from differences only."""
 
         def moved(h: float) -> float:
             self.moving[place] = self.flat[place] + h * direction
@@ -139,7 +139,7 @@ class Slopes:
         rng = np.random.default_rng([seed, place.start])
         least = max(FLOOR, float(np.sqrt(np.mean(plain * plain))))
         errors: list[list[float]] = [[], [], []]
-        with np.errstate(all="ignore"):  # the result tells of a NaN
+        with np.errstate(all="ignore"):  # the result shows a NaN
             for i, direction in enumerate(chosen_directions(rng, plain, elements, directions)):
                 slope = self.along(place, direction)
                 errors[0 if i < directions else 1].append(_relative(float(plain @ direction), slope, least))

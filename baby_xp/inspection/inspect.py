@@ -1,4 +1,4 @@
-"""A look into a model: every array between a prompt and the next token, and every gradient on the way back.
+"""Looking into a model: every array between a prompt and the next token, and every gradient on the way back.
 
     seen = run.inspect("Here comes", backward=True)
     seen.arrays["blocks.0.attention.heads.weights"]     # (1, H, T, T)
@@ -12,7 +12,7 @@
     run.inspect("Here comes", patch={"blocks.0.attention.heads.weights": without_head_1}).loss
 
 The maths that runs is that of layers/ and models/, with the plain functions of every backend (no fast kernels), so
-that all arrays exist; trace.py tells how they come to be seen, and how their names are made.
+that all arrays exist; trace.py explains how they are recorded and named.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -353,7 +353,7 @@ def _broken(arrays: dict[str, np.ndarray]) -> list[str]:
     """A note on the first array with a NaN, if there is one. (Minus infinity is what masked scores are.)"""
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
-            return [f"not all numbers are numbers: the first NaN is in {name}"]
+            return [f"NaN first appears in {name}"]
     return []
 
 

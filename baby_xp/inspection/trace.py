@@ -43,7 +43,7 @@ DIRECTIONS = {"forward": ("y", 0), "backward": ("dx", -1)}
 class Recorder:
     """Names every array that it is shown, keeps a copy of it, and may put another one in its place.
 
-    to_host: makes a host array of one of the backend's. p: the tree of parameters, which tells a layer's place.
+    to_host: makes a host array of one of the backend's. p: the tree of parameters, which gives a layer's place.
     patches: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
     order of computation; gradients are what is seen after `turn`.
     """
@@ -113,7 +113,7 @@ class Recorder:
         for name in self.patches:
             if name not in known:
                 back = "" if self.gradients else " (gradients need backward=True)"
-                raise BabyError(f"there is no array {name!r} on the way; {nearest(name, known)}{back}")
+                raise BabyError(f"there is no array {name!r}; {nearest(name, known)}{back}")
 
     @contextmanager
     def scope(self, module: str, function: str, p: Any) -> Iterator[None]:
@@ -186,7 +186,7 @@ def source_of(name: str) -> str:
     try:
         return inspect.getsource(importlib.import_module(name))
     except OSError:
-        raise BabyError(f"to look inside, the source of {name} is needed, and it is not here") from None
+        raise BabyError(f"inspecting a model needs the source of {name}, which is not here") from None
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""What does not fit this machine, said before anything of it is made.
+"""Refuses what does not fit this machine, before any of it is made.
 
 Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
 system ends this process or another one when there is no more. What a run takes in all is more, and `estimate`
@@ -26,7 +26,7 @@ MOST_CHARACTERS = 2**25
 BATCH_BYTES = 16
 """Of a token in a step's batch: input and target, on the host and on the backend, int32 each."""
 PROCESS_BYTES = 10 * 2**20
-"""Of a worker at least, for Python and NumPy alone."""
+"""Of a worker at least, for Python and NumPy."""
 
 
 def check_size(model: Model) -> None:

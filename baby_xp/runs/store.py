@@ -4,7 +4,7 @@
     tokenizers/tokenizer_<guid>.json      characters in id order
     models/model_<guid>.safetensors       weights: the best so far by validation loss
     models/state_<guid>.safetensors       the last checkpoint: all that resuming needs
-    outputs/report_<guid>.txt             what a person would want to read
+    outputs/report_<guid>.txt             a report for people
     outputs/metrics_<guid>.jsonl          losses, one JSON object a line
     outputs/completion_<guid>.txt         the text generated at the end of training
     outputs/completion_<guid>_<yyyymmddhhmmss>.txt    a later generation
@@ -42,9 +42,9 @@ from baby_xp.runs.lock import PATIENCE, Lock
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
 FINETUNED = "(_finetuned(-[1-9][0-9]*)?)*"
 GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" + FINETUNED)
-"""A run's GUID, with what finetuning put after it."""
+"""A run's GUID, with what finetuning added."""
 NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
-"""The beginning of one, with all that finetuning put after it."""
+"""The beginning of one, with all that finetuning added."""
 
 SEAL = "checksum"
 
@@ -104,7 +104,7 @@ class Held(BabyError):
 def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) -> Iterator[None]:
     """Keep other processes from training this run. Raises Held if one does already.
 
-    patience: seconds to wait for a process that gives the lock back at this moment. other: what names another
+    patience: seconds to wait for a process that is about to release the lock. other: what names another
     place than this one, for the advice where it cannot be locked.
     """
     lock = Lock(files.lock)
@@ -149,8 +149,8 @@ def sweep(files: RunFiles) -> None:
 def find(folder: str | Path, name: str) -> RunFiles:
     """The run called `name`: a GUID, an unambiguous beginning of one, or "last".
 
-    What finetuning put after a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such run, or
-    several.
+    The suffix that finetuning adds to a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such
+    run, or several.
     """
     folder = as_path(folder, "path")
     if not isinstance(name, str):

@@ -39,7 +39,7 @@ class Corpus:
     n_characters  length of the text; the ids may be more, as with bytes.
     statistics    paragraphs, sentences, words, characters.
     file          where the text was read, None for one that came from elsewhere.
-    kept          the file of the ids, None for those that are in memory alone.
+    kept          the file of the ids, None for those that are only in memory.
     """
 
     ids: np.ndarray
@@ -112,7 +112,7 @@ def read_text(path: str | Path, chunk_size: int = CHUNK) -> Iterator[str]:
 
     As in Python's text mode, \\r\\n and \\r become \\n, so that one text gives the same ids everywhere; a
     byte order mark at the start is dropped. Raises BabyError, when the first chunk is asked for, if there is
-    no such file or it cannot be read; on the way if it is not UTF-8; at the end if it held nothing.
+    no such file or it cannot be read; while reading if it is not UTF-8; at the end if it held nothing.
     """
     return _normalised(_decoded(_read_bytes(path, chunk_size), shown(path)), shown(path))
 
@@ -217,7 +217,7 @@ class KeptIds:
     """The ids (n,) of a text in a file, and after them the SHA-256 of their bytes.
 
     The hash is checked when the file is opened. Those of a long text are mapped, and may be read for the first
-    time hours later: size and time of the file then tell whether it must be checked again.
+    time hours later: size and time of the file then show whether it must be checked again.
     """
 
     def __init__(self, path: Path, n: int, dtype: np.dtype):

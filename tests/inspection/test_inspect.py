@@ -563,9 +563,9 @@ def test_a_number_that_is_none_is_told_of(run):
     layout = run.model.layout
     broken[sum(layout.sizes[: layout.paths.index("blocks.1.network.up.weight")])] = np.nan
     seen = dataclasses.replace(run, params=broken).inspect("the cat")
-    assert any("the first NaN is in blocks.1.network.up.y" in note for note in seen.notes)
+    assert any("NaN first appears in blocks.1.network.up.y" in note for note in seen.notes)
     lines = printing.report(dataclasses.replace(run, params=broken), printing.InspectOptions("the cat"))
-    assert any("note: not all numbers are numbers" in line for line in lines)
+    assert any("note: NaN first appears in" in line for line in lines)
     assert not run.inspect("the cat", backward=True).notes
 
 
