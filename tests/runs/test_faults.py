@@ -1,7 +1,6 @@
 """What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is wrong in
 silence."""
 
-import contextlib
 import json
 import math
 import os
@@ -281,44 +280,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(copy, done, c
     assert all_of(copy.folder) == before
     assert [(run.state, run.steps) for run in api.list_runs(copy.folder)] == [("stopped", 5)]
     np.testing.assert_array_equal(api.resume(path=copy.folder).params, done)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of its own with little room; skips where none can be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"nothing can be mounted here: {error}")
-    if mounted.returncode:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until there is no room."""
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-
-
-def test_a_disk_that_fills_up_loses_nothing(stopped, done, tiny_disk):
-    shutil.copytree(stopped.files.folder, tiny_disk, dirs_exist_ok=True)
-    filler = tiny_disk / "filler"
-    fill(filler)
-    assert shutil.disk_usage(tiny_disk).free < 4096
-    kept = RunFiles(tiny_disk, stopped.guid)
-    before = kept.state.read_bytes(), kept.model.read_bytes(), kept.config.read_bytes()
-    with pytest.raises(BabyError, match="No space left on device"):
-        api.resume(path=tiny_disk)
-    assert before == (kept.state.read_bytes(), kept.model.read_bytes(), kept.config.read_bytes())
-    filler.unlink()
-    assert [run.state for run in api.list_runs(tiny_disk)] == ["stopped"]
-    np.testing.assert_array_equal(api.resume(path=tiny_disk).params, done)
 
 
 def full_where(monkeypatch, is_full) -> None:
