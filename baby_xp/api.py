@@ -33,7 +33,7 @@ from baby_xp.models import Model
 from baby_xp.run import Run
 from baby_xp.runs import config_file, state_file, store, table
 from baby_xp.runs.config_file import StoredRun
-from baby_xp.runs.store import NewRun
+from baby_xp.runs.creation import NewRun, new_run
 from baby_xp.runs.table import Summary
 from baby_xp.session import TrainingSession
 from baby_xp.text import dataset
@@ -71,7 +71,7 @@ def train(
     """
     config = presets.preset(preset).override(overrides)
     compute, listener = Compute(backend, device, tf32, memory_gib, workers), listening(listener)
-    with store.new_run(path) as new:
+    with new_run(path) as new:
         setup = _prepared(new, config, compute)
         start = checkpoint.first(setup.model, setup.config.train)
         return TrainingSession(new, setup, Plan.of(setup), listener).run(start)
@@ -105,7 +105,7 @@ def finetune(
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
     if config.data.tokenizer != base.tokenizer.kind:
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
-    with store.new_run(path, base=base.guid) as new:
+    with new_run(path, base=base.guid) as new:
         setup = _prepared(new, config, compute, _extending(base.tokenizer))
         flat = params.grown(setup.model.spec, config.train.seed, base.model.layout, base.params)
         start = checkpoint.first(setup.model, setup.config.train, flat)
@@ -207,7 +207,7 @@ def import_littlebaby(
     flat, no_text = found.params.astype(dtype), Dataset.empty(str(model), found.tokenizer)
     setup = Setup(run_config, compute, compute.load(dtype), no_text, own, 1)
     result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
-    with store.new_run(path, guid=found.guid) as new:
+    with new_run(path, guid=found.guid) as new:
         files = new.files
         write_json(files.tokenizer, found.tokenizer.to_dict())
         belongs = state_file.belonging(files.guid, found.config, found.tokenizer)

@@ -5,12 +5,15 @@ what it must be.
 """
 
 import contextlib
+import dataclasses
 import numbers
 import operator
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path
@@ -23,40 +26,73 @@ LONGEST = 60
 """Characters of a value in a message."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """The limits of a number; None: no limit."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def in_words(self) -> str:
+        """ "of at least 0 and below 1". """
+        words = {"of at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+        return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+
+    def __contains__(self, number: float) -> bool:
+        at_ends = (operator.ge, self.least), (operator.le, self.most)
+        between = (operator.gt, self.above), (operator.lt, self.below)
+        return all(limit is None or holds(number, limit) for holds, limit in (*at_ends, *between))
+
+
+def check_fields(config: Any) -> None:
+    """Check each field of a frozen dataclass against its type, and keep plain Python values: JSON has no others.
+
+    A Literal lists the words to choose from; a number declares its limits, as in Annotated[int, Range(1, 9)]; a
+    text names the function that checks it, as in Annotated[str, path]. With | None, None is taken too. Raises
+    BabyError for the first field that fails.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        choices = get_args(field.type) if get_origin(field.type) in (Union, UnionType) else (field.type,)
+        if value is not None or type(None) not in choices:
+            object.__setattr__(config, field.name, _checked(field.name, choices[0], value))
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return choice(name, value, get_args(kind))
+    kind, rule = get_args(kind)
+    if not isinstance(rule, Range):
+        return rule(name, value)
+    return number(name, value, **vars(rule)) if kind is float else whole(name, value, rule.least, rule.most)
+
+
 def most_processes() -> int:
     """How many processes may share the work."""
     return max(MOST_PROCESSES, os.cpu_count() or 1)
 
 
-def whole(name: str, value: Any, least: int | None = 1, most: int | None = LARGEST, hint: str = "") -> int:
+def whole(name: str, value: Any, least: float | None = 1, most: float | None = LARGEST, hint: str = "") -> int:
     """A whole number from `least` to `most` (None: no limit). hint: what to add to the message."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
-        raise BabyError(f"{name} must be a whole number{_limit(least)}, not {shown_value(value)}{_and(hint)}")
+        limit = "" if least is None else f" of at least {least}"
+        raise BabyError(f"{name} must be a whole number{limit}, not {shown_value(value)}{_and(hint)}")
     if most is not None and number > most:
         raise BabyError(f"{name} must be a whole number of at most {most}, not {shown_value(value)}{_and(hint)}")
     return number
 
 
-def number(
-    name: str,
-    value: Any,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    hint: str = "",
-) -> int | float:
-    """A finite number within these limits; a whole one stays one."""
-    limits = ((operator.ge, least), (operator.gt, above), (operator.lt, below), (operator.le, most))
-    found = _finite(value)
-    if found is None or not all(limit is None or holds(found, limit) for holds, limit in limits):
-        words = {"of at least": least, "above": above, "below": below, "at most": most}
-        told = " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
-        raise BabyError(f"{name} must be a number {told}, not {shown_value(value)}{_and(hint)}")
+def number(name: str, value: Any, hint: str = "", **limits: float | None) -> int | float:
+    """A finite number within the limits of a Range; a whole one stays one."""
+    found, limit = _finite(value), Range(**limits)
+    if found is None or found not in limit:
+        raise BabyError(f"{name} must be a number {limit.in_words()}, not {shown_value(value)}{_and(hint)}")
     return found
 
 
@@ -84,7 +120,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """True or False, NumPy's too; 1 and 0 stand for them."""
-    with contextlib.suppress(Exception):  # whatever an object does when it is compared: it is no flag
+    with contextlib.suppress(Exception):  # whatever an object does when it is compared: it is not a flag
         if value in (True, False):
             return bool(value)
     raise BabyError(f"{name} must be True or False, not {shown_value(value)}")
@@ -110,10 +146,6 @@ def shown_value(value: Any) -> str:
     except Exception:  # a whole number of more digits than Python writes, or an object with a fault
         written = f"a value of type {type(value).__name__}"
     return written if len(written) <= LONGEST else f"{written[:LONGEST]}..."
-
-
-def _limit(least: int | None) -> str:
-    return "" if least is None else f" of at least {least}"
 
 
 def _and(hint: str) -> str:

@@ -1,20 +1,23 @@
 """Files and folders: written whole, made where they are missing, and one sentence for what the system refuses.
 
-Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`: there
-alone it is decided what to advise.
+Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`, the one
+place that decides what to advise.
 """
 
 import errno
 import json
 import os
 import secrets
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from baby_xp.errors import BabyError
 
+TEMPORARY = ".tmp"
+"""How the temporary name of a file ends while it is being written."""
 ATTEMPTS = 100
 """How often a folder is made again that another process has removed in the meantime."""
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EDEADLK)}
@@ -113,8 +116,8 @@ def make_folder(folder: Path, made: list[Path] | None = None) -> None:
 
 
 def make_writable_folder(folder: Path, made: list[Path], other: str | None = None) -> None:
-    """The same. Raises BabyError if it cannot be made, or no file can be made in it."""
-    # permission bits do not tell (file systems mounted read-only, root): only writing does
+    """The same. Raises BabyError if it cannot be made, or if no file can be made in it."""
+    # permission bits do not decide (file systems mounted read-only, root): only writing shows it
     trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
     try:
         for attempt in range(ATTEMPTS):
@@ -163,7 +166,7 @@ def try_to_lock(file: Any, shared: bool = False) -> bool:
     shared: beside others who lock it so, to find out whether somebody works with it.
     """
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -182,47 +185,72 @@ def try_to_lock(file: Any, shared: bool = False) -> bool:
 
 
 def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | None = None) -> None:
-    """Write a file so that it is whole or as before, whatever happens: temporary name, sync, rename.
+    """Write a file so that it is whole or as before, whatever happens.
 
-    data: what the file holds, or what writes it to the temporary name. Its folder is made if it is missing. A lone
-    surrogate in a text, which UTF-8 does not have (a file name may), is written as an escape.
-    Raises BabyError if it cannot be written, which advises to name another place with `other`.
+    data: what the file holds, or a library's function that writes it to the path it is given. Its folder is made
+    if it is missing. A lone surrogate in a text, which UTF-8 does not have (a file name may), is written as an
+    escape. Raises BabyError if it cannot be written, which advises to name another place with `other`.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for attempt in range(ATTEMPTS):
-            try:
-                _write_whole(path, temporary, data)
-                return
-            except FileNotFoundError:  # another process has tidied up: see open_in_folder, and sweep in store.py
-                if attempt == ATTEMPTS - 1:
-                    raise
-            finally:
-                with suppress(OSError):  # it is gone after the rename
-                    temporary.unlink()
+        if callable(data):
+            _replace(path, lambda temporary: _save(temporary, data))
+        else:
+            whole = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+            write_pieces(path, lambda: [whole])
     except OSError as error:
         raise refusal(path, error, "written", other) from None
 
 
-def _write_whole(path: Path, temporary: Path, data: bytes | str | Callable[[Path], None]) -> None:
-    with open_in_folder(temporary, "xb") as file:
-        if not callable(data):
-            with suppress(OSError):  # who tidies up can tell it from one that was left
+def write_pieces(path: Path, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
+    """The same for a file in pieces, which are made again where its folder goes meanwhile. Raises OSError."""
+
+    def save(temporary: Path) -> None:
+        with open_in_folder(temporary, "xb") as file:
+            with suppress(OSError):  # locked while it grows: see remove_unless_locked
                 try_to_lock(file)
-            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            for piece in pieces():
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-    if callable(data):
-        _write_by(data, temporary)
-    os.replace(temporary, path)
+
+    _replace(path, save)
 
 
-def _write_by(data: Callable[[Path], None], temporary: Path) -> None:
-    mode = temporary.stat().st_mode  # that of every new file of this user; some libraries choose another one
-    data(temporary)
+def _save(temporary: Path, save: Callable[[Path], None]) -> None:
+    with open_in_folder(temporary, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # that of every new file; some libraries choose another
+    save(temporary)
     os.chmod(temporary, mode & 0o777)
     with open(temporary, "ab") as file:
         os.fsync(file.fileno())
+
+
+def _replace(path: Path, save: Callable[[Path], None]) -> None:
+    """Save under a temporary name, and rename. A folder that another process removes meanwhile is made again."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    for attempt in range(ATTEMPTS):
+        try:
+            save(temporary)
+            return os.replace(temporary, path)
+        except FileNotFoundError:  # another process has tidied up: see open_in_folder, and creation.py
+            if attempt == ATTEMPTS - 1:
+                raise
+        finally:
+            remove(temporary)  # it is gone after the rename
+
+
+def remove(path: Path) -> None:
+    """Remove a file where that is possible."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def remove_unless_locked(path: Path) -> None:
+    """Remove a file that was left half written. While somebody writes it, or where files cannot be locked, it
+    stays."""
+    with suppress(OSError), open(path, "rb") as file:
+        if try_to_lock(file, shared=True):
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

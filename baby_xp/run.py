@@ -10,11 +10,12 @@ from baby_xp.arrays.backend import translate_out_of_memory
 from baby_xp.config import EquationData, RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.inference.trained_model import MORE_MEMORY, TrainedModel
+from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 
 if TYPE_CHECKING:
     from baby_xp.evaluation.evaluate import Evaluation
-    from baby_xp.evaluation.gradient_check import Row
+    from baby_xp.evaluation.gradient_check import GradientCheck
     from baby_xp.inspection.inspect import Inspection
 
 
@@ -62,25 +63,25 @@ class Run(TrainedModel):
         self,
         prompt: str = "",
         backward: bool = False,
-        change: Mapping[str, Callable[[Any], Any]] | None = None,
+        patch: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> "Inspection":
         """Let the model read a prompt and see every array on the way, under its name in the source.
 
-        backward: the gradients of the prompt's mean loss too. change: for names of arrays, gradients or
+        backward: the gradients of the prompt's mean loss too. patch: for names of arrays, gradients or
         parameters a function each, which gets a copy of the array (of the backend) and returns what shall go on
         in its place, of the same shape and type. A gradient is computed as if what was put in place had always
         been there. There is no dropout. Without a prompt, the model sees what generation begins with; of a
         prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
-        tokenizer cannot encode, a name that no array has, or a change that does not fit.
+        tokenizer cannot encode, a name that no array has, or a patch that does not fit.
         """
         from baby_xp.inspection import inspect  # it needs much that generating does not
 
         prompt, backward = checks.text("prompt", prompt), checks.flag("backward", backward)
-        if change is not None and not isinstance(change, Mapping):
-            raise BabyError(f"change must map names of arrays to functions, not be {checks.shown_value(change)}")
-        for name, function in (change or {}).items():
-            checks.function(f"change of {name}", function)
-        return inspect.inspect(self, prompt, backward, change)
+        if patch is not None and not isinstance(patch, Mapping):
+            raise BabyError(f"patch must map names of arrays to functions, not be {checks.shown_value(patch)}")
+        for name, function in (patch or {}).items():
+            checks.function(f"patch of {name}", function)
+        return inspect.inspect(self, prompt, backward, patch)
 
     def neighbours(self, token: str, k: int = 5) -> list[tuple[str, float]]:
         """The k tokens whose rows of the token embedding are nearest to that of `token`, by the cosine.
@@ -101,7 +102,7 @@ class Run(TrainedModel):
         elements: int = 4,
         directions: int = 3,
         data: str | Path | None = None,
-    ) -> "list[Row]":
+    ) -> "list[GradientCheck]":
         """Compare the gradient of every parameter with finite differences, in float64 on text of the run's own.
 
         tokens, batch: size of the batch; seed: which batch, mask of dropout and directions. For each parameter
@@ -109,8 +110,11 @@ class Run(TrainedModel):
         data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
         """
         from baby_xp.evaluation import gradient_check
+        from baby_xp.text import dataset
 
-        return gradient_check.check(self, *self._with_text(data), tokens, batch, seed, elements, directions)
+        (config, sha256), folder = self._with_text(data), store.folder_for_ids(self.files)
+        learned = dataset.prepare(config.data, config.model, config.train, folder, self.tokenizer, sha256)
+        return gradient_check.check(self, learned.batches, tokens, batch, seed, elements, directions)
 
     def _with_text(self, data: str | Path | None) -> tuple[RunConfig, str | None]:
         """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""

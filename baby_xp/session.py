@@ -25,7 +25,8 @@ from baby_xp.inference.trained_model import TrainedModel
 from baby_xp.resources import counts
 from baby_xp.run import Run
 from baby_xp.runs import config_file, report, state_file, store
-from baby_xp.runs.store import NewRun, RunFiles
+from baby_xp.runs.creation import NewRun
+from baby_xp.runs.store import RunFiles
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.divergence import largest_gradient
 from baby_xp.training.listener import Listener

@@ -13,6 +13,8 @@ was made, and its probability is the product of theirs.
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, pairwise
 
@@ -105,11 +107,12 @@ def _template(text: str, rule: str, rules: dict, roles: dict) -> tuple[Part, ...
 def _reference(inside: str, rule: str, rules: dict, roles: dict) -> Part:
     if inside in rules:
         return Part("rule", inside)
-    role, mark, field = re.fullmatch(r"(\w*)([!.]?)(.*)", inside, re.DOTALL).groups()
+    kind = "draw" if "!" in inside else "recall"
+    role, _, field = inside.partition("!" if kind == "draw" else ".")
     fields = roles[role][0] if role in roles else ()
-    if not mark or field.lower() not in fields:
+    if field.lower() not in fields:
         raise BabyError(f"rule {rule!r}: {{{inside}}} is neither a rule nor a field of a role")
-    return Part("draw" if mark == "!" else "recall", role, fields.index(field.lower()), field[0].isupper())
+    return Part(kind, role, fields.index(field.lower()), field[0].isupper())
 
 
 def innermost_first(grammar: Grammar) -> list[str]:
@@ -205,16 +208,15 @@ def _letters(grammar: Grammar, parts: tuple) -> tuple[bool, dict[str, set]]:
         return True, {}
     first, rest = parts[0], parts[1:]
     if first.kind == "text":
-        left = (Part("text", first.name[1:]), *rest) if first.name[1:] else rest
-        return False, {first.name[0]: {left}}
-    if first.kind == "rule":
-        options = grammar.rules[first.name].options
-    else:
-        options = [(Part("text", first.word(row)),) for row in grammar.roles[first.name].options]
-    ends, following = False, {}
+        after = (Part("text", first.name[1:]), *rest) if first.name[1:] else rest
+        return False, {first.name[0]: {after}}
+    options: Iterable[tuple[Part, ...]] = grammar.rules[first.name].options if first.kind == "rule" else [
+        (Part("text", first.word(row)),) for row in grammar.roles[first.name].options
+    ]
+    ends, following = False, defaultdict[str, set](set)
     for option in options:
         option_ends, letters = _letters(grammar, (*option, *rest))
         ends = ends or option_ends
         for letter, left in letters.items():
-            following.setdefault(letter, set()).update(left)
+            following[letter] |= left
     return ends, following

@@ -20,7 +20,7 @@ from baby_xp_data.grammar import Choice, Grammar, Part, innermost_first, make_gr
 
 from baby_xp.errors import BabyError
 
-# Rows that two roles share, so that a story can tell of two such things at once.
+# Rows that two roles share, so that a story can have two such things at once.
 ANIMALS = (
     ("cat", "meow"), ("dog", "woof"), ("duck", "quack"), ("pig", "oink"), ("hen", "cluck"), ("cow", "moo"),
     ("bee", "buzz"), ("frog", "croak"), ("bear", "grr"), ("lion", "roar"), ("goose", "honk"),
@@ -46,7 +46,7 @@ ROLES = {
         ("hey ho",))),
 }
 
-# How a story is told: rule -> alternatives.
+# How a story is written: rule -> alternatives.
 RULES = {
     "story": ("{opening}\n{outing}\n{event}\n{more}\n\n",),
     "more": {"{event}\n{last}": 3, "{ending}": 1},
@@ -134,13 +134,13 @@ def generate(n_chars: int, seed: int, grammar: Grammar | None = None) -> str:
     """Whole stories, until there are at least n_chars characters of them. BabyError if n_chars is below 1."""
     if n_chars < 1:
         raise BabyError(f"the number of characters to generate is at least 1, not {n_chars}")
-    told, length = [], 0
+    whole, length = [], 0
     for story in stories(seed, grammar):
-        told.append(story)
+        whole.append(story)
         length += len(story)
         if length >= n_chars:
             break
-    return "".join(told)
+    return "".join(whole)
 
 
 def _write(grammar: Grammar, rule: str, memory: dict, uniform, words: list[str]) -> None:
@@ -187,7 +187,7 @@ def _part_expectations(grammar: Grammar, part: Part, known: dict) -> tuple[float
     if part.kind == "rule":
         return known[part.name]
     rows = grammar.roles[part.name]
-    # What is told never depends on which row was drawn, so a recalled word has the mean length of all rows'.
+    # What is written never depends on which row was drawn, so a recalled word has the mean length of all rows'.
     characters = rows.mean([len(part.word(row)) for row in rows.options])
     return (rows.entropy() if part.kind == "draw" else 0.0), characters
 
@@ -195,7 +195,7 @@ def _part_expectations(grammar: Grammar, part: Part, known: dict) -> tuple[float
 # --- reading -------------------------------------------------------------------------------------------
 
 def log_probability(text: str, grammar: Grammar | None = None) -> float:
-    """The log-probability, in nats, that the first stories told are exactly `text`, which is whole stories.
+    """The log-probability, in nats, that the first stories are exactly `text`, which is whole stories.
 
     The empty text is no story at all: 0. BabyError if the text is not of the grammar.
     """

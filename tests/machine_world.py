@@ -37,7 +37,8 @@ import baby_xp.session
 from baby_xp import api
 from baby_xp.config import settings_of
 from baby_xp.runs import lock, state_file, store
-from baby_xp.runs.store import GUID, OF_SAFETENSORS, RunFiles
+from baby_xp.runs.creation import OF_SAFETENSORS
+from baby_xp.runs.store import GUID, RunFiles
 from baby_xp.training import loop
 
 SMALL = {"workers": 1, "backend": "numpy", "schedule": "constant", "warmup_steps": 0, "sample_tokens": 0}

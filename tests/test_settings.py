@@ -264,9 +264,6 @@ def test_a_table_of_differences_alone_is_trained_and_measured(call):
     assert call("train", "equations", "--operators", "-", *more)[::2] == (0, "")
     assert api.load(backend="numpy").config["data"]["held_out"] == "8-4"
     assert call("estimate", "equations", "--operators", "-", "--no-measure", "--backend=numpy")[::2] == (0, "")
-    for kind in ("mlp", "gpt"):
-        chosen = leave_one_out.suitable(kind, None, None, "-")
-        leave_one_out._jobs(api.override(chosen, {"operators": "-"}), 1)
 
 
 @pytest.mark.parametrize(("text", "table", "expected"), [

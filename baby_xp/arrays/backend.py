@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from baby_xp import layout
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import OutOfMemory
 
@@ -139,14 +140,7 @@ def translate_out_of_memory(
 
 def _shortage_told(found: Shortage) -> str:
     memory = found.memory
-    needed = "an array" if found.needed is None else f"an array of {in_words(found.needed)}"
-    limit = "" if memory.limit is None else f", which may hold {in_words(memory.limit)}"
-    pool = f"{in_words(memory.held)} are held by this process{limit}"
-    return f"out of memory on {found.device}: {needed} did not fit, {in_words(memory.free)} are free, {pool}"
-
-
-def in_words(size: int) -> str:
-    """Bytes in words: "1.25 GiB"."""
-    units = {2**60: "EiB", 2**50: "PiB", 2**40: "TiB", 2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
-    unit = next((unit for unit in units if size >= unit), 2**10)
-    return f"{size / unit:.{2 if size < 10 * unit else 1}f} {units[unit]}"
+    needed = "an array" if found.needed is None else f"an array of {layout.size(found.needed)}"
+    limit = "" if memory.limit is None else f", which may hold {layout.size(memory.limit)}"
+    pool = f"{layout.size(memory.held)} are held by this process{limit}"
+    return f"out of memory on {found.device}: {needed} did not fit, {layout.size(memory.free)} are free, {pool}"

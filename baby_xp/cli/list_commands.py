@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from baby_xp import layout
 from baby_xp.cli.common import Folder, parsed, short
 from baby_xp.errors import BabyError
 
@@ -19,14 +20,15 @@ def runs(arguments: list[str]) -> None:
     if not found:
         print(f"no runs in {asked.path} yet")
         return
-    width = max(len(short(run.guid)) for run in found)
-    head = f"{'run':<{width}}  {'state':<8} {'preset':<12} {'steps':>15}  {'val loss':>8}"
-    print(f"{head}  {'started (UTC)':<16}  data")
+    rows = [("run", "state", "preset", "steps", "val loss", "started (UTC)", "data")]
     for run in found:
         steps = f"{run.steps:,} of {run.num_steps:,}" if run.num_steps else ""
         loss = "" if run.val_loss is None else f"{run.val_loss:.4f}"
-        line = f"{short(run.guid):<{width}}  {run.state:<8} {run.preset:<12} {steps:>15}  {loss:>8}  "
-        print(f"{line}{run.started[:16].replace('T', ' '):<16}  {run.data}".rstrip())
+        started = run.started[:16].replace("T", " ")
+        rows.append((short(run.guid), run.state, run.preset, steps, loss, started, run.data))
+    width = max(len(short(run.guid)) for run in found)
+    form = f"{{:<{width}}}  {{:<8}} {{:<12}} {{:>15}}  {{:>8}}  {{:<16}}  {{}}"
+    print("\n".join(layout.columns(form, rows)))
 
 
 def presets(arguments: list[str]) -> None:

@@ -158,7 +158,7 @@ def inspect(arguments: list[str]) -> None:
     run = load(name, {"backend": "numpy", **given}, asked.weights)
     shown = {field.name: getattr(asked, field.name) for field in dataclasses.fields(printing.InspectOptions)}
     lines = printing.report(run, printing.InspectOptions(**shown), plain=not _can_show("░█▏␣↵"))
-    print("\n".join(lines))
+    print("\n".join([f"run {run.guid}", *lines]))
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def check(arguments: list[str]) -> int:
     run = load(name, {**given, "backend": "numpy"}, asked.weights)
     rows = run.check(asked.tokens, asked.batch, asked.seed, asked.elements, asked.directions, asked.data)
     print(f"run {run.guid}, the {asked.weights} weights")
-    print("\n".join([*gradient_check.about(run), "", *gradient_check.lines(rows)]))
+    print("\n".join([*gradient_check.about(run.model), "", *gradient_check.lines(rows)]))
     return 0 if all(row.agrees for row in rows) else 1
 
 

@@ -5,7 +5,7 @@
     models/model_<guid>.json              weights by name, as nested lists
 
 `named` gives each of the original's weights as a view of our flat buffer. Reading writes into these views and
-writing reads from them, so that names and shapes are told once. A linear's weight is (in, out) at both.
+writing reads from them, so that names and shapes are listed once. A linear's weight is (in, out) in both.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp import files
+from baby_xp.arrays.tree import Layout
 from baby_xp.config import GPTConfig, ModelConfig, TrainConfig, from_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import shown
@@ -64,7 +65,7 @@ def read(model: Path, config: Path | None = None, tokenizer: Path | None = None)
     characters = tokenizer_from_dict(_load(tokenizer), shown(tokenizer))
     if not isinstance(characters, CharTokenizer):
         raise BabyError(f"{shown(tokenizer)} is not one of characters, as the original's are; {REMEDY}")
-    params = _params(Model(gpt, characters.vocab_size), weights, model)
+    params = _params(gpt, characters.vocab_size, weights, model)
     return Converted(gpt, characters, params, tag if store.GUID.fullmatch(tag) else None, train)
 
 
@@ -81,50 +82,53 @@ def write(
     They hold every digit; the notebook rounds the weights to float32 when it loads them. Raises BabyError for a
     model that the original cannot hold, and if one of the files is there already.
     """
-    for it_has, what in (
-        (isinstance(config, GPTConfig), "equation model"),
-        (getattr(config, "gelu", "tanh") == "tanh", "GELU by erf"),
-        (isinstance(tokenizer, CharTokenizer), "tokenizer of bytes"),
-    ):
-        if not it_has:
-            raise BabyError(f"The Little Baby has no {what}; keep this model as a run of baby_xp")
+    if not isinstance(config, GPTConfig):
+        raise _cannot_hold("equation model")
+    if config.gelu != "tanh":
+        raise _cannot_hold("GELU by erf")
+    if not isinstance(tokenizer, CharTokenizer):
+        raise _cannot_hold("tokenizer of bytes")
     if not store.GUID.fullmatch(guid):
         raise BabyError(f"{guid!r} is not a GUID; the original names its files by one")
     model, flat = Model(config, tokenizer.vocab_size), np.asarray(params, dtype=np.float64)
     if flat.shape != (model.n_parameters,) or not np.isfinite(flat).all():
         raise BabyError(f"these are not {model.n_parameters} finite numbers; give the parameters of this model")
-    paths = [Path(folder) / f"{kind}s" / f"{kind}_{guid}.json" for kind in ("config", "tokenizer", "model")]
-    for path in paths:
+    vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
+    values = {"config": _described(config, train), "tokenizer": vocab, "model": named(config, model.layout, flat)}
+    contents = {Path(folder) / f"{kind}s" / f"{kind}_{guid}.json": value for kind, value in values.items()}
+    for path in contents:
         if os.path.lexists(path):  # runs of ours have files of the same names
             raise BabyError(f"{shown(path)} is there already; name another folder")
     made: list[Path] = []
     written: list[Path] = []
-    # everything in ASCII, as json does it: the notebook reads in the encoding of the system
-    vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
     try:
         for name in FOLDERS:
             try:
                 files.make_folder(Path(folder) / name, made)
             except OSError as error:
                 raise files.refusal(Path(folder) / name, error, "written", "--to") from None
-        for path, value in zip(paths, (_described(config, train), vocab, named(model, flat)), strict=True):
+        for path, value in contents.items():
             written.append(path)
+            # everything in ASCII, as json does it: the notebook reads in the encoding of the system
             files.write(path, json.dumps(value, default=np.ndarray.tolist), other="--to")
     except BaseException:  # all three or none, and no folder without them
         for path in written:
-            with suppress(OSError):
-                path.unlink()
+            files.remove(path)
         files.remove_folders(made)
         raise
-    return paths
+    return list(contents)
+
+
+def _cannot_hold(what: str) -> BabyError:
+    return BabyError(f"The Little Baby has no {what}; keep this model as a run of baby_xp")
 
 
 # weights ------------------------------------------------------------------------------------------------
 
 
-def named(model: Model, flat: np.ndarray) -> dict[str, Any]:
+def named(config: GPTConfig, layout: Layout, flat: np.ndarray) -> dict[str, Any]:
     """What the original's model file holds: views of the parameters (P,) by its names, and its constants."""
-    p, config = model.layout.unpack(np, flat), model.config
+    p = layout.unpack(np, flat)
     weights = {"wte_weight": p["wte"]["weight"], "wpe_weight": p["wpe"]["weight"]}
     weights |= {**_norm("ln_f", p["ln_f"]), **_linear("lm_head", p["lm_head"])}
     for i, block in p["blocks"].items():
@@ -174,21 +178,21 @@ def _moe(p):
     return parts
 
 
-def _params(model: Model, weights: Any, path: Path) -> np.ndarray:
+def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
     """The parameters (P,) from what a model file held."""
-    where, V = shown(path), model.vocab_size
+    where, model = shown(path), Model(config, V)
     if not isinstance(weights, dict):
         raise BabyError(f"{where} is not a JSON object of weights by name; {REMEDY}")
     # first what needs no memory, because a config may claim any size
     n_layers = len({name.split("_")[1] for name in weights if name.startswith("block_")})
-    if n_layers != model.config.n_layers:
-        raise BabyError(f"{where} has {n_layers} blocks, its config n_layers {model.config.n_layers}; {REMEDY}")
+    if n_layers != config.n_layers:
+        raise BabyError(f"{where} has {n_layers} blocks, its config n_layers {config.n_layers}; {REMEDY}")
     if isinstance(rows := weights.get("wte_weight"), list) and len(rows) != V:
         raise BabyError(f"{where} has wte_weight for {len(rows)} ids, its tokenizer {V} characters; {REMEDY}")
     if model.n_parameters > path.stat().st_size:
         raise BabyError(f"{where} is too small for the {model.n_parameters} weights of its config; {REMEDY}")
     flat = np.full(model.n_parameters, np.nan)
-    parts = {_name_in(weights, name): part for name, part in named(model, flat).items()}
+    parts = {_name_in(weights, name): part for name, part in named(config, model.layout, flat).items()}
     # constants before views: where the number of experts is another, so are the names
     for name, part in sorted(parts.items(), key=lambda pair: isinstance(pair[1], np.ndarray)):
         if name not in weights:
@@ -209,10 +213,10 @@ def _take(part: Any, value: Any, what: str) -> None:
     """Write the numbers of nested lists into a view; a constant must be the same."""
     if not isinstance(part, np.ndarray):
         if type(value) is not type(part) or value != part:
-            raise BabyError(f"{what} is {_told(value)}; baby_xp has models with {_told(part)} alone")
+            raise BabyError(f"{what} is {_in_words(value)}; baby_xp has models with {_in_words(part)} alone")
         return
     if not _fits(value, part.shape):
-        raise BabyError(f"{what} is {_told(value, part.shape)}, not numbers of shape {part.shape}; {REMEDY}")
+        raise BabyError(f"{what} is {_in_words(value, part.shape)}, not numbers of shape {part.shape}; {REMEDY}")
     with suppress(OverflowError):  # a whole number that no float can hold: the view stays NaN
         part[...] = np.array(value, dtype=np.float64)
     if not np.isfinite(part).all():
@@ -227,7 +231,7 @@ def _fits(value: Any, shape: tuple[int, ...]) -> bool:
     return all(_fits(row, shape[1:]) for row in value)
 
 
-def _told(value: Any, expected: tuple[int, ...] | None = None) -> str:
+def _in_words(value: Any, expected: tuple[int, ...] | None = None) -> str:
     if not isinstance(value, list):
         return "null" if value is None else reprlib.repr(value)
     try:
@@ -260,9 +264,8 @@ def _load(path: Path) -> Any:
 def _find(model: Path, kind: str, *tags: str) -> Path:
     folders = model.parent, model.parent / ".." / f"{kind}s"
     paths = [folder / f"{kind}_{tag}.json" for tag in tags for folder in folders]
-    for path in paths:
-        if os.path.exists(path):
-            return path
+    if found := next(filter(os.path.exists, paths), None):
+        return found
     raise BabyError(f"{shown(paths[0])} is not there, nor in {shown(folders[1])}; say where the {kind} is")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from baby_xp_data import equations as data
 from threadpoolctl import threadpool_limits
 
-from baby_xp import checks, equations, processes
+from baby_xp import checks, equations, layout, processes
 from baby_xp.arrays import registry
 from baby_xp.config import EquationConfig, EquationData, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
@@ -115,9 +115,9 @@ class Results:
     def lines(self) -> list[str]:
         """The results for people."""
         seeds, n = self.of_seeds(), len({answer.equation for answer in self.answers})
-        answers = f"{len(self.answers):,} answers of {self.models} model{'s' * (self.models > 1)}"
+        answers = f"{len(self.answers):,} answers of {layout.counted(self.models, 'model')}"
         rows = [
-            ("held out", f"{n:,} equation{'s' * (n > 1)}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+            ("held out", f"{layout.counted(n, 'equation')}, {answers}, {layout.counted(len(seeds), 'seed')}"),
             ("answered correctly", f"{self.share:.1%}"),
         ]
         if self.share_without_zeros is not None:
@@ -130,10 +130,9 @@ class Results:
             ("mean probability of the right answer", f"{self.probability:.3f}"),
             ("copying the nearest trained equation", f"{self.copied:.1%} right"),
             ("last training loss", f"{np.mean(self.losses):.4f} nats per target, mean of the models"),
-            ("time", f"{self.seconds:.0f} s in {self.processes} process{'es' * (self.processes > 1)}"),
+            ("time", f"{self.seconds:.0f} s in {layout.counted(self.processes, 'process', 'es')}"),
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines = layout.pairs(rows)
         if n > 1:
             for operator in self.chosen.data.operators:
                 lines += ["", *self._map_lines(operator)]

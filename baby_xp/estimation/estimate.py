@@ -6,12 +6,11 @@ trial.py.
 """
 
 import tempfile
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from baby_xp import presets
+from baby_xp import layout, presets
 from baby_xp.compute import Compute
 from baby_xp.config import EquationConfig, GPTConfig, RunConfig, Settings
 from baby_xp.estimation import trial
@@ -159,12 +158,7 @@ def lines(found: Estimate) -> list[str]:
     ]
     processes = f", {facts.workers} processes" if facts.workers > 1 else ""
     head = f"{found.config.name} on {facts.backend}{processes}; {facts.vocab_size} different tokens"
-    return [head, *(line for name, text in rows for line in _wrapped(name, text))]
-
-
-def _wrapped(name: str, text: str) -> list[str]:
-    margin = " " * 15
-    return textwrap.wrap(text, 110, initial_indent=f"  {name:<13}", subsequent_indent=margin)
+    return [head, *(line for name, text in rows for line in layout.wrapped(f"  {name:<13}", text, 110))]
 
 
 def _by_formula(found: Estimate) -> list[tuple[str, str]]:
@@ -193,19 +187,13 @@ def _measured(found: Estimate) -> list[tuple[str, str]]:
     taken = "not known: this system does not tell it"
     if trial.memory is not None:
         taken = f"about {trial.memory / MIB:.0f} MiB at the peak, beside the interpreter's own{of_device}"
-    parts = {name: _time(value) for name, value in seconds.items()}
+    parts = {name: layout.duration(value) for name, value in seconds.items()}
     return [
         ("memory", taken),
         ("a step", f"{trial.ms_a_step:.3g} ms, {trial.tokens_per_second:,.0f} tokens/s"),
-        ("time", f"about {_time(sum(seconds.values()))} for the whole run: {_listed(parts, '{}')}"),
+        ("time", f"about {layout.duration(sum(seconds.values()))} for the whole run: {_listed(parts, '{}')}"),
     ]
 
 
 def _listed(parts: dict[str, Any], form: str) -> str:
     return ", ".join(f"{name} {form.format(value)}" for name, value in parts.items())
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,7 @@ from baby_xp.compute import Compute
 from baby_xp.config import LARGEST, RunConfig
 from baby_xp.errors import BabyError, OutOfMemory
 from baby_xp.resources import process_memory
-from baby_xp.runs import store
+from baby_xp.runs.creation import new_run
 from baby_xp.session import TrainingSession
 from baby_xp.text.batches import Batch, EpochWindows
 from baby_xp.text.dataset import Dataset
@@ -137,7 +137,7 @@ def serve() -> None:
 def try_run(config: RunConfig, compute: Compute, folder: Path, seconds: float) -> dict[str, Any]:
     """Train until enough was seen -> facts and trial, as plain JSON values."""
     began = time.perf_counter()
-    with store.new_run(folder) as new:
+    with new_run(folder) as new:
         setup = prepare(config, compute, folder / "corpora")
         watch = Watch(seconds)
         plan = TrialPlan(setup.config.train, LARGEST, watch=watch)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from baby_xp_data import equations as known
 
-from baby_xp import equations
+from baby_xp import equations, layout
 from baby_xp.config import RunConfig
 from baby_xp.evaluation import text_metrics
 from baby_xp.run import Run
@@ -51,6 +51,7 @@ class Evaluation:
     def lines(self) -> list[str]:
         """The figures as a table for people."""
         rows = [
+            ("text", self.data),
             ("validation tokens", f"{self.tokens:,}"),
             ("loss", f"{self.loss:.4f} nats per token"),
             ("perplexity", f"{self.perplexity:.3f}"),
@@ -69,8 +70,7 @@ class Evaluation:
         }
         rows += [(f"of {self.num_tokens:,} generated tokens:", "")] if self.num_tokens else []
         rows += [(f"  {name}", f"{share:.1%}") for name, share in shares.items() if share is not None]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
+        return layout.pairs(rows)
 
 
 def evaluate(run: Run, chosen: RunConfig, sha256: str | None, num_tokens: int, seed: int) -> Evaluation:

@@ -1,6 +1,6 @@
-"""Every gradient of a real model on a real batch, held against finite differences of its loss.
+"""Every gradient of a real model on a real batch, compared with finite differences of its loss.
 
-A gradient g says how steeply the loss L rises: along a direction d of length 1, by g . d. The loss itself tells
+A gradient g says how steeply the loss L rises: along a direction d of length 1, by g . d. The loss itself says
 the same without any formula of ours for a derivative. With D(h) = (L(w + h d) - L(w - h d)) / 2h, the central
 difference, whose error falls as h^2,
 
@@ -21,6 +21,7 @@ largest gradients, the other half drawn at random. A fault in few elements shows
 the random directions. Where the run has dropout, the same mask holds for all losses, as it is a hash of the step.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,26 +29,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from baby_xp import checks
+from baby_xp import checks, layout
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
-from baby_xp.config import RunConfig
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import limits
-from baby_xp.runs import store
-from baby_xp.text import dataset
-from baby_xp.text.batches import Batch, RandomWindows
+from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
 from baby_xp.training.step import loss_and_gradients, step_noise
 
 if TYPE_CHECKING:
-    from baby_xp.run import Run
+    from baby_xp.inference.trained_model import TrainedModel
 
 STEP, TOLERANCE, FLOOR = 2e-4, 1e-5, 1e-5
 
 
 @dataclass(frozen=True)
-class Row:
+class GradientCheck:
     """One parameter array: the largest relative errors of its gradient against finite differences."""
 
     name: str
@@ -69,31 +67,31 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether the gradient is that of the loss, as far as TOLERANCE tells."""
+        """Whether the gradient is that of the loss, as far as TOLERANCE shows."""
         return self.worst < TOLERANCE  # NaN is not
 
 
 def check(
-    run: "Run",
-    chosen: RunConfig,
-    sha256: str | None,
+    trained: "TrainedModel",
+    batches: RandomWindows | EpochWindows | PairBatches,
     tokens: int,
     batch: int,
     seed: int,
     elements: int,
     directions: int,
-) -> list[Row]:
-    """A row for each parameter array; as Run.check, which tells more. The text is that of `chosen`."""
+) -> list[GradientCheck]:
+    """Check each parameter array on a batch of what `batches` are made of; Run.check has the details."""
     tokens, batch = checks.whole("tokens", tokens), checks.whole("batch", batch)
     seed, elements = checks.whole("seed", seed, least=0), checks.whole("elements", elements, least=0)
-    directions = checks.whole("directions", directions)
-    host = _batch(run, chosen, sha256, tokens, batch, seed)
+    directions, model = checks.whole("directions", directions), trained.model
+    host, parts = _batch(model, batches, tokens, batch, seed), model.layout
+    ends = itertools.accumulate(parts.sizes)
     with threadpool_limits(1):  # products this small only wait for each other's threads
-        slopes = Slopes(run.model, run.params.astype(np.float64), host, seed)
-        plain, fast = slopes.gradients()
+        slopes = Slopes(model, trained.params.astype(np.float64), host, seed)
+        gradients = slopes.gradients()
         return [
-            _row(path, shape, slice(start, start + size), slopes, plain, fast, seed, elements, directions)
-            for path, shape, start, size in _places(run.model)
+            slopes.compared(path, shape, slice(end - size, end), gradients, seed, elements, directions)
+            for path, shape, size, end in zip(parts.paths, parts.shapes, parts.sizes, ends, strict=True)
         ]
 
 
@@ -122,7 +120,7 @@ class Slopes:
         ]
 
     def along(self, place: slice, direction: np.ndarray) -> float:
-        """The slope of the loss along a direction in one parameter's part of the buffer, by differences alone."""
+        """The slope of the loss along a direction in one parameter's part of the buffer, from differences only."""
 
         def moved(h: float) -> float:
             self.moving[place] = self.flat[place] + h * direction
@@ -132,33 +130,25 @@ class Slopes:
         self.moving[place] = self.flat[place]
         return (4 * near - far) / 3
 
-
-def _row(
-    path: str,
-    shape: tuple[int, ...],
-    place: slice,
-    slopes: Slopes,
-    plain: np.ndarray,
-    fast: np.ndarray,
-    seed: int,
-    elements: int,
-    directions: int,
-) -> Row:
-    """Measure one parameter array."""
-    of_plain, of_fast = plain[place], fast[place]
-    rng = np.random.default_rng([seed, place.start])
-    least = max(FLOOR, float(np.sqrt(np.mean(of_plain * of_plain))))
-    errors: list[list[float]] = [[], [], []]
-    with np.errstate(all="ignore"):  # a NaN is an error that the row tells of
-        for i, direction in enumerate(_directions(rng, of_plain, elements, directions)):
-            slope = slopes.along(place, direction)
-            errors[0 if i < directions else 1].append(_relative(float(of_plain @ direction), slope, least))
-            errors[2].append(_relative(float(of_fast @ direction), slope, least))
-        worst = [float(np.max(one, initial=0)) for one in errors]
-    return Row(path, shape, float(np.linalg.norm(of_plain)), *worst)
+    def compared(
+        self, path: str, shape: tuple[int, ...], place: slice, gradients: list[np.ndarray], seed: int,
+        elements: int, directions: int,
+    ) -> GradientCheck:  # fmt: skip
+        """Compare one parameter's part of both gradients with differences."""
+        plain, fast = (gradient[place] for gradient in gradients)
+        rng = np.random.default_rng([seed, place.start])
+        least = max(FLOOR, float(np.sqrt(np.mean(plain * plain))))
+        errors: list[list[float]] = [[], [], []]
+        with np.errstate(all="ignore"):  # the result shows a NaN
+            for i, direction in enumerate(chosen_directions(rng, plain, elements, directions)):
+                slope = self.along(place, direction)
+                errors[0 if i < directions else 1].append(_relative(float(plain @ direction), slope, least))
+                errors[2].append(_relative(float(fast @ direction), slope, least))
+            worst = [float(np.max(one, initial=0)) for one in errors]
+        return GradientCheck(path, shape, float(np.linalg.norm(plain)), *worst)
 
 
-def _directions(
+def chosen_directions(
     rng: np.random.Generator, gradient: np.ndarray, elements: int, directions: int
 ) -> Iterator[np.ndarray]:
     """Directions of length 1: random ones, then single elements."""
@@ -167,7 +157,7 @@ def _directions(
         yield direction / np.linalg.norm(direction)
     steepest = np.argsort(-np.abs(gradient), kind="stable")[: (elements + 1) // 2]
     others = np.setdiff1d(np.arange(gradient.size), steepest)
-    drawn = rng.choice(others, min(elements - len(steepest), others.size), replace=False) if others.size else []
+    drawn = rng.choice(others, min(elements - len(steepest), others.size), replace=False)
     for element in [*steepest, *drawn]:
         direction = np.zeros_like(gradient)
         direction[element] = 1
@@ -178,63 +168,51 @@ def _relative(claimed: float, slope: float, least: float) -> float:
     return abs(claimed - slope) / max(abs(claimed), abs(slope), least)
 
 
-def _places(model: Model) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Path, shape, beginning and size of each parameter array in the flat buffer."""
-    start, layout = 0, model.layout
-    for path, shape, size in zip(layout.paths, layout.shapes, layout.sizes, strict=True):
-        yield path, shape, start, size
-        start += size
-
-
-def _batch(run: "Run", chosen: RunConfig, sha256: str | None, tokens: int, batch: int, seed: int) -> Batch:
-    """A batch of the run's training text, or of its equations."""
-    learned = dataset.prepare(
-        chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256
-    )
-    if learned.corpus is None:  # equations: as many rows as have so many targets
-        whole = learned.batches.batch(0)
+def _batch(
+    model: Model, batches: RandomWindows | EpochWindows | PairBatches, tokens: int, batch: int, seed: int
+) -> Batch:
+    """A batch of the training text, or of the equations."""
+    n_ctx = model.config.n_ctx
+    if isinstance(batches, PairBatches):  # as many rows as have this many targets
+        whole = batches.batch(0)
         number = batch * tokens if whole.targets.ndim == 1 else batch
         rows = np.random.default_rng(seed).permutation(len(whole.samples))[:number]
-        limits.check_batch(run.model, len(rows), chosen.model.n_ctx)
+        limits.check_batch(model, len(rows), n_ctx)
         return Batch(whole.inputs[rows], whole.targets[rows], np.arange(len(rows), dtype=np.int32))
-    tokens = min(tokens, chosen.model.n_ctx)
-    limits.check_batch(run.model, batch, tokens)
-    return RandomWindows(learned.corpus.train, tokens, batch, seed).batch(0)
+    tokens = min(tokens, n_ctx)
+    limits.check_batch(model, batch, tokens)
+    return RandomWindows(batches.ids, tokens, batch, seed).batch(0)
 
 
 # in words -------------------------------------------------------------------------------------------------
 
 
-def lines(rows: list[Row]) -> list[str]:
+def lines(rows: list[GradientCheck]) -> list[str]:
     """The rows as a table for people, layer by layer, with the summary at the end."""
     layers = [row.name.rpartition(".")[0] for row in rows]
     width = max(12, *map(len, layers))
-    text = [f"{'':<{width}}  {'shape':<13} {'gradient':>9}  {'directions':>10}  {'elements':>9}  {'fast':>9}"]
-    before = None
-    for row, layer in zip(rows, layers, strict=True):
+    cells: list[tuple[str, ...]] = [("", "shape", "gradient", "directions", "elements", "fast", "")]
+    for row, layer, before in zip(rows, layers, [None, *layers], strict=False):
         if layer != before:
-            text.append(layer)
-        before, name = layer, f"  {row.name.rpartition('.')[2]}"
-        shape = " x ".join(map(str, row.shape))
-        errors = f"{row.directions:>10.1e}  {row.elements:>9.1e}  {row.fast:>9.1e}"
-        verdict = "agrees" if row.agrees else "DISAGREES"
-        text.append(f"{name:<{width}}  {shape:<13} {row.gradient:>9.1e}  {errors}  {verdict}")
-    return [*text, "", summary(rows)]
+            cells.append((layer, *[""] * 6))
+        figures = [f"{one:.1e}" for one in (row.gradient, row.directions, row.elements, row.fast)]
+        shape, verdict = " x ".join(map(str, row.shape)), "agrees" if row.agrees else "DISAGREES"
+        cells.append((f"  {row.name.rpartition('.')[2]}", shape, *figures, verdict))
+    form = f"{{:<{width}}}  {{:<13}} {{:>9}}  {{:>10}}  {{:>9}}  {{:>9}}  {{}}"
+    return [*layout.columns(form, cells), "", summary(rows)]
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: list[GradientCheck]) -> str:
     """One line: how many arrays, the worst of them, and whether all agree."""
     worst = max(rows, key=lambda row: np.inf if np.isnan(row.worst) else row.worst)
     wrong = [row.name for row in rows if not row.agrees]
-    told = f"{len(rows)} arrays, worst relative error {worst.worst:.1e} at {worst.name}: "
-    if not wrong:
-        return told + "all agree"
-    return told + f"{len(wrong)} disagree{'s' if len(wrong) == 1 else ''}, {', '.join(wrong)}"
+    verdict = f"{len(wrong)} disagree{'s' * (len(wrong) == 1)}, {', '.join(wrong)}" if wrong else "all agree"
+    return f"{len(rows)} arrays, worst relative error {worst.worst:.1e} at {worst.name}: {verdict}"
 
 
-def about(run: "Run") -> list[str]:
+def about(model: Model) -> list[str]:
     """What the table holds, for a reader who has not seen it before."""
-    dropout = f", with its dropout of {run.model.config.dropout}" if run.model.config.dropout else ""
+    dropout = f", with its dropout of {model.config.dropout}" if model.config.dropout else ""
     return [
         f"Backward's gradients on a batch of its training data{dropout}, in float64, against finite",
         f"differences of the loss over steps of {STEP:g} and {2 * STEP:g}. For each array, the largest relative",

@@ -17,7 +17,7 @@ from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Logits, Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import limits
-from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.text.tokenizer import Tokenizer, first_ids
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -120,14 +120,7 @@ class TrainedModel:
         return Sampling.of(sampling), self._ids(prompt), num_tokens
 
     def _ids(self, prompt: str) -> np.ndarray:
-        return self.tokenizer.encode(prompt, "prompt") if prompt else self.first_ids()
-
-    def first_ids(self) -> np.ndarray:
-        """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
-        try:
-            return self.tokenizer.encode("\n", "prompt")
-        except BabyError:
-            return np.zeros(1, np.int32)
+        return self.tokenizer.encode(prompt, "prompt") if prompt else first_ids(self.tokenizer)
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         with self._memory_errors():

@@ -1,18 +1,18 @@
-"""A look into a model: every array between a prompt and the next token, and every gradient on the way back.
+"""Looking into a model: every array between a prompt and the next token, and every gradient on the way back.
 
     seen = run.inspect("Here comes", backward=True)
     seen.arrays["blocks.0.attention.heads.weights"]     # (1, H, T, T)
     seen.gradients["blocks.0.network.gelu.dx"]          # (T, F)
     seen.next_tokens()                                  # [(" ", 0.93), ("s", 0.02), ...]
 
-    def off(weights):
-        weights[:, 1] = 0                               # head 1 no longer looks anywhere
+    def without_head_1(weights):
+        weights[:, 1] = 0                               # it no longer looks anywhere
         return weights
 
-    run.inspect("Here comes", change={"blocks.0.attention.heads.weights": off}).loss
+    run.inspect("Here comes", patch={"blocks.0.attention.heads.weights": without_head_1}).loss
 
 The maths that runs is that of layers/ and models/, with the plain functions of every backend (no fast kernels), so
-that all arrays exist; instrument.py tells how they come to be seen, and how their names are made.
+that all arrays exist; trace.py explains how they are recorded and named.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from baby_xp import layout
 from baby_xp.arrays.tree import from_leaves, leaves
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
@@ -28,7 +29,6 @@ from baby_xp.inspection.render import (
     bar,
     described,
     glyph,
-    laid_out,
     less_common,
     ordinal,
     shallow,
@@ -37,11 +37,12 @@ from baby_xp.inspection.render import (
 )
 from baby_xp.inspection.trace import Copies, Recorder
 from baby_xp.layers import cross_entropy
+from baby_xp.text.tokenizer import first_ids
 
 if TYPE_CHECKING:
-    from baby_xp.run import Run
+    from baby_xp.inference.trained_model import TrainedModel
 
-Change = Mapping[str, Callable[[Any], Any]]
+Patch = Mapping[str, Callable[[Any], Any]]
 SHADES = {False: "·░▒▓█", True: ".-+*#"}
 """Five levels of a weight, for a terminal with block characters and for one without."""
 LEVELS = (0.03, 0.15, 0.35, 0.65)
@@ -168,15 +169,17 @@ class Inspection:
             rows.append([names[0], *described(arrays[names[0]]), ", ".join(also)])
             block = names[0].split(".")[1] if names[0].startswith("blocks.") else None
             blocks.append((names[0] in self.parameters, block))
-        return laid_out(["name", "shape", "mean", "std", "min", "max", "also"], rows, blocks)
+        return layout.fitted(["name", "shape", "mean", "std", "min", "max", "also"], rows, "<<>>>><", blocks)
 
     def next_lines(self, k: int = 5, plain: bool = False) -> list[str]:
         """What the model expects at each position, with bars. plain: ASCII alone."""
         lines, at_end = [], self.positions[-1]
         if len(self.positions) > 1:
             lines.append("what comes next, as the prompt has it, and what the model finds most likely:")
-            for position in self.positions[:-1]:
-                token, share, rank = self.own_next(position)
+            for position in self.positions:
+                if (following := self.own_next(position)) is None:
+                    break
+                token, share, rank = following
                 likeliest = "  ".join(f"{shown(t)} {p:.1%}" for t, p in self.next_tokens(position, min(k, 3)))
                 place = f"{position:>4} {shown(self.tokens[position]):<5} then {shown(token):<5}{share:>7.1%}"
                 lines.append(f"{place} {bar(share, 20, plain):<20} {ordinal(rank):>5}   {likeliest}".rstrip())
@@ -238,27 +241,29 @@ class Inspection:
 WEIGHTS = "attention.heads.weights"
 
 
-def inspect(run: "Run", prompt: str = "", backward: bool = False, change: Change | None = None) -> Inspection:
-    """Let a run read a prompt and keep every array on the way; as Run.inspect, which tells more."""
-    ids, windows, notes = _read(run, prompt)
-    answers = len(windows) if is_equation(run) else len(ids)
+def inspect(
+    trained: "TrainedModel", prompt: str = "", backward: bool = False, patch: Patch | None = None
+) -> Inspection:
+    """Let a model read a prompt and keep every array on the way; as Run.inspect, which has the details."""
+    ids, windows, notes = _read(trained, prompt)
+    answers = len(windows) if is_equation(trained) else len(ids)
     targets = ids[len(ids) - answers + 1 :]
     if backward and not len(targets):
-        least = "an answer, as in 4+4=8" if is_equation(run) else "at least 2 tokens"
+        least = "an answer, as in 4+4=8" if is_equation(trained) else "at least 2 tokens"
         raise BabyError(f"the prompt has no next token to learn from: gradients need {least}")
-    changes = dict(change or {})
-    xp = run.backend.xp
-    p = run.model.layout.unpack(xp, run.backend.asarray(run.params))
-    recorder = Recorder(xp, run.backend.to_numpy, p, changes)
-    with np.errstate(all="ignore"):  # numbers that are not finite are told of below
-        if changed := {path for path, _ in leaves(p) if path in changes}:
-            p = from_leaves((path, recorder.changed(path, one)) for path, one in leaves(p))
-            recorder = Recorder(xp, run.backend.to_numpy, p, changes)
-        logits, loss, dp = _computed(run, recorder, p, windows, targets, backward)
-        recorder.check_changes(changed)
-        logits = run.backend.to_numpy(logits).copy()
+    backend, model, patches = trained.backend, trained.model, dict(patch or {})
+    xp = backend.xp
+    p = model.layout.unpack(xp, backend.asarray(trained.params))
+    recorder = Recorder(xp, backend.to_numpy, p, patches)
+    with np.errstate(all="ignore"):  # a note tells of numbers that are not finite
+        if patched := {path for path, _ in leaves(p) if path in patches}:
+            p = from_leaves((path, recorder.patched(path, one)) for path, one in leaves(p))
+            recorder = Recorder(xp, backend.to_numpy, p, patches)
+        logits, loss, dp = _computed(trained, recorder, p, windows, targets, backward)
+        recorder.check_patches(patched)
+        logits = recorder.host(logits)
     gradients = {**recorder.gradients, **{path: recorder.host(one) for path, one in leaves(dp)}}
-    vocabulary = [token_text(run.tokenizer, i) for i in range(run.tokenizer.vocab_size)]
+    vocabulary = [token_text(trained.tokenizer, i) for i in range(trained.tokenizer.vocab_size)]
     return Inspection(
         tokens=[vocabulary[i] for i in ids],
         ids=ids,
@@ -269,40 +274,41 @@ def inspect(run: "Run", prompt: str = "", backward: bool = False, change: Change
         loss=loss,
         names=recorder.names,
         vocabulary=vocabulary,
-        parameters=run.model.layout.paths,
+        parameters=model.layout.paths,
         notes=(*notes, *_broken({**recorder.arrays, **gradients})),
     )
 
 
-def neighbours(run: "Run", token: str, k: int = 5) -> list[tuple[str, float]]:
-    """The k tokens whose embeddings point in the most similar direction; as Run.neighbours, which tells more."""
-    ids = run.tokenizer.encode(token, "the token whose neighbours to find")
+def neighbours(trained: "TrainedModel", token: str, k: int = 5) -> list[tuple[str, float]]:
+    """The k tokens whose embeddings point in the most similar direction; Run.neighbours has the details."""
+    ids = trained.tokenizer.encode(token, "the token whose neighbours to find")
     if len(ids) != 1:
         raise BabyError(f"{token!r} is {len(ids)} tokens; name one to find its neighbours")
-    table = embedding(run)
+    table = embedding(trained)
     lengths = np.linalg.norm(table, axis=1)
     cosines = table @ table[ids[0]] / np.maximum(lengths * lengths[ids[0]], np.finfo(np.float64).tiny)
     distances = np.linalg.norm(table - table[ids[0]], axis=1)
     # rows of one number point to one of two sides; among them, the nearer ones come first
     order = np.lexsort((distances, -cosines.round(12)))
     found = [int(i) for i in order if i != ids[0]][: max(k, 0)]
-    return [(token_text(run.tokenizer, i), float(cosines[i])) for i in found]
+    return [(token_text(trained.tokenizer, i), float(cosines[i])) for i in found]
 
 
-def embedding(run: "Run") -> np.ndarray:
+def embedding(trained: "TrainedModel") -> np.ndarray:
     """The rows of the token embedding, (V, C)."""
-    tree = run.model.layout.unpack(np, run.params)
-    return tree["embedding" if is_equation(run) else "wte"]["weight"].astype(np.float64)
+    tree = trained.model.layout.unpack(np, trained.params)
+    return tree["embedding" if is_equation(trained) else "wte"]["weight"].astype(np.float64)
 
 
-def _read(run: "Run", prompt: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _read(trained: "TrainedModel", prompt: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The prompt's ids (T,), the model's windows of them (B, n_ctx or T), and notes."""
-    ids = run.tokenizer.encode(prompt, "prompt") if prompt else run.first_ids()
-    n_ctx, notes = run.model.config.n_ctx, []
+    tokenizer = trained.tokenizer
+    ids = tokenizer.encode(prompt, "prompt") if prompt else first_ids(tokenizer)
+    n_ctx, notes = trained.model.config.n_ctx, []
     if not prompt:
-        token = shown(token_text(run.tokenizer, ids[0]))
+        token = shown(token_text(tokenizer, ids[0]))
         notes.append(f"there is no prompt: the model sees {token}, with which generation begins")
-    if is_equation(run):
+    if is_equation(trained):
         first = prompt.find("=") if "=" in prompt else len(ids) - 1
         filled = np.concatenate([np.zeros(n_ctx - 1, ids.dtype), ids])
         return ids, np.stack([filled[end : end + n_ctx] for end in range(first, len(ids))]), notes
@@ -312,17 +318,19 @@ def _read(run: "Run", prompt: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return ids, ids[None, :], notes
 
 
-def _computed(run: "Run", recorder: Recorder, p: Any, windows: np.ndarray, targets: np.ndarray, backward: bool):
+def _computed(
+    trained: "TrainedModel", recorder: Recorder, p: Any, windows: np.ndarray, targets: np.ndarray, backward: bool
+) -> tuple[Any, float | None, dict[str, Any]]:
     """Logits, loss and gradients, in copies of the maths that the recorder sees."""
-    xp, model, copies = recorder.xp, run.model, Copies(recorder)
+    xp, model, backend, copies = recorder.xp, trained.model, trained.backend, Copies(recorder)
     maths, entropy = copies.of(model.module), copies.of(cross_entropy)
-    logits, saved = maths.forward(xp, p, run.backend.asarray(windows), model.config)
+    logits, saved = maths.forward(xp, p, backend.asarray(windows), model.config)
     if not len(targets):
         return logits, None, {}
     # what follows the last token is not known: it has no loss, and no gradient comes from it
-    losses, loss_saved = entropy.forward(xp, {}, logits[: len(targets), :], run.backend.asarray(targets))
+    losses, loss_saved = entropy.forward(xp, {}, logits[: len(targets), :], backend.asarray(targets))
     weight = xp.full_like(losses, 1 / len(targets))
-    loss = float(run.backend.to_numpy(xp.reshape(xp.sum(losses * weight), (1,)))[0])
+    loss = float(backend.to_numpy(xp.reshape(xp.sum(losses * weight), (1,)))[0])
     if not backward:
         return logits, loss, {}
     recorder.turn()
@@ -331,8 +339,8 @@ def _computed(run: "Run", recorder: Recorder, p: Any, windows: np.ndarray, targe
     return logits, loss, maths.backward(xp, p, saved, dlogits, model.config)
 
 
-def is_equation(run: "Run") -> bool:
-    return isinstance(run.model.config, EquationConfig)
+def is_equation(trained: "TrainedModel") -> bool:
+    return isinstance(trained.model.config, EquationConfig)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -345,14 +353,17 @@ def _broken(arrays: dict[str, np.ndarray]) -> list[str]:
     """A note on the first array with a NaN, if there is one. (Minus infinity is what masked scores are.)"""
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
-            return [f"not all numbers are numbers: the first NaN is in {name}"]
+            return [f"NaN first appears in {name}"]
     return []
 
 
-def off(run: "Run", heads: Sequence[tuple[int, int]]) -> dict[str, Callable[[Any], Any]]:
-    """A change for `inspect` that switches heads off, (layer, head) each: they look nowhere and add nothing."""
-    on = np.ones((run.model.config.n_layers, 1, run.model.config.n_heads, 1, 1)) if heads else np.ones(0)
+def ablate(trained: "TrainedModel", heads: Sequence[tuple[int, int]]) -> Patch:
+    """A patch for `inspect` that ablates heads, (layer, head) each: they look nowhere and add nothing."""
+    on: dict[int, np.ndarray] = {}
     for layer, head in heads:
-        on[layer, :, head] = 0
-    masks = {layer: run.backend.asarray(on[layer]) for layer, _ in heads}
-    return {f"blocks.{layer}.{WEIGHTS}": lambda w, mask=mask: w * mask for layer, mask in masks.items()}
+        on.setdefault(layer, np.ones((1, trained.model.config.n_heads, 1, 1)))[:, head] = 0
+
+    def masked(mask: Any) -> Callable[[Any], Any]:
+        return lambda weights: weights * mask
+
+    return {f"blocks.{layer}.{WEIGHTS}": masked(trained.backend.asarray(mask)) for layer, mask in on.items()}

@@ -41,7 +41,7 @@ def attention(seen: "Inspection", file: str | Path, head: tuple[int, int] | None
     missing, the model has no attention, or the file cannot be written.
     """
     path = check(file)
-    return _save(attention_figure(seen, head), path)
+    return save(attention_figure(seen, head), path)
 
 
 def attention_figure(seen: "Inspection", head: tuple[int, int] | None = None) -> Any:
@@ -102,7 +102,7 @@ def answers(results: "Results", file: str | Path) -> Path:
                 colour = "black" if share > 0.6 else "white"
                 axes.text(b, a, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=list(all_axes), shrink=0.8, label="share right")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -114,7 +114,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     """Write the picture, whole or not at all."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():

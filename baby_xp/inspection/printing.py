@@ -1,16 +1,17 @@
 """What the command `inspect` prints of an inspection."""
 
 import math
-import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from baby_xp import layout
+from baby_xp.config import GPTConfig
 from baby_xp.errors import BabyError
-from baby_xp.inspection.inspect import Inspection, embedding, inspect, is_equation, neighbours, off
+from baby_xp.inspection.inspect import Inspection, ablate, embedding, inspect, neighbours
 from baby_xp.inspection.render import bar, shown
 
 if TYPE_CHECKING:
-    from baby_xp.run import Run
+    from baby_xp.inference.trained_model import TrainedModel
 
 WIDTH = 100
 """Characters of a line of tokens."""
@@ -30,60 +31,59 @@ class InspectOptions:
     top: int = 5
 
 
-def report(run: "Run", options: InspectOptions, plain: bool = False) -> list[str]:
+def report(trained: "TrainedModel", options: InspectOptions, plain: bool = False) -> list[str]:
     """What the command prints; a picture is written, if one is asked for. Raises BabyError as `inspect` does."""
-    gpt = not is_equation(run)
+    config = trained.model.config
+    gpt = isinstance(config, GPTConfig)
     if not gpt and (options.attention or options.picture or options.off):
         raise BabyError("the equation model has no attention; leave out --attention, --picture and --off")
-    size = (run.model.config.n_layers, run.model.config.n_heads) if gpt else (0, 0)
+    size = (config.n_layers, config.n_heads) if isinstance(config, GPTConfig) else (0, 0)
     layer = _layer(options.layer, size[0])
-    switched = [_head(text, "--off", size) for part in options.off for text in part.split(",")]
-    chosen = options.attention
-    if chosen not in (None, "all"):
-        chosen = _head(chosen, "--attention", size)
+    ablated = [_head(text, "--off", size) for part in options.off for text in part.split(",")]
+    compare = options.attention == "all"
+    chosen = _head(options.attention, "--attention", size) if options.attention and not compare else None
     if options.top < 1:
         raise BabyError(f"top must be at least 1, not {options.top}")
     if options.picture:
         from baby_xp.inspection import plots
 
         plots.check(options.picture)  # before the work, not after it
-    near = neighbours(run, options.neighbours, options.top) if options.neighbours is not None else []
-    seen = inspect(run, options.prompt, options.backward, off(run, switched))
-    lines = [*_head_lines(run, seen), ""]
-    if switched:
-        lines += [*_off_lines(seen, inspect(run, options.prompt), switched), ""]
+    near = None if options.neighbours is None else neighbours(trained, options.neighbours, options.top)
+    seen = inspect(trained, options.prompt, options.backward, ablate(trained, ablated))
+    lines = [*_head_lines(seen), ""]
+    if ablated:
+        lines += [*_ablation_lines(seen, inspect(trained, options.prompt), ablated), ""]
     lines += [*_table_lines(seen, options, layer), "", *seen.next_lines(options.top, plain)]
     if options.picture:
-        lines += ["", f"picture: {plots.attention(seen, options.picture, None if chosen == 'all' else chosen)}"]
+        lines += ["", f"picture: {plots.attention(seen, options.picture, chosen)}"]
     elif gpt and len(seen.tokens) > 1:
-        lines += ["", *_attention_lines(seen, chosen, plain)]
+        lines += ["", *_attention_lines(seen, chosen, compare, plain)]
     if near:
-        lines += ["", *_neighbour_lines(run, options.neighbours, near, plain)]
+        lines += ["", *_neighbour_lines(trained, str(options.neighbours), near, plain)]
     return lines
 
 
-def _head_lines(run: "Run", seen: Inspection) -> list[str]:
-    number = f"{len(seen.tokens)} token{'s' if len(seen.tokens) > 1 else ''}, each with its id:"
+def _head_lines(seen: Inspection) -> list[str]:
     tokens = ", ".join(f"{shown(token)} {i}" for token, i in zip(seen.tokens, seen.ids, strict=True))
-    lines = [f"run {run.guid}", *(f"note: {note}" for note in seen.notes), number]
-    margin = " " * 5
-    lines += textwrap.wrap(tokens, WIDTH, initial_indent=margin, subsequent_indent=margin, break_long_words=False)
+    lines = [f"note: {note}" for note in seen.notes]
+    lines += [f"{layout.counted(len(seen.tokens), 'token')}, each with its id:"]
+    lines += layout.wrapped(" " * 5, tokens, WIDTH)
     if seen.loss is not None:
         even = math.log(len(seen.vocabulary))
         lines.append(f"loss of the prompt: {seen.loss:.4f} nats per token (all tokens equally likely: {even:.4f})")
     return lines
 
 
-def _off_lines(seen: Inspection, before: Inspection, switched: list[tuple[int, int]]) -> list[str]:
-    names = ", ".join(f"{layer}.{head}" for layer, head in switched)
-    plural = "s" if len(switched) > 1 else ""
+def _ablation_lines(seen: Inspection, before: Inspection, ablated: list[tuple[int, int]]) -> list[str]:
+    heads = ", ".join(f"{layer}.{head}" for layer, head in ablated)
+    names = f"head{'s' * (len(ablated) > 1)} {heads} switched off"
     if seen.loss is None or before.loss is None:
-        return [f"head{plural} {names} switched off; a prompt of one token has no loss to compare"]
-    gone = seen.loss - before.loss
-    verdict = f"{abs(gone):.4f} {'worse' if gone > 0 else 'better'}" if gone else "no difference"
+        return [f"{names}; a prompt of one token has no loss to compare"]
+    rise = seen.loss - before.loss
+    verdict = f"{abs(rise):.4f} {'worse' if rise > 0 else 'better'}" if rise else "no difference"
     was, now = before.next_tokens(-1, 1)[0], seen.next_tokens(-1, 1)[0]
     return [
-        f"head{plural} {names} switched off (all that follows is without):",
+        f"{names} (all that follows is without):",
         f"     loss of the prompt       {before.loss:.4f} with, {seen.loss:.4f} without: {verdict}",
         f"     most likely after the end  {shown(was[0])} {was[1]:.1%} with, {shown(now[0])} {now[1]:.1%} without",
     ]
@@ -103,21 +103,26 @@ def _table_lines(seen: Inspection, options: InspectOptions, layer: int | str | N
     return lines
 
 
-def _attention_lines(seen: Inspection, chosen: Any, plain: bool) -> list[str]:
-    if chosen == "all":
+def _attention_lines(
+    seen: Inspection, chosen: tuple[int, int] | None, compare: bool, plain: bool
+) -> list[str]:
+    if compare:
         return [*seen.heads_lines(), "(--picture FILE.png draws them all, --attention LAYER.HEAD one of them)"]
-    lines = seen.attention_lines(*(chosen or seen.sharpest_head()), plain)
+    layer, head = chosen or seen.sharpest_head()
+    lines = seen.attention_lines(layer, head, plain)
     if not chosen:
         lines.append("(the sharpest head; --attention LAYER.HEAD shows another, --attention all compares them)")
     return lines
 
 
-def _neighbour_lines(run: "Run", token: str, near: list[tuple[str, float]], plain: bool) -> list[str]:
-    if run.model.config.n_emb > 1:
+def _neighbour_lines(
+    trained: "TrainedModel", token: str, near: list[tuple[str, float]], plain: bool
+) -> list[str]:
+    if trained.model.config.n_emb > 1:
         about = f"nearest to the embedding of {shown(token)}, by the cosine of the angle between them:"
         return [about, *(f"     {shown(t):<8}{c:>7.3f} {bar(c, 50, plain)}".rstrip() for t, c in near)]
-    table = embedding(run)
-    at = {t: float(table[run.tokenizer.encode(t)[0], 0]) for t in (token, *(t for t, _ in near))}
+    table = embedding(trained)
+    at = {t: float(table[trained.tokenizer.encode(t)[0], 0]) for t in (token, *(t for t, _ in near))}
     about = f"nearest to {shown(token)}, whose embedding is one number, {at[token]:.3f}"
     return [
         f"{about} (first those on the same side of 0):",

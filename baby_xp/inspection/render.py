@@ -2,7 +2,6 @@
 
 import itertools
 import unicodedata
-from typing import Any
 
 import numpy as np
 
@@ -72,16 +71,3 @@ def less_common(first: str, name: str) -> str:
     pairs = zip(ours, theirs[:-1], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number alone says nothing
-
-
-def laid_out(header: list[str], rows: list[list[str]], groups: list[Any]) -> list[str]:
-    """Rows of text under a header: words to the left, figures to the right, an empty line between groups."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines, before = [], groups[0] if groups else None
-    for row, group in zip([header, *rows], [before, *groups], strict=True):
-        if group != before:
-            lines.append("")
-        before, (name, shape, *figures, also) = group, row
-        numbers = "  ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths[2:-1], strict=True))
-        lines.append(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {numbers}  {also}".rstrip())
-    return lines

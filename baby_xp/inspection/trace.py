@@ -1,4 +1,4 @@
-"""The maths under glass: copies of the layers and models that show every array which they compute.
+"""Tracing: copies of the layers and models that record every array.
 
 The files in layers/ and models/ hold no hook, and nobody keeps a list of their arrays. Their own source is read,
 and `ast` puts a call after each assignment in a function:
@@ -43,13 +43,13 @@ DIRECTIONS = {"forward": ("y", 0), "backward": ("dx", -1)}
 class Recorder:
     """Names every array that it is shown, keeps a copy of it, and may put another one in its place.
 
-    to_host: makes a host array of one of the backend's. p: the tree of parameters, which tells a layer's place.
-    changes: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
+    to_host: makes a host array of one of the backend's. p: the tree of parameters, which gives a layer's place.
+    patches: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
     order of computation; gradients are what is seen after `turn`.
     """
 
-    def __init__(self, xp: Any, to_host: Callable, p: Tree, changes: Mapping[str, Callable] | None = None):
-        self.xp, self.to_host, self.changes = xp, to_host, dict(changes or {})
+    def __init__(self, xp: Any, to_host: Callable, p: Tree, patches: Mapping[str, Callable] | None = None):
+        self.xp, self.to_host, self.patches = xp, to_host, dict(patches or {})
         self.paths = dict(_subtrees(p))
         self.arrays: dict[str, Any] = {}
         self.gradients: dict[str, Any] = {}
@@ -74,7 +74,7 @@ class Recorder:
             return value
         self._counts[full] += 1
         unique = full if self._counts[full] == 1 else f"{full}:{self._counts[full]}"
-        value = self._latest[full] = self.changed(unique, value)
+        value = self._latest[full] = self.patched(unique, value)
         if id(value) not in self._known:
             self._known[id(value)] = (value, len(self.names))
             self.names.append([])
@@ -93,27 +93,27 @@ class Recorder:
         """A copy on the host, which nobody writes to later."""
         return self.to_host(value).copy()
 
-    def changed(self, name: str, value: Any) -> Any:
-        """What the change of that name makes of an array; BabyError if it is none of its shape and type."""
-        if name not in self.changes:
+    def patched(self, name: str, value: Any) -> Any:
+        """What the patch of that name makes of an array; BabyError if it is none of its shape and type."""
+        if name not in self.patches:
             return value
-        new = self.changes[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
+        new = self.patches[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
         for what in ("shape", "dtype"):
             if getattr(new, what, None) != getattr(value, what):
                 raise BabyError(
-                    f"the change of {name} must return an array of shape {tuple(value.shape)} and type "
-                    f"{value.dtype}, not {_told(new)}"
+                    f"the patch of {name} must return an array of shape {tuple(value.shape)} and type "
+                    f"{value.dtype}, not {_in_words(new)}"
                 )
         # what comes back as it was stays the very same, down to its layout in memory
         return value if bool(self.xp.all(new == value)) else new
 
-    def check_changes(self, others: Iterable[str] = ()) -> None:
-        """Raises BabyError if a change has a name that no array had. others: names that exist besides."""
+    def check_patches(self, others: Iterable[str] = ()) -> None:
+        """Raises BabyError if a patch has a name that no array had. others: names that exist besides."""
         known = [*self.arrays, *self.gradients, *others]
-        for name in self.changes:
+        for name in self.patches:
             if name not in known:
                 back = "" if self.gradients else " (gradients need backward=True)"
-                raise BabyError(f"there is no array {name!r} on the way; {nearest(name, known)}{back}")
+                raise BabyError(f"there is no array {name!r}; {nearest(name, known)}{back}")
 
     @contextmanager
     def scope(self, module: str, function: str, p: Any) -> Iterator[None]:
@@ -146,7 +146,8 @@ class Copies:
         if name not in self.modules:
             copy = self.modules[name] = types.ModuleType(name)
             vars(copy).update({SEE: self.recorder.see, SCOPE: self._scoped, IMPORT: self._imported})
-            exec(compiled(source_of(name), file_of(name)), vars(copy))
+            file = getattr(importlib.import_module(name), "__file__", None) or name
+            exec(compiled(source_of(name), file), vars(copy))  # tracebacks through a copy show the file's lines
         return self.modules[name]
 
     def _imported(self, module: str, name: str) -> Any:
@@ -181,24 +182,24 @@ def found() -> frozenset[str]:
 
 
 def source_of(name: str) -> str:
-    """The source of a module. Raises BabyError where it is not to be had."""
+    """The source of a module. Raises BabyError where there is none."""
     try:
         return inspect.getsource(importlib.import_module(name))
     except OSError:
-        raise BabyError(f"to look inside, the source of {name} is needed, and it is not here") from None
-
-
-def file_of(name: str) -> str:
-    """Where a module's source lies: tracebacks through a copy show its lines."""
-    return getattr(importlib.import_module(name), "__file__", None) or name
+        raise BabyError(f"inspecting a model needs the source of {name}, which is not here") from None
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(source: str, file: str) -> types.CodeType:
     """The code of a module in which every function shows its arrays."""
+    return compile(rewritten(source), file, "exec")
+
+
+def rewritten(source: str) -> ast.Module:
+    """A module's source: its functions show their arrays, and it imports copies."""
     tree = ast.parse(source)
     tree.body = [line for statement in tree.body for line in _rewritten(statement)]
-    return compile(ast.fix_missing_locations(tree), file, "exec")
+    return ast.fix_missing_locations(tree)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -208,7 +209,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _rewritten(statement: ast.stmt) -> list[ast.stmt]:
-    """A statement of a module: its functions show their arrays, and it imports copies."""
     if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("baby_xp"):
         return [_import_of(statement, alias) for alias in statement.names]
     if isinstance(statement, ast.FunctionDef):
@@ -226,6 +226,9 @@ def _import_of(statement: ast.ImportFrom, alias: ast.alias) -> ast.stmt:
     return ast.copy_location(ast.Assign([target], call), statement)
 
 
+ASSIGNMENTS = (ast.Assign, ast.AugAssign, ast.AnnAssign)
+
+
 class _Shown(ast.NodeTransformer):
     """Puts a call of see after each assignment, and around a result without a name.
 
@@ -234,27 +237,6 @@ class _Shown(ast.NodeTransformer):
 
     def __init__(self, result: tuple[str, int] | None):
         self.result, self.loops = result, 0
-
-    def visit_Assign(self, node):
-        return self._with_sight(node, node.targets)
-
-    def visit_AnnAssign(self, node):
-        return self._with_sight(node, [node.target])
-
-    def visit_AugAssign(self, node):
-        return self._with_sight(node, [node.target])
-
-    def visit_For(self, node):
-        return self._loop(node)
-
-    def visit_While(self, node):
-        return self._loop(node)
-
-    def visit_FunctionDef(self, node):
-        return node  # a function in a function computes for it, and what it returns gets its name there
-
-    def visit_Lambda(self, node):
-        return node
 
     def visit_Return(self, node):
         if self.result is None or node.value is None:
@@ -266,10 +248,10 @@ class _Shown(ast.NodeTransformer):
             node.value = _seen(name, node.value)
         return node
 
-    def _with_sight(self, node, targets):
+    def _assignment(self, node):
         if self.loops or node.value is None or isinstance(node.value, ast.Name):
             return node
-        return [node, *(_sight(name, node) for name in _bound(targets))]
+        return [node, *(_sight(name, node) for name in _bound(_targets(node)))]
 
     def _loop(self, node):
         """What is assigned in a loop is shown once, after it."""
@@ -279,13 +261,24 @@ class _Shown(ast.NodeTransformer):
         if self.loops:
             return node
         parts = [part for line in node.body for part in ast.walk(line)]
-        parts = [part for part in parts if isinstance(part, ast.Assign | ast.AugAssign | ast.AnnAssign)]
-        targets = [target for part in parts for target in getattr(part, "targets", None) or [part.target]]
+        targets = [target for part in parts if isinstance(part, ASSIGNMENTS) for target in _targets(part)]
         # a loop that ran over nothing has bound nothing
         bound = ast.Call(ast.Name("locals", ast.Load()), [], [])
         tests = [ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)]
         sights = [ast.copy_location(ast.If(test, [_sight(test.left.value, node)], []), node) for test in tests]
         return [node, *sights]
+
+    def _inner(self, node):
+        """A function in a function computes for it, and what it returns is named there."""
+        return node
+
+    visit_Assign = visit_AnnAssign = visit_AugAssign = _assignment
+    visit_For = visit_While = _loop
+    visit_FunctionDef = visit_Lambda = _inner
+
+
+def _targets(assignment: Any) -> list[ast.expr]:
+    return getattr(assignment, "targets", None) or [assignment.target]
 
 
 def _bound(targets: list[ast.expr]) -> list[str]:
@@ -322,7 +315,7 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _told(value: Any) -> str:
+def _in_words(value: Any) -> str:
     """A value in a few words."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"one of shape {tuple(value.shape)} and type {value.dtype}"

@@ -74,7 +74,7 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     """
     B, T, V, C = batch_size, config.n_ctx, vocab_size, config.n_emb
     if isinstance(config, EquationConfig):
-        hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its slope too
+        hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
     norm = C + 1  # normed channels, and one deviation a token
     a_token = norm + C + V  # the last norm, the head's input, the loss
@@ -100,7 +100,7 @@ def _scores_saved(config: GPTConfig) -> int:
 
 
 def _network_saved(config: GPTConfig) -> int:
-    """Elements a token: the slope of GELU and its output; of experts also the gate and the gated output."""
+    """Elements a token: the derivative of GELU and its output; of experts also the gate and the gated output."""
     if config.c_network == "mlp":
         return 2 * mlp.EXPANSION * config.n_emb
     experts = mixture_of_experts
@@ -124,13 +124,13 @@ def arrays(
 ) -> dict[str, int]:
     """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences of a step.
 
-    A worker computes its share of them, shard by shard where the backend has a limit of tokens at once. In the
+    A worker computes its share of them, tile by tile where the backend limits the tokens computed at once. In the
     exchange are its gradients, the weights and moments a second time, and weights that are only evaluated.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
-    least, more = divmod(batch_size, workers)  # so many sequences a worker, and so many workers with one more
+    least, more = divmod(batch_size, workers)  # sequences of a worker, and the number of workers with one more
     kept = sum(
-        number * saved_bytes(config, vocab_size, _largest_shard(share, config.n_ctx, tokens_at_once), itemsize)
+        number * saved_bytes(config, vocab_size, _largest_tile(share, config.n_ctx, tokens_at_once), itemsize)
         for share, number in ((least, workers - more), (least + 1, more)) if number
     )  # fmt: skip
     exchange = {"exchange of workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
@@ -138,15 +138,15 @@ def arrays(
     return {**parts, **exchange}
 
 
-def _largest_shard(B: int, T: int, tokens_at_once: int | None) -> int:
-    """Sequences of the largest shard of a share."""
+def _largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
+    """Sequences of the largest tile of a share."""
     return -(-B // number_of_shards(B, T, tokens_at_once))
 
 
 def batch_that_fits(
     config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
 ) -> int:
-    """About so many sequences at once can be trained in `room` bytes of a GPU, where batch_size of them could not.
+    """About how many sequences at once can be trained in `room` bytes of a GPU, where batch_size could not.
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that

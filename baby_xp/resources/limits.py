@@ -1,4 +1,4 @@
-"""What does not fit this machine, said before anything of it is made.
+"""Refuses what does not fit this machine, before any of it is made.
 
 Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
 system ends this process or another one when there is no more. What a run takes in all is more, and `estimate`
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from baby_xp_data import equations
 
-from baby_xp.arrays.backend import Backend, in_words
+from baby_xp import layout
+from baby_xp.arrays.backend import Backend
 from baby_xp.config import EquationConfig, EquationData, ModelConfig, RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -25,7 +26,7 @@ MOST_CHARACTERS = 2**25
 BATCH_BYTES = 16
 """Of a token in a step's batch: input and target, on the host and on the backend, int32 each."""
 PROCESS_BYTES = 10 * 2**20
-"""Of a worker at least, for Python and NumPy alone."""
+"""Of a worker at least, for Python and NumPy."""
 
 
 def check_size(model: Model) -> None:
@@ -99,12 +100,12 @@ def _room(backend: Backend) -> int | None:
 
 
 def _too_much(size: int, room: int) -> str:
-    return f"at least {in_words(size)}, and this machine has {in_words(room)} free"
+    return f"at least {layout.size(size)}, and this machine has {layout.size(room)} free"
 
 
 def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
     """The settings that most of the memory is for."""
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda kind: parts[kind])
     if largest == "batch":
         return "--batch-size or --accumulate"
     if largest in ("processes", "exchange of workers"):

@@ -1,7 +1,7 @@
-"""What memory the machine has, and what processes take of it, as Linux tells it in /proc. On other systems nothing
-is known of processes: [] and None.
+"""The memory that the machine has and that processes take, from Linux's /proc. On other systems nothing is known
+of processes: [] and None.
 
-A process is told by two sizes in bytes:
+Two sizes describe a process, in bytes:
 
     peak    its highest resident memory so far. VmHWM and not getrusage's ru_maxrss, which may begin with the
             peak of the parent: Linux carries that over into the child
@@ -21,8 +21,8 @@ STATUS = "print(open('/proc/self/status').read())"
 
 
 def free() -> int | None:
-    """Bytes of memory that this machine can give now, with what it may swap; all that it has where the system does
-    not tell what others use, None where it tells nothing."""
+    """Bytes of memory that this machine can give now, with what it may swap; all that it has where the system
+    does not say what others use, None where it says nothing."""
     with suppress(OSError, KeyError, ValueError):
         fields = _fields((PROC / "meminfo").read_text())
         return 1024 * (int(fields["MemAvailable"][0]) + int(fields["SwapFree"][0]))
@@ -33,7 +33,7 @@ def free() -> int | None:
 
 
 def taken(children: Sequence[int] = ()) -> list[Sizes]:
-    """Sizes of this process and of these others, in this order; [] where they are not told."""
+    """Sizes of this process and of these others, in this order; [] where they are unknown."""
     try:
         return [_sizes((PROC / name / "status").read_text()) for name in ("self", *map(str, children))]
     except (OSError, KeyError):
@@ -51,7 +51,7 @@ def children() -> list[int]:
 
 
 def of_interpreter(environment: Mapping[str, str] | None = None) -> Sizes | None:
-    """Sizes of a bare Python process that does nothing; None where they are not told."""
+    """Sizes of a bare Python process that does nothing; None where they are unknown."""
     if not taken():
         return None
     done = subprocess.run([sys.executable, "-c", STATUS], stdout=subprocess.PIPE, text=True, env=environment)

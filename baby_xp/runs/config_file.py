@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from baby_xp import __version__
-from baby_xp.arrays.backend import device_memory, in_words
+from baby_xp import __version__, layout
+from baby_xp.arrays.backend import device_memory
 from baby_xp.config import RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.runs import report, state_file, store
@@ -51,7 +51,8 @@ def content(
         "workers": setup.workers,
     }  # fmt: skip
     if (memory := device_memory(backend)) is not None:
-        machine["GPU memory, peak used/held"] = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
+        peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
+        machine["GPU memory, peak used/held"] = peaks
     return {
         "guid": files.guid,
         "baby_xp": __version__,

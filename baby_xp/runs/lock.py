@@ -2,10 +2,10 @@
 
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from baby_xp.files import open_in_folder, try_to_lock
+from baby_xp.files import open_in_folder, remove, try_to_lock
 
 PATIENCE = 0.3
 """Seconds to wait for a lock: `is_held`, and a new run that tidies up, take it for an instant."""
@@ -15,7 +15,8 @@ class Lock:
     """An advisory lock on a file that is there only while the lock is held, or if its process was killed."""
 
     def __init__(self, path: Path):
-        self.path, self._file = path, None
+        self.path = path
+        self._file: BinaryIO | None = None
 
     def acquire(self, patience: float = PATIENCE) -> bool:
         """Take the lock -> whether it was free. Raises OSError if the file cannot be written, or the file system
@@ -31,8 +32,7 @@ class Lock:
                     return True
             except OSError:
                 if not was_there:  # where there are no locks, nothing is left of one
-                    with suppress(OSError):
-                        self.path.unlink()
+                    remove(self.path)
                 raise
             finally:
                 if self._file is None:
@@ -45,14 +45,13 @@ class Lock:
     def release(self) -> None:
         """Give the lock back and remove its file."""
         file, self._file = self._file, None
+        if file is None:
+            return
         if os.name == "nt":  # which removes no file that is open
             file.close()
-            with suppress(OSError):
-                self.path.unlink()
-            return
-        with suppress(OSError):  # removed while it is held: later it may be another process's already
-            if self._is_mine(file):
-                self.path.unlink()
+            remove(self.path)
+        elif self._is_mine(file):  # removed while it is held: later it may be another process's already
+            remove(self.path)
         file.close()
 
     def is_held(self) -> bool:
@@ -68,7 +67,7 @@ class Lock:
         except OSError:
             return False
 
-    def _is_mine(self, file) -> bool:
+    def _is_mine(self, file: BinaryIO) -> bool:
         """Whether the locked file is still the one at the path, and not one that its last holder removed."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))

@@ -1,4 +1,4 @@
-"""What a person would want to read of a run."""
+"""The report of a run, for people."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import platform
 import sys
 from typing import Any
 
+from baby_xp import layout
 from baby_xp.files import shown
 
 REASONS = {
@@ -30,10 +31,10 @@ def text(config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str,
     lines += _table("Training", config["train"]) + _table("Machine", config["machine"])
     lines += _losses(records)
     if samples := [record for record in records if record.get("sample")]:
-        lines += ["What it said on the way"]
+        lines += ["Samples during training"]
         lines += [f"{record['step']:8d}  {' '.join(record['sample'].split())}" for record in samples]
         lines += [""]
-    return "\n".join([*lines, *(["What it says at the end", sample, ""] if sample else [])])
+    return "\n".join([*lines, *(["Sample at the end", sample, ""] if sample else [])])
 
 
 def _origin(config: dict[str, Any]) -> list[str]:
@@ -44,38 +45,37 @@ def _origin(config: dict[str, Any]) -> list[str]:
 def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """What matters first."""
     failed = f"failed; the last good checkpoint is that of step {result['steps']:,}: {result['reason']}"
-    told = {"how it ended": REASONS.get(result["reason"], failed).format(**result)}
+    rows = {"how it ended": REASONS.get(result["reason"], failed).format(**result)}
     if result["val_loss"] is not None:
         whole = bool(records) and records[-1]["whole_validation"]
         part = "the whole validation part" if whole else "a sample of the validation part"
-        told["validation loss"] = f"{result['val_loss']:.4f} nats per token, over {part}"
-        told["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
+        rows["validation loss"] = f"{result['val_loss']:.4f} nats per token, over {part}"
+        rows["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
         if entropy := facts.get("entropy, nats per character"):
-            told["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
+            rows["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
     if result["train_loss"] is not None:
-        told["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the evaluation before"
+        rows["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the evaluation before"
     if result["best_step"] is not None:
-        told["weights kept"] = f"those of step {result['best_step']:,}, the best validation loss"
-    told["time"] = f"{result['seconds']:,.1f} s with evaluations and checkpoints"
-    told["speed"] = f"{result['tokens_per_second']:,} tokens/s while training"
-    return told
+        rows["weights kept"] = f"those of step {result['best_step']:,}, the best validation loss"
+    rows["time"] = f"{result['seconds']:,.1f} s with evaluations and checkpoints"
+    rows["speed"] = f"{result['tokens_per_second']:,} tokens/s while training"
+    return rows
 
 
 def _losses(records: list[dict[str, Any]]) -> list[str]:
-    lines = ["Losses, in nats per token", "    step     train  validation        rate  grad norm   seconds"]
+    rows: list[tuple[str, ...]] = [("step", "train", "validation", "rate", "grad norm", "seconds", "")]
     for record in records:
         train = f"{record['train_loss']:.4f}" if record["train_loss"] is not None else ""
-        part = "  whole validation part, weights kept" if record["whole_validation"] else ""
-        lines.append(
-            f"{record['step']:8d}  {train:>8}  {record['val_loss']:10.4f}  {record['lr']:10.3g}  "
-            f"{record['grad_norm']:9.3g}  {record['seconds']:8.1f}{part}"
-        )
-    return [*lines, ""]
+        losses = str(record["step"]), train, f"{record['val_loss']:.4f}"
+        part = "whole validation part, weights kept" if record["whole_validation"] else ""
+        pace = f"{record['lr']:.3g}", f"{record['grad_norm']:.3g}", f"{record['seconds']:.1f}"
+        rows.append((*losses, *pace, part))
+    lines = layout.columns("{:>8}  {:>8}  {:>10}  {:>10}  {:>9}  {:>8}  {}", rows)
+    return ["Losses, in nats per token", *lines, ""]
 
 
 def _table(title: str, values: dict[str, Any]) -> list[str]:
-    width = max(len(name) for name in values)
-    return [title, *(f"    {name:<{width}}  {_shown(value)}" for name, value in values.items()), ""]
+    return [title, *layout.pairs([(name, _shown(value)) for name, value in values.items()], 4), ""]
 
 
 def _shown(value: Any) -> str:

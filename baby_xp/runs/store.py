@@ -4,7 +4,7 @@
     tokenizers/tokenizer_<guid>.json      characters in id order
     models/model_<guid>.safetensors       weights: the best so far by validation loss
     models/state_<guid>.safetensors       the last checkpoint: all that resuming needs
-    outputs/report_<guid>.txt             what a person would want to read
+    outputs/report_<guid>.txt             a report for people
     outputs/metrics_<guid>.jsonl          losses, one JSON object a line
     outputs/completion_<guid>.txt         the text generated at the end of training
     outputs/completion_<guid>_<yyyymmddhhmmss>.txt    a later generation
@@ -15,14 +15,11 @@ it, a second one _finetuned-2, one that was finetuned from the first _finetuned_
 """
 
 import hashlib
-import itertools
 import json
-import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,27 +27,24 @@ from typing import Any
 from baby_xp.errors import BabyError
 from baby_xp.files import (
     NO_LOCKS,
+    TEMPORARY,
     as_path,
     listed,
     make_writable_folder,
     refusal,
+    remove,
     remove_folders,
     shown,
-    try_to_lock,
     write_json,
 )  # fmt: skip
 from baby_xp.runs.lock import PATIENCE, Lock
-from baby_xp.text.corpus import sweep_ids
 
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
 FINETUNED = "(_finetuned(-[1-9][0-9]*)?)*"
 GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" + FINETUNED)
-"""A run's GUID, with what finetuning put after it."""
+"""A run's GUID, with what finetuning added."""
 NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
-"""The beginning of one, with all that finetuning put after it."""
-
-OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
-"""The name under which safetensors writes a file before it renames it."""
+"""The beginning of one, with all that finetuning added."""
 
 SEAL = "checksum"
 
@@ -102,153 +96,6 @@ class RunFiles:
         return self.folder / "outputs" / f"completion_{self.guid}{stamp}.txt"
 
 
-@dataclass
-class NewRun:
-    """A run that is being made. Set `keep` as soon as there is something worth keeping.
-
-    undo: what else is to be done if it comes to nothing.
-    """
-
-    files: RunFiles
-    keep: bool = False
-    undo: ExitStack = field(default_factory=ExitStack)
-
-
-@contextmanager
-def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
-    """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
-    there goes again: no run, no file, and no folder that it made, unless another run trains there by then.
-
-    base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
-    Raises BabyError if the folder cannot be written.
-    """
-    folder = as_path(folder, "path")
-    made: list[Path] = []
-    kept = False
-    try:
-        for path in (folder, *(folder / name for name in FOLDERS)):
-            make_writable_folder(path, made, "--path")
-        _sweep_abandoned(folder)
-        names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
-        with ExitStack() as held:
-            new = NewRun(_first_free(folder, names, held))
-            try:
-                yield new
-            except BaseException:
-                kept = new.keep
-                if not kept:  # while the lock is held: its name may be another run's afterwards
-                    try:
-                        _remove(new.files)
-                    except KeyboardInterrupt:  # another Ctrl-C does not leave the half of it
-                        _remove(new.files)
-                    new.undo.close()
-                raise
-    except BaseException:
-        if not kept:
-            _remove_folders(folder, made)
-        raise
-
-
-def _remove(files: RunFiles) -> None:
-    """Remove the files that training writes, the config first. Hold the run."""
-    for path in files.of_training:
-        with suppress(OSError):  # it was not written yet
-            path.unlink()
-
-
-def _remove_folders(folder: Path, made: list[Path]) -> None:
-    """Remove those of the folders that were made here and are empty, unless another run trains there, which will
-    write into them: its lock tells."""
-    if not _somebody_trains(folder):
-        remove_folders(made)
-
-
-def _somebody_trains(folder: Path) -> bool:
-    return any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs"))
-
-
-def _sweep_abandoned(folder: Path) -> None:
-    """Remove what processes left that were killed before there was a run, or a text as ids, to speak of.
-
-    Such a run has a lock that no process holds, no config, and nothing but the weights that it began with.
-    """
-    for path in listed(folder / "configs"):
-        named = re.fullmatch(r"\.config_(.*)\.lock", path.name)
-        if named and GUID.fullmatch(named[1]):
-            files = RunFiles(folder, named[1])
-            with suppress(BabyError), hold(files, patience=0):  # which removes the lock of a run that was killed
-                _remove_abandoned(files)
-    folders = folder, *(folder / name for name in FOLDERS)
-    left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
-    somebody_trains = _somebody_trains(folder)  # asked after listing: who writes what is listed has a lock
-    for path in left:
-        if path.suffix == ".tmp":
-            _sweep_half(folder, path)
-        elif OF_SAFETENSORS.fullmatch(path.name) and not somebody_trains:
-            with suppress(OSError):
-                path.unlink()
-    sweep_ids(folder / "corpora")
-
-
-def _remove_abandoned(files: RunFiles) -> None:
-    """Remove the files of a run that was killed before it was one. Hold it."""
-    if not os.path.lexists(files.config) and not _has_trained(files):
-        sweep(files)
-        _remove(files)
-
-
-def _sweep_half(folder: Path, path: Path) -> None:
-    """Remove a file that a process left half written, unless its run is being trained, or somebody writes it."""
-    written = re.fullmatch(r"\.(.*)\.[0-9a-f]{8}\.tmp", path.name)
-    of_run = written and GUID.search(written[1])
-    files = RunFiles(folder, of_run[0]) if of_run else None
-    if files and written[1] in {one.name for one in files.of_training}:
-        with suppress(BabyError), hold(files, patience=0), suppress(OSError):
-            path.unlink()
-    elif written:
-        with suppress(OSError), open(path, "rb") as file:
-            if try_to_lock(file, shared=True):
-                path.unlink()
-
-
-def _has_trained(files: RunFiles) -> bool:
-    """Whether a run that has lost its config may hold work of its own, or may not be judged."""
-    from baby_xp.runs.state_file import read_metadata
-
-    arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
-    return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)
-
-
-def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
-    """The first of the names that no run has, held until `held` is left."""
-    held_by_others = None
-    for name in names:
-        files = RunFiles(folder, name)
-        with ExitStack() as attempt:
-            try:
-                attempt.enter_context(hold(files, other="--path"))
-            except Held as error:
-                held_by_others = error
-                continue
-            if _is_there(files):  # its process ended just now, perhaps; the lock that marks it goes with `attempt`
-                _remove_abandoned(files)
-            if not _is_there(files):
-                held.push(attempt.pop_all())
-                return files
-    raise held_by_others or BabyError(f"there is a run {name} in {shown(folder)} already")
-
-
-def _is_there(files: RunFiles) -> bool:
-    """Whether a run has this name, or left something under it."""
-    return any(os.path.lexists(path) for path in files.of_training)
-
-
-def _finetuned_names(base: str) -> Iterator[str]:
-    yield f"{base}_finetuned"
-    for number in itertools.count(2):
-        yield f"{base}_finetuned-{number}"
-
-
 class Held(BabyError):
     """Another process trains the run."""
 
@@ -257,7 +104,7 @@ class Held(BabyError):
 def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) -> Iterator[None]:
     """Keep other processes from training this run. Raises Held if one does already.
 
-    patience: seconds to wait for a process that gives the lock back at this moment. other: what names another
+    patience: seconds to wait for a process that is about to release the lock. other: what names another
     place than this one, for the advice where it cannot be locked.
     """
     lock = Lock(files.lock)
@@ -274,6 +121,11 @@ def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) 
         lock.release()
 
 
+def is_held(files: RunFiles) -> bool:
+    """Whether a process trains this run at present."""
+    return Lock(files.lock).is_held()
+
+
 def folder_for_ids(files: RunFiles) -> Path | None:
     """Where to keep the ids of a text that a run is measured on; None, in memory, where nothing can be written."""
     made: list[Path] = []
@@ -286,25 +138,19 @@ def folder_for_ids(files: RunFiles) -> Path | None:
     return files.folder / "corpora"
 
 
-def is_held(files: RunFiles) -> bool:
-    """Whether a process trains this run at present."""
-    return Lock(files.lock).is_held()
-
-
 def sweep(files: RunFiles) -> None:
     """Remove what a process that was killed while it wrote a file of this run left behind. Hold the run first."""
     for path in files.of_training:
         for other in listed(path.parent):
-            if other.name.startswith(f".{path.name}.") and other.suffix == ".tmp":
-                with suppress(OSError):
-                    other.unlink()
+            if other.name.startswith(f".{path.name}.") and other.suffix == TEMPORARY:
+                remove(other)
 
 
 def find(folder: str | Path, name: str) -> RunFiles:
     """The run called `name`: a GUID, an unambiguous beginning of one, or "last".
 
-    What finetuning put after a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such run, or
-    several.
+    The suffix that finetuning adds to a GUID is given whole: 1a2b_finetuned. Raises BabyError if there is no such
+    run, or several.
     """
     folder = as_path(folder, "path")
     if not isinstance(name, str):
@@ -318,11 +164,10 @@ def find(folder: str | Path, name: str) -> RunFiles:
     if not NAME.fullmatch(name):
         raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last")
     fitting = [guid for guid in found if guid.startswith(beginning) and guid[36:] == mark + suffix]
-    if len(fitting) != 1:
-        known = f"{len(fitting)} runs begin with" if fitting else f"no run in {shown(folder)} begins with"
-        raise BabyError(
-            f"{known} {name!r}; give more of the GUID" if fitting else f"{known} {name!r}; the last is {found[0]}"
-        )
+    if not fitting:
+        raise BabyError(f"no run in {shown(folder)} begins with {name!r}; the last is {found[0]}")
+    if len(fitting) > 1:
+        raise BabyError(f"{len(fitting)} runs begin with {name!r}; give more of the GUID")
     return RunFiles(folder, fitting[0])
 
 

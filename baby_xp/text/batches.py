@@ -7,11 +7,10 @@ never changes, and does not promise it for what `Generator` draws from that stre
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from baby_xp import checks
 from baby_xp.errors import BabyError
 
 # Sets these streams apart from others that are keyed by the same seed, such as that of the weights.
@@ -37,14 +36,12 @@ class Batch(NamedTuple):
 class RandomWindows:
     """Windows that start anywhere in `ids` (n,), drawn anew for each step, every offset equally likely.
 
-    Raises BabyError if a size or the seed is invalid, or `ids` is shorter than n_ctx + 1.
+    Raises BabyError if `ids` is shorter than n_ctx + 1.
     """
 
     def __init__(self, ids: np.ndarray, n_ctx: int, batch_size: int, seed: int):
-        self.n_ctx, self.batch_size = _size("n_ctx", n_ctx), _size("batch_size", batch_size)
-        self.seed = _seed(seed)
-        self.ids = _ids_of_windows(ids, self.n_ctx)
-        self.n_windows = len(self.ids) - self.n_ctx
+        self.ids, self.n_ctx, self.batch_size, self.seed = _plain(ids, n_ctx + 1), n_ctx, batch_size, seed
+        self.n_windows = len(self.ids) - n_ctx
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -58,15 +55,13 @@ class EpochWindows:
 
     The last batch of an epoch is smaller where batch_size does not divide the number of windows. The order
     is computed, not stored, so an epoch may hold billions of windows.
-    Raises BabyError if a size or the seed is invalid, or `ids` is shorter than n_ctx + 1.
+    Raises BabyError if `ids` is shorter than n_ctx + 1.
     """
 
     def __init__(self, ids: np.ndarray, n_ctx: int, batch_size: int, stride: int, seed: int):
-        self.n_ctx, self.batch_size = _size("n_ctx", n_ctx), _size("batch_size", batch_size)
-        self.seed = _seed(seed)
-        self.stride = _size("stride", stride)
-        self.ids = _ids_of_windows(ids, self.n_ctx)
-        self.n_windows = (len(self.ids) - self.n_ctx - 1) // self.stride + 1
+        self.ids, self.n_ctx, self.batch_size, self.seed = _plain(ids, n_ctx + 1), n_ctx, batch_size, seed
+        self.stride = stride
+        self.n_windows = (len(self.ids) - n_ctx - 1) // stride + 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,24 +82,15 @@ class PairBatches:
     contexts (n, T) and targets (n,), or (n, T) for a model that predicts every next token. Without `batch_size`,
     or with one of n or more, every batch is the whole set in its own order; otherwise batch_size different
     rows, drawn anew for each step.
-    Raises BabyError if the shapes do not fit, there are no pairs, or batch_size or the seed is invalid.
     """
 
     def __init__(
         self, contexts: np.ndarray, targets: np.ndarray, batch_size: int | None = None, seed: int = 0
     ):
-        contexts, targets = np.asarray(contexts), np.asarray(targets)
-        fit = targets.shape in (contexts.shape[:1], contexts.shape)
-        if contexts.ndim != 2 or not fit or contexts.size == 0:
-            raise BabyError(
-                f"contexts of shape {contexts.shape} and targets of shape {targets.shape} are not pairs; "
-                "give contexts (n, T) and targets (n,) or (n, T), n and T at least 1"
-            )
         self.contexts = np.ascontiguousarray(contexts, dtype=np.int32)
         self.targets = np.ascontiguousarray(targets, dtype=np.int32)
         n = len(targets)
-        self.batch_size = n if batch_size is None else min(_size("batch_size", batch_size), n)
-        self.seed = _seed(seed)
+        self.batch_size, self.seed = n if batch_size is None else min(batch_size, n), seed
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -119,14 +105,17 @@ def consecutive_windows(ids: np.ndarray, n_ctx: int, batch_size: int) -> Iterato
     """All of `ids` (n,) in order, in windows that do not overlap: each token but the first is a target once.
 
     Yields batches of batch_size windows of n_ctx, one batch of the windows that remain, and one window that
-    is shorter than n_ctx for the tokens that remain. Raises BabyError, at the call, if a size is invalid or
-    there are fewer than 2 tokens.
+    is shorter than n_ctx for the tokens that remain. Raises BabyError if there are fewer than 2 tokens.
     """
-    n_ctx, batch_size = _size("n_ctx", n_ctx), _size("batch_size", batch_size)
-    ids = _plain(ids)
-    if len(ids) < 2:
-        raise BabyError(f"{len(ids)} tokens leave nothing to predict; give a text of at least 2 tokens")
-    return _consecutive(ids, n_ctx, batch_size)
+    ids = _plain(ids, 2)
+    n_windows, n_left = divmod(len(ids) - 1, n_ctx)
+    sizes = [(min(batch_size, n_windows - first), n_ctx) for first in range(0, n_windows, batch_size)]
+    start = 0
+    for shape in sizes + [(1, n_left)] * (n_left > 0):
+        stop = start + math.prod(shape)
+        tokens = ids[start : stop + 1].astype(np.int32)                   # (B * T + 1,)
+        yield _shifted(tokens[:-1].reshape(shape), tokens[1:].reshape(shape))
+        start = stop
 
 
 def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -164,8 +153,6 @@ def _hash32(x: np.ndarray, key: np.uint64) -> np.ndarray:
 
 def _random_bits(seed: int, index: int, count: int) -> np.ndarray:
     """Random uint64 (count,) for a seed and a step or epoch."""
-    if index < 0:
-        raise BabyError(f"step {index} does not exist; steps are counted from 0")
     key = np.array([seed, index], dtype=np.uint64)
     return np.random.Philox(key=key, counter=STREAM << 192).random_raw(count)
 
@@ -180,38 +167,11 @@ def _shifted(inputs: np.ndarray, targets: np.ndarray) -> Batch:
     return Batch(np.ascontiguousarray(inputs), np.ascontiguousarray(targets), samples)
 
 
-def _consecutive(ids: np.ndarray, n_ctx: int, batch_size: int) -> Iterator[Batch]:
-    n_windows, n_left = divmod(len(ids) - 1, n_ctx)
-    sizes = [(min(batch_size, n_windows - first), n_ctx) for first in range(0, n_windows, batch_size)]
-    start = 0
-    for shape in sizes + [(1, n_left)] * (n_left > 0):
-        stop = start + math.prod(shape)
-        tokens = ids[start : stop + 1].astype(np.int32)                   # (B * T + 1,)
-        yield _shifted(tokens[:-1].reshape(shape), tokens[1:].reshape(shape))
-        start = stop
-
-
-def _ids_of_windows(ids: np.ndarray, n_ctx: int) -> np.ndarray:
-    ids = _plain(ids)
-    if len(ids) < n_ctx + 1:
-        raise BabyError(
-            f"{len(ids)} tokens are too few for one window: n_ctx {n_ctx} needs {n_ctx + 1}; "
-            "use a longer text or a smaller --n-ctx"
-        )
-    return ids
-
-
-def _plain(ids: np.ndarray) -> np.ndarray:
-    # A view of a memmap as a plain array reads the same pages without the subclass's cost at each indexing.
+def _plain(ids: np.ndarray, least: int) -> np.ndarray:
+    """Ids as a plain array. Raises BabyError for fewer than `least`."""
+    # a view of a memmap as a plain array reads the same pages without the subclass's cost at each indexing
     ids = np.asarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise BabyError(f"ids of shape {ids.shape} and type {ids.dtype} are no text; give 1-D integers")
+    if len(ids) < least:
+        few = f"{len(ids)} tokens are too few for a window of {least}"
+        raise BabyError(f"{few}: use a longer text or a smaller n_ctx")
     return ids
-
-
-def _size(name: str, value: Any) -> int:
-    return checks.whole(name, value, most=None)
-
-
-def _seed(value: Any) -> int:
-    return checks.whole("seed", value, least=0, most=2**64 - 1)

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from baby_xp.errors import BabyError
-from baby_xp.files import ATTEMPTS, absolute, listed, make_folder, refusal, remove_folders, shown, try_to_lock
+from baby_xp.files import ATTEMPTS, absolute, make_folder, refusal, remove, remove_folders, shown, write_pieces
 from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
@@ -40,7 +39,7 @@ class Corpus:
     n_characters  length of the text; the ids may be more, as with bytes.
     statistics    paragraphs, sentences, words, characters.
     file          where the text was read, None for one that came from elsewhere.
-    kept          the file of the ids, None for those that are in memory alone.
+    kept          the file of the ids, None for those that are only in memory.
     """
 
     ids: np.ndarray
@@ -82,13 +81,11 @@ class Corpus:
     ) -> "Corpus":
         """The corpus of a UTF-8 file of any size, its ids kept in a file in `cache_folder` unless that is None.
 
-        `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that
-        makes one of the text's chunks. The text is read in chunks, twice: for its characters, counts and
-        hash, then for its ids. A later call finds the ids there.
-        A damaged file of ids is made anew.
-        Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`,
-        holds a character that the tokenizer does not know, or if the folder cannot be written; nothing is
-        then left behind.
+        `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that makes
+        one from the text's chunks. The text is read twice, in chunks: for its characters, counts and hash, then
+        for its ids. A later call finds the ids there; a damaged file of ids is made anew.
+        Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`, holds
+        a character that the tokenizer does not know, or if the folder cannot be written; then nothing is left.
         """
         corpus = _build(lambda: read_text(path), shown(path), tokenizer, cache_folder, sha256)
         return replace(corpus, file=Path(absolute(path)))
@@ -115,7 +112,7 @@ def read_text(path: str | Path, chunk_size: int = CHUNK) -> Iterator[str]:
 
     As in Python's text mode, \\r\\n and \\r become \\n, so that one text gives the same ids everywhere; a
     byte order mark at the start is dropped. Raises BabyError, when the first chunk is asked for, if there is
-    no such file or it cannot be read; on the way if it is not UTF-8; at the end if it held nothing.
+    no such file or it cannot be read; while reading if it is not UTF-8; at the end if it held nothing.
     """
     return _normalised(_decoded(_read_bytes(path, chunk_size), shown(path)), shown(path))
 
@@ -220,11 +217,12 @@ class KeptIds:
     """The ids (n,) of a text in a file, and after them the SHA-256 of their bytes.
 
     The hash is checked when the file is opened. Those of a long text are mapped, and may be read for the first
-    time hours later: size and time of the file then tell whether it must be checked again.
+    time hours later: size and time of the file then show whether it must be checked again.
     """
 
     def __init__(self, path: Path, n: int, dtype: np.dtype):
         self.path, self.n, self.dtype = path, n, dtype
+        self.size = n * dtype.itemsize
         self.made = False
         """Whether this object wrote the file."""
         self._seen: tuple[int, ...] = ()
@@ -234,35 +232,35 @@ class KeptIds:
 
         Raises BabyError if they cannot be kept.
         """
+        made: list[Path] = []
         try:
+            make_folder(self.path.parent, made)
             for _ in range(ATTEMPTS):
                 with suppress(FileNotFoundError):  # another process may clear the folder at any moment
                     if (ids := self._opened()) is not None:
                         return ids
-                    self._write(encoded())
-                    if (ids := self._opened()) is not None:
-                        return ids
+                    self._write(encoded)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except BaseException as error:
             self.discard()
+            remove_folders(made)
             if isinstance(error, OSError):
                 raise refusal(self.path, error) from error
             raise
 
     def _opened(self) -> np.ndarray | None:
         """The ids from the file; None if it does not hold them."""
-        if self.n * self.dtype.itemsize > IN_MEMORY:
+        if self.size > IN_MEMORY:
             if not self._is_whole():
                 return None
             self._seen = _identity(self.path)
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
-        size = self.n * self.dtype.itemsize
         try:
             with open(self.path, "rb") as file:
-                data = memoryview(file.read(size + HASH_SIZE + 1))  # no more: it may be anything
+                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: it may be anything
         except FileNotFoundError:
             return None
-        ids, end = data[:size], data[size:]
+        ids, end = data[: self.size], data[self.size :]
         return np.frombuffer(ids, self.dtype) if hashlib.sha256(ids).digest() == end else None
 
     def check(self) -> None:
@@ -274,25 +272,23 @@ class KeptIds:
             return
         try:
             seen = _identity(self.path)
-            if seen == self._seen or self._is_whole():
-                self._seen = seen
-                return
+            if seen != self._seen and not self._is_whole():
+                change = f"{shown(self.path)} was changed while it was in use"
+                raise BabyError(f"{change}; it is made anew from the text the next time")
+            self._seen = seen
         except FileNotFoundError:
             return
         except OSError as error:
             raise refusal(self.path, error, "read") from None
-        raise BabyError(
-            f"{shown(self.path)} was changed while it was in use; it is made anew from the text the next time"
-        )
 
     def discard(self) -> None:
         """Remove the file if this object wrote it."""
         if self.made:
-            _remove(self.path)
+            remove(self.path)
 
     def _is_whole(self) -> bool:
         with suppress(FileNotFoundError), open(self.path, "rb") as file:
-            size, found = self.n * self.dtype.itemsize, hashlib.sha256()
+            size, found = self.size, hashlib.sha256()
             if os.fstat(file.fileno()).st_size != size + HASH_SIZE:
                 return False
             while size:
@@ -303,47 +299,20 @@ class KeptIds:
             return file.read() == found.digest()
         return False
 
-    def _write(self, encoded: Iterator[np.ndarray]) -> None:
-        # A name of its own for each writer: two that make the same file at once both succeed.
-        temporary = self.path.with_name(f"{self.path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        made: list[Path] = []
+    def _write(self, encoded: Callable[[], Iterator[np.ndarray]]) -> None:
+        def pieces() -> Iterator[memoryview | bytes]:
+            found = hashlib.sha256()
+            for ids in encoded():
+                found.update(ids.data)
+                yield ids.data
+            yield found.digest()
+
         try:
-            make_folder(self.path.parent, made)
-            with open(temporary, "xb") as file:
-                with suppress(OSError):  # locked while it grows: see sweep_ids
-                    try_to_lock(file)
-                found = hashlib.sha256()
-                for ids in encoded:
-                    found.update(ids.data)
-                    file.write(ids.data)
-                file.write(found.digest())
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.replace(temporary, self.path)
-                self.made = True
-            except PermissionError:  # Windows does not replace a file that another process has mapped
-                if not self._is_whole():
-                    raise
-        except BaseException:
-            _remove(temporary)
-            remove_folders(made)
-            raise
-        _remove(temporary)  # where it was not renamed
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-def sweep_ids(folder: Path) -> None:
-    """Remove what processes left in a folder of ids that were killed while they wrote there."""
-    for path in listed(folder):
-        if path.suffix == ".tmp":
-            with suppress(OSError), open(path, "rb") as file:
-                if try_to_lock(file, shared=True):  # nobody writes it; where files cannot be locked, it stays
-                    path.unlink()
+            write_pieces(self.path, pieces)
+            self.made = True
+        except PermissionError:  # Windows does not replace a file that another process has mapped
+            if not self._is_whole():
+                raise
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -13,16 +13,15 @@ class Statistics:
     """The counts of a text. A line ends at \\n alone, whitespace is what `str.isspace` says.
 
     paragraphs  lines that hold something other than whitespace.
-    sentences   ends of sentences: runs of the marks . ! ? without anything between them, so that "What?!" and
+    sentences   ends of sentences: runs of the marks . ! ? with nothing between them, so that "What?!" and
                 "Well..." end one each, and so do "Mr." and the point of "3.14"; a sentence without a mark at
                 its end does not count.
     words       longest runs of characters that are not whitespace, as `str.split` finds them.
     characters  all characters but newlines.
     newlines    how many \\n there are; with the characters, the length of the text.
 
-    The first four give what the original Little Baby says of its Shakespeare: 32777, 12519, 202651, 1075394.
-    It does not say how it counted. In that text no two marks stand side by side, so a count of the single
-    marks would give the same number of sentences; the two part at the first "...".
+    The first four are what the original Little Baby states for its Shakespeare: 32777, 12519, 202651, 1075394. It
+    does not say how it counted; in that text no two marks are adjacent, so counting single marks gives the same.
     """
 
     paragraphs: int
@@ -37,19 +36,17 @@ class Counter:
 
     def __init__(self):
         self.paragraphs = self.sentences = self.words = self.length = self.newlines = 0
-        # What the text so far ends in. Its number is counted already, though the next chunk may go on with it.
+        # What the text so far ends in. It is counted already, though the next chunk may continue it.
         self.in_paragraph = self.in_end = self.in_word = False
 
     def over(self, chunks: Iterable[str]) -> Iterator[str]:
         """The chunks, counted as they pass."""
         for chunk in chunks:
-            self.add(chunk)
+            if chunk:
+                self._add(chunk)
             yield chunk
 
-    def add(self, chunk: str) -> None:
-        """Count one more chunk."""
-        if not chunk:
-            return
+    def _add(self, chunk: str) -> None:
         line, newline, _ = chunk.partition("\n")
         self.paragraphs += len(PARAGRAPH.findall(chunk)) - (self.in_paragraph and _holds_text(line))
         self.sentences += len(END.findall(chunk)) - (self.in_end and chunk[0] in ".!?")
@@ -65,14 +62,6 @@ class Counter:
         """The counts so far."""
         characters = self.length - self.newlines
         return Statistics(self.paragraphs, self.sentences, self.words, characters, self.newlines)
-
-
-def count(chunks: Iterable[str]) -> Statistics:
-    """The statistics of a text given in chunks."""
-    counter = Counter()
-    for chunk in chunks:
-        counter.add(chunk)
-    return counter.statistics
 
 
 def _holds_text(piece: str) -> bool:

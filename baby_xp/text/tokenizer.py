@@ -94,7 +94,7 @@ class CharTokenizer:
 
     def extended(self, characters: Iterable[str]) -> "CharTokenizer":
         """A tokenizer that knows these characters too. New ones come last, sorted: old ids stay valid."""
-        return CharTokenizer(self.vocab + tuple(sorted(set(characters).difference(self.vocab))))
+        return CharTokenizer((*self.vocab, *sorted(set(characters).difference(self.vocab))))
 
     def to_dict(self) -> dict[str, Any]:
         """What a tokenizer file holds; `tokenizer_from_dict` reads it back."""
@@ -153,15 +153,24 @@ def tokenizer_from_dict(d: Any, where: str) -> Tokenizer:
         raise BabyError(f"{where}: a tokenizer is a JSON object, not {reprlib.repr(d)}; {_REMEDY}")
     kind = d.get("kind", "char")
     _check_kind(kind, where)
-    if kind == "byte":
-        _check_vocab_size(d, 256, where)
-        return ByteTokenizer()
-    if not isinstance(d.get("vocab"), list):
-        entry = reprlib.repr(d.get("vocab"))
-        raise BabyError(f'{where}: "vocab" is {entry}, not a list of characters; {_REMEDY}')
-    vocab = _checked_vocab(d["vocab"], where)
-    _check_vocab_size(d, len(vocab), where)
-    return CharTokenizer(vocab)
+    tokenizer: Tokenizer = ByteTokenizer()
+    if kind == "char":
+        if not isinstance(d.get("vocab"), list):
+            entry = reprlib.repr(d.get("vocab"))
+            raise BabyError(f'{where}: "vocab" is {entry}, not a list of characters; {_REMEDY}')
+        tokenizer = CharTokenizer(_checked_vocab(d["vocab"], where))
+    size, n_ids = d.get("vocab_size", tokenizer.vocab_size), tokenizer.vocab_size
+    if type(size) is not int or size != n_ids:
+        raise BabyError(f'{where}: "vocab_size" is {reprlib.repr(size)} but there are {n_ids} ids; {_REMEDY}')
+    return tokenizer
+
+
+def first_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
+    try:
+        return tokenizer.encode("\n", "prompt")
+    except BabyError:
+        return np.zeros(1, np.int32)
 
 
 def utf8(text: str, where: str = "text", start: Place = START) -> bytes:
@@ -234,10 +243,3 @@ def _check_kind(kind: Any, where: str) -> None:
     if not isinstance(kind, str) or kind not in KINDS:
         choices = ", ".join(KINDS)
         raise BabyError(f"{where}: {reprlib.repr(kind)} is not a kind of tokenizer; choose one of: {choices}")
-
-
-def _check_vocab_size(d: dict[str, Any], expected: int, where: str) -> None:
-    size = d.get("vocab_size", expected)
-    if type(size) is not int or size != expected:
-        stated = reprlib.repr(size)
-        raise BabyError(f'{where}: "vocab_size" is {stated} but there are {expected} ids; {_REMEDY}')

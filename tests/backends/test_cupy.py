@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
-from baby_xp.arrays.backend import Memory, device_memory, first_use, in_words, translate_out_of_memory
+from baby_xp.arrays.backend import Memory, device_memory, first_use, translate_out_of_memory
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
@@ -364,15 +364,6 @@ def test_the_room_ends_at_the_limit_or_at_the_end_of_the_device():
     assert Memory(held=30, free=50, limit=None, **sizes).room == 80
     assert Memory(held=30, free=50, limit=40, **sizes).room == 40
     assert Memory(held=30, free=50, limit=90, **sizes).room == 80
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(0, "0.00 KiB"), (512, "0.50 KiB"), (2**10, "1.00 KiB"), (12 * 2**20, "12.0 MiB"), (3 * 2**29, "1.50 GiB"),
-     (2**45, "32.0 TiB")],
-)  # fmt: skip
-def test_bytes_are_told_in_words(size, words):
-    assert in_words(size) == words
 
 
 def test_a_batch_that_fits_is_smaller_than_one_that_does_not_and_grows_with_the_room():

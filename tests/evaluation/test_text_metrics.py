@@ -87,13 +87,6 @@ def test_known_words_are_the_definition_at_every_chunking(generated, chunks):
     assert expected is None or 0 <= expected <= 1
 
 
-@quick
-@given(WORDY, st.integers(1, 5))
-def test_a_text_knows_its_own_words(text, size):
-    chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert known_words(text, chunks) in (1.0, None)
-
-
 @pytest.mark.parametrize("filler", ["x", ".", "thou"])
 def test_a_text_without_whitespace_is_not_kept(filler):
     """One endless word: neither kept nor searched again with every chunk."""
@@ -120,6 +113,7 @@ def test_a_text_without_whitespace_is_not_kept(filler):
         ("to be or", 3, 5 / 6),  # all but "e o": the comma stands between
         ("ababab", 1, 1 / 2),  # b is there, a is not, and repeats count
         ("TO", 2, 0.0),  # literally
+        ("question to", 8, 1 / 4),
         ("be\n", 3, 0.0),
         ("to", 3, None),
         ("", 1, None),
@@ -129,11 +123,6 @@ def test_copied_sequences_by_hand(generated, n, expected):
     assert copied_ngrams(generated, ["to be, or not", " to be the question"], n) == pytest.approx(expected)
 
 
-def test_eight_characters_unless_told():
-    assert copied_ngrams("question", ["quest", "ion"]) == 1.0
-    assert copied_ngrams("questio", ["quest", "ion"]) is None
-
-
 @quick
 @given(BARE, st.lists(BARE, max_size=8), st.integers(1, 9))
 def test_copied_sequences_are_the_definition_at_every_chunking(generated, chunks, n):
@@ -141,13 +130,6 @@ def test_copied_sequences_are_the_definition_at_every_chunking(generated, chunks
     expected = copied_by_definition(generated, text, n)
     assert copied_ngrams(generated, chunks, n) == copied_ngrams(generated, text, n) == expected
     assert expected is None or 0 <= expected <= 1
-
-
-@quick
-@given(BARE, st.integers(1, 5), st.integers(1, 9))
-def test_a_text_copies_itself(text, size, n):
-    chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert copied_ngrams(text, chunks, n) == (None if len(text) < n else 1.0)
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -110,9 +110,8 @@ def test_with_dropout_too(one):
     p = model.layout.unpack(xp, run.params)
     draw = np.random.default_rng(1)
     ids = draw.integers(0, LETTERS.vocab_size, (3, 7)).astype(np.int32)
-    streams = rng.streams(
-        xp, *(np.array([n], np.int32) for n in (0, 5)), np.arange(3, dtype=np.int32), model.dropouts
-    )
+    at = np.array([0], np.int32), np.array([5], np.int32), np.arange(3, dtype=np.int32)
+    streams = rng.streams(xp, *at, model.dropouts)
     recorder = Recorder(xp, np.asarray, p)
     copy = Copies(recorder).of(gpt)
     found, saved = copy.forward(xp, p, ids, model.config, rng.Noise(streams, 0.3))
@@ -134,8 +133,8 @@ def test_every_backend_shows_the_same_arrays(name):
         other = dataclasses.replace(run, backend=registry.load(name, None, "float64"))
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    change = {"blocks.0.attention.heads.weights": lambda w: w * 0.5, "ln_f.gain": lambda g: g * 2}
-    found, expected = (one.inspect("the cat", backward=True, change=change) for one in (other, run))
+    patch = {"blocks.0.attention.heads.weights": lambda w: w * 0.5, "ln_f.gain": lambda g: g * 2}
+    found, expected = (one.inspect("the cat", backward=True, patch=patch) for one in (other, run))
     for part in ("arrays", "gradients"):
         ours, theirs = getattr(expected, part), getattr(found, part)
         assert list(theirs) == list(ours)
@@ -145,12 +144,9 @@ def test_every_backend_shows_the_same_arrays(name):
 
 
 def test_the_plain_modules_are_left_as_they_were(run):
-    before = dict(REPLACEABLE)
-    forward, kernels = gelu.forward, dict(run.backend.xp.kernels)
+    before = dict(REPLACEABLE), gelu.forward, dict(run.backend.xp.kernels)
     run.inspect("the cat", backward=True)
-    assert before == REPLACEABLE
-    assert gelu.forward is forward
-    assert kernels == run.backend.xp.kernels
+    assert before == (REPLACEABLE, gelu.forward, run.backend.xp.kernels)
     assert not any(name.startswith("__see") for name in vars(heads))
 
 
@@ -189,16 +185,9 @@ def test_names_are_those_of_the_source_after_the_place(run):
 def test_arrays_come_in_the_order_of_computation(run):
     names = list(run.inspect("the cat").arrays)
     order = [
-        "tokens",
-        "blocks.0.norm1.y",
-        "blocks.0.attention.heads.scores",
-        "blocks.0.attention.heads.scores:2",
-        "blocks.0.attention.heads.weights",
-        "blocks.0.network.gelu.y",
-        "blocks.1.norm1.y",
-        "ln_f.y",
-        "logits",
-    ]
+        "tokens", "blocks.0.norm1.y", "blocks.0.attention.heads.scores", "blocks.0.attention.heads.scores:2",
+        "blocks.0.attention.heads.weights", "blocks.0.network.gelu.y", "blocks.1.norm1.y", "ln_f.y", "logits",
+    ]  # fmt: skip
     assert [name for name in names if name in order] == order
 
 
@@ -218,9 +207,8 @@ def test_every_array_is_what_its_formula_says(run):
     np.testing.assert_allclose(arrays["blocks.0.normed"], p["norm1"]["gain"] * xhat + p["norm1"]["bias"])
     q, k = (arrays[f"blocks.0.attention.heads.{name}"] for name in "qk")
     np.testing.assert_allclose(arrays["blocks.0.attention.heads.scores"], q @ k.swapaxes(-1, -2) / 2)
-    np.testing.assert_allclose(
-        arrays["blocks.0.network.up.y:2"], arrays["blocks.0.network.up.y"] + p["network"]["up"]["bias"]
-    )
+    up = arrays["blocks.0.network.up.y"] + p["network"]["up"]["bias"]
+    np.testing.assert_allclose(arrays["blocks.0.network.up.y:2"], up)
     np.testing.assert_allclose(arrays["blocks.0.x"], arrays["x"] + arrays["blocks.0.attention.y:2"])
 
 
@@ -234,7 +222,7 @@ def test_gradients_are_those_of_finite_differences_at_any_array(run):
         direction = np.random.default_rng(3).normal(0, 1, seen.arrays[name].shape)
 
         def loss(h, name=name, direction=direction):
-            return run.inspect("the cat", change={name: lambda a: a + h * direction}).loss
+            return run.inspect("the cat", patch={name: lambda a: a + h * direction}).loss
 
         claimed = float(np.sum(seen.gradients[gradient] * direction))
         assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(claimed, rel=1e-6, abs=1e-9), name
@@ -256,17 +244,14 @@ def with_source(monkeypatch, module, old: str, new: str) -> None:
 
 def test_a_new_local_name_shows_up_by_itself(run, monkeypatch):
     assert "blocks.0.network.gelu.cube" not in run.inspect("the cat").arrays
-    with_source(
-        monkeypatch, gelu, "    square = x * x ", "    cube, (twice, *_) = x * x * x, [2 * x]\n    square = x * x "
-    )
-    with_source(monkeypatch, heads, "    dq = dscores @ k", "    half = dscores / 2\n    dq = half @ k + half @ k")
+    square, dq = "    square = x * x ", "    dq = dscores @ k"
+    with_source(monkeypatch, gelu, square, f"    cube, (twice, *_) = x * x * x, [2 * x]\n{square}")
+    with_source(monkeypatch, heads, dq, "    half = dscores / 2\n    dq = half @ k + half @ k")
     seen = run.inspect("the cat", backward=True)
-    x = seen.arrays["blocks.0.network.h"]
+    x, of_heads = seen.arrays["blocks.0.network.h"], "blocks.1.attention.heads"
     assert same(seen.arrays["blocks.0.network.gelu.cube"], x * x * x)
     assert same(seen.arrays["blocks.0.network.gelu.twice"], 2 * x)
-    assert same(
-        seen.gradients["blocks.1.attention.heads.half"], seen.gradients["blocks.1.attention.heads.dscores:2"] / 2
-    )
+    assert same(seen.gradients[f"{of_heads}.half"], seen.gradients[f"{of_heads}.dscores:2"] / 2)
 
 
 TOY = '''
@@ -317,8 +302,8 @@ def test_every_way_to_bind_a_name_is_seen(monkeypatch):
     assert same(y, plain["forward"](np, {}, x)[0])
     expected = {
         "a": x + 1, "b": x + 1, "total": x[2], "total:2": x[2] + 1, "c": 2 * x + 2, "d": x + 2, "e": x + 3,
-        "d:2": 2 * x + 4,
-        "last": 2 * x, "inner": 2 * x + 1, "inside": 7 * x, "with_helper": 7 * x + 1, "y": 14 * x + 2,
+        "d:2": 2 * x + 4, "last": 2 * x, "inner": 2 * x + 1, "inside": 7 * x, "with_helper": 7 * x + 1,
+        "y": 14 * x + 2,
     }  # fmt: skip
     assert recorder.arrays.keys() == {f"tanh.{name}" for name in expected}
     for name, array in expected.items():
@@ -330,9 +315,8 @@ def test_every_way_to_bind_a_name_is_seen(monkeypatch):
 
 
 def test_what_backward_takes_from_saved_is_no_gradient(monkeypatch):
-    monkeypatch.setattr(
-        trace, "source_of", lambda name: TOY.replace("    (a,) = saved", "    a = taken = saved[0]")
-    )
+    toy = TOY.replace("    (a,) = saved", "    a = taken = saved[0]")
+    monkeypatch.setattr(trace, "source_of", lambda name: toy)
     recorder, x = Recorder(np, np.asarray, {}), np.arange(3.0)
     toy = Copies(recorder).named("baby_xp.layers.tanh")
     _, saved = toy.forward(np, {}, x)
@@ -367,7 +351,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
         raise RuntimeError("here")
 
     with pytest.raises(RuntimeError) as caught:
-        run.inspect("the cat", change={"blocks.0.attention.heads.scores": fail})
+        run.inspect("the cat", patch={"blocks.0.attention.heads.scores": fail})
     frames = [(str(entry.path), entry.lineno) for entry in caught.traceback]
     lines = python_inspect.getsource(heads).splitlines()
     at = next(line for path, line in frames if path.endswith("heads.py"))
@@ -378,8 +362,7 @@ def test_all_sources_are_rewritten_without_loss():
     """What is added are calls of see alone: without them, the tree is the plain one again."""
     for name in trace.found():
         source = trace.source_of(name)
-        body = [line for statement in ast.parse(source).body for line in trace._rewritten(statement)]
-        text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
+        text = ast.unparse(trace.rewritten(source))
         text = re.sub(r"\n *if '(\w+)' in locals\(\):\n *\1 = __see__\('\1', \1\)", "", text)
         text = re.sub(r"\n *(\w+) = __see__\('\1', \1\)", "", text)
         text = re.sub(r"@__scope__\n", "", text)
@@ -388,7 +371,7 @@ def test_all_sources_are_rewritten_without_loss():
         assert [line for line in plain.splitlines() if line in set(kept)] == kept
 
 
-# changes --------------------------------------------------------------------------------------------------
+# patches --------------------------------------------------------------------------------------------------
 
 
 @EVERY_MODEL
@@ -401,7 +384,7 @@ def test_an_array_replaced_by_itself_changes_nothing(config, tokenizer, prompt):
         return lambda array: asked.append(name) or array
 
     names = [*plain.arrays, *plain.gradients]
-    found = run.inspect(prompt, backward=True, change={name: itself(name) for name in names})
+    found = run.inspect(prompt, backward=True, patch={name: itself(name) for name in names})
     assert set(asked) == set(names)
     assert found.loss == plain.loss
     for part in ("arrays", "gradients"):
@@ -420,8 +403,8 @@ def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network,
         return weight
 
     before = run.inspect("the cat sat")
-    found = run.inspect("the cat sat", change=inspect.off(run, [(1, head)]))
-    expected = run.inspect("the cat sat", change={"blocks.1.attention.out.weight": zero_slice})
+    found = run.inspect("the cat sat", patch=inspect.ablate(run, [(1, head)]))
+    expected = run.inspect("the cat sat", patch={"blocks.1.attention.out.weight": zero_slice})
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert abs(found.loss - before.loss) > 1e-3
@@ -431,40 +414,30 @@ def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network,
 
 def test_a_head_of_a_mixture_switched_off_adds_nothing():
     run = a_run(gpt_config(attention="moh"))
-    found = run.inspect("the cat", change=inspect.off(run, [(0, 1), (0, 2), (1, 0)]))
+    found = run.inspect("the cat", patch=inspect.ablate(run, [(0, 1), (0, 2), (1, 0)]))
     mixed = found.arrays["blocks.0.attention.mixed"]
     gate, y = found.arrays["blocks.0.attention.gate:2"], found.arrays["blocks.0.attention.y:2"]
     np.testing.assert_allclose(mixed, gate[:, :1] * y[:, 0])
     assert found.arrays["blocks.1.attention.y:2"][:, 0].any() == np.False_
 
 
-def test_what_a_change_writes_into_is_its_own(run):
-    plain = run.inspect("the cat")
+def test_what_a_patch_writes_into_is_its_own(run):
+    plain, heads_of = run.inspect("the cat"), "blocks.0.attention.heads"
 
     def spoil(weights):
         weights[...] = 0
         return weights
 
-    found = run.inspect("the cat", change={"blocks.0.attention.heads.weights": spoil})
-    assert same(
-        found.arrays["blocks.0.attention.heads.softmax.y"], plain.arrays["blocks.0.attention.heads.softmax.y"]
-    )
-    assert (found.arrays["blocks.0.attention.heads.weights"] == 0).all()
+    found = run.inspect("the cat", patch={f"{heads_of}.weights": spoil})
+    assert same(found.arrays[f"{heads_of}.softmax.y"], plain.arrays[f"{heads_of}.softmax.y"])
+    assert (found.arrays[f"{heads_of}.weights"] == 0).all()
     assert not same(found.logits, plain.logits)
 
 
-def test_what_is_seen_is_a_copy(run):
-    seen = run.inspect("the cat", backward=True)
-    before = run.params.copy()
-    for array in (*seen.arrays.values(), *seen.gradients.values()):
-        array[...] = 0
-    assert same(run.params, before)
-
-
-def test_no_two_of_the_arrays_share_memory(run):
+def test_what_is_seen_are_copies(run):
     seen = run.inspect("the cat", backward=True)
     arrays = [(seen.arrays | seen.gradients)[names[0]] for names in seen.names]
-    arrays += [seen.gradients[path] for path in run.model.layout.paths] + [seen.logits]
+    arrays += [seen.gradients[path] for path in run.model.layout.paths] + [seen.logits, run.params]
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
 
 
@@ -472,36 +445,36 @@ def test_what_comes_back_as_it_was_stays_the_very_same():
     """Its layout in memory too, on which the order of sums may depend."""
     value = np.arange(12.0).reshape(3, 4)[:, ::2].T
     recorder = Recorder(np, np.asarray, {}, {"a": lambda a: a + 0, "b": lambda a: a + 1})
-    assert recorder.changed("a", value) is value
-    assert same(recorder.changed("b", value), value + 1)
+    assert recorder.patched("a", value) is value
+    assert same(recorder.patched("b", value), value + 1)
 
 
-def test_a_gradient_can_be_changed(run):
+def test_a_gradient_can_be_patched(run):
     """Without the gradient of what the block adds to the stream, none of its parameters has one."""
-    change = {"blocks.1.network.down.dx": lambda dx: dx * 0}
-    gradients = run.inspect("the cat", backward=True, change=change).gradients
+    patch = {"blocks.1.network.down.dx": lambda dx: dx * 0}
+    gradients = run.inspect("the cat", backward=True, patch=patch).gradients
     assert not gradients["blocks.1.network.up.weight"].any()
     assert gradients["blocks.1.network.down.weight"].any()
     assert gradients["blocks.1.attention.qkv.weight"].any()  # by way of the residual connection
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("patch", "words"),
     [
         ({"blocks.0.attention.weights": abs}, ("no array 'blocks.0.attention.weights'", "heads.weights")),
         ({"blocks.0.network.dh": abs}, ("no array 'blocks.0.network.dh'", "backward=True")),
         ({"???": abs}, ("no array '???'", "hold all names")),
-        ({"logits": lambda a: a[:-1]}, ("change of logits", "shape (7, 14) and type float64", "shape (6, 14)")),
-        ({"logits": lambda a: a.astype("float32")}, ("change of logits", "float32")),
-        ({"logits": lambda a: None}, ("change of logits", "nothing", "return")),
-        ({"logits": lambda a: 3.0}, ("change of logits", "not a float")),
-        ({"ln_f.gain": lambda a: a[1:]}, ("change of ln_f.gain", "shape (8,)")),
+        ({"logits": lambda a: a[:-1]}, ("patch of logits", "shape (7, 14) and type float64", "shape (6, 14)")),
+        ({"logits": lambda a: a.astype("float32")}, ("patch of logits", "float32")),
+        ({"logits": lambda a: None}, ("patch of logits", "nothing", "return")),
+        ({"logits": lambda a: 3.0}, ("patch of logits", "not a float")),
+        ({"ln_f.gain": lambda a: a[1:]}, ("patch of ln_f.gain", "shape (8,)")),
     ],
     ids=lambda value: str(list(value))[:40],
 )  # fmt: skip
-def test_a_change_that_cannot_be(run, change, words):
+def test_a_patch_that_cannot_be(run, patch, words):
     with pytest.raises(BabyError) as caught:
-        run.inspect("the cat", change=change)
+        run.inspect("the cat", patch=patch)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -520,19 +493,13 @@ def test_attention_looks_back_alone_and_adds_up_to_one(run):
         assert same(weights, seen.arrays[f"blocks.{layer}.attention.heads.weights"][0, head])
     back, most = seen.heads()[1, 2]
     by_hand = seen.attention(1, 2)[1:]
-    assert back == pytest.approx(
-        np.mean([sum(w * (i + 1 - j) for j, w in enumerate(row)) for i, row in enumerate(by_hand)])
-    )
+    distances = [sum(w * (i + 1 - j) for j, w in enumerate(row)) for i, row in enumerate(by_hand)]
+    assert back == pytest.approx(np.mean(distances))
     assert most == pytest.approx(np.mean(by_hand.max(axis=1)))
     assert seen.heads()[seen.sharpest_head()][1] == seen.heads()[..., 1].max()
-
-
-@pytest.mark.parametrize(
-    ("layer", "head", "word"), [(2, 0, "layers 0 to 1"), (0, 3, "heads 0 to 2"), (-1, 0, "layer -1")]
-)
-def test_a_head_that_is_not_there(run, layer, head, word):
-    with pytest.raises(BabyError, match=word):
-        run.inspect("the cat").attention(layer, head)
+    for layer, head, word in ((2, 0, "layers 0 to 1"), (0, 3, "heads 0 to 2"), (-1, 0, "layer -1")):
+        with pytest.raises(BabyError, match=word):
+            seen.attention(layer, head)
 
 
 def test_probabilities_and_the_next_tokens(run):
@@ -563,9 +530,8 @@ def test_the_loss_is_the_mean_over_the_own_next_tokens(run):
 
 
 def test_what_generation_sees_is_what_is_inspected(run):
-    logits = Logits(run.backend, run.model, run.model.layout.unpack(np, run.params)).next(
-        [list(LETTERS.encode("the c"))]
-    )
+    of = Logits(run.backend, run.model, run.model.layout.unpack(np, run.params))
+    logits = of.next([list(LETTERS.encode("the c"))])
     np.testing.assert_allclose(run.inspect("the c").logits[-1], logits[0], rtol=1e-10)
 
 
@@ -597,9 +563,9 @@ def test_a_number_that_is_none_is_told_of(run):
     layout = run.model.layout
     broken[sum(layout.sizes[: layout.paths.index("blocks.1.network.up.weight")])] = np.nan
     seen = dataclasses.replace(run, params=broken).inspect("the cat")
-    assert any("the first NaN is in blocks.1.network.up.y" in note for note in seen.notes)
+    assert any("NaN first appears in blocks.1.network.up.y" in note for note in seen.notes)
     lines = printing.report(dataclasses.replace(run, params=broken), printing.InspectOptions("the cat"))
-    assert any("note: not all numbers are numbers" in line for line in lines)
+    assert any("note: NaN first appears in" in line for line in lines)
     assert not run.inspect("the cat", backward=True).notes
 
 
@@ -632,9 +598,9 @@ def test_what_an_equation_model_does_not_have():
         run.inspect("4+4=", backward=True)
     with pytest.raises(BabyError, match="answers at 3 to 4"):
         run.inspect("4+4=8").next_tokens(0)
-    for wish in ({"attention": "0.0"}, {"picture": "a.png"}, {"off": ("0.0",)}, {"layer": "0"}):
+    for asked in ({"attention": "0.0"}, {"picture": "a.png"}, {"off": ("0.0",)}, {"layer": "0"}):
         with pytest.raises(BabyError, match="the equation model has no"):
-            printing.report(run, printing.InspectOptions("4+4=", **wish))
+            printing.report(run, printing.InspectOptions("4+4=", **asked))
 
 
 # neighbours -----------------------------------------------------------------------------------------------
@@ -665,10 +631,8 @@ def test_among_single_numbers_the_nearer_ones_come_first():
     mine = float(table[SUMS.encode("4")[0]])
     order = sorted(found, key=lambda number: ((number > 0) != (mine > 0), abs(number - mine)))
     assert found == order
-    assert any(
-        "whose embedding is one number" in line
-        for line in printing.report(run, printing.InspectOptions("4", neighbours="4"))
-    )
+    lines = printing.report(run, printing.InspectOptions("4", neighbours="4"))
+    assert any("whose embedding is one number" in line for line in lines)
 
 
 # in words -------------------------------------------------------------------------------------------------
@@ -728,26 +692,13 @@ def test_the_map_of_a_head_is_drawn_by_its_weights(run):
 
 
 def test_small_words():
-    assert [render.ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111)] == [
-        "1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th"]  # fmt: skip
-    assert render.bar(0.5, 4) == "██"
-    assert render.bar(0.25, 1) == "▎"
-    assert render.bar(0.5, 4, plain=True) == "##"
+    ordinals = ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th"]
+    assert [render.ordinal(int(word[:-2])) for word in ordinals] == ordinals
+    assert [render.bar(0.5, 4), render.bar(0.25, 1), render.bar(0.5, 4, plain=True)] == ["██", "▎", "##"]
     assert render.bar(float("nan"), 4) == ""
-    assert [render.figure(n) for n in (0, 1.5, -0.00012, 1234567.0)] == [
-        "0.0000",
-        "1.5000",
-        "-1.2e-04",
-        "1.2e+06",
-    ]
-    assert [render.glyph(t) for t in ("a", " ", "\n", "漢", "\\xc3", "\u0301")] == [
-        "a",
-        "␣",
-        "↵",
-        "?",
-        "?",
-        "?",
-    ]
+    figures = ["0.0000", "1.5000", "-1.2e-04", "1.2e+06"]
+    assert [render.figure(n) for n in (0, 1.5, -0.00012, 1234567.0)] == figures
+    assert [render.glyph(t) for t in ("a", " ", "\n", "漢", "\\xc3", "\u0301")] == ["a", "␣", "↵", "?", "?", "?"]
 
 
 # the command ----------------------------------------------------------------------------------------------
@@ -773,9 +724,8 @@ def call(trained, capsys):
 
 
 def test_the_command_shows_it_all(call, trained):
-    code, out, err = call(
-        "--prompt=the cat", "--backward", "--layer=all", "--attention=1.2", "--neighbours=t", "--top=3"
-    )
+    shown = "--layer=all", "--attention=1.2", "--neighbours=t", "--top=3"
+    code, out, err = call("--prompt=the cat", "--backward", *shown)
     assert (code, err) == (0, "")
     seen = trained.inspect("the cat", backward=True)
     assert f"loss of the prompt: {seen.loss:.4f} nats per token" in out
@@ -809,10 +759,8 @@ def test_heads_compared(call):
 
 def test_heads_switched_off(call, trained):
     out = call("--prompt=the cat", "--off", "0.1", "1.0,1.2")[1]
-    before, after = (
-        trained.inspect("the cat"),
-        trained.inspect("the cat", change=inspect.off(trained, [(0, 1), (1, 0), (1, 2)])),
-    )
+    patch = inspect.ablate(trained, [(0, 1), (1, 0), (1, 2)])
+    before, after = trained.inspect("the cat"), trained.inspect("the cat", patch=patch)
     assert "heads 0.1, 1.0, 1.2 switched off" in out
     assert f"{before.loss:.4f} with, {after.loss:.4f} without" in out
     assert f"loss of the prompt: {after.loss:.4f}" in out
@@ -821,34 +769,18 @@ def test_heads_switched_off(call, trained):
 
 
 def test_a_terminal_without_block_characters(trained):
-    for wish in (
-        {},
-        {"attention": "all"},
-        {"backward": True},
-        {"backward": True, "layer": "0", "off": ("0.0",), "neighbours": "t"},
-    ):
-        options = printing.InspectOptions("the cat", **wish)
+    every = {"backward": True, "layer": "0", "off": ("0.0",), "neighbours": "t"}
+    for asked in ({}, {"attention": "all"}, {"backward": True}, every):
+        options = printing.InspectOptions("the cat", **asked)
         assert "\n".join(printing.report(trained, options, plain=True)).isascii()
 
 
-@pytest.mark.parametrize(
-    ("encoding", "plain"), [("utf-8", False), ("ascii", True), ("cp1252", True), (None, True)]
-)
+@pytest.mark.parametrize(("encoding", "plain"), [("utf-8", False), ("cp1252", True), (None, True)])
 def test_the_encoding_of_the_terminal_decides(call, monkeypatch, encoding, plain):
     asked = []
-    monkeypatch.setattr(printing, "report", lambda run, wish, plain: asked.append(plain) or ["done"])
-
-    class Terminal:
-        def __init__(self):
-            self.encoding = encoding
-
-        def write(self, text):
-            return len(text)
-
-        def flush(self):
-            pass
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(printing, "report", lambda run, options, plain: asked.append(plain) or ["done"])
+    terminal = types.SimpleNamespace(encoding=encoding, write=len, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", terminal)
     assert call("--prompt=t")[0] == 0
     assert asked == [plain]
 

@@ -1,15 +1,14 @@
 """What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is wrong in
 silence."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +106,9 @@ def near_the_front(data: bytes) -> int:
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits=st.lists(EDITS, min_size=1, max_size=3), front=st.booleans())
-def test_a_damaged_file_is_an_error_or_loads_as_it_was(stopped, part, edits, front):
+def test_a_damaged_file_is_an_error_or_loads_as_it_was(stopped, kept, part, edits, front):
     """Never another exception, never another model."""
+    weights = "last" if part == "state" else "best"
     path = getattr(stopped.files, part)
     whole = path.read_bytes()
     length = near_the_front(whole) if front else len(whole)
@@ -117,40 +117,23 @@ def test_a_damaged_file_is_an_error_or_loads_as_it_was(stopped, part, edits, fro
         data = damaged(data, edit) if data else data
     try:
         path.write_bytes(data + whole[length:])
-        _check_same_or_error(stopped, part)
+        found = api.load(stopped.guid, path=stopped.files.folder, backend="numpy", weights=weights)
+    except BabyError as error:
+        assert str(error).isprintable()
+        return
     finally:
         path.write_bytes(whole)
+    np.testing.assert_array_equal(found.params, kept[weights])
+    assert (found.tokenizer, found.model, found.config["train"]) == (
+        stopped.tokenizer, stopped.model, stopped.config["train"],
+    )  # fmt: skip
 
 
-def _check_same_or_error(run: Run, part: str) -> None:
-    error = None
-    try:
-        weights = "last" if part == "state" else "best"
-        found = api.load(run.guid, path=run.files.folder, backend="numpy", weights=weights)
-    except BabyError as raised:
-        error = str(raised)
-    if error is not None:
-        assert error
-        assert "\n" not in error
-        return
-    np.testing.assert_array_equal(found.params, run.params if part != "state" else _state(run))
-    assert found.tokenizer == run.tokenizer
-    assert found.model == run.model
-    assert found.config["train"] == run.config["train"]
-
-
-_states: dict[str, np.ndarray] = {}
-
-
-def _state(run: Run) -> np.ndarray:
-    return _states[run.guid]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def remembered(stopped):
-    _states[stopped.guid] = api.load(
-        stopped.guid, path=stopped.files.folder, backend="numpy", weights="last"
-    ).params
+@pytest.fixture(scope="module")
+def kept(stopped) -> dict[str, np.ndarray]:
+    """The parameters (P,) that each file of arrays holds."""
+    last = api.load(stopped.guid, path=stopped.files.folder, backend="numpy", weights="last")
+    return {"best": stopped.params, "last": last.params}
 
 
 def all_of(folder: Path) -> dict[Path, bytes]:
@@ -202,13 +185,6 @@ def edit(path: Path, change) -> None:
     (store.write_sealed if seal else baby_xp.files.write_json)(path, value)
 
 
-def scribble(path: Path, change) -> None:
-    """Change a JSON file as an editor does, without a new seal."""
-    value = json.loads(path.read_text())
-    change(value)
-    baby_xp.files.write_json(path, value)
-
-
 def fill_with(path: Path, value: float) -> None:
     """Other weights in a file of weights, with a seal that fits."""
     arrays, metadata = load_file(path), state_file.read_metadata(path)
@@ -222,8 +198,6 @@ def model_beside(state: Path) -> Path:
 
 
 DAMAGE = [
-    ("config", lambda path: path.write_text("{"), ("config_", "is not JSON")),
-    ("config", lambda path: path.write_text("[]"), ("config_", "has no checksum")),
     ("config", lambda path: path.write_text("{}"), ("config_", "has no checksum")),
     ("config", lambda path: store.write_sealed(path, {}), ("config_", "is not the config of run")),
     ("config", lambda path: edit(path, lambda c: c.pop("train")), ("is not the config of run",)),
@@ -239,15 +213,12 @@ DAMAGE = [
     ("config", lambda path: edit(path, lambda c: c["train"].update(dtype="int8")), ("config_", "dtype")),
     ("config", lambda path: edit(path, lambda c: c.update(train=3)), ("config_", "TrainConfig")),
     ("config", lambda path: edit(path, lambda c: c.update(vocab_size=5)), ("do not belong together",)),
-    ("config", lambda path: scribble(path, lambda c: c["train"].update(lr=1.0)), ("checksum differs",)),
-    ("config", lambda path: scribble(path, lambda c: c.update(new=None)), ("checksum differs",)),
-    ("config", lambda path: scribble(path, lambda c: c.pop("checksum")), ("has no checksum",)),
+    ("config", lambda path: path.write_text(path.read_text().replace('"lr": ', '"lr": 1')), ("checksum differs",)),
     ("tokenizer", Path.unlink, ("tokenizer_", "is missing", "incomplete")),
     ("tokenizer", lambda path: path.write_text("null"), ("tokenizer_",)),
     ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].pop()), ("tokenizer_",)),
     ("tokenizer", lambda path: edit(path, lambda t: t["vocab"].reverse()), ("with another tokenizer",)),
     ("model", Path.unlink, ("model_", "is missing", "incomplete")),
-    ("model", lambda path: path.write_bytes(b""), ("model_", "is damaged")),
     ("model", lambda path: path.write_bytes(path.read_bytes()[:-1]), ("model_", "is damaged")),
     ("model", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), ("model_", "checksum differs")),
     ("model", lambda path: save_file(load_file(path), path), ("model_", "has no checksum")),
@@ -255,7 +226,6 @@ DAMAGE = [
     ("model", lambda path: fill_with(path, math.nan), ("not finite",)),
     ("model", lambda path: fill_with(path, 1e38), ("not finite",)),
     ("state", Path.unlink, ("state_", "is missing", "incomplete")),
-    ("state", lambda path: path.write_bytes(path.read_bytes()[:-1]), ("state_", "is damaged")),
     ("state", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), ("state_", "checksum differs")),
     ("state", lambda path: path.write_bytes(model_beside(path).read_bytes()), ("state_", "is no checkpoint")),
 ]
@@ -310,44 +280,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(copy, done, c
     assert all_of(copy.folder) == before
     assert [(run.state, run.steps) for run in api.list_runs(copy.folder)] == [("stopped", 5)]
     np.testing.assert_array_equal(api.resume(path=copy.folder).params, done)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of its own with little room; skips where none can be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"nothing can be mounted here: {error}")
-    if mounted.returncode:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until there is no room."""
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-
-
-def test_a_disk_that_fills_up_loses_nothing(stopped, done, tiny_disk):
-    shutil.copytree(stopped.files.folder, tiny_disk, dirs_exist_ok=True)
-    filler = tiny_disk / "filler"
-    fill(filler)
-    assert shutil.disk_usage(tiny_disk).free < 4096
-    kept = RunFiles(tiny_disk, stopped.guid)
-    before = kept.state.read_bytes(), kept.model.read_bytes(), kept.config.read_bytes()
-    with pytest.raises(BabyError, match="No space left on device"):
-        api.resume(path=tiny_disk)
-    assert before == (kept.state.read_bytes(), kept.model.read_bytes(), kept.config.read_bytes())
-    filler.unlink()
-    assert [run.state for run in api.list_runs(tiny_disk)] == ["stopped"]
-    np.testing.assert_array_equal(api.resume(path=tiny_disk).params, done)
 
 
 def full_where(monkeypatch, is_full) -> None:
@@ -417,16 +349,8 @@ def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(text, tmp_path
 
 def test_two_runs_in_two_threads(text, tmp_path):
     """Python delivers signals to the main thread alone; training in others works all the same."""
-    threads = [
-        threading.Thread(
-            target=api.train, args=("baby",), kwargs={**TINY, "data": text, "path": tmp_path, "seed": i}
-        )
-        for i in (0, 1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda seed: api.train("baby", path=tmp_path, data=text, seed=seed, **TINY), (0, 1)))
     assert [run.state for run in api.list_runs(tmp_path)] == ["done", "done"]
 
 
@@ -465,25 +389,3 @@ def test_a_folder_without_permission_is_one_line(copy, text):
     assert refused.returncode == 22, refused.stderr
     assert refused.stderr.count("\n") == refused.stderr.count("Permission denied") == 2
     assert all_of(copy.folder) == before
-
-
-def test_a_guid_with_path_characters_is_no_guid(copy, capsys, text):
-    """For no command; test_store.py has all such names."""
-    before = all_of(copy.folder)
-    for command in ("generate", "resume", "evaluate", "finetune"):
-        arguments = [f"--data={text}"] if command == "finetune" else []
-        assert main([command, "../x", f"--path={copy.folder}", *arguments]) == 2
-        err = capsys.readouterr().err
-        assert "is not a run: give a GUID" in err
-        assert err.count("\n") == 1
-    assert all_of(copy.folder) == before
-
-
-def test_the_damage_above_really_damages():
-    data = b"0123456789"
-    assert damaged(data, ("flip", 0.3, 0)) == b"0122456789"
-    assert damaged(data, ("cut", 0.5, 0)) == b"01234"
-    assert damaged(data, ("drop", 0.2, 3)) == b"0156789"
-    assert damaged(data, ("insert", 0.1, 65)) == b"0A123456789"
-    assert damaged(data, ("double", 0.2, 2)) == b"01232345" + b"6789"
-    assert damaged(data, ("set", 0.0, 65)) == b"A123456789"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from baby_xp.runs import lock as lock_module
+from baby_xp.files import try_to_lock
 from baby_xp.runs.lock import Lock
 
 HOLDER = """import sys, time
@@ -41,22 +41,19 @@ def holder(path, signals):
         process.communicate()
 
 
-def test_a_lock_is_there_while_it_is_held(path):
-    lock = Lock(path)
-    assert not lock.is_held()
-    assert lock.acquire()
-    assert path.exists()
-    assert Lock(path).is_held()
-    lock.release()
-    assert not path.exists()
-    assert not Lock(path).is_held()
-
-
-def test_a_lock_has_one_holder(path):
-    first, second = Lock(path), Lock(path)
+def test_a_lock_has_one_holder_and_is_there_while_it_is_held(path):
+    first, second, other = Lock(path), Lock(path), Lock(path.parent / "gone" / "b.lock")
+    assert not first.is_held()
     assert first.acquire()
+    for _ in range(3):  # asking does not take it from its holder
+        assert second.is_held()
+    assert path.exists()
     assert not second.acquire(patience=0)
+    assert other.acquire(patience=0)  # its folder is made
+    other.release()
     first.release()
+    assert not path.exists()
+    assert not second.is_held()
     assert second.acquire(patience=0)
     second.release()
 
@@ -75,23 +72,6 @@ def test_the_file_of_a_lock_is_removed_while_it_is_held(path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", watched)
     held.release()
     assert taken == [False]
-
-
-def test_asking_for_a_lock_does_not_wait_for_it(path, monkeypatch):
-    held, waits = Lock(path), []
-    assert held.acquire()
-    sleep = lock_module.time.sleep
-    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
-    assert Lock(path).is_held()
-    held.release()
-    assert sum(waits) < lock_module.PATIENCE / 4
-
-
-def test_locks_of_two_files_do_not_meet(tmp_path):
-    locks = [Lock(tmp_path / name) for name in "ab"]
-    assert all(lock.acquire(patience=0) for lock in locks)
-    for lock in locks:
-        lock.release()
 
 
 def test_who_cannot_have_it_waits_for_as_long_as_asked(path):
@@ -124,15 +104,6 @@ def test_asking_leaves_nothing(path):
     assert not Lock(path.parent / "gone" / "a.lock").is_held()
 
 
-def test_asking_does_not_take_it_from_its_holder(path):
-    lock = Lock(path)
-    lock.acquire()
-    for _ in range(3):
-        assert Lock(path).is_held()
-    assert path.exists()
-    lock.release()
-
-
 def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -140,12 +111,6 @@ def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
         with pytest.raises(OSError, match=r"folder|file"):
             Lock(path).acquire()
     assert not Lock(tmp_path / "folder").is_held()
-
-
-def test_a_lock_whose_folder_is_gone_makes_it(tmp_path):
-    lock = Lock(tmp_path / "gone" / "a.lock")
-    assert lock.acquire()
-    lock.release()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="flock is of POSIX")
@@ -163,41 +128,31 @@ def test_a_file_system_that_cannot_lock_is_not_a_lock_that_is_taken(path, monkey
     assert not Lock(path).is_held()
 
 
-def test_asking_needs_no_permission_to_write(path, holder, monkeypatch):
-    """As another user has who may read the runs alone."""
+@pytest.mark.parametrize("allowed", ["rb", None])
+def test_asking_needs_no_permission(path, holder, monkeypatch, allowed):
+    """As another user has none who may read the runs, or who may not even do that."""
     opened = open
 
-    def read_only(file, mode="r"):
-        if mode != "rb":
+    def refused(file, mode="r"):
+        if mode != allowed:
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(file, mode)
 
-    monkeypatch.setattr("builtins.open", read_only)
-    assert Lock(path).is_held()
-
-
-def test_a_lock_that_may_not_be_looked_at_counts_as_held(path, monkeypatch):
-    def refuse(*args):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    path.touch()
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("builtins.open", refused)
     assert Lock(path).is_held()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
 def test_a_lock_on_a_file_that_was_removed_is_none(path, monkeypatch):
     """Its last holder removes it after the next one has opened it: who then locked it would not be alone."""
-    from baby_xp.runs import lock as module
-
-    locking, removed = module.try_to_lock, []
+    removed = []
 
     def removed_before(file):
         if not removed:
             removed.append(path.unlink())
-        return locking(file)
+        return try_to_lock(file)
 
-    monkeypatch.setattr(module, "try_to_lock", removed_before)
+    monkeypatch.setattr("baby_xp.runs.lock.try_to_lock", removed_before)
     first = Lock(path)
     assert first.acquire(patience=0)  # nobody held it
     assert path.exists()
@@ -228,15 +183,10 @@ def test_of_many_that_want_it_one_has_it_at_a_time(path):
 # another process ----------------------------------------------------------------------------------------
 
 
-def test_what_another_process_holds_is_held(path, holder):
-    assert Lock(path).is_held()
-    assert not Lock(path).acquire(patience=0.05)
-    assert path.exists()
-
-
 @pytest.mark.parametrize("how", ["kill", "terminate"])
 def test_a_process_that_is_ended_gives_its_lock_back(path, holder, how):
     assert Lock(path).is_held()
+    assert not Lock(path).acquire(patience=0.05)
     getattr(holder, how)()
     holder.wait()
     if os.name != "nt":

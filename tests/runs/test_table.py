@@ -66,10 +66,13 @@ def test_an_imported_run_has_no_checkpoint_and_no_steps(tmp_path):
 
 
 def test_a_run_that_is_held_is_running(tmp_path):
-    files = a_run(tmp_path, GUIDS[0], "running", val_loss=None, losses=[3.0, 2.5])
+    """Its steps are those of its checkpoint: the config knows them as of the start."""
+    files = a_run(tmp_path, GUIDS[0], "running", val_loss=None, losses=[3.0, 2.5], steps=0)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with store.hold(files):
         assert table.summaries(tmp_path) == [expected(GUIDS[0], "running", val_loss=2.5)]
         assert store.is_held(files)  # the table has not taken it away
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_says_it_is_running_but_is_not_held_was_killed(tmp_path):
@@ -78,23 +81,12 @@ def test_a_run_that_says_it_is_running_but_is_not_held_was_killed(tmp_path):
     assert table.summaries(tmp_path) == [expected(GUIDS[0], "stopped", val_loss=2.5)]
 
 
-@pytest.mark.parametrize(
-    "metrics", [None, b"", b"{", b"[]\n", b"5\n", b'{"step": 1}\n', b"\xff\n", b'"val_loss"\n']
-)
+@pytest.mark.parametrize("metrics", [None, b"", b"{", b"[]\n", b"5\n", b'{"step": 1}\n', b"\xff\n", b'"val_loss"\n'])
 def test_a_running_run_without_a_measurement_has_no_loss_yet(tmp_path, metrics):
     files = a_run(tmp_path, GUIDS[0], "running", val_loss=None)
     if metrics is not None:
         files.metrics.write_bytes(metrics)
     assert table.summaries(tmp_path) == [expected(GUIDS[0], "stopped", val_loss=None)]
-
-
-def test_the_steps_of_a_run_are_those_of_its_checkpoint(tmp_path):
-    """Its config knows them as of its start."""
-    files = a_run(tmp_path, GUIDS[0], "running", step=0)
-    arrays = {name: np.zeros(2, np.float32) for name in ("params", "m", "v")}
-    now = Checkpoint({**arrays, "step": np.array([700], np.int32)})
-    state_file.save_state(files.state, now, {"step": "700", "num_steps": "1200"})
-    assert [run.steps for run in table.summaries(tmp_path)] == [700]
 
 
 @pytest.mark.parametrize(
@@ -146,25 +138,13 @@ def test_a_folder_without_runs_has_an_empty_table(tmp_path, kind):
         assert listed(folder) == [f"no runs in {folder} yet"]
 
 
-def test_reading_the_table_changes_no_file(tmp_path):
-    a_run(tmp_path, GUIDS[0], "running")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    table.summaries(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
 # on the command line ------------------------------------------------------------------------------------
 
 
 def test_the_command_line_lists_all_runs_a_line_each(tmp_path):
     tuned = f"{GUIDS[0]}_finetuned-2"
-    runs = [
-        (GUIDS[0], "done"),
-        (GUIDS[1], "stopped"),
-        (tuned, "failed"),
-        (GUIDS[3], "running"),
-        (GUIDS[4], "done"),
-    ]
+    states = ("done", "stopped", "failed", "running", "done")
+    runs = list(zip((GUIDS[0], GUIDS[1], tuned, GUIDS[3], GUIDS[4]), states, strict=True))
     for age, (guid, state) in enumerate(runs):
         files = a_run(tmp_path, guid, state, val_loss=None if guid == tuned else 1.25)
         os.utime(files.config, ns=(0, 10**18 + age))

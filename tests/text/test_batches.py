@@ -11,7 +11,6 @@ from baby_xp.errors import BabyError
 from baby_xp.text.batches import EpochWindows, PairBatches, RandomWindows, consecutive_windows, permuted
 
 SEEDS = st.integers(0, 2**64 - 1)
-SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 61, 63, 64, 65, 97, 100, 255, 256, 257, 1009, 4095, 4097]
 quick = settings(max_examples=60, deadline=None)
 # Drawn once and written down.
 PINNED_SHUFFLE = [497, 249, 760, 359, 222]
@@ -54,15 +53,9 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 # The shuffle
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_a_shuffle_is_one_to_one(n):
-    for epoch in range(3):
-        assert np.array_equal(np.sort(shuffled(n, 5, epoch)), np.arange(n))
-
-
 @quick
-@given(st.integers(1, 3000), SEEDS, SEEDS)
-def test_any_shuffle_is_one_to_one(n, seed, epoch):
+@given(st.integers(1, 3000) | st.sampled_from([2**i + j for i in range(2, 13) for j in (-1, 0, 1)]), SEEDS, SEEDS)
+def test_a_shuffle_is_one_to_one(n, seed, epoch):
     assert np.array_equal(np.sort(shuffled(n, seed, epoch)), np.arange(n))
 
 
@@ -253,79 +246,12 @@ def test_pairs_are_drawn_anew_and_stay_together():
 # What is refused
 
 
-def message_of(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    assert "; " in message, f"no remedy in {message!r}"
-    return message
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, "8", None])
-@pytest.mark.parametrize("name", ["n_ctx", "batch_size", "stride"])
-def test_sizes_below_one_are_refused(name, value):
-    ids = np.arange(20, dtype=np.uint8)
-    sizes = {"n_ctx": 2, "batch_size": 2, name: value}
-    makers = [lambda: EpochWindows(ids, **{"stride": 1, **sizes}, seed=0)]
-    if name != "stride":
-        makers += [lambda: RandomWindows(ids, **sizes, seed=0), lambda: consecutive_windows(ids, **sizes)]
-    if name == "batch_size" and value is not None:
-        makers += [lambda: PairBatches(*pairs(5), batch_size=value)]
-    for make in makers:
-        said = f"^{name} must be a whole number of at least 1, not {value!r}$"
-        with pytest.raises(BabyError, match=said) as error:
-            make()
-        assert str(error.value) == f"{name} must be a whole number of at least 1, not {value!r}"
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None])
-def test_seeds_are_64_bits(seed):
-    ids = np.arange(20, dtype=np.uint8)
-    for make in (
-        lambda: RandomWindows(ids, 2, 2, seed),
-        lambda: EpochWindows(ids, 2, 2, 1, seed),
-        lambda: PairBatches(*pairs(5), seed=seed),
-    ):
-        with pytest.raises(BabyError, match=f"^seed must be a whole number of at .*, not {seed!r}$") as error:
-            make()
-        assert "\n" not in str(error.value)
-
-
-def test_a_step_before_the_first_is_refused():
-    ids = np.arange(20, dtype=np.uint8)
-    for windows in (RandomWindows(ids, 2, 2, 0), EpochWindows(ids, 2, 2, 1, 0)):
-        with pytest.raises(BabyError, match="step -1 ") as error:
-            windows.batch(-1)
-        message_of(error)
-
-
 @pytest.mark.parametrize("n", [0, 1, 8])
 def test_too_few_tokens_for_a_window(n):
     ids = np.zeros(n, dtype=np.uint8)
     for make in (lambda: RandomWindows(ids, 8, 2, 0), lambda: EpochWindows(ids, 8, 2, 1, 0)):
-        with pytest.raises(BabyError, match=f"^{n} tokens .* n_ctx 8 needs 9") as error:
+        with pytest.raises(BabyError, match=f"^{n} tokens are too few for a window of 9"):
             make()
-        message_of(error)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_nothing_to_predict(n):
-    with pytest.raises(BabyError, match=f"^{n} tokens ") as error:
-        consecutive_windows(np.zeros(n, dtype=np.uint8), 8, 2)
-    message_of(error)
-
-
-@pytest.mark.parametrize("ids", [np.zeros((2, 30), np.int32), np.zeros(30)])
-def test_only_rows_of_integers_are_texts(ids):
-    for make in (lambda: RandomWindows(ids, 8, 2, 0), lambda: consecutive_windows(ids, 8, 2)):
-        with pytest.raises(BabyError, match="1-D integers") as error:
-            make()
-        message_of(error)
-
-
-@pytest.mark.parametrize(
-    ("contexts", "targets"), [((3, 2), (2,)), ((3, 2), (3, 1)), ((3,), (3,)), ((0, 2), (0,))]
-)
-def test_pairs_must_fit(contexts, targets):
-    with pytest.raises(BabyError) as error:
-        PairBatches(np.zeros(contexts, np.int32), np.zeros(targets, np.int32))
-    assert str(contexts) in message_of(error)
+    if n < 2:
+        with pytest.raises(BabyError, match=f"^{n} tokens are too few for a window of 2"):
+            list(consecutive_windows(ids, 8, 2))

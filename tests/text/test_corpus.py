@@ -15,8 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from baby_xp.errors import BabyError
-from baby_xp.text import corpus as corpus_module
-from baby_xp.text.corpus import Corpus, check_length, read_text
+from baby_xp.text.corpus import CHUNK, Corpus, check_length, read_text
 from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = count()
@@ -79,8 +78,8 @@ def test_the_first_bad_byte_is_named_at_every_chunk_size(folder, text, tail, chu
 
 
 def test_a_bad_byte_far_into_a_file(tmp_path):
-    path = write(tmp_path, "é".encode() * corpus_module.CHUNK + b"a\xe2\x82")
-    with pytest.raises(BabyError, match=f"byte 0xe2 at offset {2 * corpus_module.CHUNK + 1} ") as error:
+    path = write(tmp_path, "é".encode() * CHUNK + b"a\xe2\x82")
+    with pytest.raises(BabyError, match=f"byte 0xe2 at offset {2 * CHUNK + 1} ") as error:
         list(read_text(path))
     message_of(error)
 
@@ -95,14 +94,14 @@ def test_an_empty_file_is_refused(tmp_path, data):
 
 def test_a_missing_file_a_folder_and_a_pipe_are_told_apart(tmp_path):
     for path, said in [
-        (tmp_path / "none.txt", "there is no file"),
+        (tmp_path / "none\n.txt", "there is no file"),
         (tmp_path, "is a folder"),
         (Path(os.devnull), "is not a regular file"),
         (write(tmp_path, b"a") / "below", "cannot be read" if os.name != "nt" else "there is no file"),
     ]:
         with pytest.raises(BabyError, match=said) as error:
             list(read_text(path))
-        assert path.name in message_of(error)
+        assert repr(path.name)[1:-1] in message_of(error)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -115,12 +114,6 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(BabyError, match="Permission denied") as error:
         list(read_text(path))
     message_of(error)
-
-
-def test_a_path_with_a_newline_stays_on_one_line(tmp_path):
-    with pytest.raises(BabyError) as error:
-        list(read_text(tmp_path / "a\nb"))
-    assert "a\\nb" in message_of(error)
 
 
 # Corpora
@@ -165,8 +158,8 @@ def test_the_split_is_the_originals():
 
 
 def test_many_chunks_are_one_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "CHUNK", 7)
-    monkeypatch.setattr(corpus_module, "read_text", lambda path: read_text(path, 7))
+    monkeypatch.setattr("baby_xp.text.corpus.CHUNK", 7)
+    monkeypatch.setattr("baby_xp.text.corpus.read_text", lambda path: read_text(path, 7))
     text = "To be, or not to be:\r\nthat is the question \U0001f600\n" * 5
     path = write(tmp_path, text.encode())
     for corpus in (Corpus.from_file(path, "char", tmp_path), Corpus.from_text(text, "text", "char")):
@@ -200,14 +193,6 @@ def test_another_tokenizer_has_a_file_of_its_own(tmp_path):
     assert len(list(cache.iterdir())) == 3
 
 
-def test_a_truncated_file_of_ids_is_written_anew(tmp_path):
-    path, cache = write(tmp_path, b"to be or not to be"), tmp_path / "cache"
-    expected = Corpus.from_file(path, "char", cache).ids.tolist()
-    (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:5])
-    assert Corpus.from_file(path, "char", cache).ids.tolist() == expected
-
-
 @pytest.mark.slow
 def test_memory_stays_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 1_000_000)
@@ -228,7 +213,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 
 def test_an_unknown_character_in_a_file_is_placed_in_the_whole(tmp_path, monkeypatch):
     path, cache = write(tmp_path, b"aab\nabb\nba?b\n"), tmp_path / "new" / "cache"
-    monkeypatch.setattr(corpus_module, "read_text", lambda path: read_text(path, 4))
+    monkeypatch.setattr("baby_xp.text.corpus.read_text", lambda path: read_text(path, 4))
     with pytest.raises(BabyError) as error:
         Corpus.from_file(path, CharTokenizer("ab\n"), cache)
     assert message_of(error).startswith(f"{path}: '?' (U+003F) at index 10 (line 3, column 3) ")
@@ -244,34 +229,24 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert list(cache.iterdir()) == before
 
 
-@pytest.mark.parametrize("call", ["open", "fsync", "replace", "mkdir"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
-    path, cache = write(tmp_path, b"abc"), tmp_path / "new" / "cache"
-    plain_open = open
+@pytest.mark.parametrize("call", ["builtins.open", "read again", "os.fsync", "os.replace", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, monkeypatch, call, error):
+    path, cache, plain_open = write(tmp_path, b"abc"), tmp_path / "new" / "cache", open
 
-    def full(*arguments, **_):
-        if call == "open" and arguments[1:2] != ("xb",):
+    def fail(*arguments, **_):
+        is_meant = {"builtins.open": ("xb",), "read again": ("rb",)}.get(call, arguments[1:2]) == arguments[1:2]
+        if not is_meant or (call == "read again" and not os.path.exists(cache)) or arguments[0] == path:
             return plain_open(*arguments)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    target = {"open": "builtins.open", "mkdir": "pathlib.Path.mkdir"}.get(call, f"os.{call}")
-    monkeypatch.setattr(target, full)
-    with pytest.raises(BabyError, match="No space left on device") as error:
-        Corpus.from_file(path, "char", cache)
-    assert str(cache) in message_of(error)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    path, cache = write(tmp_path, b"abc"), tmp_path / "cache"
-
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("builtins.open" if call == "read again" else call, fail)
+    with pytest.raises((BabyError, KeyboardInterrupt)) as caught:
         Corpus.from_file(path, "char", cache)
     assert list(tmp_path.iterdir()) == [path]
+    if isinstance(error, OSError):
+        assert f"{cache}" in message_of(caught)
+        assert "No space left on device" in message_of(caught)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
@@ -293,7 +268,7 @@ def test_a_text_that_changes_between_the_passes(tmp_path, monkeypatch, later):
             path.unlink() if later is None else path.write_text(later)
         yield from read_text(path)
 
-    monkeypatch.setattr(corpus_module, "read_text", change_then_read)
+    monkeypatch.setattr("baby_xp.text.corpus.read_text", change_then_read)
     with pytest.raises(BabyError) as error:
         Corpus.from_file(path, "char", cache)
     assert str(path) in message_of(error)
@@ -307,12 +282,6 @@ def test_a_text_that_cannot_be_a_corpus(tmp_path, text, tokenizer):
         Corpus.from_text(text, "the story", tokenizer, tmp_path / "cache")
     assert message_of(error).startswith("the story")
     assert not (tmp_path / "cache").exists()
-
-
-def test_an_unknown_kind_of_tokenizer(tmp_path):
-    with pytest.raises(BabyError, match="'word'") as error:
-        Corpus.from_file(write(tmp_path, b"abc"), "word", tmp_path / "cache")
-    message_of(error)
 
 
 # Two at once

@@ -1,0 +1,166 @@
+"""Where runs are made: a new one with its folders, name and lock, and what runs that were killed left behind."""
+
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baby_xp.errors import BabyError
+from baby_xp.files import (
+    TEMPORARY,
+    as_path,
+    listed,
+    make_writable_folder,
+    remove,
+    remove_folders,
+    remove_unless_locked,
+    shown,
+)  # fmt: skip
+from baby_xp.runs.lock import Lock
+from baby_xp.runs.state_file import read_metadata
+from baby_xp.runs.store import FOLDERS, GUID, Held, RunFiles, hold, sweep
+
+OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""The name under which safetensors writes a file before it renames it."""
+
+
+@dataclass
+class NewRun:
+    """A run that is being made. Set `keep` as soon as there is something worth keeping.
+
+    undo: what else is to be done if it comes to nothing.
+    """
+
+    files: RunFiles
+    keep: bool = False
+    undo: ExitStack = field(default_factory=ExitStack)
+
+
+@contextmanager
+def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
+    """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
+    there goes again: no run, no file, and no folder that it made, unless another run trains there by then.
+
+    base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
+    Raises BabyError if the folder cannot be written.
+    """
+    folder = as_path(folder, "path")
+    made: list[Path] = []
+    new = None
+    try:
+        for path in (folder, *(folder / name for name in FOLDERS)):
+            make_writable_folder(path, made, "--path")
+        sweep_abandoned(folder)
+        names = [guid or str(uuid.uuid4())] if base is None else _finetuned_names(base)
+        with ExitStack() as held:
+            new = NewRun(_first_free(folder, names, held))
+            try:
+                yield new
+            except BaseException:
+                if not new.keep:  # while the lock is held: its name may be another run's afterwards
+                    try:
+                        _remove(new.files)
+                    except KeyboardInterrupt:  # another Ctrl-C does not leave the half of it
+                        _remove(new.files)
+                    new.undo.close()
+                raise
+    except BaseException:
+        if not (new and new.keep) and not _somebody_trains(folder):  # who trains there will write into them
+            remove_folders(made)
+        raise
+
+
+def _finetuned_names(base: str) -> Iterator[str]:
+    yield f"{base}_finetuned"
+    for number in itertools.count(2):
+        yield f"{base}_finetuned-{number}"
+
+
+def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
+    """The first of the names that no run has, held until `held` is left."""
+    held_by_others = None
+    for name in names:
+        files = RunFiles(folder, name)
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(hold(files, other="--path"))
+            except Held as error:
+                held_by_others = error
+                continue
+            if _is_there(files):  # its process ended just now, perhaps; the lock that marks it goes with `attempt`
+                _remove_abandoned(files)
+            if not _is_there(files):
+                held.push(attempt.pop_all())
+                return files
+    raise held_by_others or BabyError(f"there is a run {name} in {shown(folder)} already")
+
+
+def _is_there(files: RunFiles) -> bool:
+    """Whether a run has this name, or left something under it."""
+    return any(os.path.lexists(path) for path in files.of_training)
+
+
+def _remove(files: RunFiles) -> None:
+    """Remove the files that training writes, the config first. Hold the run."""
+    for path in files.of_training:
+        remove(path)
+
+
+def _somebody_trains(folder: Path) -> bool:
+    return any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs"))
+
+
+# what was abandoned -------------------------------------------------------------------------------------
+
+
+def sweep_abandoned(folder: Path) -> None:
+    """Remove what killed processes left in a folder of runs: runs that had not begun, and files half written.
+
+    A run that had not begun has a lock that no process holds, no config, and nothing but its first weights.
+    """
+    for path in listed(folder / "configs"):
+        named = re.fullmatch(r"\.config_(.*)\.lock", path.name)
+        if named and GUID.fullmatch(named[1]):
+            files = RunFiles(folder, named[1])
+            with suppress(BabyError), hold(files, patience=0):  # which removes the lock of a run that was killed
+                _remove_abandoned(files)
+    folders = folder, *(folder / name for name in FOLDERS)
+    left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
+    somebody_trains = _somebody_trains(folder)  # asked after listing: who writes what is listed has a lock
+    for path in left:
+        if path.suffix == TEMPORARY:
+            _sweep_half(folder, path)
+        elif OF_SAFETENSORS.fullmatch(path.name) and not somebody_trains:
+            remove(path)
+    for path in listed(folder / "corpora"):  # earlier versions wrote ids under names without a dot
+        if path.suffix == TEMPORARY:
+            remove_unless_locked(path)
+
+
+def _remove_abandoned(files: RunFiles) -> None:
+    """Remove the files of a run that was killed before it was one. Hold it."""
+    if not os.path.lexists(files.config) and not _has_trained(files):
+        sweep(files)
+        _remove(files)
+
+
+def _has_trained(files: RunFiles) -> bool:
+    """Whether a run that has lost its config may hold work of its own, or may not be judged."""
+    arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
+    return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)
+
+
+def _sweep_half(folder: Path, path: Path) -> None:
+    """Remove a file that a process left half written, unless its run is being trained, or somebody writes it."""
+    written = re.fullmatch(r"\.(.*)\.[0-9a-f]{8}\.tmp", path.name)
+    of_run = written and GUID.search(written[1])
+    files = RunFiles(folder, of_run[0]) if of_run else None
+    if written and files and written[1] in {one.name for one in files.of_training}:
+        with suppress(BabyError), hold(files, patience=0):
+            remove(path)
+    elif written:
+        remove_unless_locked(path)
