@@ -13,8 +13,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from baby_xp_data import equations
-
 from baby_xp import checks
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Backend
@@ -277,8 +275,7 @@ def override(chosen: Preset, overrides: dict[str, Any]) -> Preset:
     _refuse_what_changes_nothing(found, overrides)
     data, of_table = found.data, {"max_sum", "digits", "operators"}
     if isinstance(data, EquationData) and of_table & overrides.keys() and "held_out" not in overrides:
-        suited = equations.suited(data.held_out, data.max_sum, data.digits, data.operators)
-        found = replace(found, data=replace(data, held_out=suited))
+        found = replace(found, data=replace(data, held_out=data.table.suitable(data.held_out)))
     return found
 
 
@@ -358,7 +355,7 @@ def _sit(
     new: NewRun,
     chosen: Preset,
     model: Model,
-    learned: dataset.Task,
+    learned: dataset.Dataset,
     backend: Backend,
     device: str | None,
     workers: int | None,
@@ -410,7 +407,7 @@ def _sizes(config: Any) -> Any:
 
 
 def check_size(
-    chosen: Preset, model: Model, backend: Backend, learned: dataset.Task, workers: int | None
+    chosen: Preset, model: Model, backend: Backend, learned: dataset.Dataset, workers: int | None
 ) -> None:
     """Raises BabyError for a run that does not fit this machine, before anything of it is made."""
     limits.check_size(model)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from baby_xp_data.equation_table import EquationTable
+
 from baby_xp import checks
 from baby_xp.arrays import rng
 from baby_xp.checks import LARGEST
@@ -164,6 +166,10 @@ class TrainConfig:
         """Sequences in one step."""
         return self.batch_size * self.accumulate
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """num_steps, or as many as num_epochs take if that alone is given."""
+        return self.num_steps or (self.num_epochs or 0) * steps_per_epoch
+
     @property
     def peak_lr(self) -> float:
         """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
@@ -213,6 +219,11 @@ class EquationData(DataConfig):
             raise BabyError(f"data of this preset is equations, not {self.data!r}: leave out --data")
         if self.tokenizer != "char":
             raise BabyError(f"tokenizer of equations is char, not {self.tokenizer}")
+
+    @property
+    def table(self) -> EquationTable:
+        """The table of equations. Raises BabyError if max_sum does not fit the digits."""
+        return EquationTable(self.max_sum, self.digits, self.operators)
 
 
 @dataclass(frozen=True)

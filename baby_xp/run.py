@@ -1,22 +1,22 @@
 """A run in memory: a trained model that generates."""
 
 import codecs
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from baby_xp_data import equations
+from baby_xp_data.equation_table import EquationTable
 
 from baby_xp import checks
 from baby_xp.arrays.backend import Backend, Shortage, translate_out_of_memory
-from baby_xp.config import settings_of
+from baby_xp.config import EquationData, data_from_dict, settings_of
 from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import limits
+from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 from baby_xp.text.tokenizer import Tokenizer
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from baby_xp.evaluation.evaluate import Evaluation
     from baby_xp.evaluation.gradient_check import Row
     from baby_xp.inspection.inspect import Inspection
+    from baby_xp.text import dataset
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -85,20 +86,21 @@ class Run:
             steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
         return [prompt + "".join(self._pieces(iter(text))) for text in np.array(steps).T.tolist()]
 
-    def answer(self, question: str) -> str:
+    def answer(self, question: str, table: EquationTable | None = None) -> str:
         """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
 
         Its first digit alone where the context does not hold an equation whole: the other digits then do not
-        follow from what the model sees.
+        follow from what the model sees. table: None for that of the run.
 
         Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
-        data = self.config["data"]
-        if "digits" not in data:
+        data = data_from_dict(self.config["data"], str(self.files.config))
+        if table is None and not isinstance(data, EquationData):
             raise BabyError(f"run {self.guid} did not learn equations: let it generate")
-        text = _question(question, data["digits"], data["operators"], data["max_sum"])
-        whole = self.model.config.n_ctx >= equations.longest(data["digits"])
-        for piece in self.stream(text, data["digits"] + 2 if whole else 1, greedy=True):
+        table = table or data.table
+        text = table.question(question)
+        whole = self.model.config.n_ctx >= table.longest
+        for piece in self.stream(text, table.digits + 2 if whole else 1, greedy=True):
             if piece == " ":
                 break
             text += piece
@@ -123,7 +125,15 @@ class Run:
         num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
         data = None if data is None else checks.path("data", data)
         with translate_out_of_memory(self.backend, _more_memory):
-            return evaluate.evaluate(self, *self._settings(data), num_tokens, seed)
+            return evaluate.evaluate(self, self._dataset(data), num_tokens, seed)
+
+    def _dataset(self, data: str | None) -> "dataset.TextDataset | dataset.EquationDataset":
+        """What the run learned from, or another text (`data`) with the run's ids."""
+        from baby_xp.text import dataset
+
+        chosen, sha256 = self._settings(data)
+        folder = store.folder_for_ids(self.files)
+        return dataset.prepare(chosen.data, chosen.model, chosen.train, folder, self.tokenizer, sha256)
 
     def _settings(self, data: str | None) -> tuple["Preset", str | None]:
         """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
@@ -214,19 +224,6 @@ class Run:
             return self.tokenizer.encode("\n", "prompt")
         except BabyError:
             return np.zeros(1, np.int32)
-
-
-def _question(question: str, digits: int, operators: str, max_sum: int) -> str:
-    """A question as equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is none of the table."""
-    asked = "".join(checks.text("question", question).split()).removesuffix("=")
-    parts = re.fullmatch(r"(0|[1-9][0-9]*)([+-])(0|[1-9][0-9]*)", asked)
-    known = f"4{operators[0]}4="
-    if parts is None or parts[2] not in operators or max(len(parts[1]), len(parts[3])) > digits:
-        what = f"with {' or '.join(operators)} and operands of {digits} digit{'s' * (digits > 1)} at most"
-        raise BabyError(f"{checks.shown_value(question)} is no question of this run: ask {known}, {what}")
-    if parts[2] == "+" and max_sum and (total := int(parts[1]) + int(parts[3])) > max_sum:
-        raise BabyError(f"{asked} makes {total}, and the run knows sums up to {max_sum}: ask {known}, for example")
-    return f"{asked}="
 
 
 def _more_memory(shortage: Shortage) -> str:

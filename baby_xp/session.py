@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from baby_xp_data import equations
 
 from baby_xp import __version__
 from baby_xp import config as configs
@@ -30,7 +29,7 @@ from baby_xp.run import Run
 from baby_xp.runs import report, store
 from baby_xp.runs import state_file as arrays
 from baby_xp.runs.store import RunFiles
-from baby_xp.text.dataset import Task
+from baby_xp.text.dataset import Dataset, EquationDataset, TextDataset
 from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.divergence import largest_gradient
@@ -40,8 +39,6 @@ from baby_xp.training.workers import Workers, alone
 
 SAMPLE_TOKENS = 500
 """Tokens of the text at the end of training."""
-SAMPLE_ANSWERS = 6
-"""Answers to held-out equations that are shown in its place."""
 
 
 @dataclass
@@ -51,7 +48,7 @@ class TrainingSession:
     files: RunFiles
     chosen: Preset
     model: Model
-    learned: Task
+    learned: TextDataset | EquationDataset
     backend: Backend
     device: str | None
     """As it was asked for; None: the backend's default."""
@@ -204,14 +201,14 @@ class TrainingSession:
         run, sample = self._as_run(checkpoint.best_params), ""
         if final:
             told["val_loss"] = final["val_loss"]
-            sample = "".join(sample_of(run, self.chosen.train.seed))
+            sample = "".join(self.learned.sample(run, self.chosen.train.seed, SAMPLE_TOKENS))
             write(self.files.completion(), sample + "\n")
         return replace(run, config=self._tell(self.config(told), [final] if final else [], sample))
 
     def _tell(self, config: dict[str, Any], more: list[dict[str, Any]], sample: str) -> dict[str, Any]:
         """Write the report and, last of all, the config -> the config."""
         records = [*self._last.progress["records"], *more]
-        write(self.files.report, report.text(config, records, self.learned.facts, sample))
+        write(self.files.report, report.text(config, records, self.learned.facts, self.learned.entropy, sample))
         store.write_sealed(self.files.config, config)
         return config
 
@@ -221,7 +218,8 @@ class TrainingSession:
 
     def _sample(self, params: Any) -> Iterator[str]:
         train = self.chosen.train
-        return sample_of(self._as_run(self.backend.to_numpy(params)), train.seed, train.sample_tokens)
+        run = self._as_run(self.backend.to_numpy(params))
+        return self.learned.sample(run, train.seed, train.sample_tokens)
 
     # trouble -------------------------------------------------------------------------------------------
 
@@ -286,7 +284,7 @@ class TrainingSession:
 def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Tokenizer, params: np.ndarray) -> Run:
     """Write the files of a run that was trained elsewhere: no state, as there is nothing to resume."""
     backend = registry.load("numpy", dtype=chosen.train.dtype)
-    learned = Task(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
+    learned = Dataset(chosen.data.data, tokenizer, None, 0, lambda: iter(()), 0, {})
     session = TrainingSession(files, chosen, model, learned, backend, None, 1, None, started=_now())
     write_json(files.tokenizer, tokenizer.to_dict())
     belongs = belonging(files.guid, chosen.model, tokenizer)
@@ -295,17 +293,6 @@ def keep_imported(files: RunFiles, chosen: Preset, model: Model, tokenizer: Toke
     config = session.config(result)
     store.write_sealed(files.config, config)
     return Run(files, model, tokenizer, params, config, backend)
-
-
-def sample_of(run: Run, seed: int, num_tokens: int | None = None) -> Iterator[str]:
-    """What a run shows of itself, piece by piece: a text, or some of the answers that it was never told."""
-    data = run.config["data"]
-    if "held_out" not in data:
-        return run.stream(num_tokens=num_tokens or SAMPLE_TOKENS, seed=seed)
-    of_table = data["max_sum"], data["digits"], data["operators"]
-    named = equations.chosen(data["held_out"], run.config["train"]["seed"], *of_table)
-    some = named[:: -(-len(named) // SAMPLE_ANSWERS)]
-    return iter([", ".join(run.answer(f"{case}=") for case in some)])
 
 
 def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Screen:
         self.guid = session.files.guid
         with self._anyhow():
             print("\n".join(lines), flush=True)
-        self.entropy = learned.facts.get("entropy, nats per character")
+        self.entropy = learned.entropy
         self.bar = tqdm(
             total=learned.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )

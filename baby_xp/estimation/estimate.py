@@ -6,16 +6,12 @@ very settings for a few seconds in a process of its own, evaluates, shows a samp
 folder that goes again.
 """
 
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -33,7 +29,7 @@ from baby_xp.resources import counts, limits, process_memory
 from baby_xp.session import SAMPLE_TOKENS
 from baby_xp.text import dataset
 from baby_xp.text.batches import EpochWindows
-from baby_xp.text.dataset import Task
+from baby_xp.text.dataset import Dataset
 from baby_xp.training.loop import EVALUATION_TOKENS
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
@@ -46,7 +42,7 @@ GENERATED = 64
 TOKENS_A_PARAMETER = (20, 40)
 """The Little Baby's rule for the tokens to train on."""
 MIB = 2**20
-PROGRAM = "from baby_xp.estimation.estimate import serve; serve()"
+TASK = "baby_xp.estimation.estimate:serve"
 
 
 # the estimate -------------------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def _looked_up(
     return _facts(learned, loaded, number, folder)
 
 
-def _facts(learned: Task, backend, workers: int, folder: Path) -> Facts:
+def _facts(learned: Dataset, backend, workers: int, folder: Path) -> Facts:
     batches, n = learned.batches, learned.num_steps
     sequences = n * batches.batch_size
     if isinstance(batches, EpochWindows):  # the last batch of an epoch may be smaller
@@ -241,41 +237,33 @@ def _tried(
         "preset": {"name": chosen.name, **parts}, "backend": backend, "device": device, "workers": workers,
         **options, "path": folder, "seconds": SECONDS, "most_seconds": MOST_SECONDS,
     }  # fmt: skip
-    environment = processes.environment()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
-        encoding="utf-8", env=environment, start_new_session=True,  # Ctrl-C is for this process, which ends it
-    )  # fmt: skip
-    if done.returncode:
-        code = done.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise BabyError(f"the trial {how}: the memory may be too small for this run; try a smaller model or batch")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise BabyError(found["error"])
-    idle, sizes = process_memory.of_interpreter(environment), found["trial"].pop("sizes")
+    # a session of its own: Ctrl-C is for this process, which ends it
+    with processes.started(TASK, "the trial", "try --no-measure", start_new_session=True) as child:
+        try:
+            found = processes.ask(child, request)
+        except processes.Ended as how:
+            advice = "the memory may be too small for this run; try a smaller model or batch"
+            raise BabyError(f"the trial {how}: {advice}") from None
+    idle, sizes = process_memory.of_interpreter(processes.environment()), found["trial"].pop("sizes")
     taken = process_memory.growth(sizes, idle) if idle and sizes else None
     return Facts(**found["facts"]), Trial(**found["trial"], memory=taken)
 
 
-def serve() -> None:
-    """What the process of a trial does: a request on its input, an answer as the last line of its output."""
+def serve(path: str, **request: Any) -> dict[str, Any]:
+    """What the process of a trial does -> facts and trial, as plain JSON values."""
     import tqdm  # noqa: F401  # the command line of the real run has it, and it takes room too
 
-    request = json.load(sys.stdin)
     try:
-        answer = _try(**request)
-    except OutOfMemory as error:  # the run that it tells of goes with the trial
-        answer = {"error": f"{error.shortage}; {error.advice}"}
+        return _try(path=path, **request)
+    except OutOfMemory as error:  # the run that it names goes with the trial
+        raise BabyError(f"{error.shortage}; {error.advice}") from None
     except BabyError as error:
-        answer = {"error": " ".join(str(error).split())}
+        raise BabyError(" ".join(str(error).split())) from None
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "an array did not fit"
-        answer = {"error": f"not enough memory ({reason}); choose a smaller model or batch"}
-    finally:  # not only by the process that asks: that may be no more
-        shutil.rmtree(request["path"], ignore_errors=True)
-    with suppress(BrokenPipeError):
-        print(json.dumps(answer), flush=True)
+        raise BabyError(f"not enough memory ({reason}); choose a smaller model or batch") from None
+    finally:  # not only by the process that asks: it may be gone
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _try(preset: dict[str, Any], path: str, seconds: float, most_seconds: float, **place: Any) -> dict[str, Any]:
@@ -330,6 +318,7 @@ class _Watch(api.Silent):
         self.moving = SimpleNamespace(**vars(session.learned))
         self.moving.num_steps, self.moving.n_validation = LARGEST, 1
         self.moving.validation, self.moving.check = self._some_validation, session.learned.check
+        self.moving.sample = session.learned.sample
         session.learned = self.moving
         self.began = time.perf_counter()
 

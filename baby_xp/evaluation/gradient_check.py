@@ -191,7 +191,7 @@ def _batch(run: "Run", chosen: Preset, sha256: str | None, tokens: int, batch: i
     learned = dataset.prepare(
         chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256
     )
-    if learned.corpus is None:  # equations: as many rows as have so many targets
+    if isinstance(learned, dataset.EquationDataset):  # equations: as many rows as have so many targets
         whole = learned.batches.batch(0)
         number = batch * tokens if whole.targets.ndim == 1 else batch
         rows = np.random.default_rng(seed).permutation(len(whole.samples))[:number]

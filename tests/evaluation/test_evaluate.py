@@ -10,9 +10,9 @@ from baby_xp_data import nursery
 from baby_xp import api
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
-from baby_xp.evaluation import evaluate, text_metrics
 from baby_xp.layers import cross_entropy
 from baby_xp.run import Run
+from baby_xp.text import dataset, text_metrics
 
 TEXT = "the cat sat on the mat.\nit sat and sat, and só did the hät. " * 40
 TINY = {
@@ -79,7 +79,7 @@ def test_what_was_generated_is_compared_with_the_training_part_alone(tmp_path, m
     written = "the cät sat on the 😀 mat " * 36 + "no tam eht no tas täc eht " * 4
     (tmp_path / "other.txt").write_text(written, encoding="utf-8")
     run = trained(tmp_path, data=str(tmp_path / "other.txt"), num_steps=1, tokenizer="byte")
-    monkeypatch.setattr(evaluate, "CHUNK", 3)
+    monkeypatch.setattr(dataset, "CHUNK", 3)
     seen = []
     for name in ("known_words", "copied_ngrams"):
         monkeypatch.setattr(text_metrics, name, lambda text, known, *more: seen.append("".join(known)))
