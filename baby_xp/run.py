@@ -94,10 +94,11 @@ class Run:
 
         Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
-        data = data_from_dict(self.config["data"], str(self.files.config))
-        if table is None and not isinstance(data, EquationData):
-            raise BabyError(f"run {self.guid} did not learn equations: let it generate")
-        table = table or data.table
+        if table is None:
+            data = data_from_dict(self.config["data"], str(self.files.config))
+            if not isinstance(data, EquationData):
+                raise BabyError(f"run {self.guid} did not learn equations: let it generate")
+            table = data.table
         text = table.question(question)
         whole = self.model.config.n_ctx >= table.longest
         for piece in self.stream(text, table.digits + 2 if whole else 1, greedy=True):

@@ -26,7 +26,7 @@ def answer(wish, **rest):
 
 @pytest.fixture
 def child(tmp_path, monkeypatch, signals):
-    """Its function is in a module that only this process's path leads to; what it prints goes to the file `log`."""
+    """Its function is in a module that only this path leads to; it prints to the file `log`."""
     (tmp_path / "answering.py").write_text(PROGRAM)
     monkeypatch.syspath_prepend(tmp_path)
     with (tmp_path / "log").open("w") as log, processes.started("answering:answer", "one", stderr=log) as child:
