@@ -19,7 +19,7 @@ class Evaluation:
     """What `evaluate` measured. Losses are means over the whole validation part.
 
     loss is in nats per token, bits_per_character in bits, perplexity is exp(loss). entropy is the exact entropy of
-    the text in nats per character, where that is known: no model can go below it. known_words and copied_ngrams
+    the text in nats per character, if it is known: no model can go below it. known_words and copied_ngrams
     are shares of `num_tokens` generated tokens, see text_metrics.py. accuracy is the share of validation targets
     that are the model's most likely token. answered is the share of held-out equations answered correctly, for a
     model of equations.

@@ -147,25 +147,25 @@ def prepare(
 
 
 def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig:
-    """The settings of a run with the place where its text lies now, whatever the current folder is.
+    """The settings of a run with the present path of its text, whatever the current folder is.
 
-    file: where the run read it, None for a text that goes by a name; sha256: its hash. A text is looked for there,
-    and then, for a folder that was moved as a whole, where its name leads from the current folder. Where there are
-    both, the one with that hash is taken. Raises BabyError if there is neither.
+    file: the path where the run read it, None for a text that has a name; sha256: its hash. A text is looked for
+    there and then, as a folder may have been moved as a whole, where its name leads from the current folder. If
+    both exist, the one with that hash is taken. Raises BabyError if neither does.
     """
     if file is None or data.data in catalog.names():
         return data
-    places = list(dict.fromkeys([file, absolute(data.data)]))
-    there = [place for place in places if _may_be_there(place)]
-    if not there:
+    paths = list(dict.fromkeys([file, absolute(data.data)]))
+    found = [path for path in paths if _may_exist(path)]
+    if not found:
         raise BabyError(f"the text of the run is no longer at {shown(file)}; name where it is now with --data")
-    fitting = [place for place in there if len(there) == 1 or _hashes_to(place, sha256)]
-    place = (fitting or there)[0]
-    return data if place == absolute(data.data) else replace(data, data=place)
+    fitting = [path for path in found if len(found) == 1 or _hashes_to(path, sha256)]
+    path = (fitting or found)[0]
+    return data if path == absolute(data.data) else replace(data, data=path)
 
 
-def _may_be_there(path: str) -> bool:
-    """Whether there is such a file, or that cannot be found out: reading it tells why."""
+def _may_exist(path: str) -> bool:
+    """Whether there is such a file, also if that cannot be found out: reading it then says why."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -190,8 +190,8 @@ def read_corpus(
 ) -> Corpus:
     """The text that `--data` names, as ids: a built-in one, one of the catalog, or a file.
 
-    tokenizer: that of an earlier run, or what makes one; None: one of the kind that `data` names. sha256: what
-    the text must hash to, where it is known. Raises BabyError if there is no such text, or it is another one.
+    tokenizer: that of an earlier run, or what makes one; None: one of the kind that `data` names. sha256: the
+    hash that the text must have, if it is known. Raises BabyError if there is no such text, or it is another one.
     """
     known = tokenizer or data.tokenizer
     if data.data == "nursery":
@@ -203,7 +203,7 @@ def read_corpus(
     try:
         return Corpus.from_file(path, known, cache_folder, sha256)
     except BabyError as error:
-        if data.data.isidentifier() and not os.path.exists(path):  # it was meant as a name, perhaps
+        if data.data.isidentifier() and not os.path.exists(path):  # perhaps meant as a name
             raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
         raise
 

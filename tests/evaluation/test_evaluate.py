@@ -13,6 +13,8 @@ from baby_xp.errors import BabyError
 from baby_xp.layers import cross_entropy
 from baby_xp.run import Run
 from baby_xp.text import dataset, text_metrics
+from baby_xp.text.batches import Batch
+from baby_xp.training.step import loss_and_predictions, number_of_shards, total_loss
 
 TEXT = "the cat sat on the mat.\nit sat and sat, and só did the hät. " * 40
 TINY = {
@@ -45,6 +47,22 @@ def by_hand(run: Run, text: str) -> tuple[float, float, int]:
         losses += list(cross_entropy.forward(run.backend.xp, {}, logits, window[1:])[0])
         right += list(np.argmax(logits, axis=-1) == window[1:])
     return float(np.mean(losses)), float(np.mean(right)), len(losses)
+
+
+@pytest.mark.parametrize("tokens_at_once", [None, 8, 20])
+def test_a_batch_is_measured_in_tiles(run, monkeypatch, tokens_at_once):
+    xp, inputs = run.backend.xp, np.arange(7 * 8, dtype=np.int32).reshape(7, 8) % run.tokenizer.vocab_size
+    batch = Batch(inputs, inputs[::-1].copy(), np.arange(7, dtype=np.int32))
+    logits, _ = run.model.forward(xp, run.model.layout.unpack(np, run.params), inputs)
+    monkeypatch.setattr(xp, "tokens_at_once", tokens_at_once)
+    sizes, forward = [], type(run.model).forward
+    seen = lambda model, xp, p, ids, *rest: sizes.append(ids.size) or forward(model, xp, p, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(type(run.model), "forward", seen)
+    loss, predictions = loss_and_predictions(xp, run.model, run.params, batch)
+    assert sum(sizes) == inputs.size  # each token once
+    assert len(sizes) == number_of_shards(7, 8, tokens_at_once)
+    assert np.array_equal(loss, total_loss(xp, run.model, run.params, batch))
+    assert np.array_equal(predictions, np.argmax(logits, axis=-1))
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
