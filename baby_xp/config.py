@@ -10,7 +10,7 @@ from functools import partial
 from os import PathLike
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
-from baby_xp_data import equations
+from baby_xp_data.equation_table import EquationTable
 
 from baby_xp import checks
 from baby_xp.arrays import rng
@@ -157,6 +157,10 @@ class TrainConfig:
         """Sequences in one step."""
         return self.batch_size * self.accumulate
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """num_steps, or as many as num_epochs take if that alone is given."""
+        return self.num_steps or (self.num_epochs or 0) * steps_per_epoch
+
     @property
     def peak_lr(self) -> float:
         """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
@@ -201,6 +205,11 @@ class EquationData(DataConfig):
             raise BabyError(f"data of this preset is equations, not {self.data!r}: leave out --data")
         if self.tokenizer != "char":
             raise BabyError(f"tokenizer of equations is char, not {self.tokenizer}")
+
+    @property
+    def table(self) -> EquationTable:
+        """The table of equations. Raises BabyError if max_sum does not fit the digits."""
+        return EquationTable(self.max_sum, self.digits, self.operators)
 
 
 @dataclass(frozen=True)
@@ -249,8 +258,7 @@ class RunConfig:
         _refuse_what_changes_nothing(found, settings)
         data, of_table = found.data, {"max_sum", "digits", "operators"}
         if isinstance(data, EquationData) and of_table & settings.keys() and "held_out" not in settings:
-            suited = equations.suited(data.held_out, data.max_sum, data.digits, data.operators)
-            found = replace(found, data=replace(data, held_out=suited))
+            found = replace(found, data=replace(data, held_out=data.table.suitable(data.held_out)))
         return found
 
 

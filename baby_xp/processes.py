@@ -1,11 +1,32 @@
-"""What the processes that this one starts have in common: where they find modules, and why there may be none."""
+"""Child processes: a fresh interpreter that calls one function with each request it gets, and answers as JSON.
+
+    with started("package.module:function", "a process of the lab") as child:
+        result = ask(child, {"argument": 1})
+"""
 
 import errno
+import importlib
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from baby_xp.errors import BabyError
 from baby_xp.files import reason
+
+PROGRAM = "from baby_xp.processes import serve; serve()"
+
+
+class Ended(BabyError):
+    """A process ended without an answer; the message says how."""
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment() -> dict[str, str]:
@@ -14,13 +35,81 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def refusal(what: str, error: Exception) -> BabyError:
+@contextmanager
+def started(task: str, what: str, advice: str = "try --workers 1", **options: Any) -> Iterator[subprocess.Popen]:
+    """A process for the function that `task` names, such as "package.module:function". It is killed at the end.
+
+    what, advice: for the message if the system refuses it, see `refusal`. options: those of subprocess.Popen.
+    Raises BabyError if the system refuses it.
+    """
+    options = {"env": environment(), **options}
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, task],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options,
+        )  # fmt: skip
+    except OSError as error:
+        raise refusal(what, error, advice) from None
+    try:
+        yield child
+    finally:
+        child.kill()
+        with suppress(OSError), child:  # waits, and closes the pipes: a request may be left in one
+            pass
+
+
+def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
+    """What the function of a child returns for these arguments, as JSON values.
+
+    Raises the child's BabyError, and Ended if the process ends first.
+    """
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(request) + "\n")
+        child.stdin.flush()
+        answer = json.loads(child.stdout.readline())
+    except (OSError, ValueError):  # a process that lives answers with a line of JSON
+        raise Ended(how_it_ended(child)) from None
+    if "error" in answer:
+        raise BabyError(answer["error"])
+    return answer["result"]
+
+
+def how_it_ended(child: subprocess.Popen) -> str:
+    """What became of a process, such as "was killed by signal 9"; waits for its end."""
+    code = child.wait()
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def serve() -> None:
+    """What a child does: a request on each line of its input, an answer on each line of its output."""
+    module, _, name = sys.argv[1].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with suppress(OSError):
+        os.dup2(2, 1)  # what the function prints is no answer
+    try:
+        for line in sys.stdin:
+            try:
+                answer = {"result": function(**json.loads(line))}
+            except BabyError as error:
+                answer = {"error": str(error)}
+            try:
+                print(json.dumps(answer), file=answers, flush=True)
+            except BrokenPipeError:  # nobody waits for it any more, and a flush at the end would fail again
+                os._exit(1)
+    except KeyboardInterrupt:  # the parent gets it too, and reports it
+        raise SystemExit(130) from None
+
+
+def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> BabyError:
     """The one line for processes (`what`, such as "workers") that could not be started, with what helps."""
-    code, advice = getattr(error, "errno", None), ["try --workers 1"]
+    code, hints = getattr(error, "errno", None), [advice]
     if code in (errno.EMFILE, errno.ENFILE):
-        advice.append("raise the limit of open files (ulimit -n)")
+        hints.append("raise the limit of open files (ulimit -n)")
     elif code == errno.EAGAIN:
-        advice.append("raise the limit of processes (ulimit -u)")
+        hints.append("raise the limit of processes (ulimit -u)")
     elif code == errno.ENOMEM:
-        advice.append("end what else takes memory")
-    return BabyError(f"{what} cannot be started ({reason(error)}); {', or '.join(advice)}")
+        hints.append("end what else takes memory")
+    return BabyError(f"{what} cannot be started ({reason(error)}); {', or '.join(hints)}")

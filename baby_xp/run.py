@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from baby_xp.evaluation.evaluate import Evaluation
     from baby_xp.evaluation.gradient_check import GradientCheck
     from baby_xp.inspection.inspect import Inspection
+    from baby_xp.text.dataset import EquationDataset, TextDataset
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Run(TrainedModel):
         """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
 
         Its first digit alone where the context does not hold an equation whole: the other digits then do not
-        follow from what the model sees.
+        follow from what the model sees. table: None for that of the run.
 
         Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
         if not isinstance(self.settings.data, EquationData):
             raise BabyError(f"run {self.guid} did not learn equations: let it generate")
-        return self.ask(question, self.settings.data)
+        return self.ask(question, self.settings.data.table)
 
     def evaluate(self, data: str | Path | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":
         """Measure the run over the whole validation part of its text, or of another one (`data`).
@@ -57,7 +58,7 @@ class Run(TrainedModel):
 
         num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
         with translate_out_of_memory(self.backend, lambda shortage: MORE_MEMORY):
-            return evaluate.evaluate(self, *self._with_text(data), num_tokens, seed)
+            return evaluate.evaluate(self, self._dataset(data), num_tokens, seed)
 
     def inspect(
         self,
@@ -110,20 +111,19 @@ class Run(TrainedModel):
         data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
         """
         from baby_xp.evaluation import gradient_check
-        from baby_xp.text import dataset
 
-        (config, sha256), folder = self._with_text(data), store.folder_for_ids(self.files)
-        learned = dataset.prepare(config.data, config.model, config.train, folder, self.tokenizer, sha256)
-        return gradient_check.check(self, learned.batches, tokens, batch, seed, elements, directions)
+        return gradient_check.check(self, self._dataset(data).batches, tokens, batch, seed, elements, directions)
 
-    def _with_text(self, data: str | Path | None) -> tuple[RunConfig, str | None]:
-        """The run's settings with the place of its text, or of another one, and the SHA-256 that it must have."""
+    def _dataset(self, data: str | Path | None) -> "TextDataset | EquationDataset":
+        """What the run learned from, or another text (`data`) with the run's ids."""
         from baby_xp.text import dataset  # it needs much that generating does not
 
+        settings, text, sha256 = self.settings, self.config["data"], None
         if data is not None:
-            return replace(self.settings, data=replace(self.settings.data, data=checks.path("data", data))), None
-        if self.config["result"]["state"] == "imported":
+            found = replace(settings.data, data=checks.path("data", data))
+        elif self.config["result"]["state"] == "imported":
             raise BabyError(f"run {self.guid} was imported without its text; name one with --data")
-        known = self.config["data"]
-        found = dataset.of_run(self.settings.data, known["file"], known["sha256"])
-        return replace(self.settings, data=found), known["sha256"]
+        else:
+            found, sha256 = dataset.of_run(settings.data, text["file"], text["sha256"]), text["sha256"]
+        folder = store.folder_for_ids(self.files)
+        return dataset.prepare(found, settings.model, settings.train, folder, self.tokenizer, sha256)

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baby_xp_data import equations
 
 from baby_xp.arrays.backend import Shortage, translate_out_of_memory
-from baby_xp.config import EquationData, RunConfig
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
 from baby_xp.inference.trained_model import TrainedModel
@@ -38,8 +36,6 @@ from baby_xp.training.workers import Workers, alone
 
 SAMPLE_TOKENS = 500
 """Tokens of the text at the end of training."""
-SAMPLE_ANSWERS = 6
-"""Answers to held-out equations that are shown in its place."""
 
 
 @dataclass
@@ -114,7 +110,7 @@ class TrainingSession(Listener):
 
     def _sample(self, params: Any) -> Iterator[str]:
         trained = self._trained(self.setup.backend.to_numpy(params))
-        return sample_of(trained, self.setup.config, self.plan.train.sample_tokens)
+        return self.setup.dataset.sample(trained, self.plan.train.seed, self.plan.train.sample_tokens)
 
     def _trained(self, params: np.ndarray) -> TrainedModel:
         return TrainedModel(self.setup.model, self.setup.dataset.tokenizer, params, self.setup.backend)
@@ -187,7 +183,7 @@ class TrainingSession(Listener):
         trained, sample = self._trained(checkpoint.best_params), ""
         if final:
             outcome["val_loss"] = final["val_loss"]
-            sample = "".join(sample_of(trained, self.setup.config, SAMPLE_TOKENS))
+            sample = "".join(self.setup.dataset.sample(trained, self.plan.train.seed, SAMPLE_TOKENS))
             write(self.files.completion(), sample + "\n")
         content = self._content(outcome)
         self._write_report(content, [final] if final else [], sample)
@@ -196,7 +192,8 @@ class TrainingSession(Listener):
     def _write_report(self, content: dict[str, Any], more: list[dict[str, Any]], sample: str) -> None:
         """Write the report and, last of all, the config file."""
         records = [*self._last.progress["records"], *more]
-        write(self.files.report, report.text(content, records, self.setup.dataset.facts, sample))
+        dataset = self.setup.dataset
+        write(self.files.report, report.text(content, records, dataset.facts, dataset.entropy, sample))
         store.write_sealed(self.files.config, content)
 
     # trouble -------------------------------------------------------------------------------------------
@@ -258,16 +255,6 @@ class TrainingSession(Listener):
             elif self._last.step:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._write_report(self._content(self._result("failed", reason=reason)), [], "")
-
-
-def sample_of(trained: TrainedModel, config: RunConfig, num_tokens: int) -> Iterator[str]:
-    """What a run shows of itself, piece by piece: a text, or some of the answers that it was never told."""
-    data, seed = config.data, config.train.seed
-    if not isinstance(data, EquationData):
-        return trained.stream(num_tokens=num_tokens, seed=seed)
-    named = equations.chosen(data.held_out, seed, data.max_sum, data.digits, data.operators)
-    some = named[:: -(-len(named) // SAMPLE_ANSWERS)]
-    return iter([", ".join(trained.ask(f"{case}=", data) for case in some)])
 
 
 def _without_arrays(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,6 +1,6 @@
 """The catalog of texts: which names stand for a text, and where the file of one is found.
 
-`nursery` and `equations` are generated (nursery.py, equations.py). The others are files, which are downloaded
+`nursery` and `equations` are generated (nursery.py, equation_table.py). The others are files, which are downloaded
 once, into the folder that the system keeps for caches, and checked against their SHA-256 each time.
 """
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import baby_xp
-from baby_xp import api, checks, models
+from baby_xp import api, checks, models, processes
 from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Restorable
 from baby_xp.cli import streams
@@ -108,19 +108,19 @@ def test_numbers_of_numpy_measure_as_plain_ones_do(run, folder):
 def test_a_trial_gets_plain_numbers(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(estimate, "SECONDS", 0.0)
-    monkeypatch.setattr(
-        estimate.subprocess, "run", lambda *_, input, **more: asked.append(json.loads(input)) or Ended()
-    )
+
+    def ask(child, request):
+        asked.append(json.dumps(request))
+        raise processes.Ended("ended")
+
+    monkeypatch.setattr(processes, "ask", ask)
     numbers = {"workers": np.int64(2), "lr": np.float32(0.5)}
     with pytest.raises(BabyError, match="the trial"):
         baby_xp.estimate("baby", data=folder / "text.txt", **{**TINY, **numbers})
-    assert asked[0]["workers"] == 2
-    assert asked[0]["preset"]["train"]["lr"] == 0.5
-    assert asked[0]["preset"]["data"]["data"] == str(folder / "text.txt")
-
-
-class Ended:
-    returncode = 1
+    request = json.loads(asked[0])
+    assert request["workers"] == 2
+    assert request["preset"]["train"]["lr"] == 0.5
+    assert request["preset"]["data"]["data"] == str(folder / "text.txt")
 
 
 def test_numbers_of_numpy_are_for_the_lab_too():
@@ -245,7 +245,7 @@ def test_what_generate_cannot_take_is_named(run, arguments, word):
         (lambda run: leave_one_out.experiment(preset("equations"), "2"), "seeds"),
         (lambda run: leave_one_out.experiment(preset("equations"), 10**12), "seeds"),
         (lambda run: leave_one_out.experiment(preset("equations"), 1, 2.5), "workers"),
-        (lambda run: leave_one_out.experiment(preset("equations"), 1, 1, told=5), "told"),
+        (lambda run: leave_one_out.experiment(preset("equations"), 1, 1, progress=5), "progress"),
         (lambda run: registry.load("numpy", dtype="float16"), "dtype"),
         (lambda run: registry.load(5), "backend"),
     ],

@@ -41,8 +41,8 @@ def equations(arguments: list[str]) -> None:
         from baby_xp.inspection import plots
 
         plots.check(experiment.picture)
-    with counting("models") as told:
-        results = leave_one_out.experiment(config, experiment.seeds, experiment.workers, told)
+    with counting("models") as progress:
+        results = leave_one_out.experiment(config, experiment.seeds, experiment.workers, progress)
     print("\n".join(results.lines()))
     if experiment.picture:
         print(f"\npicture {plots.answers(results, experiment.picture)}")

@@ -81,14 +81,8 @@ def _note_on_equations(data: "DataConfig", prompt: str) -> None:
     """Say so if a run that learned equations is given something else to go on from."""
     from baby_xp.config import EquationData
 
-    if not prompt or not isinstance(data, EquationData):
-        return
-    from baby_xp_data import equations as table
-
-    of_table = data.max_sum, data.digits, data.operators
-    if not table.begins_answer(prompt, *of_table):
-        example = table.example(*of_table[1:])
-        what = f"its equations were asked like {example}=, and {prompt!r} is none of them"
+    if prompt and isinstance(data, EquationData) and not data.table.begins_answer(prompt):
+        what = f"its equations were asked like {data.table.example}=, and {prompt!r} is none of them"
         print(f"note: {what}; what follows means nothing", file=sys.stderr, flush=True)
 
 

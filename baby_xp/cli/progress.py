@@ -49,7 +49,7 @@ class Screen:
         self.guid = session.files.guid
         with self._anyhow():
             print("\n".join(lines), flush=True)
-        self.entropy = dataset.facts.get("entropy, nats per character")
+        self.entropy = dataset.entropy
         self.bar = tqdm(
             total=dataset.num_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )

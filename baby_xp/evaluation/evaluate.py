@@ -1,27 +1,17 @@
-"""What can be measured of a run, each figure named for what it measures: no marks out of a hundred."""
+"""What can be measured of a trained model, each figure named for what it measures: no marks out of a hundred."""
 
-import codecs
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from baby_xp_data import equations as known
 
-from baby_xp import equations, layout
-from baby_xp.config import RunConfig
-from baby_xp.evaluation import text_metrics
-from baby_xp.run import Run
-from baby_xp.runs import store
-from baby_xp.text import dataset
 from baby_xp.text.batches import Batch
-from baby_xp.text.tokenizer import Tokenizer
-from baby_xp.training.step import total_loss
+from baby_xp.text.dataset import EquationDataset, TextDataset
+from baby_xp.text.text_metrics import NGRAM
+from baby_xp.training.step import loss_and_predictions
 from baby_xp.training.validation import mean_loss
-
-CHUNK = 1 << 16
-NGRAM = 8
 
 
 @dataclass(frozen=True)
@@ -29,10 +19,10 @@ class Evaluation:
     """What `evaluate` measured. Losses are means over the whole validation part.
 
     loss is in nats per token, bits_per_character in bits, perplexity is exp(loss). entropy is the exact entropy of
-    the text in nats per character, where that is known: no model can go below it. known_words and copied_ngrams
-    are shares of `num_tokens` generated tokens, see quality.py. accuracy is the share of validation targets that
-    are the model's most likely token. answered is the share of held-out equations answered correctly, for a
-    run that learns equations.
+    the text in nats per character, if it is known: no model can go below it. known_words and copied_ngrams
+    are shares of `num_tokens` generated tokens, see text_metrics.py. accuracy is the share of validation targets
+    that are the model's most likely token. answered is the share of held-out equations answered correctly, for a
+    model of equations.
     """
 
     data: str
@@ -51,7 +41,6 @@ class Evaluation:
     def lines(self) -> list[str]:
         """The figures as a table for people."""
         rows = [
-            ("text", self.data),
             ("validation tokens", f"{self.tokens:,}"),
             ("loss", f"{self.loss:.4f} nats per token"),
             ("perplexity", f"{self.perplexity:.3f}"),
@@ -70,70 +59,35 @@ class Evaluation:
         }
         rows += [(f"of {self.num_tokens:,} generated tokens:", "")] if self.num_tokens else []
         rows += [(f"  {name}", f"{share:.1%}") for name, share in shares.items() if share is not None]
-        return layout.pairs(rows)
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
 
 
-def evaluate(run: Run, chosen: RunConfig, sha256: str | None, num_tokens: int, seed: int) -> Evaluation:
-    """Measure a run on the text of `chosen`, which must hash to `sha256` unless that is None.
+def evaluate(model: Any, dataset: TextDataset | EquationDataset, num_tokens: int, seed: int) -> Evaluation:
+    """Measure a trained model on the whole validation part of a dataset.
 
-    Raises BabyError if the text cannot serve.
+    model: its model, params and backend, and what `dataset.score` needs. num_tokens are generated, with `seed`.
     """
-    learned = dataset.prepare(
-        chosen.data, chosen.model, chosen.train, store.folder_for_ids(run.files), run.tokenizer, sha256
-    )
-    loss, accuracy = _measure(run, learned.validation())
-    found = Evaluation(learned.name, learned.n_validation, loss, math.exp(min(loss, 700)), accuracy)
-    if learned.corpus is None:
-        return replace(found, answered=_answered(run, chosen))
-    train, validation = learned.corpus.train, learned.corpus.validation
-    per_character = len(validation) / max(1, sum(map(len, _text(run.tokenizer, validation))))
-    text = run.generate(num_tokens=num_tokens, seed=seed)
-    return replace(
-        found,
-        bits_per_character=loss * per_character / math.log(2),
-        entropy=learned.facts.get("entropy, nats per character"),
-        num_tokens=num_tokens,
-        known_words=text_metrics.known_words(text, _text(run.tokenizer, train)),
-        copied_ngrams=text_metrics.copied_ngrams(text, _text(run.tokenizer, train), NGRAM),
+    loss, accuracy = _measure(model, dataset.validation())
+    perplexity, more = math.exp(min(loss, 700)), dataset.score(model, loss, num_tokens, seed)
+    return Evaluation(
+        dataset.name, dataset.n_validation, loss, perplexity, accuracy, entropy=dataset.entropy, **more
     )
 
 
-def _measure(run: Run, batches: Iterator[Batch]) -> tuple[float, float]:
+def _measure(trained: Any, batches: Iterator[Batch]) -> tuple[float, float]:
     """Mean loss in nats per target, and the share of targets that are the most likely token."""
-    backend, right, targets = run.backend, 0, 0
-    xp, params = backend.xp, backend.asarray(run.params)
-
-    def compute(params: Any, batch: Batch) -> Any:
-        logits, _ = run.model.forward(xp, run.model.layout.unpack(xp, params), batch.inputs)
-        return total_loss(xp, run.model, params, batch), xp.argmax(logits, axis=-1)
-
-    compiled = backend.compile(compute)
+    backend, model, right, n_targets = trained.backend, trained.model, 0, 0
+    xp, params = backend.xp, backend.asarray(trained.params)
+    compiled = backend.compile(lambda params, batch: loss_and_predictions(xp, model, params, batch))
 
     def total(batch: Batch) -> float:
-        nonlocal right, targets
-        loss, likeliest = compiled(params, Batch(*(backend.asarray(part) for part in batch)))
-        right += int(np.sum(backend.to_numpy(likeliest) == batch.targets.reshape(-1)))
-        targets += batch.targets.size
+        nonlocal right, n_targets
+        loss, predictions = compiled(params, Batch(*(backend.asarray(part) for part in batch)))
+        right += int(np.sum(backend.to_numpy(predictions) == batch.targets.reshape(-1)))
+        n_targets += batch.targets.size
         return float(backend.to_numpy(loss)[0])
 
     with np.errstate(all="ignore"):
         loss = mean_loss(total, batches)
-    return loss, right / targets
-
-
-def _answered(run: Run, chosen: RunConfig) -> float:
-    """The share of held-out equations that a run answers correctly."""
-    data, weights = chosen.data, run.model.layout.unpack(np, run.params)
-    table = {"digits": data.digits, "operators": data.operators}
-    held_out = known.chosen(data.held_out, chosen.train.seed, data.max_sum, **table)
-    asked = known.held_out_equations(data.max_sum, held_out, **table)
-    return float(np.mean(equations.answers(weights, asked, run.model.config, data.digits)[0]))
-
-
-def _text(tokenizer: Tokenizer, ids: np.ndarray) -> Iterator[str]:
-    """The text of ids (n,), in chunks."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for first in range(0, len(ids), CHUNK):
-        piece = ids[first : first + CHUNK]
-        is_bytes = tokenizer.kind == "byte"
-        yield decoder.decode(piece.astype(np.uint8).tobytes()) if is_bytes else tokenizer.decode(piece)
+    return loss, right / n_targets

@@ -1,19 +1,16 @@
 """A trained model in memory: it generates."""
 
 import codecs
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-from baby_xp_data import equations
+from baby_xp_data.equation_table import EquationTable
 
 from baby_xp import checks
 from baby_xp.arrays.backend import Backend, translate_out_of_memory
-from baby_xp.config import EquationData
-from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Logits, Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import limits
@@ -97,15 +94,15 @@ class TrainedModel:
             p = self.model.layout.unpack(self.backend.xp, self.backend.asarray(self.params))
             return Logits(self.backend, self.model, p).next([ids.tolist()])[0]
 
-    def ask(self, question: str, table: EquationData) -> str:
+    def ask(self, question: str, table: EquationTable) -> str:
         """The most likely answer to a question of the table that the model learned: "4+4=" -> "4+4=8".
 
         "4+4" and "4 + 4 =" ask the same. The first digit of the answer alone where the context does not hold an
         equation whole: the others then do not follow from what the model sees. Raises BabyError for what is no
         question of the table.
         """
-        text = _question(question, table)
-        whole = self.model.config.n_ctx >= equations.longest(table.digits)
+        text = table.question(question)
+        whole = self.model.config.n_ctx >= table.longest
         for piece in self.stream(text, table.digits + 2 if whole else 1, greedy=True):
             if piece == " ":
                 break
@@ -147,17 +144,3 @@ MORE_MEMORY = (
     "end what else holds the GPU's memory (nvidia-smi shows it), raise --memory-gib, or use --backend numpy"
 )
 """What to do where a trained model does not fit."""
-
-
-def _question(question: str, table: EquationData) -> str:
-    """A question as equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is none of the table."""
-    asked = "".join(checks.text("question", question).split()).removesuffix("=")
-    parts = re.fullmatch(r"(0|[1-9][0-9]*)([+-])(0|[1-9][0-9]*)", asked)
-    digits, operators, max_sum = table.digits, table.operators, table.max_sum
-    known = f"4{operators[0]}4="
-    if parts is None or parts[2] not in operators or max(len(parts[1]), len(parts[3])) > digits:
-        what = f"with {' or '.join(operators)} and operands of {digits} digit{'s' * (digits > 1)} at most"
-        raise BabyError(f"{checks.shown_value(question)} is no question of this run: ask {known}, {what}")
-    if parts[2] == "+" and max_sum and (total := int(parts[1]) + int(parts[3])) > max_sum:
-        raise BabyError(f"{asked} makes {total}, and the run knows sums up to {max_sum}: ask {known}, for example")
-    return f"{asked}="

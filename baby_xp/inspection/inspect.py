@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from baby_xp import layout
+from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import from_leaves, leaves
 from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
@@ -36,7 +37,7 @@ from baby_xp.inspection.render import (
     token_text,
 )
 from baby_xp.inspection.trace import Copies, Recorder
-from baby_xp.layers import cross_entropy
+from baby_xp.layers import cross_entropy, softmax
 from baby_xp.text.tokenizer import first_ids
 
 if TYPE_CHECKING:
@@ -345,8 +346,7 @@ def is_equation(trained: "TrainedModel") -> bool:
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        e = np.exp(logits.astype(np.float64) - np.max(logits, axis=-1, keepdims=True))
-        return e / np.sum(e, axis=-1, keepdims=True)
+        return softmax.forward(Namespace(np), {}, logits.astype(np.float64))[0]
 
 
 def _broken(arrays: dict[str, np.ndarray]) -> list[str]:

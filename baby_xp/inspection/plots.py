@@ -83,11 +83,11 @@ def answers(results: "Results", file: str | Path) -> Path:
 
     Raises BabyError if matplotlib is missing or the file cannot be written.
     """
-    path, operators = check(file), results.chosen.data.operators
+    path, operators = check(file), results.table.operators
     figure = _figure(0.8 + 4.6 * len(operators), 4.6)
     figure.suptitle(f"Held-out equations answered correctly: {results.share:.1%}", fontsize=11)
     all_axes = figure.subplots(1, len(operators), squeeze=False).reshape(-1)
-    what = "operand" if results.chosen.data.digits == 1 else "operand's tens"
+    what = "operand" if results.table.digits == 1 else "operand's tens"
     for axes, operator in zip(all_axes, operators, strict=True):
         shares = results.map(operator)
         axes.set_facecolor(FUTURE)

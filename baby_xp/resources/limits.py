@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from baby_xp_data import equations
 
 from baby_xp import layout
 from baby_xp.arrays.backend import Backend
@@ -41,7 +40,7 @@ def check_context(chosen: RunConfig) -> None:
     if isinstance(data, EquationData):
         most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
         if n_ctx > most:
-            whole = equations.longest(data.digits)
+            whole = data.table.longest
             raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
 
 

@@ -22,11 +22,21 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
 
 
-def text(config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], sample: str) -> str:
-    """The report of a run: its config, the records of its evaluations, facts of its text, its last sample."""
+def text(
+    config: dict[str, Any],
+    records: list[dict[str, Any]],
+    facts: dict[str, Any],
+    entropy: float | None,
+    sample: str,
+) -> str:
+    """The report of a run: its config, the records of its evaluations, facts of its text, its last sample.
+
+    entropy: the exact entropy of the text in nats per character, None if it is not known.
+    """
     lines = [f"baby_xp {config['baby_xp']}, run {config['guid']}", *_origin(config), ""]
-    lines += _table("Result", _result(config["result"], records, facts))
-    lines += _table("Text", {"name": shown(config["data"]["data"]), **facts})
+    lines += _table("Result", _result(config["result"], records, entropy))
+    known = {} if entropy is None else {"entropy, nats per character": entropy}
+    lines += _table("Text", {"name": shown(config["data"]["data"]), **facts, **known})
     lines += _table("Model", {**config["model"], "parameters": config["parameters"]})
     lines += _table("Training", config["train"]) + _table("Machine", config["machine"])
     lines += _losses(records)
@@ -42,7 +52,7 @@ def _origin(config: dict[str, Any]) -> list[str]:
     return [f"preset {config['preset']}, begun {config['started']}, written {config['written']}", *base]
 
 
-def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def _result(result: dict[str, Any], records: list[dict[str, Any]], entropy: float | None) -> dict[str, Any]:
     """What matters first."""
     failed = f"failed; the last good checkpoint is that of step {result['steps']:,}: {result['reason']}"
     rows = {"how it ended": REASONS.get(result["reason"], failed).format(**result)}
@@ -51,7 +61,7 @@ def _result(result: dict[str, Any], records: list[dict[str, Any]], facts: dict[s
         part = "the whole validation part" if whole else "a sample of the validation part"
         rows["validation loss"] = f"{result['val_loss']:.4f} nats per token, over {part}"
         rows["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
-        if entropy := facts.get("entropy, nats per character"):
+        if entropy is not None:
             rows["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
     if result["train_loss"] is not None:
         rows["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the evaluation before"

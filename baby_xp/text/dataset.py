@@ -1,32 +1,43 @@
-"""What a run learns from: a tokenizer, batches to train on, and batches to be measured on."""
+"""What a run learns from and is measured on: a tokenizer, batches, a validation part. A text, or equations."""
 
+import codecs
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from baby_xp_data import catalog, equations, nursery
+import numpy as np
+from baby_xp_data import catalog, equation_table, nursery
+from baby_xp_data.equation_table import EquationTable
 
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.files import absolute, shown
+from baby_xp.text import text_metrics
+from baby_xp.text.answers import answers
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
 from baby_xp.text.corpus import Corpus, Making, check_length, text_hash
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
 
 NURSERY_CHARACTERS, NURSERY_SEED = 1_000_000, 0
+SAMPLE_ANSWERS = 6
+"""Answers to held-out equations in a sample, at most."""
+CHUNK = 1 << 16
+"""Ids that are decoded at a time."""
 
 
 class Batches(Protocol):
-    """Batches by the number of the step alone, so that a run can go on where another stopped."""
+    """Batches as a function of the step alone, so that a run can continue where another one stopped."""
 
     @property
     def batch_size(self) -> int:
         """Sequences in a step."""
 
-    def batch(self, step: int) -> Batch: ...
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +52,79 @@ class Dataset:
     n_validation: int
     """Number of targets in all validation batches."""
     facts: dict[str, Any]
-    """What a report tells of the data: numbers of tokens, hash, the exact entropy where it is known."""
-    corpus: Corpus | None = None
-    """The text, where there is one."""
+    """What a report says about the data: numbers of tokens, hash."""
     file: str | None = None
     """The absolute path of the text, if it was named by a path."""
-
-    @classmethod
-    def empty(cls, name: str, tokenizer: Tokenizer) -> "Dataset":
-        """Of a model that came without what it learned from."""
-        return cls(name, tokenizer, None, 0, lambda: iter(()), 0, {})
+    entropy: float | None = None
+    """Exact entropy in nats per character, where it is known: no model can have a lower expected loss."""
 
     def check(self) -> None:
-        """Raises BabyError if the ids on disk were changed since they were opened. Costs little."""
-        if self.corpus is not None:
-            self.corpus.check()
+        """Raises BabyError if the data on disk changed since it was opened. Costs little."""
+
+    def discard(self) -> None:
+        """Remove from the disk what was not there before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataset(Dataset):
+    """Windows of a text."""
+
+    corpus: Corpus
+
+    def check(self) -> None:
+        """Raises BabyError if the ids on disk changed since they were opened."""
+        self.corpus.check()
 
     def discard(self) -> None:
         """Remove the ids from the disk if they were not there before."""
-        if self.corpus is not None:
-            self.corpus.discard()
+        self.corpus.discard()
+
+    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
+        """What a trained model writes, piece by piece; it needs a method `stream`."""
+        return model.stream(num_tokens=num_tokens, seed=seed)
+
+    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
+
+        loss is in nats per token. num_tokens are generated, with `seed`, and compared with the training part.
+        """
+        train, validation = self.corpus.train, self.corpus.validation
+        per_character = len(validation) / max(1, sum(map(len, self._decoded(validation))))
+        text = "".join(self.sample(model, seed, num_tokens))
+        return {
+            "bits_per_character": loss * per_character / math.log(2),
+            "num_tokens": num_tokens,
+            "known_words": text_metrics.known_words(text, self._decoded(train)),
+            "copied_ngrams": text_metrics.copied_ngrams(text, self._decoded(train)),
+        }
+
+    def _decoded(self, ids: np.ndarray) -> Iterator[str]:
+        """The text of ids (n,), in chunks."""
+        decoder, is_bytes = codecs.getincrementaldecoder("utf-8")("replace"), self.tokenizer.kind == "byte"
+        for first in range(0, len(ids), CHUNK):
+            chunk = ids[first : first + CHUNK]
+            yield decoder.decode(chunk.astype(np.uint8).tobytes()) if is_bytes else self.tokenizer.decode(chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquationDataset(Dataset):
+    """Equations of a table, some of them held out."""
+
+    batches: PairBatches
+    table: EquationTable
+    held_out: list[str]
+    """The cases that training never sees, nor their mirrors."""
+
+    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
+        """A trained model's answers to some of the held-out equations; it needs a method `ask`."""
+        some = self.held_out[:: -(-len(self.held_out) // SAMPLE_ANSWERS)]
+        return iter([", ".join(model.ask(f"{case}=", self.table) for case in some)])
+
+    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """The share of held-out equations that a trained model answers correctly; it needs model and params."""
+        asked = self.table.held_out_equations(self.held_out)
+        weights = model.model.layout.unpack(np, model.params)
+        return {"answered": float(np.mean(answers(weights, asked, model.model.config, self.table)[0]))}
 
 
 def prepare(
@@ -70,13 +134,15 @@ def prepare(
     cache_folder: Path | None,
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
-) -> Dataset:
-    """Find the text, make ids of it and lay out its batches. tokenizer, sha256: as for `read_corpus`.
+) -> TextDataset | EquationDataset:
+    """Find the text, turn it into ids and lay out its batches. tokenizer, sha256: as for `read_corpus`.
 
     Raises BabyError if the text cannot serve.
     """
-    if isinstance(model, EquationConfig) or isinstance(data, EquationData):
-        return _equations(data, model, train)
+    if isinstance(data, EquationData):
+        return prepare_equations(data, model, train)
+    if isinstance(model, EquationConfig):
+        raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
     corpus = read_corpus(data, cache_folder, tokenizer, sha256)
     try:
         return _text(data.data, corpus, model, train)
@@ -86,25 +152,25 @@ def prepare(
 
 
 def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig:
-    """The settings of a run with the place where its text lies now, whatever the current folder is.
+    """The settings of a run with the present path of its text, whatever the current folder is.
 
-    file: where the run read it, None for a text that goes by a name; sha256: its hash. A text is looked for there,
-    and then, for a folder that was moved as a whole, where its name leads from the current folder. Where there are
-    both, the one with that hash is taken. Raises BabyError if there is neither.
+    file: the path where the run read it, None for a text that has a name; sha256: its hash. A text is looked for
+    there and then, as a folder may have been moved as a whole, where its name leads from the current folder. If
+    both exist, the one with that hash is taken. Raises BabyError if neither does.
     """
     if file is None or data.data in catalog.names():
         return data
-    places = list(dict.fromkeys([file, absolute(data.data)]))
-    there = [place for place in places if _may_be_there(place)]
-    if not there:
+    paths = list(dict.fromkeys([file, absolute(data.data)]))
+    found = [path for path in paths if _may_exist(path)]
+    if not found:
         raise BabyError(f"the text of the run is no longer at {shown(file)}; name where it is now with --data")
-    fitting = [place for place in there if len(there) == 1 or _hashes_to(place, sha256)]
-    place = (fitting or there)[0]
-    return data if place == absolute(data.data) else replace(data, data=place)
+    fitting = [path for path in found if len(found) == 1 or _hashes_to(path, sha256)]
+    path = (fitting or found)[0]
+    return data if path == absolute(data.data) else replace(data, data=path)
 
 
-def _may_be_there(path: str) -> bool:
-    """Whether there is such a file, or that cannot be found out: reading it tells why."""
+def _may_exist(path: str) -> bool:
+    """Whether there is such a file, also if that cannot be found out: reading it then says why."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -129,32 +195,33 @@ def read_corpus(
 ) -> Corpus:
     """The text that `--data` names, as ids: a built-in one, one of the catalog, or a file.
 
-    tokenizer: that of an earlier run, or what makes one; None: one of the kind that `data` names. sha256: what
-    the text must hash to, where it is known. Raises BabyError if there is no such text, or it is another one.
+    tokenizer: that of an earlier run, or what makes one; None: one of the kind that `data` names. sha256: the
+    hash that the text must have, if it is known. Raises BabyError if there is no such text, or it is another one.
     """
-    tokenizer = tokenizer or data.tokenizer
+    known = tokenizer or data.tokenizer
     if data.data == "nursery":
         text = nursery.generate(NURSERY_CHARACTERS, NURSERY_SEED)
-        return Corpus.from_text(text, "nursery", tokenizer, sha256=sha256)
+        return Corpus.from_text(text, "nursery", known, sha256=sha256)
     if data.data == "equations":
         raise BabyError("equations have presets of their own: train equations or equations-gpt")
     path = catalog.find(data.data) if data.data in catalog.TEXTS else Path(data.data)
     try:
-        return Corpus.from_file(path, tokenizer, cache_folder, sha256)
+        return Corpus.from_file(path, known, cache_folder, sha256)
     except BabyError as error:
-        if data.data.isidentifier() and not os.path.exists(path):  # it was meant as a name, perhaps
+        if data.data.isidentifier() and not os.path.exists(path):  # perhaps meant as a name
             raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
         raise
 
 
-def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Dataset:
+def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> TextDataset:
     check_length(corpus, model.n_ctx)
+    batches: RandomWindows | EpochWindows
     if train.num_epochs is None:
         batches = RandomWindows(corpus.train, model.n_ctx, train.step_size, train.seed)
-        num_steps = train.num_steps
+        num_steps = train.total_steps(0)
     else:
         batches = EpochWindows(corpus.train, model.n_ctx, train.step_size, train.stride, train.seed)
-        num_steps = train.num_steps or train.num_epochs * batches.steps_per_epoch
+        num_steps = train.total_steps(batches.steps_per_epoch)
     facts = {
         **asdict(corpus.statistics),
         "vocabulary": corpus.tokenizer.vocab_size,
@@ -162,58 +229,66 @@ def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Da
         "validation tokens": len(corpus.validation),
         "sha256": corpus.sha256,
     }
-    if name == "nursery":
-        facts["entropy, nats per character"] = nursery.entropy_per_character()
 
     def validation() -> Iterator[Batch]:
         return consecutive_windows(corpus.validation, model.n_ctx, train.batch_size)
 
-    n_validation = len(corpus.validation) - 1
-    file = None if name in catalog.names() or corpus.file is None else str(corpus.file)
-    return Dataset(
-        corpus.name, corpus.tokenizer, batches, num_steps, validation, n_validation, facts, corpus, file
+    return TextDataset(
+        name=corpus.name,
+        tokenizer=corpus.tokenizer,
+        batches=batches,
+        num_steps=num_steps,
+        validation=validation,
+        n_validation=len(corpus.validation) - 1,
+        facts=facts,
+        file=None if name in catalog.names() or corpus.file is None else str(corpus.file),
+        entropy=nursery.entropy_per_character() if name == "nursery" else None,
+        corpus=corpus,
     )
 
 
-def _equations(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
-    if not isinstance(data, EquationData):
-        raise BabyError(f"the equation model learns equations, not {data.data!r}: leave out --data")
-    of_table = {"digits": data.digits, "operators": data.operators}
-    held_out = equations.chosen(data.held_out, train.seed, data.max_sum, **of_table)
-    known = equations.equations(data.max_sum, held_out, **of_table)
+def prepare_equations(data: EquationData, model: ModelConfig, train: TrainConfig) -> EquationDataset:
+    """Write out the equations of a table and lay out their batches. Raises BabyError if they cannot serve."""
+    table = data.table
+    held_out = table.choose(data.held_out, train.seed)
+    known, unseen = table.equations(held_out), table.held_out_equations(held_out)
     if not known:
         raise BabyError(f"{data.held_out} leaves no equation to train on: hold out fewer")
     if isinstance(model, EquationConfig):
-        _check_context(model.n_ctx, data.digits)
-        leave_out = set()
-        if model.n_ctx < equations.longest(data.digits):
-            leave_out = equations.undetermined(equations.equations(data.max_sum, (), **of_table), model.n_ctx)
-        make = functools.partial(equations.pairs, leave_out=leave_out, n_ctx=model.n_ctx)
+        _check_context(model.n_ctx, table)
+        leave_out = table.undetermined(model.n_ctx)
+        make = functools.partial(equation_table.pairs, leave_out=leave_out, n_ctx=model.n_ctx)
     else:
-        make = functools.partial(equations.rows, n_ctx=model.n_ctx)
-    pairs = make(known)
-    batches = PairBatches(*pairs, train.step_size, train.seed)
-    unseen = PairBatches(*make(equations.held_out_equations(data.max_sum, held_out, **of_table)))
-    num_steps = train.num_steps or train.num_epochs * -(-len(pairs[1]) // train.step_size)
+        make = functools.partial(equation_table.rows, n_ctx=model.n_ctx)
+    inputs, targets = make(known)
+    whole = PairBatches(*make(unseen)).batch(0)
     facts = {
-        "training equations": len(known), "training contexts": len(pairs[1]), "held out": data.held_out,
-        "held-out equations": len(equations.cases(data.max_sum, held_out, **of_table)),
+        "training equations": len(known), "training contexts": len(targets), "held out": data.held_out,
+        "held-out equations": len(unseen),
     }  # fmt: skip
-    tokenizer = CharTokenizer(tuple(equations.vocabulary(data.operators)))
-    whole = unseen.batch(0)
 
     def validation() -> Iterator[Batch]:
         for start in range(0, len(whole.samples), train.batch_size):
             yield Batch(*(part[start : start + train.batch_size] for part in whole))
 
-    return Dataset("equations", tokenizer, batches, num_steps, validation, whole.targets.size, facts)
+    return EquationDataset(
+        name="equations",
+        tokenizer=CharTokenizer(tuple(table.vocabulary)),
+        batches=PairBatches(inputs, targets, train.step_size, train.seed),
+        num_steps=train.total_steps(-(-len(targets) // train.step_size)),
+        validation=validation,
+        n_validation=whole.targets.size,
+        facts=facts,
+        table=table,
+        held_out=held_out,
+    )
 
 
-def _check_context(n_ctx: int, digits: int) -> None:
-    """Raise BabyError unless the context holds a question such as "12+34="."""
-    least, whole = 2 * digits + 2, equations.longest(digits)
+def _check_context(n_ctx: int, table: EquationTable) -> None:
+    """Raises BabyError unless the context holds a question such as "12+34="."""
+    digits, least = table.digits, 2 * table.digits + 2
     if n_ctx < least:
         raise BabyError(
             f"n_ctx {n_ctx} does not hold a question with operands of {digits} digit{'s' * (digits > 1)}: "
-            f"{least} is the least, {whole} holds every equation whole"
+            f"{least} is the least, {table.longest} holds every equation whole"
         )

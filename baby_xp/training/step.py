@@ -148,3 +148,15 @@ def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
         return state, {"loss": loss, **metrics}
 
     return step
+
+
+def loss_and_predictions(xp, model, params, batch):
+    """As total_loss, and the most likely token at each target (N,), in one forward pass: for evaluation."""
+    p, total, predictions = model.layout.unpack(xp, params), None, []
+    for part in shards(xp, batch):
+        logits, _ = model.forward(xp, p, part.inputs)
+        losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(part.targets, (-1,)))
+        of_part = xp.reshape(xp.sum(losses), (1,))
+        total = of_part if total is None else total + of_part
+        predictions.append(xp.argmax(logits, axis=-1))
+    return total, xp.concat(predictions)

@@ -12,7 +12,7 @@ from baby_xp.config import TrainConfig
 from baby_xp.inference.generate import Sampling, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import process_memory
-from baby_xp.text.dataset import Task
+from baby_xp.text.dataset import Dataset
 from baby_xp.training.checkpoint import first
 from baby_xp.training.loop import Result, fit
 from baby_xp.training.signals import Stop
@@ -35,7 +35,7 @@ def train(
     model, clock.wait = workload.model(dropout), loaded.synchronize
     number = workers or suitable_number(loaded, model, workload.batch_size)
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
-    dataset = Task("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
+    dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
     result, taken = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, number)
     last = result.checkpoint.progress["records"][-1]
     about = {**_about(loaded), "workers": str(number)}
@@ -47,7 +47,7 @@ def train(
 
 
 def fit_as_train_does(
-    backend, model: Model, config: TrainConfig, dataset: Task, number: int
+    backend, model: Model, config: TrainConfig, dataset: Dataset, number: int
 ) -> tuple[Result, list[dict[str, int]]]:
     """What `train` does between reading the text and writing the files -> its result, the sizes of all processes.
 

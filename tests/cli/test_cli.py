@@ -741,7 +741,7 @@ def test_an_interrupt_while_the_last_text_is_made_loses_no_step(work, call, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(baby_xp.session, "sample_of", interrupted)
+        patch.setattr(dataset.TextDataset, "sample", interrupted)
         code, _, err = call("train", "--path=runs", *flags(data="text.txt", sample_tokens=0))
     assert (code, err) == (130, "baby_xp: interrupted\n")
     assert [(run.state, run.steps) for run in baby_xp.api.list_runs("runs")] == [("stopped", 3)]
@@ -1151,7 +1151,8 @@ def test_a_preset_gives_the_same_losses_on_every_backend(
         registry.load(other)
     except BackendUnavailable as error:
         pytest.skip(error.reason)
-    monkeypatch.setattr(baby_xp.session, "sample_of", lambda *args: "")  # slow where nothing is compiled
+    for kind in (dataset.TextDataset, dataset.EquationDataset):
+        monkeypatch.setattr(kind, "sample", lambda *args: "")  # slow where nothing is compiled
     if other == "jax":
         request.getfixturevalue("quick_compilation")
     # 330 tokens, so that validation is one batch of one shape: what jit compiles, it compiles once

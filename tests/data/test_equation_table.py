@@ -2,132 +2,239 @@
 
 import numpy as np
 import pytest
-from baby_xp_data import equations as eq
+from baby_xp_data import equation_table
+from baby_xp_data.equation_table import (
+    BABYLLM,
+    CONTEXT,
+    VOCABULARY,
+    EquationTable,
+    decode,
+    encode,
+    pairs,
+    rows,
+    windows,
+)
 
 from baby_xp.errors import BabyError
-
-EVERY_CASE = [(max_sum, f"{a}+{b}") for max_sum in (9, 10, 18)
-              for a in range(10) for b in range(10) if a + b <= max_sum]
 
 
 def as_text(contexts_and_targets):
     contexts, targets = contexts_and_targets
-    return [(eq.decode(c), eq.decode([t])) for c, t in zip(contexts, targets, strict=True)]
+    return [(decode(c), decode([t])) for c, t in zip(contexts, targets, strict=True)]
 
 
-ALL_PAIRS = {n: set(as_text(eq.pairs(eq.equations(n, ())))) for n in (9, 10, 18)}
+# ids and windows ------------------------------------------------------------------------------------------
 
 
 def test_the_ids_are_those_of_the_seed():
-    assert eq.encode("1+1=2 ").tolist() == [3, 1, 3, 12, 4, 0]
-    contexts, targets = eq.pairs(["1+1=2 "])
+    assert encode("1+1=2 ").tolist() == [3, 1, 3, 12, 4, 0]
+    contexts, targets = pairs(["1+1=2 "])
     assert contexts.tolist() == [[3, 1, 3, 12], [1, 3, 12, 4]]
     assert targets.tolist() == [4, 0]
+    assert encode(VOCABULARY).tolist() == list(range(13))
+    assert decode(range(13)) == VOCABULARY
+    assert BABYLLM.vocabulary == VOCABULARY
+    assert EquationTable(operators="-").vocabulary == EquationTable(operators="+-").vocabulary == VOCABULARY + "-"
 
 
-def test_encode_and_decode():
-    ids = eq.encode(eq.VOCABULARY)
-    assert ids.dtype == np.int32
-    assert ids.tolist() == list(range(13))
-    assert eq.decode(ids) == eq.VOCABULARY
-    assert eq.encode("").shape == (0,)
-    assert eq.encode("").dtype == np.int32
+def test_shapes_and_types():
+    for found in (encode("1+1"), encode(""), *pairs(BABYLLM.equations()), *pairs([]), *rows(["1+1=2 "], 6)):
+        assert found.dtype == np.int32
+    assert [part.shape for part in pairs(BABYLLM.equations())] == [(110, 4), (110,)]
+    assert [part.shape for part in pairs([])] == [(0, 4), (0,)]
 
 
 @pytest.mark.parametrize("text", ["1-1", "a", "1+1=2\n", "\u0663"])
 def test_unknown_characters(text):
     with pytest.raises(BabyError, match="has no character"):
-        eq.encode(text)
+        encode(text)
 
 
 @pytest.mark.parametrize("ids", [[13], [-1], [0, 99]])
 def test_unknown_ids(ids):
     with pytest.raises(BabyError, match="no character has the id"):
-        eq.decode(ids)
-
-
-def test_which_equations():
-    assert len(eq.equations(9, ())) == 55
-    assert len(eq.equations(18, ())) == 100
-    assert len(eq.equations()) == 54
-    assert set(eq.equations(9, ())) - set(eq.equations()) == {"4+4=8 "}
-    assert set(eq.equations(9, ())) - set(eq.equations(9, ["3+5"])) == {"3+5=8 ", "5+3=8 "}
-    assert {"3+5=8 ", "5+3=8 ", "8+0=8 ", "4+3=7 "} <= set(eq.equations())
-    assert all(eval(e.split("=")[0]) == int(e.split("=")[1]) for e in eq.equations(18, ()))
-
-
-def test_no_equation_and_no_window_comes_twice():
-    for max_sum in range(9, 19):
-        table = eq.equations(max_sum, ())
-        assert len(set(table)) == len(table)
-        windows = as_text(eq.pairs(table))
-        assert len(set(windows)) == len(windows) == sum(len(e) - 4 for e in table)
+        decode(ids)
 
 
 def test_windows_of_two_digit_sums():
-    assert as_text(eq.pairs(["8+9=17 "])) == [("8+9=", "1"), ("+9=1", "7"), ("9=17", " ")]
+    assert as_text(pairs(["8+9=17 "])) == windows(["8+9=17 "]) == [("8+9=", "1"), ("+9=1", "7"), ("9=17", " ")]
 
 
-def test_shapes_and_types():
-    for contexts, targets in (eq.training_pairs(), eq.held_out_pairs(), eq.pairs([])):
-        assert contexts.dtype == targets.dtype == np.int32
-        assert contexts.shape == (len(targets), 4)
-    assert len(eq.training_pairs()[1]) == 54 * 2
-    assert len(eq.pairs([])[1]) == 0
+def test_windows_of_a_longer_context_are_those_of_the_docstring():
+    assert windows(["9+8=17 "], 6) == [("  9+8=", "1"), (" 9+8=1", "7"), ("9+8=17", " ")]
+    contexts, targets = pairs(["9-8=1 "], n_ctx=6)
+    assert [decode(row, "+-") for row in contexts] == ["  9-8=", " 9-8=1"]
+    assert decode(targets, "+-") == "1 "
 
 
-def test_held_out_pairs():
-    assert as_text(eq.held_out_pairs()) == [("4+4=", "8"), ("+4=8", " ")]
-    assert as_text(eq.held_out_pairs(9, ["3+5", "5+3"])) == [
-        ("3+5=", "8"), ("+5=8", " "), ("5+3=", "8"), ("+3=8", " ")]
-    assert as_text(eq.held_out_pairs(18, ["8+9"])) == [
-        ("8+9=", "1"), ("9=17", " "), ("9+8=", "1"), ("8=17", " ")]
-    assert len(as_text(eq.held_out_pairs(18, ["8+9"], ambiguous=True))) == 6
+def test_rows_for_a_model_that_predicts_every_token():
+    inputs, targets = rows(["1+2=3 ", "10-12=-2 "], 9)
+    assert [decode(row, "+-") for row in inputs] == ["1+2=3    ", "10-12=-2 "]
+    assert [decode(row, "+-") for row in targets] == ["+2=3     ", "0-12=-2  "]
+    with pytest.raises(BabyError, match="n_ctx 7 does not hold an equation such as '10-12=-2 ': 8 do"):
+        rows(["1+2=3 ", "10-12=-2 "], 7)
 
 
-def test_nothing_gives_a_held_out_case_away():
-    for max_sum, case in EVERY_CASE:
-        where = f"{case} held out of sums up to {max_sum}"
-        training, held = as_text(eq.training_pairs(max_sum, [case])), as_text(eq.held_out_pairs(max_sum, [case]))
-        assert held, where
-        assert not {context for context, _ in training} & {context for context, _ in held}, where
-        # contexts determine their targets
-        assert len({context for context, _ in training + held}) == len(training + held), where
-        # with undetermined contexts, a context may return, but with no target that was held out
-        training = as_text(eq.training_pairs(max_sum, [case], ambiguous=True))
-        held = as_text(eq.held_out_pairs(max_sum, [case], ambiguous=True))
-        assert not set(training) & set(held), where
-        assert {*training, *held} == ALL_PAIRS[max_sum], where
-        # neither the case nor its mirror begins, whole, in any window
-        assert not any(context[:3] in (case, case[::-1]) for context, _ in training), where
+# tables ---------------------------------------------------------------------------------------------------
+
+
+def test_which_equations():
+    every = set(BABYLLM.equations())
+    assert every - set(BABYLLM.equations(["4+4"])) == {"4+4=8 "}
+    assert every - set(BABYLLM.equations(["3+5"])) == {"3+5=8 ", "5+3=8 "}
+    assert BABYLLM.equations("4+4") == BABYLLM.equations(["4+4"])  # one case may be given as a text
+    assert {"3+5=8 ", "5+3=8 ", "8+0=8 ", "4+3=7 "} <= set(BABYLLM.equations(["4+4"]))
+    assert BABYLLM.held_out_equations(["3+5", "5+3", "1+1"]) == ["3+5=8 ", "5+3=8 ", "1+1=2 "]
+
+
+@pytest.mark.parametrize(
+    ("max_sum", "digits", "operators", "number"),
+    [(9, 1, "+", 55), (18, 1, "+", 100), (0, 1, "+-", 200), (0, 2, "+", 10_000), (50, 2, "+-", 1326 + 10_000),
+     (0, 2, "-", 10_000)],
+)  # fmt: skip
+def test_the_equations_of_a_table_are_true_and_written_without_leading_zeros(max_sum, digits, operators, number):
+    table = EquationTable(max_sum, digits, operators)
+    every = table.equations()
+    assert len(set(every)) == len(every) == len(table.cases()) == number
+    for equation in every:
+        a, operator, b = case = equation_table.case_of(equation)
+        result = a + b if operator == "+" else a - b
+        assert equation == f"{a}{operator}{b}={result} "
+        assert case in table
+    assert max(len(equation) for equation in every) <= table.longest + 1
+    assert {operator for _, operator, _ in table.cases()} == set(operators)
+    named = table.distinct()
+    assert len(set(named)) == len(named)
+    assert sorted(table.held_out_equations(named)) == sorted(every)
+
+
+def test_no_window_comes_twice():
+    for max_sum in range(9, 19):
+        every = EquationTable(max_sum).equations()
+        found = windows(every)
+        assert len(set(found)) == len(found) == sum(len(equation) - 4 for equation in every)
 
 
 def test_undetermined_contexts():
-    assert eq.undetermined(eq.equations(9, ())) == set()
-    assert eq.undetermined(eq.equations(10, ())) == {"+1=1"}
-    assert eq.undetermined(eq.equations(18, ())) == {f"+{b}=1" for b in range(1, 10)}
+    assert BABYLLM.undetermined() == set()
+    assert EquationTable(10).undetermined() == {"+1=1"}
+    assert EquationTable(18).undetermined() == {f"+{b}=1" for b in range(1, 10)}
+
+
+# what is held out -----------------------------------------------------------------------------------------
+
+
+def test_nothing_gives_a_held_out_case_away():
+    for max_sum in (9, 10, 18):
+        table = EquationTable(max_sum)
+        every, leave_out = set(windows(table.equations())), table.undetermined()
+        for a, _, b in table.cases():
+            case, where = f"{a}+{b}", f"{a}+{b} held out of sums up to {max_sum}"
+            trained, asked = windows(table.equations([case])), windows(table.held_out_equations([case]))
+            # an undetermined context may return, but with no target that was held out
+            assert not set(trained) & set(asked), where
+            assert {*trained, *asked} == every, where
+            # neither the case nor its mirror begins, whole, in any window
+            assert not any(context[:3] in (case, case[::-1]) for context, _ in trained), where
+            # without the undetermined ones, contexts determine their targets and none returns
+            trained, asked = (as_text(pairs(table.equations([case]), leave_out)),
+                              as_text(pairs(table.held_out_equations([case]), leave_out)))  # fmt: skip
+            assert asked, where
+            assert not {context for context, _ in trained} & {context for context, _ in asked}, where
+            assert len({context for context, _ in trained + asked}) == len(trained + asked), where
 
 
 def test_holding_out_does_not_make_a_context_look_certain():
     """With sums up to 10, "+1=1" goes on with " " in 0+1=1 and with "0" in 9+1=10, held out or not."""
-    assert "+1=1" not in dict(as_text(eq.training_pairs(10, ["9+1"])))
-    assert dict(as_text(eq.training_pairs(10, ["9+1"], ambiguous=True)))["+1=1"] == " "
+    table = EquationTable(10)
+    trained = table.equations(["9+1"])
+    assert dict(windows(trained))["+1=1"] == " "
+    assert "+1=1" not in dict(as_text(pairs(trained, table.undetermined())))
 
 
-@pytest.mark.parametrize("case", ["4", "44", "4+4=8", "4 + 4", "10+2", "4-4", "", "a+b", "4+4\n", "\u0664+4"])
+@pytest.mark.parametrize(("digits", "operators", "case", "longer"), [
+    (1, "+", "9+8", 0), (1, "+", "9+8", 1), (2, "+-", "7-35", 1),
+    pytest.param(2, "+-", "7-35", 0, marks=pytest.mark.slow),
+    pytest.param(2, "+", "40+4", 0, marks=pytest.mark.slow),
+    pytest.param(2, "+", "40+4", 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_context_that_holds_an_equation_shows_nothing_of_a_held_out_one(digits, operators, case, longer):
+    table = EquationTable(0, digits, operators)
+    n_ctx = table.longest + longer
+    assert not table.undetermined(n_ctx)
+    every = windows(table.equations(), n_ctx)
+    assert len({context for context, _ in every}) == len(set(every))  # each context has one target
+    trained = {context for context, _ in windows(table.equations([case]), n_ctx)}
+    asked = {context for context, _ in windows(table.held_out_equations([case]), n_ctx)}
+    assert not trained & asked
+    for equation in table.held_out_equations([case]):
+        question = equation_table.question(equation).rjust(n_ctx)
+        assert question in asked
+        assert not [context for context in trained if context.lstrip().startswith(question.lstrip())]
+
+
+@pytest.mark.parametrize(("max_sum", "expected"), [
+    (9, {"0+0", "0+1", "1+0", "0+9", "9+0"}), (18, {"0+0"}),
+])  # fmt: skip
+def test_what_no_model_could_answer(max_sum, expected):
+    """Training has no answer with that first character, or one of the operands nowhere: see docs/equations.md."""
+    table, found = EquationTable(max_sum), set()
+    for a, _, b in table.cases():
+        trained = table.equations([f"{a}+{b}"])
+        firsts = {equation_table.answer(equation)[0] for equation in trained}
+        operands = {operand for equation in trained for operand in equation_table.case_of(equation)}
+        if str(a + b)[0] not in firsts or not {a, b} <= operands:
+            found.add(f"{a}+{b}")
+    assert found == expected
+
+
+def test_a_share_is_drawn_by_the_seed():
+    table = EquationTable(0, 2, "+-")
+    drawn = table.draw(0.1, 3)
+    assert len(drawn) == len(set(drawn)) == 1010  # of 2 x 5050 pairs
+    assert table.choose("10%", 3) == table.draw(0.1, 3) == drawn
+    assert drawn != table.draw(0.1, 4)
+    assert set(drawn) <= set(table.distinct())
+    assert len(BABYLLM.draw(1e-9, 0)) == 1
+    assert BABYLLM.choose("4+4, 3+5", 0) == ["4+4", "3+5"]
+
+
+@pytest.mark.parametrize("held_out", ["0%", "100%", "-5%", "x%", "%", "nan%", "", "4+4,", "12+3", "4-4", "4+04"])
+def test_held_out_that_names_nothing(held_out):
+    with pytest.raises(BabyError, match="held-out"):
+        BABYLLM.choose(held_out, 0)
+
+
+@pytest.mark.parametrize("case", [
+    "4", "44", "4+4=8", "4 + 4", "10+2", "4-4", "", "a+b", "4+4\n", "\u0664+4", "9" * 5000 + "+4",
+])  # fmt: skip
 def test_cases_of_another_form(case):
-    with pytest.raises(BabyError, match=r"a held-out case is digit\+digit"):
-        eq.equations(9, [case])
+    for refuse in (BABYLLM.equations, BABYLLM.held_out_equations):
+        with pytest.raises(BabyError, match=r"a held-out case is digit\+digit, such as 4\+4, not"):
+            refuse([case])
 
 
-@pytest.mark.parametrize("function", [eq.equations, eq.training_pairs, eq.held_out_pairs])
-def test_what_cannot_be_asked_for(function):
+def test_a_case_above_the_largest_sum():
     with pytest.raises(BabyError, match="5\\+5 makes 10, above the largest sum 9"):
-        function(9, ["5+5"])
-    for max_sum in (8, 19, -1, 9.5):
-        with pytest.raises(BabyError, match="from 9 to 18"):
-            function(max_sum, [])
+        BABYLLM.equations(["5+5"])
 
 
-def test_one_case_may_be_given_as_a_text():
-    assert eq.equations(9, "4+4") == eq.equations()
+@pytest.mark.parametrize("max_sum", [8, 19, -1, 9.5])
+def test_a_largest_sum_that_cannot_be(max_sum):
+    with pytest.raises(BabyError, match="from 9 to 18"):
+        EquationTable(max_sum)
+
+
+def test_questions():
+    assert BABYLLM.question("4 + 4") == BABYLLM.question("4+4=") == "4+4="
+    for text, words in {
+        "4-4": "ask 4+4=, with + and operands of at most 1 digit", "12+3": "is not a question", "": "ask 4+4=",
+        "9+1": "9+1 makes 10, and the table has sums up to 9: ask 4+4=",
+    }.items():  # fmt: skip
+        with pytest.raises(BabyError) as caught:
+            BABYLLM.question(text)
+        assert words in str(caught.value)
+
+
+def test_the_context_of_babyllm():
+    assert len(equation_table.question("4+4=8 ")) == CONTEXT

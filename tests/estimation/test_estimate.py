@@ -15,7 +15,7 @@ import array_api_compat.numpy as library
 import numpy as np
 import pytest
 
-from baby_xp import api
+from baby_xp import api, processes
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
@@ -317,7 +317,7 @@ def test_a_trial_that_bursts_says_so(folder, text_file):
 
 @needs_signals
 def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
-    monkeypatch.setattr(estimate, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(processes, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(BabyError, match="killed by signal 9"):
         estimate.estimate("baby", **TINY)
 

@@ -10,9 +10,11 @@ from baby_xp_data import nursery
 from baby_xp import api
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
-from baby_xp.evaluation import evaluate, text_metrics
 from baby_xp.layers import cross_entropy
 from baby_xp.run import Run
+from baby_xp.text import dataset, text_metrics
+from baby_xp.text.batches import Batch
+from baby_xp.training.step import loss_and_predictions, number_of_shards, total_loss
 
 TEXT = "the cat sat on the mat.\nit sat and sat, and só did the hät. " * 40
 TINY = {
@@ -47,6 +49,22 @@ def by_hand(run: Run, text: str) -> tuple[float, float, int]:
     return float(np.mean(losses)), float(np.mean(right)), len(losses)
 
 
+@pytest.mark.parametrize("tokens_at_once", [None, 8, 20])
+def test_a_batch_is_measured_in_tiles(run, monkeypatch, tokens_at_once):
+    xp, inputs = run.backend.xp, np.arange(7 * 8, dtype=np.int32).reshape(7, 8) % run.tokenizer.vocab_size
+    batch = Batch(inputs, inputs[::-1].copy(), np.arange(7, dtype=np.int32))
+    logits, _ = run.model.forward(xp, run.model.layout.unpack(np, run.params), inputs)
+    monkeypatch.setattr(xp, "tokens_at_once", tokens_at_once)
+    sizes, forward = [], type(run.model).forward
+    seen = lambda model, xp, p, ids, *rest: sizes.append(ids.size) or forward(model, xp, p, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(type(run.model), "forward", seen)
+    loss, predictions = loss_and_predictions(xp, run.model, run.params, batch)
+    assert sum(sizes) == inputs.size  # each token once
+    assert len(sizes) == number_of_shards(7, 8, tokens_at_once)
+    assert np.array_equal(loss, total_loss(xp, run.model, run.params, batch))
+    assert np.array_equal(predictions, np.argmax(logits, axis=-1))
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_loss_perplexity_bits_and_accuracy_are_those_computed_by_hand(tmp_path, tokenizer):
     run = trained(tmp_path, tokenizer=tokenizer)
@@ -79,7 +97,7 @@ def test_what_was_generated_is_compared_with_the_training_part_alone(tmp_path, m
     written = "the cät sat on the 😀 mat " * 36 + "no tam eht no tas täc eht " * 4
     (tmp_path / "other.txt").write_text(written, encoding="utf-8")
     run = trained(tmp_path, data=str(tmp_path / "other.txt"), num_steps=1, tokenizer="byte")
-    monkeypatch.setattr(evaluate, "CHUNK", 3)
+    monkeypatch.setattr(dataset, "CHUNK", 3)
     seen = []
     for name in ("known_words", "copied_ngrams"):
         monkeypatch.setattr(text_metrics, name, lambda text, known, *more: seen.append("".join(known)))

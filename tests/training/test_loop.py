@@ -15,7 +15,7 @@ from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows, consecutive_windows
-from baby_xp.text.dataset import Task
+from baby_xp.text.dataset import Dataset
 from baby_xp.training import checkpoint, divergence, loop, optimizers
 from baby_xp.training import signals as training_stop
 from baby_xp.training.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ class Trial:
         self.stop, self.more = Stop(), {}
         self.kept, self.records, self.progress_made, self.sampled = [], [], [], []
         self.n_validation = 49
-        self.batches = self  # as a Task has them
+        self.batches = self  # as a Dataset has them
 
     # what fit calls
 
@@ -72,7 +72,7 @@ class Trial:
         return f"sample {len(self.sampled)}"
 
     def fit(self):
-        task = Task("text", None, self, self.config.num_steps, self.validation, self.n_validation, {})
+        task = Dataset("text", None, self, self.config.num_steps, self.validation, self.n_validation, {})
         return fit(
             BACKEND, MODEL, self.config, task, self.start, self, self.kept.append, self.stop, **self.more
         )  # fmt: skip

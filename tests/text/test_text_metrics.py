@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baby_xp.errors import BabyError
-from baby_xp.evaluation.text_metrics import copied_ngrams, known_words
 from baby_xp.text.corpus import read_text
+from baby_xp.text.text_metrics import copied_ngrams, known_words
 
 quick = settings(max_examples=100, deadline=None)
 # Two letters in both cases, one that folds to two, marks and symbols inside and around words, whitespace.

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 
 from baby_xp.errors import BabyError
 
+NGRAM = 8
+
 
 def known_words(generated: str, training: Iterable[str]) -> float | None:
     """The share of the generated text's words that occur in the training text; None if it has no word.
@@ -31,7 +33,7 @@ def known_words(generated: str, training: Iterable[str]) -> float | None:
     return _share_seen(counts, _words(training, longest))
 
 
-def copied_ngrams(generated: str, training: Iterable[str], n: int = 8) -> float | None:
+def copied_ngrams(generated: str, training: Iterable[str], n: int = NGRAM) -> float | None:
     """The share of the generated text's sequences of n characters that the training text holds literally.
 
     There is one sequence for each place where n characters follow, so repeats count; None if there is none

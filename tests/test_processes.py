@@ -1,0 +1,92 @@
+"""Child processes: they answer as the function does, and how they end is reported."""
+
+import errno
+import os
+import signal
+import sys
+
+import pytest
+
+from baby_xp import processes
+from baby_xp.errors import BabyError
+
+PROGRAM = """
+import os, sys
+from baby_xp.errors import BabyError
+def answer(wish, **rest):
+    print("not the answer", flush=True)
+    os.system("echo nor this")
+    if wish == "refuse": raise BabyError("this cannot be")
+    if wish == "fail": raise ValueError("a fault")
+    if wish == "exit": os._exit(3)
+    if wish == "die": os.kill(os.getpid(), 9)
+    return [wish, rest, os.getpid()]
+"""
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch, signals):
+    """Its function is in a module that only this path leads to; it prints to the file `log`."""
+    (tmp_path / "answering.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    with (tmp_path / "log").open("w") as log, processes.started("answering:answer", "one", stderr=log) as child:
+        yield child
+    assert child.returncode is not None
+    assert child.stdin.closed
+    assert child.stdout.closed
+
+
+def test_a_child_answers_request_after_request(child):
+    odd = {"wish": "\udce9 \u4e2d", "more": [1, None, 0.1]}
+    assert processes.ask(child, odd) == [odd["wish"], {"more": odd["more"]}, child.pid]
+    with pytest.raises(BabyError, match="this cannot be"):
+        processes.ask(child, {"wish": "refuse"})
+    assert processes.ask(child, {"wish": "more"})[2] == child.pid
+
+
+@pytest.mark.parametrize(("wish", "how"), [
+    ("fail", "ended with exit code 1"), ("exit", "ended with exit code 3"),
+    pytest.param("die", "was killed by signal 9",
+                 marks=pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")),
+])  # fmt: skip
+def test_how_a_child_ended(child, wish, how, tmp_path):
+    for _ in range(2):  # asked again, it has ended already
+        with pytest.raises(processes.Ended) as caught:
+            processes.ask(child, {"wish": wish})
+        assert str(caught.value) == how
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("not the answer\nnor this\n")
+    assert ("a fault" in log) == (wish == "fail")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupted_child_ends_without_a_word(child, tmp_path):
+    processes.ask(child, {"wish": "begin"})  # it listens by now
+    child.send_signal(signal.SIGINT)
+    assert processes.how_it_ended(child) == "ended with exit code 130"
+    assert (tmp_path / "log").read_text() == "not the answer\nnor this\n"
+
+
+def test_cores_and_environment(monkeypatch):
+    assert 1 <= processes.cores() <= os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert processes.cores() == 1
+    monkeypatch.setattr(sys, "path", ["", "one", "two"])
+    assert processes.environment()["PYTHONPATH"] == os.pathsep.join(["one", "two"])
+
+
+@pytest.mark.parametrize(("code", "hint"), [
+    (errno.EMFILE, ", or raise the limit of open files (ulimit -n)"),
+    (errno.EAGAIN, ", or raise the limit of processes (ulimit -u)"),
+    (errno.ENOMEM, ", or end what else takes memory"),
+    (errno.EIO, ""),
+])  # fmt: skip
+def test_a_process_that_the_system_refuses(monkeypatch, code, hint):
+    def refuse(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(processes.subprocess, "Popen", refuse)
+    with pytest.raises(BabyError) as caught, processes.started("a:b", "the trial", "try less"):
+        pass
+    assert str(caught.value) == f"the trial cannot be started ({os.strerror(code)}); try less{hint}"
