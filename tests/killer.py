@@ -12,17 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-import baby_xp.session
+from quick import quick
+
 from baby_xp import api
 
 
 def main() -> None:
     asked = json.load(sys.stdin)
     folder, chance = Path(asked["folder"]), random.Random(asked["seed"])
-    baby_xp.session.SAMPLE_TOKENS = asked["sample_tokens"]
-    api.train(
-        "baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1}
-    )  # imports
+    # imports
+    api.train("baby", path=folder.with_name("warm-up"), **{**asked["settings"], "num_steps": 2, "workers": 1})
     sync = os.fsync
     # so that many a kill falls into a checkpoint, and no machine is so fast that the run ends before the last one
     os.fsync = lambda file: (sync(file), time.sleep(asked["pause"]))
@@ -62,4 +61,5 @@ def go_on(folder: Path, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick():
+        main()
