@@ -11,6 +11,7 @@ import fake_cupy
 import numpy as np
 import pytest
 from quick import quick
+from small_runs import call, copied, refused, trained, work  # noqa: F401  (fixtures)
 
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import Namespace

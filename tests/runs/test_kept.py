@@ -1,7 +1,7 @@
 """Runs that earlier commits wrote load, generate and go on to the same end.
 
-Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and what that
-commit made of each run that it stopped, when it was not stopped: text, loss and the parameters at the end.
+Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and what
+that commit made of each run that it stopped, when it was not stopped: text, loss and the parameters at the end.
 """
 
 import json

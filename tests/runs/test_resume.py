@@ -129,7 +129,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("workers", "at", "where", "how"), STOPS)
-def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_path, alone, workers, at, where, how):
+def test_a_run_that_was_stopped_ends_like_one_left_alone(text, tmp_path, alone, workers, at, where, how):
     stopped = train(text, tmp_path, Stopper(at, where, how), workers=workers)
     result = stopped.config["result"]
     assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", at)
