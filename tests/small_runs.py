@@ -12,6 +12,8 @@ from quick import quick
 from baby_xp.cli import main
 from baby_xp.runs.store import RunFiles
 
+LONGEST = 600
+"""Characters of a message; it may repeat a name of the longest that a file can have."""
 TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 3,
@@ -70,6 +72,7 @@ def refused(call, work):
         before = all_of(work)
         found, _, err = call(*arguments)
         assert (found, err[:9], err.count("\n"), err[-1:]) == (code, "baby_xp: ", 1, "\n"), err
+        assert len(err) <= LONGEST
         assert [word for word in words if word not in err] == [], err
         assert all_of(work) == before
         return err

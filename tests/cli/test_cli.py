@@ -30,6 +30,7 @@ REFUSED = [
     # arguments, what must be named. test_config.py has every setting, test_settings.py what no flag can be
     (["fly"], ["'fly'", *COMMANDS]),
     ([""], ["''"]),
+    (["fly" * 300], ["unknown command 'flyfly"]),
     (["presets", "all"], ["'all'"]),
     (["backends", "--numpy", "x"], ["'--numpy x'"]),
     (["train", "toddler"], ["'toddler'", *PRESETS]),

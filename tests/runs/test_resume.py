@@ -15,6 +15,7 @@ import pytest
 from conftest import case_of
 from quick import quick
 from safetensors.numpy import load_file
+from small_runs import all_of, metrics_of
 
 from baby_xp import api
 from baby_xp.errors import BabyError
@@ -86,9 +87,7 @@ class Ending:
 
     @classmethod
     def of(cls, run: Run) -> "Ending":
-        metrics = [json.loads(line) for line in run.files.metrics.read_text("ascii").splitlines()]
-        for record in metrics:
-            del record["seconds"]
+        metrics = [{**record, "seconds": 0} for record in metrics_of(run.files)]
         times = ("seconds", "tokens_per_second")
         result = {name: value for name, value in run.config["result"].items() if name not in times}
         arrays = {name: array.tobytes() for name, array in load_file(run.files.state).items()}
@@ -264,10 +263,17 @@ def test_a_run_goes_on_on_its_device(text, tmp_path):
 
 
 def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
-    """Whoever hears of a measurement may stop the run."""
-    stopped = train(text, tmp_path, Stopper(10, "evaluated", "exception"), workers=1)
-    lines = stopped.files.metrics.read_text("ascii").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+    """Whoever hears of a measurement may kill the run."""
+    lines = []
+
+    class Reader(api.Silent):
+        def evaluated(self, record):
+            (path,) = tmp_path.glob("outputs/metrics_*")
+            lines.append((record, json.loads(path.read_text("ascii").splitlines()[-1])))
+
+    train(text, tmp_path, Reader(), workers=1, num_steps=10)
+    assert len(lines) == 3
+    assert all(told == written for told, written in lines)
 
 
 def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone):
@@ -289,11 +295,11 @@ def test_a_text_that_was_changed_is_noticed(text, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text(TEXT, encoding="utf-8", newline="\n")
     train(own, tmp_path / "runs", Stopper(3), workers=1)
-    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    before = all_of(tmp_path / "runs")
     own.write_text(TEXT.replace("cat", "dog", 1), encoding="utf-8", newline="\n")
     with pytest.raises(BabyError, match=r"no longer the text that the run was trained on.*--data"):
         api.resume(path=tmp_path / "runs")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert all_of(tmp_path / "runs") == before
     assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
 
 
