@@ -177,7 +177,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
     """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
     for damaged, told in ((path, failure), (state_path, state_failure)):
         data = damaged.read_bytes()
-        for place in range(0, len(data), 3):
+        for place in range(0, len(data), 5):
             damaged.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
             assert told(damaged)
             assert isinstance(state_file.read_metadata(damaged), dict)  # or nothing, but no error
