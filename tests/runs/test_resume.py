@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,8 @@ from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.runs import store
-from baby_xp.runs.store import RunFiles
 
 pytestmark = pytest.mark.usefixtures("signals")
-KILLER = Path(__file__).parents[1] / "killer.py"
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 24,
@@ -143,7 +139,7 @@ def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
 
 
 def test_from_what_a_kill_leaves_a_run_goes_on_exactly(text, tmp_path, alone, at_step):
-    """The slow test below kills at random moments."""
+    """test_machine.py kills at random moments."""
 
     copies = {step: tmp_path / f"killed before {step}" for step in (0, 4, 6, 23)}
 
@@ -301,30 +297,3 @@ def test_a_text_that_was_changed_is_noticed(text, tmp_path):
         api.resume(path=tmp_path / "runs")
     assert all_of(tmp_path / "runs") == before
     assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
-
-
-# killed -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 15, (0.005, 0.08)), (2, 3, (0.8, 1.2))])
-def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path, workers, kills, seconds):
-    """SIGKILL, checkpoints included: they take most of the time here."""
-    steps, pause = 400, kills * seconds[1] / 400  # a step writes a file or more
-    settings = {"workers": workers, "num_steps": steps, "eval_every": steps // 10, "checkpoint_every": 1}
-    whole, folder = Ending.of(train(text, tmp_path / "alone", **settings)), tmp_path / "runs"
-    asked = {
-        "folder": str(folder), "kills": kills, "seconds": seconds, "pause": pause, "seed": 0,
-        "settings": {**TINY, "backend": "numpy", "data": str(text), **settings},
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, KILLER], input=json.dumps(asked), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["kills"], told["status"]) == (kills, 0)
-    if workers == 1:
-        assert told["while_writing"] > 0, "no kill fell into a checkpoint"
-    run = api.load(path=folder, backend="numpy")
-    assert Ending.of(run) == whole
-    names = {path.name for path in folder.rglob("*") if run.guid in path.name}
-    assert names == {path.name for path in RunFiles(folder, run.guid).of_training}
