@@ -3,31 +3,31 @@
 import contextlib
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import fake_cupy
 import numpy as np
 import pytest
+from quick import quick
+from small_runs import call, copied, refused, trained, work  # noqa: F401  (fixtures)
 
-from baby_xp import session
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
+from baby_xp.text.batches import RandomWindows
+from baby_xp.training import optimizers
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SAMPLE_TOKENS = 10
-"""Length of the text that a run ends with: the usual one takes longer than the training in these tests."""
-
 
 @pytest.fixture(autouse=True, scope="session")
-def quick():
-    """Short samples."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "SAMPLE_TOKENS", SAMPLE_TOKENS)
+def quickly():
+    """Short samples, and no search for backends in each test."""
+    with quick():
         yield
 
 
@@ -138,6 +138,51 @@ def quick_backend32(request) -> Case:
 def plain() -> Case:
     """NumPy in float64 without faster functions: what the others are compared with."""
     return case_of("numpy plain")
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Call something with the number of each training step, from 0, and its batch, before the step is computed."""
+
+    def calling(action) -> None:
+        draw = RandomWindows.batch
+
+        def batch(windows, step):
+            drawn = draw(windows, step)
+            action(step, drawn)
+            return drawn
+
+        monkeypatch.setattr(RandomWindows, "batch", batch)
+
+    return calling
+
+
+@pytest.fixture
+def rate_times(monkeypatch):
+    """Multiply the learning rate of one step, counted from 0: a large factor makes all later losses worse, a huge
+    one makes them NaN."""
+
+    def multiply(at: int, factor: float) -> None:
+        usual = optimizers.learning_rate
+        rate = lambda xp, step, *more: usual(xp, step, *more) * (factor if step[0] == at else 1)  # noqa: E731
+        monkeypatch.setattr(optimizers, "learning_rate", rate)
+
+    return multiply
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """time.perf_counter, which goes on only when `clock.tick(seconds)` is called."""
+
+    class Clock:
+        now = 1000.0
+
+        def tick(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    return clock
 
 
 def _folder(variable: str) -> Path:

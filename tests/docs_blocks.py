@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from markdown_it import MarkdownIt
+
 ROOT = Path(__file__).resolve().parents[1]
 
 RUN, COMMANDS, SESSION, NOT_RUN = {"python"}, {"sh"}, {"console"}, {"text", "json"}
@@ -52,7 +54,6 @@ SHORTER = (
     ("baby_xp equations", {"--seeds": "1", "--num-steps": "10"}, "150 models take 20 seconds and more"),
     ("baby_xp finetune", {"--num-steps": "10", "--eval-every": "5"}, "500 steps take half a minute"),
     ("baby_xp resume", {"--num-steps": "30"}, "nobody stopped the run before it, so it goes on by more steps"),
-    ("baby_xp equations", {"--seeds": "1", "--num-steps": "20"}, "up to 275 models take minutes"),
     ("baby_xp check", {"--directions": "1", "--elements": "1"}, "every array takes a dozen losses"),
     ("baby_xp estimate", {"--no-measure": None}, "the trial that measures takes half a minute"),
 )
@@ -93,41 +94,24 @@ class Command:
 
 def blocks_of(text: str) -> list[Block]:
     """All blocks of a page, in order, commands inside sentences included."""
-    lines, found, prose, mark, at = text.splitlines(), [], [], "", 0
-    while at < len(lines):
-        line = lines[at]
-        if fence := re.match(r"( *)(```+|~~~+) *(\S*)", line):
-            end = next((i for i in range(at + 1, len(lines)) if lines[i].strip() == fence[2]), len(lines))
-            inside = [one.removeprefix(fence[1]) for one in lines[at + 1 : end]]
-            found.append(Block(at + 2, fence[3], "\n".join(inside) + "\n", mark))
-            at, mark = end + 1, ""
-        elif line.startswith("    ") and (at == 0 or not lines[at - 1].strip()):
-            end = at
-            while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
-                end += 1
-            found.append(Block(at + 1, "indented", "\n".join(one[4:] for one in lines[at:end]) + "\n", mark))
-            at, mark = end, ""
-        else:
-            if comment := re.fullmatch(r"<!-- *(.*?) *-->", line.strip()):
-                mark = comment[1]
-            elif line.strip():
-                prose.append((at + 1, line))
-                mark = ""
-            at += 1
-    found += _inline(prose)
-    found, before = sorted(found, key=lambda block: block.line), Counter()
+    found, mark, before = [], "", Counter()
+    for token in MarkdownIt().parse(text):
+        first = token.map[0] + 1 if token.map else 0
+        if token.type == "fence":
+            found.append(Block(first + 1, token.info.partition(" ")[0], token.content, mark))
+        elif token.type == "code_block":
+            found.append(Block(first, "indented", token.content.rstrip() + "\n", mark))
+        elif token.type == "inline":
+            for span in re.finditer(r"(?<!`)`((?:python|pip) [^`]+)`(?!`)", token.content):
+                line = first + token.content[: span.start()].count("\n")
+                found.append(Block(line, "inline", " ".join(span[1].split())))
+        comment = re.fullmatch(r"<!-- *(.*?) *-->", token.content.strip()) if token.type == "html_block" else None
+        mark = comment[1] if comment else ""
     for block in found:
         block.commands = _commands(block)
         block.place = f"{block.line}{'bcdefgh'[before[block.line] - 1] if before[block.line] else ''}"
         before[block.line] += 1
     return found
-
-
-def _inline(prose: list[tuple[int, str]]) -> list[Block]:
-    whole = "\n".join(line for _, line in prose)
-    spans = re.finditer(r"(?<!`)`((?:python|pip) [^`]+)`(?!`)", whole)
-    number_of = [number for number, _ in prose]
-    return [Block(number_of[whole[: s.start()].count("\n")], "inline", " ".join(s[1].split())) for s in spans]
 
 
 def _commands(block: Block) -> list[Command]:
@@ -227,7 +211,7 @@ def _missing(module: str) -> bool:
 
 
 @functools.cache
-def _no_gpu() -> bool:
+def no_gpu() -> bool:
     from baby_xp.arrays import registry
     from baby_xp.errors import BackendUnavailable
 
@@ -254,8 +238,8 @@ def _needs_shakespeare(text: str) -> bool:
 SKIPPED = (
     (lambda text: re.match(r"(python -m )?pip install|git clone|curl |wget ", text), "needs a network"),
     (lambda text: re.match(r"python -m pytest", text), "these are the tests"),
-    (lambda text: re.match(r"nvidia-smi", text) and _no_gpu(), "needs a GPU"),
-    (lambda text: re.search(r'--backend[ =]cupy|backend="cupy"|import cupy', text) and _no_gpu(), "needs a GPU"),
+    (lambda text: re.match(r"nvidia-smi", text) and no_gpu(), "needs a GPU"),
+    (lambda text: re.search(r'--backend[ =]cupy|backend="cupy"|import cupy', text) and no_gpu(), "needs a GPU"),
     (
         lambda text: re.search(r'--backend[ =]torch|"torch"|import torch', text) and _missing("torch"),
         "needs torch",

@@ -6,9 +6,7 @@ goes wrong at a counted file operation. So a sequence that fails fails again.
 
 import contextlib
 import errno
-import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -21,7 +19,6 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,12 +27,11 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
+from quick import quick
 from safetensors import SafetensorError, safe_open
 
 import baby_xp
-import baby_xp.session
-from baby_xp import api
-from baby_xp.config import settings_of
+from baby_xp.presets import PRESETS
 from baby_xp.runs import lock, state_file, store
 from baby_xp.runs.creation import OF_SAFETENSORS
 from baby_xp.runs.store import GUID, RunFiles
@@ -215,14 +211,13 @@ GUIDS = SimpleNamespace(source=Guids(), uuid4=lambda: GUIDS.source.uuid4())
 def small_and_quick() -> Iterator[None]:
     """baby_xp with short samples, a clock of its own, GUIDs that are known, and no waiting for the disk."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quick(sample_tokens=5))
         for target, name, value in (
-            (baby_xp.session, "SAMPLE_TOKENS", 5),
             (loop, "time", Clock()),
             (store, "uuid", GUIDS),
             (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
             (state_file, "save_file", _save),
             (os, "fsync", fsync),
-            (importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
@@ -353,22 +348,16 @@ class Tree:
     @classmethod
     def of(cls, root: Path) -> "Tree":
         tree = cls()
-        tree._add(str(root), "")
+        for folder, folders, files in os.walk(root):
+            below = os.path.relpath(folder, root)
+            tree.folders.add(below)
+            for name in (*files, *folders):
+                path = os.path.join(folder, name)
+                link = os.readlink(path) if os.path.islink(path) else None
+                if link is not None or name in files:
+                    held = digest(Path(path).read_bytes()) if link is None else f"link to {link}"
+                    tree.files[os.path.normpath(os.path.join(below, name))] = held
         return tree
-
-    def _add(self, root: str, below: str) -> None:
-        folder = os.path.join(root, below)
-        if not os.path.isdir(folder):
-            return
-        self.folders.add(below or ".")
-        for entry in os.scandir(folder):
-            name = os.path.join(below, entry.name)
-            if entry.is_symlink():
-                self.files[name] = f"link to {os.readlink(entry.path)}"
-            elif entry.is_dir():
-                self._add(root, name)
-            else:
-                self.files[name] = digest(Path(entry.path).read_bytes())
 
     def differences(self, other: "Tree") -> set[str]:
         names = self.files.keys() | other.files.keys()
@@ -474,19 +463,22 @@ class Twins:
     def _trained(self, config: dict[str, Any], base: str | None, text: str | None) -> Twin:
         twin, folder = Twin(), self.folder / str(next(self.count))
         options = {"path": folder, "backend": "numpy", "workers": 1, "listener": Noting(twin, folder)}
-        train = {**config["train"], "checkpoint_every": 1, "checkpoint_minutes": 0, "max_minutes": 0}
+        often = {"checkpoint_every": 1, "checkpoint_minutes": 0, "max_minutes": 0}
+        train = {name: value for name, value in {**config["train"], **often}.items() if name != "min_lr"}
         if text is not None:
             options["data"] = str(self.folder / f"{text}.txt")
         if base is None:
-            run = baby_xp.train(settings_of({**config, "train": train}, "config"), **options)
+            preset = PRESETS[config["preset"]]
+            given = {**config["model"], **config["data"], **train}
+            usual = {**vars(preset.model), **vars(preset.data), **vars(preset.train)}
+            given = {name: value for name, value in given.items() if value != usual.get(name, value)}
+            run = baby_xp.train(preset, **{**given, **options})
         else:
             guid, files = self.bases[base]
             for part, content in files.items():
                 path = getattr(RunFiles(folder, guid), part)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            usual = asdict(api.finetuning(baby_xp.load(guid, path=folder, backend="numpy")).train)
-            train = {name: value for name, value in train.items() if value != usual[name]}
             run = baby_xp.finetune(guid, **options, **train, dropout=config["model"]["dropout"])
         twin.note(run.files.state)
         twin.best_step = run.config["result"]["best_step"]
@@ -645,9 +637,6 @@ class Frame:
     active: set[str] = field(default_factory=set)
 
 
-KNOWN = os.environ.get("BABY_XP_HOUR_KNOWN")
-"""A pattern for kinds of failures that are known: a sequence goes on after them, to find others."""
-COUNTS = Counter()
 SEEN: dict[str, str] = {}
 """What was computed, by what it was computed from: it must be the same each time."""
 
@@ -696,10 +685,7 @@ class World:
         self.journal.append(line)
 
     def fail(self, kind: str, text: str = "") -> None:
-        """Something does not hold: raises Broken with all steps, unless it is known."""
-        if KNOWN and re.search(KNOWN, kind):
-            self.tell(f"(known) {kind}")
-            return
+        """Something does not hold: raises Broken with all steps."""
         self.tell(f"BROKEN: {kind}")
         steps = "\n".join(f"{number:>3}  {line}" for number, line in enumerate(self.journal, 1))
         if self.pending is None:
@@ -802,7 +788,6 @@ class World:
         trouble: a context manager that the call runs in, or a job for a child, as keywords of Children.ask.
         harmless: whether, afterwards, the trouble turns out to be none.
         """
-        COUNTS[op.name] += 1
         frame = Frame(op, Tree.of(self.folder), set(self.known))
         frame.active = set() if op.touches is None else {op.touches}
         self.frames.append(frame)
@@ -992,7 +977,6 @@ class World:
             self.leftovers |= left
         if new := left - self.leftovers:
             self.fail("something is left over", ", ".join(sorted(new)))
-            self.leftovers |= new
         self.leftovers &= left
         if frame.op.makes and outcome.value is not None and not in_trouble:
             if left:

@@ -36,6 +36,9 @@ from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
 
+import baby_xp
+from baby_xp.runs.store import RunFiles
+
 CHANCE = st.randoms(use_true_random=False)
 MOST_RUNS = 5
 DAMAGE_TO_IDS = (*["flip"] * 3, *["zero"] * 3, "cut", "longer", "empty", "gone")
@@ -248,7 +251,7 @@ class Machine(RuleBasedStateMachine):
         return Op("import", arguments, makes=True, must=not taken, imported=export)
 
     def an_op(self, chance: Random) -> Op:
-        """Any call, for those rules where something goes wrong meanwhile."""
+        """Any call."""
         kinds = ["train", "train", "bad train", "runs"]
         if self.world.known:
             kinds += ["finetune", "resume", "resume", "use", "use", "export"]
@@ -259,19 +262,19 @@ class Machine(RuleBasedStateMachine):
             kind = "resume"
         return self.op_of_kind(chance, kind)
 
-    def op_of_kind(self, chance: Random, kind: str) -> Op:
-        if kind == "runs":
-            return Op("runs", {"path": str(self.world.folder)}, must=True)
-        if kind in ("finetune", "resume", "use", "export"):
-            return self.op_on(chance, self.a_run(chance), kind)
-        return {"train": self.train_of, "bad train": self.bad_train_of, "import": self.import_of}[kind](chance)
-
-    def op_on(self, chance: Random, guid: str, kind: str | None = None) -> Op:
+    def op_on(self, chance: Random, guid: str) -> Op:
         """A call for this run."""
-        kind = kind or chance.choice(["resume", "resume", "use", "use", "finetune", "export"])
-        if kind == "finetune" and not self.has_room():
-            kind = "use"
+        kind = chance.choice(["resume", "resume", "use", "use", "finetune", "export"])
+        return self.op_of_kind(chance, "use" if kind == "finetune" and not self.has_room() else kind, guid)
+
+    def op_of_kind(self, chance: Random, kind: str, guid: str | None = None) -> Op:
+        if kind in ("finetune", "resume", "use", "export"):
+            guid = guid or self.a_run(chance)
         return {
+            "runs": lambda: Op("runs", {"path": str(self.world.folder)}, must=True),
+            "train": lambda: self.train_of(chance),
+            "bad train": lambda: self.bad_train_of(chance),
+            "import": lambda: self.import_of(chance),
             "finetune": lambda: self.finetune_of(chance, guid),
             "resume": lambda: self.resume_of(guid, chance),
             "use": lambda: self.use_of(chance, guid),
@@ -283,47 +286,23 @@ class Machine(RuleBasedStateMachine):
     def step(self):
         self.counts["steps"] += 1
 
+    @rule(chance=CHANCE)
+    def call(self, chance):
+        self.step()
+        self.world.do(self.an_op(chance))
+
     @precondition(has_room)
     @rule(chance=CHANCE)
     def train(self, chance):
         self.step()
         self.world.do(self.train_of(chance))
 
-    @precondition(has_room)
-    @rule(chance=CHANCE)
-    def train_on_a_bad_text(self, chance):
-        self.step()
-        self.world.do(self.bad_train_of(chance))
-
-    @precondition(lambda self: self.has_runs() and self.has_room())
-    @rule(chance=CHANCE)
-    def finetune(self, chance):
-        self.step()
-        self.world.do(self.finetune_of(chance, self.a_run(chance)))
-
     @precondition(has_runs)
     @rule(chance=CHANCE)
-    def resume(self, chance):
+    def go_on(self, chance):
+        """With a run: train it on, use it, finetune or export it."""
         self.step()
-        self.world.do(self.resume_of(self.a_run(chance), chance))
-
-    @precondition(has_runs)
-    @rule(chance=CHANCE)
-    def use(self, chance):
-        self.step()
-        self.world.do(self.use_of(chance, self.a_run(chance)))
-
-    @precondition(has_runs)
-    @rule(chance=CHANCE)
-    def export(self, chance):
-        self.step()
-        self.world.do(self.export_of(chance, self.a_run(chance)))
-
-    @precondition(lambda self: self.world.exports and self.has_room())
-    @rule(chance=CHANCE)
-    def import_(self, chance):
-        self.step()
-        self.world.do(self.import_of(chance))
+        self.world.do(self.op_on(chance, self.a_run(chance)))
 
     # with something going wrong --------------------------------------------------------------------------
 
@@ -425,11 +404,8 @@ class Machine(RuleBasedStateMachine):
             op.must, op.touches, op.may_stop = None, None, True
             self.world.do(op)
             return kind
-        if kind in ("use", "finetune", "export"):
-            guid = chance.choice(others)
-            op = {"use": self.use_of, "export": self.export_of}.get(kind, self.finetune_of)(chance, guid)
-        else:
-            op = self.op_of_kind(chance, kind)
+        guid = chance.choice(others) if kind in ("use", "finetune", "export") else None
+        op = self.op_of_kind(chance, kind, guid)
         if kind == "train" and op.must is None:
             op.arguments.pop("interrupt", None)
             op.must = True
@@ -646,6 +622,40 @@ def machine(tmp_path_factory):
 
 def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
     run_state_machine_as_test(machine, settings=QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 15, (0.01, 0.08)), (2, 3, (0.8, 1.2))])
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path, workers, kills, seconds):
+    """At random moments, by the clock; with workers too."""
+    (tmp_path / "text.txt").write_bytes(TEXTS["a"])
+    settings = {
+        **SMALL, **GPT, "preset": "baby", "data": str(tmp_path / "text.txt"), "workers": workers, "num_steps": 400,
+        "eval_every": 40, "checkpoint_every": 1, "dropout": 0.2,
+    }  # fmt: skip
+    folder, half_written, chance = tmp_path / "runs", 0, Random(0)
+    for number in range(kills + 1):
+        there = list(folder.glob("configs/config_*.json"))
+        job = {"name": "resume", "arguments": {"run": "last", "path": str(folder)}}
+        if not there:
+            job = {"name": "train", "arguments": {**settings, "path": str(folder)}}
+        if number < kills:
+            job["seconds"] = chance.uniform(*seconds)
+        ended = machine.children.ask(**job, root=str(tmp_path), guid=number)
+        assert ended["kind"] == ("killed" if number < kills else "done")
+        half_written += len(list(folder.glob("*/.*.tmp")))
+    assert half_written or workers > 1
+    whole = world.perform("train", {**settings, "path": str(tmp_path / "alone")})
+    (run,) = baby_xp.list_runs(folder)
+    files = RunFiles(folder, run.guid)
+    assert world.metrics_of(files) == world.metrics_of(whole.files)
+    for name in ("state", "model"):
+        arrays, others = (world.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
+        assert {key: world.digest(one) for key, one in arrays.items()} == {
+            key: world.digest(one) for key, one in others.items()
+        }
+    assert files.completion().read_text() == whole.files.completion().read_text()
+    assert {path.name for path in folder.rglob(f"*{run.guid}*")} == {path.name for path in files.of_training}
 
 
 # the hour -----------------------------------------------------------------------------------------------

@@ -1,28 +1,22 @@
 """Streams that are closed, full or read by nobody: one line and an exit code, and no training is lost by them."""
 
-import contextlib
 import errno
 import io
-import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from small_runs import flags, metrics_of
 
 import baby_xp
 from baby_xp.cli import COMMANDS, main, streams
 
-TINY = [
-    "--n-layers=1", "--n-emb=8", "--head-size=8", "--n-heads=2", "--n-ctx=8", "--batch-size=4", "--num-steps=4",
-    "--eval-every=2", "--sample-tokens=5", "--workers=1", "--backend=numpy", "--data=text.txt",
-]  # fmt: skip
-TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
+TINY = flags(num_steps=4)
 FULL_LINE = "baby_xp: standard output cannot be written (No space left on device); make room on that disk\n"
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="descriptors as POSIX has them")
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+pytestmark = pytest.mark.usefixtures("work")
 
 
 class Broken(io.StringIO):
@@ -48,14 +42,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a text in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
-    return tmp_path
-
-
 @pytest.fixture
 def call(monkeypatch):
     """Run a command with these streams -> exit code, and what the streams hold."""
@@ -72,39 +58,19 @@ def call(monkeypatch):
     return run
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        assert main(["train", *TINY]) == 0
-    return folder / "runs"
-
-
-@pytest.fixture
-def run(finished, work) -> None:
-    """One finished run."""
-    shutil.copytree(finished, work / "runs")
-
-
 EVERY_COMMAND = [
     [], ["--version"], ["presets"], ["runs"], ["generate", "--num-tokens=3"], ["evaluate", "--num-tokens=9"],
     ["inspect", "--prompt=the"], ["check", "--elements=1", "--directions=1"], ["train", "--help"],
-    ["export", "littlebaby"], ["equations", "--seeds=1", "--workers=1", "--num-steps=1", "--held-out=4+4"],
+    ["equations", "--seeds=1", "--workers=1", "--num-steps=1", "--held-out=4+4"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", EVERY_COMMAND, ids=" ".join)
-def test_output_that_cannot_be_written_is_one_line(run, call, arguments):
-    """At a write or, for some of the commands, at the flush: all write in the same way."""
-    for at_write in (True, False) if arguments in EVERY_COMMAND[:4] else (True,):
+def test_output_that_cannot_be_written_is_one_line_and_nobody_who_reads_on_no_error(copied, call, arguments):
+    """At a write or at the flush."""
+    for at_write in (True, False):
+        assert call(*arguments, out=Broken(errno.EPIPE, at_write))[::2] == (141, "")
         assert call(*arguments, out=Broken(errno.ENOSPC, at_write))[::2] == (2, FULL_LINE)
-
-
-@pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
-@pytest.mark.parametrize("arguments", [["presets"], ["train", "--help"], ["inspect"]], ids=" ".join)
-def test_nobody_who_reads_on_is_no_error(run, call, arguments, at_write):
-    assert call(*arguments, out=Broken(errno.EPIPE, at_write))[::2] == (141, "")
 
 
 @pytest.mark.first_case
@@ -131,7 +97,7 @@ def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, numbe
     assert [one.partition(";")[0] for one in line] == ([f"baby_xp: {problem}"] if code == 2 else [])
 
 
-def test_errors_that_cannot_be_written_do_not_matter(call, monkeypatch):
+def test_errors_that_cannot_be_written_do_not_matter(call):
     broken = Broken(errno.ENOSPC)
     code, out, _ = call("train", *TINY, err=broken)
     assert (code, "more: python -m baby_xp generate" in out) == (0, True)
@@ -159,22 +125,18 @@ def test_an_error_is_the_commands_own_where_output_is_lost_too(call, monkeypatch
     assert call("presets", out=Broken(errno.ENOSPC, at_write=False))[::2] == (2, "baby_xp: the text is empty\n")
 
 
-@pytest.mark.parametrize(("error", "line"), [
-    (OSError(errno.EMFILE, "No more"),
-     "a file or a process cannot be used (No more); too many files are open: raise the limit (ulimit -n)"),
-    (OSError(errno.EIO, "Input/output error", "x.txt"),
-     "x.txt cannot be used (Input/output error); check the disk"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "x\n.txt"),
-     "'x\\n.txt' cannot be read (No such file or directory); check the path"),
-    (BrokenPipeError(errno.EPIPE, "Broken pipe"),
-     "a file or a process cannot be used (Broken pipe); check the disk"),
-])  # fmt: skip
-def test_whatever_else_the_system_refuses_is_one_line(call, monkeypatch, error, line):
+@pytest.mark.parametrize(("error", "words"), [
+    (OSError(errno.EMFILE, "No more"), ["a file or a process cannot be used (No more)", "ulimit -n"]),
+    (OSError(errno.EIO, "Input/output error", "x.txt"), ["x.txt cannot be used (Input/output error)", "disk"]),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x\n.txt"), ["'x\\n.txt' cannot be read (No such file)"]),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), ["a file or a process cannot be used (Broken pipe)"]),
+], ids=lambda one: type(one).__name__)  # fmt: skip
+def test_whatever_else_the_system_refuses_is_one_line(refused, monkeypatch, error, words):
     def fail(arguments):
         raise error
 
     monkeypatch.setitem(COMMANDS, "presets", fail)
-    assert call("presets") == (2, "", f"baby_xp: {line}\n")
+    refused("presets", words=words)
 
 
 @pytest.mark.parametrize("missing", ["stdout", "stderr", "both"])
@@ -222,7 +184,7 @@ def test_a_training_with_all_streams_closed(work):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     run = baby_xp.load(backend="numpy")
     assert run.config["result"]["state"] == "done"
-    assert [json.loads(line)["step"] for line in run.files.metrics.read_text().splitlines()][:2] == [2, 4]
+    assert [record["step"] for record in metrics_of(run.files)][:2] == [2, 4]
 
 
 @needs_full

@@ -14,6 +14,7 @@ from pathlib import Path
 import array_api_compat.numpy as library
 import numpy as np
 import pytest
+import small_runs
 
 from baby_xp import api, processes
 from baby_xp.arrays import params, registry
@@ -26,8 +27,7 @@ from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
-from baby_xp.text import dataset
-from baby_xp.text.batches import Batch
+from baby_xp.text.batches import Batch, EpochWindows, RandomWindows
 from baby_xp.training.step import initial_state, make_step, shard_sizes, step_noise
 
 V, BATCH = 11, 3
@@ -39,10 +39,7 @@ SWITCHES = [
 GPTS = [GPTConfig(n_ctx=5, n_emb=7, head_size=9, n_heads=3, n_layers=2, dropout=0.3, **one) for one in SWITCHES]
 EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for activation in ("tanh", "gelu")]
 MODELS = [*GPTS, *EQUATIONS]
-TINY = {
-    "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 6,
-    "eval_every": 2, "checkpoint_every": 3,
-}  # fmt: skip
+TINY = {**small_runs.TINY, "num_steps": 6, "checkpoint_every": 3}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
@@ -149,13 +146,15 @@ def owners(value) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize(("n_ctx", "dropout", "dtype"), [  # one block of rows, and three
-    (5, 0.0, "float32"), (5, 0.3, "float64"), (70, 0.0, "float64"), (70, 0.3, "float32"),
+@pytest.mark.parametrize(("n_ctx", "head_size", "dropout", "dtype"), [
+    # one block of rows of scores; two; three, with a smaller last one; blocks as long as large heads have them
+    (5, 9, 0.0, "float32"), (5, 9, 0.3, "float64"), (64, 9, 0.0, "float32"), (70, 9, 0.0, "float64"),
+    (70, 9, 0.3, "float32"), (100, 129, 0.0, "float32"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
-def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, dropout, dtype):
+def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, head_size, dropout, dtype):
     if isinstance(config, GPTConfig):
-        config = GPTConfig(**{**vars(config), "dropout": dropout, "n_ctx": n_ctx})
+        config = dataclasses.replace(config, dropout=dropout, n_ctx=n_ctx, head_size=head_size)
     backend, model, batch = registry.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
     xp, state = backend.xp, state_of(model, backend)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
@@ -195,32 +194,23 @@ def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
     assert "spec" not in vars(another)
 
 
-@pytest.mark.parametrize(
-    ("B", "T", "at_once"), [(1, 8, None), (7, 16, None), (7, 64, 100), (50, 64, 1024), (3, 99, 8)]
-)
-def test_the_largest_shard_is_that_of_the_list(B, T, at_once):
-    assert counts._largest_shard(B, T, at_once) == max(shard_sizes(B, T, at_once))
+@pytest.mark.parametrize(("B", "at_once"), [(1, None), (7, None), (7, 100), (50, 1024), (3, 8)])
+def test_the_arrays_of_a_step_are_those_of_its_largest_shard(B, at_once):
+    config = GPTS[0]
+    largest = max(shard_sizes(B, config.n_ctx, at_once))
+    found = counts.arrays(config, V, B, tokens_at_once=at_once)
+    assert found["activations"] == counts.saved_bytes(config, V, largest)
 
 
-@pytest.mark.parametrize("n_ctx", [1, 31, 32, 33, 64, 100, 257])
-@pytest.mark.parametrize("head_size", [16, 128])
-def test_scores_are_summed_by_a_formula(n_ctx, head_size):
-    config = dataclasses.replace(GPTS[0], n_ctx=n_ctx, head_size=head_size, n_heads=2, dropout=0.0)
-    rows = max(32, head_size // 2)
-    blocks = [(start, min(start + rows, n_ctx)) for start in range(0, n_ctx, rows)]
-    assert counts._scores_saved(config) == 2 * sum((end - start) * end for start, end in blocks)
-
-
-@pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 3}])
-def test_tokens_are_those_of_all_batches(settings, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat. " * 10)
-    chosen = api.override(PRESETS["baby"], {**TINY, **settings, "data": str(path)})
-    learned = dataset.prepare(chosen.data, chosen.model, chosen.train, tmp_path)
-    real = sum(learned.batches.batch(step).inputs.size for step in range(learned.num_steps))
-    found = estimate.estimate(chosen, measure=False)
-    assert (found.tokens, found.facts.num_steps) == (real, learned.num_steps)
-    assert found.flops == counts.step_flops(chosen.model, found.facts.vocab_size, real // chosen.model.n_ctx)
+@pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 20}])
+def test_tokens_are_those_of_all_batches(work, monkeypatch, settings):
+    sizes, windows = [], EpochWindows if "num_epochs" in settings else RandomWindows
+    draw = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda *args: sizes.append(draw(*args).inputs.size) or draw(*args))
+    run = api.train("baby", path=work, **{**TINY, **settings})
+    found = estimate.estimate("baby", measure=False, **{**TINY, **settings})
+    assert (found.tokens, found.facts.num_steps) == (sum(sizes), run.config["result"]["steps"])
+    assert found.flops == counts.step_flops(run.model.config, run.model.vocab_size, sum(sizes) // 8)
 
 
 # the trial ----------------------------------------------------------------------------------------------
@@ -228,27 +218,22 @@ def test_tokens_are_those_of_all_batches(settings, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where this process and its children put temporary files; trials are short."""
+    """Where this process and its children put temporary files; trials are short, and a text is there."""
     path = tmp_path / "temporary"
     path.mkdir()
     monkeypatch.setenv("TMPDIR", str(path))
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     monkeypatch.setattr(estimate, "SECONDS", 0.05)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     yield path
     assert list(path.iterdir()) == []
 
 
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat. " * 40)
-    return path
-
-
 @pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_trial_measures_and_leaves_nothing_behind(folder, text_file, workers):
-    settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": workers}
+def test_a_trial_measures_and_leaves_nothing_behind(folder, workers):
+    settings = {**TINY, "workers": workers}
     found = estimate.estimate("baby", **settings)
     assert found.facts == estimate.estimate("baby", **settings, measure=False).facts
     assert found.facts.workers == workers
@@ -271,36 +256,33 @@ def test_a_trial_of_the_equation_model(folder):
     assert "The Little Baby's V H" not in "\n".join(estimate.lines(found))
 
 
-def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, text_file, monkeypatch):
+def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, monkeypatch):
     """And where no sizes are told, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
-    settings = {**TINY, **often, "max_minutes": 1e-9, "data": str(text_file), "backend": "numpy"}
-    found = estimate.estimate("baby", **settings)
+    found = estimate.estimate("baby", **{**TINY, **often, "max_minutes": 1e-9})
     assert found.trial.ms_a_step > 0
     assert (process_memory.taken(), process_memory.children(), process_memory.of_interpreter()) == ([], [], None)
     assert found.memory is None
     assert "not known" in "\n".join(estimate.lines(found))
 
 
-def test_without_a_trial_the_counts_remain(folder, text_file):
-    found = estimate.estimate("baby", measure=False, backend="numpy", **{**TINY, "data": str(text_file)})
+def test_without_a_trial_the_counts_remain(folder):
+    found = estimate.estimate("baby", measure=False, **TINY)
     assert (found.trial, found.memory, found.seconds) == (None, None, None)
     assert "not measured" in "\n".join(estimate.lines(found))
     assert found.arrays["weights"] == 4 * found.n_parameters
 
 
 @pytest.mark.parametrize("measure", [True, False])
-def test_a_bad_setting_is_an_error_of_one_line(folder, text_file, measure):
+def test_a_bad_setting_is_an_error_of_one_line(folder, measure):
     """Also where the process of the trial finds it, as in the first case."""
     for wrong in (
         {"data": "there-is-no-such-file.txt"}, {"n_heads": 3}, {"no_such_setting": 1}, {"workers": 0},
         *([] if measure else [{"backend": "abacus"}, {"n_emb": 2**21, "n_heads": 1}]),
     ):  # fmt: skip
         with pytest.raises(BabyError) as caught:
-            estimate.estimate(
-                "baby", measure=measure, **{**TINY, "backend": "numpy", "data": str(text_file), **wrong}
-            )
+            estimate.estimate("baby", measure=measure, **{**TINY, **wrong})
         assert "\n" not in str(caught.value)
 
 
@@ -309,10 +291,10 @@ def test_an_unknown_preset_is_an_error():
         estimate.estimate("teenager")
 
 
-def test_a_trial_that_bursts_says_so(folder, text_file):
-    burst = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
+def test_a_trial_that_diverges_says_so(folder):
+    diverging = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(BabyError, match="learning rate"):
-        estimate.estimate("baby", backend="numpy", **{**TINY, **burst, "data": str(text_file)})
+        estimate.estimate("baby", **{**TINY, **diverging})
 
 
 @needs_signals
@@ -324,9 +306,9 @@ def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
 
 @pytest.mark.slow
 @needs_signals
-def test_a_trial_whose_asker_is_gone_cleans_up(folder, text_file, signals):
+def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""
-    settings = {**TINY, "data": str(text_file), "backend": "numpy", "workers": 2}
+    settings = {**TINY, "workers": 2}
     call = f"estimate.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
     program = f"from baby_xp.estimation import estimate; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)

@@ -1,19 +1,17 @@
 """Finetuning keeps what the model knows, and adds what it does not."""
 
-import contextlib
-import io
-import json
 import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import all_of, metrics_of
 
 from baby_xp import api
 from baby_xp.arrays import params
 from baby_xp.cli import main
-from baby_xp.config import GPTConfig
+from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.run import Run
@@ -59,29 +57,24 @@ def tree(run: Run) -> dict:
     return run.model.layout.unpack(np, run.params)
 
 
-def test_new_characters_come_after_the_old_ones_and_old_rows_stay(base, texts):
+def test_new_characters_come_after_the_old_ones_whose_rows_stay_and_are_drawn_as_at_the_start(base, texts):
     tuned = finetune(base, texts["other"], **AT_ONCE)
     old, new = base.tokenizer.vocab, tuned.tokenizer.vocab
-    assert new[: len(old)] == old
-    assert new[len(old) :] == tuple(sorted(set(OTHER) - set(FIRST)))
-    before, now, V = tree(base), tree(tuned), len(old)
-    np.testing.assert_array_equal(now["wte"]["weight"][:V], before["wte"]["weight"])
-    np.testing.assert_array_equal(now["lm_head"]["weight"][:, :V], before["lm_head"]["weight"])
-    np.testing.assert_array_equal(now["lm_head"]["bias"][:V], before["lm_head"]["bias"])
-    np.testing.assert_array_equal(now["wpe"]["weight"], before["wpe"]["weight"])
-    np.testing.assert_array_equal(
-        now["blocks"]["0"]["attention"]["qkv"]["weight"], before["blocks"]["0"]["attention"]["qkv"]["weight"]
-    )
-
-
-def test_new_rows_are_drawn_as_at_the_start(base, texts):
-    tuned = finetune(base, texts["other"], **AT_ONCE)
+    V = len(old)
+    assert new[:V] == old
+    assert new[V:] == tuple(sorted(set(OTHER) - set(FIRST)))
+    before, now = tree(base), tree(tuned)
     drawn = tuned.model.layout.unpack(np, params.draw(tuned.model.spec, seed=0))
-    now, V = tree(tuned), base.tokenizer.vocab_size
-    np.testing.assert_array_equal(now["wte"]["weight"][V:], drawn["wte"]["weight"][V:])
-    np.testing.assert_array_equal(now["lm_head"]["weight"][:, V:], drawn["lm_head"]["weight"][:, V:])
-    assert not now["lm_head"]["bias"][V:].any()
+    for part, rows in (("wte", np.asarray), ("lm_head", np.transpose)):
+        same, of_base, at_start = (rows(one[part]["weight"]) for one in (now, before, drawn))
+        np.testing.assert_array_equal(same[:V], of_base)
+        np.testing.assert_array_equal(same[V:], at_start[V:])
     assert 0.01 < np.std(now["wte"]["weight"][V:]) < 0.03
+    np.testing.assert_array_equal(now["lm_head"]["bias"][:V], before["lm_head"]["bias"])
+    assert not now["lm_head"]["bias"][V:].any()
+    np.testing.assert_array_equal(now["wpe"]["weight"], before["wpe"]["weight"])
+    of_block = [one["blocks"]["0"]["attention"]["qkv"]["weight"] for one in (now, before)]
+    np.testing.assert_array_equal(*of_block)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -89,11 +82,10 @@ def test_a_grown_model_keeps_every_bit_and_draws_the_rest_from_its_seed(dtype):
     config = GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1)
     model, larger = Model(config, 11), Model(config, 13)
     old = params.draw(model.spec, 0, "float64").astype(dtype)
-    grown = params.grown(larger.spec, 7, model.layout, old)
-    before, now = model.layout.unpack(np, old), larger.layout.unpack(np, grown)
-    drawn = larger.layout.unpack(np, params.draw(larger.spec, 7, dtype))
-    np.testing.assert_array_equal(now["wte"]["weight"][:11], before["wte"]["weight"], strict=True)
-    np.testing.assert_array_equal(now["wte"]["weight"][11:], drawn["wte"]["weight"][11:], strict=True)
+    found = [params.grown(larger.spec, 7, model.layout, old), params.draw(larger.spec, 7, dtype)]
+    now, drawn = (larger.layout.unpack(np, flat)["wte"]["weight"] for flat in found)
+    np.testing.assert_array_equal(now[:11], model.layout.unpack(np, old)["wte"]["weight"], strict=True)
+    np.testing.assert_array_equal(now[11:], drawn[11:], strict=True)
 
 
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "float64"), ("float64", "float32")])
@@ -111,11 +103,18 @@ def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path
     assert kept == [np.dtype(other)] * 2
 
 
-def test_finetuning_begins_at_the_base_runs_peak_rate_with_limits_of_its_own(tmp_path, texts):
+def test_finetuning_begins_at_the_base_runs_peak_rate_with_limits_of_its_own(tmp_path, texts, at_step):
     more = {"num_steps": None, "num_epochs": 1, "stride": 400, "max_minutes": 9.0, "base_batch_size": 16}
     base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
-    chosen = api.finetuning(base).train
-    peak = api.settings_of(base.config, "config").train.peak_lr
+    peak = TrainConfig(**base.config["train"]).peak_lr
+
+    def interrupt(step, batch):
+        if step == 1:
+            raise KeyboardInterrupt
+
+    at_step(interrupt)
+    tuned = api.finetune(base.guid, path=base.files.folder, data=texts["other"], backend="numpy")
+    chosen = TrainConfig(**tuned.config["train"])
     assert peak != TINY["lr"]
     assert (chosen.lr, chosen.peak_lr, chosen.min_lr) == (peak, peak, peak / 10)
     assert (chosen.num_steps, chosen.num_epochs, chosen.max_minutes) == (api.FINETUNE_STEPS, None, 0.0)
@@ -130,8 +129,8 @@ def test_a_text_of_known_characters_changes_no_size_and_is_measured_first(base, 
 
 def test_the_loss_falls_below_that_before_and_that_from_scratch(base, texts):
     tuned = finetune(base, texts["other"])
-    before = baby_records(tuned)[0]
-    assert before["step"] == 0
+    before = records_of(tuned)[0]
+    assert (before["step"], before["train_loss"]) == (0, None)
     scratch = api.train(
         "baby", path=base.files.folder, data=texts["other"], **{**TINY, "num_steps": 40, "warmup_steps": 2}
     )
@@ -139,20 +138,17 @@ def test_the_loss_falls_below_that_before_and_that_from_scratch(base, texts):
     assert tuned.config["result"]["val_loss"] < before["val_loss"] - 0.5
 
 
-def baby_records(run: Run) -> list[dict]:
-    return [json.loads(line) for line in run.files.metrics.read_text("ascii").splitlines()]
+def records_of(run: Run) -> list[dict]:
+    """The records but for the times."""
+    return [{**record, "seconds": 0} for record in metrics_of(run.files)]
 
 
 def test_the_files_are_called_as_the_seed_calls_them_and_none_is_overwritten(base, texts):
-    names = [finetune(base, texts["other"], num_steps=2).guid for _ in range(3)]
+    runs = [finetune(base, texts["other"], num_steps=2) for _ in range(3)]
     suffixes = "_finetuned", "_finetuned-2", "_finetuned-3"
-    assert names == [base.guid + suffix for suffix in suffixes]
+    assert [run.guid for run in runs] == [base.guid + suffix for suffix in suffixes]
     folder = base.files.folder
-    for name in names:
-        assert (folder / "models" / f"model_{name}.safetensors").exists()
-        assert (folder / "tokenizers" / f"tokenizer_{name}.json").exists()
-        assert (folder / "outputs" / f"report_{name}.txt").exists()
-        assert (folder / "outputs" / f"completion_{name}.txt").exists()
+    assert all(path.exists() and run.guid in path.name for run in runs for path in run.files.of_training)
     for suffix in ("", *suffixes):
         assert api.load(base.guid[:8] + suffix, path=folder).guid == base.guid + suffix
 
@@ -169,7 +165,7 @@ def test_a_finetuned_run_can_be_finetuned_again(base, texts, tmp_path):
     assert "Ü" in vocab
 
 
-def test_a_finetuned_run_resumes_exactly(base, texts, monkeypatch):
+def test_a_finetuned_run_resumes_exactly(base, texts):
     class Stopper(api.Silent):
         def evaluated(self, record):
             if record["step"] == 20:
@@ -181,8 +177,7 @@ def test_a_finetuned_run_resumes_exactly(base, texts, monkeypatch):
     resumed = api.resume(stopped.guid, path=base.files.folder)
     assert resumed.config["base"] == base.guid
     np.testing.assert_array_equal(resumed.params, whole.params)
-    strip = [{**record, "seconds": 0} for record in baby_records(whole)]
-    assert [{**record, "seconds": 0} for record in baby_records(resumed)] == strip
+    assert records_of(resumed) == records_of(whole)
 
 
 def test_bytes_need_no_new_ids(tmp_path, texts):
@@ -198,11 +193,11 @@ def test_dropout_may_change_and_sizes_may_not(base, texts):
 
 
 def test_what_fails_leaves_the_folder_as_it_was(base, texts, tmp_path):
-    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    for text in (str(tmp_path / "nothing.txt"), texts["other"]):
+    before = all_of(base.files.folder)
+    for text, lr in ((str(tmp_path / "nothing.txt"), 1e-3), (texts["other"], 1e30)):
         with pytest.raises(BabyError):
-            finetune(base, text, lr=1e30 if text == texts["other"] else 1e-3, clip=0.0)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+            finetune(base, text, lr=lr, clip=0.0)
+    assert all_of(base.files.folder) == before
 
 
 def test_the_equation_model_is_not_finetuned(tmp_path, texts):
@@ -219,15 +214,6 @@ def test_the_command_line_finetunes_with_the_settings_of_the_run(base, texts, ca
     assert f"generate {base.guid[:8]}_finetuned --path {shlex.quote(str(base.files.folder))}" in out
     tuned = api.load(path=base.files.folder)
     assert (tuned.config["train"]["lr"], tuned.config["train"]["num_steps"]) == (TINY["lr"], 3)
-
-
-@pytest.mark.parametrize("arguments", [["finetune"], ["finetune", "--data"], ["finetune", "nothing", "--data=x"]])
-def test_a_finetuning_that_cannot_be(base, arguments, capsys):
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([*arguments, f"--path={base.files.folder}"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("baby_xp: ")
-    assert err.count("\n") == 1
 
 
 def test_a_text_is_named_by_its_path(base, texts, monkeypatch):

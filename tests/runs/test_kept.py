@@ -1,7 +1,7 @@
 """Runs that earlier commits wrote load, generate and go on to the same end.
 
-Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and what that
-commit made of each run that it stopped, when it was not stopped: text, loss and the parameters at the end.
+Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and what
+that commit made of each run that it stopped, when it was not stopped: text, loss and the parameters at the end.
 """
 
 import json
@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file
 
 import baby_xp
-import baby_xp.session
 
 KEPT = sorted((Path(__file__).parent / "kept").iterdir())
 RUNS = [
@@ -29,7 +28,6 @@ def kept(tmp_path, monkeypatch, request):
     folder, name = request.param
     shutil.copytree(folder, tmp_path / "kept")
     monkeypatch.chdir(tmp_path / "kept")
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 40)
     expected = json.loads(Path("expected.json").read_text("utf-8"))[name]
     return expected, load_file("expected.safetensors").get(name)
 

@@ -2,27 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE_TOKENS, case_of
+from conftest import case_of
+from quick import quick
 from safetensors.numpy import load_file
+from small_runs import all_of, metrics_of
 
-import baby_xp.session
 from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.runs import store
-from baby_xp.runs.store import RunFiles
-from baby_xp.text.batches import RandomWindows
 
 pytestmark = pytest.mark.usefixtures("signals")
-KILLER = Path(__file__).parents[1] / "killer.py"
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 24,
@@ -30,11 +28,12 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def every_step():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baby_xp.training.loop, "READ_EVERY", 1)  # the listeners below hear of every step
-        yield
+@pytest.fixture(autouse=True)
+def slow_steps(at_step, monkeypatch):
+    """The listeners below hear of every step: of slow ones they do."""
+    time_of, steps = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: time_of() + 2.0 * len(steps))
+    at_step(lambda step, batch: steps.append(step))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,7 @@ class Ending:
 
     @classmethod
     def of(cls, run: Run) -> "Ending":
-        metrics = [json.loads(line) for line in run.files.metrics.read_text("ascii").splitlines()]
-        for record in metrics:
-            del record["seconds"]
+        metrics = [{**record, "seconds": 0} for record in metrics_of(run.files)]
         times = ("seconds", "tokens_per_second")
         result = {name: value for name, value in run.config["result"].items() if name not in times}
         arrays = {name: array.tobytes() for name, array in load_file(run.files.state).items()}
@@ -116,23 +113,22 @@ def alone(text, tmp_path):
     return ending
 
 
-@pytest.mark.first_case
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("at", [1, 7, 20, 23])
-def test_a_run_that_is_stopped_and_resumed_ends_like_one_left_alone(text, tmp_path, alone, at, workers):
-    stopped = train(text, tmp_path, Stopper(at), workers=workers)
+STOPS = [
+    # workers, step, where, how
+    (1, 7, "progress", "signal"), (1, 10, "evaluated", "exception"), (1, 24, "evaluated", "signal"),
+    *(pytest.param(*stop, marks=pytest.mark.slow) for stop in (
+        (2, 7, "progress", "signal"), (1, 1, "progress", "term"), (1, 10, "progress", "exception"),
+        (1, 23, "progress", "signal"), (1, 20, "evaluated", "term"), (2, 23, "progress", "exception"),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("workers", "at", "where", "how"), STOPS)
+def test_a_run_that_was_stopped_ends_like_one_left_alone(text, tmp_path, alone, workers, at, where, how):
+    stopped = train(text, tmp_path, Stopper(at, where, how), workers=workers)
     result = stopped.config["result"]
-    assert (result["state"], result["reason"]) == ("stopped", "interrupted")
-    assert result["steps"] == at
+    assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", at)
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=workers)
-
-
-@pytest.mark.first_case
-@pytest.mark.parametrize("how", ["signal", "term", "exception"])
-@pytest.mark.parametrize("where", ["progress", "evaluated"])
-def test_it_does_not_matter_where_and_how_it_is_stopped(text, tmp_path, alone, where, how):
-    train(text, tmp_path, Stopper(10, where, how), workers=1)
-    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
 def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
@@ -142,16 +138,20 @@ def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
-def test_a_run_stopped_during_its_last_evaluation_is_measured_when_resumed(text, tmp_path, alone, monkeypatch):
-    fit = baby_xp.training.loop._Run.measure_the_best
-    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", _interrupted)
-    assert train(text, tmp_path, workers=1).config["result"]["state"] == "stopped"
-    monkeypatch.setattr(baby_xp.training.loop._Run, "measure_the_best", fit)
-    assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
+def test_from_what_a_kill_leaves_a_run_goes_on_exactly(text, tmp_path, alone, at_step):
+    """test_machine.py kills at random moments."""
 
+    copies = {step: tmp_path / f"killed before {step}" for step in (0, 4, 6, 23)}
 
-def _interrupted(*_):
-    raise KeyboardInterrupt
+    def note(step, batch):
+        if step in copies and not copies[step].exists():
+            shutil.copytree(tmp_path / "runs", copies[step])
+
+    at_step(note)
+    train(text, tmp_path / "runs", workers=1)
+    for folder in copies.values():
+        assert [run.state for run in api.list_runs(folder)] == ["stopped"]
+        assert Ending.of(api.resume(path=folder)) == alone(workers=1)
 
 
 @pytest.mark.first_case
@@ -179,13 +179,13 @@ def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp
 
 
 @pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
-def test_every_backend_resumes_exactly(text, tmp_path, name, monkeypatch):
+def test_every_backend_resumes_exactly(text, tmp_path, name):
     case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 1)  # slow where every operation is compiled
-    small = {"num_steps": 5, "eval_every": 3, "sample_tokens": 0, "backend": name}
-    whole = Ending.of(train(text, tmp_path / "alone", **small))
-    train(text, tmp_path / "runs", Stopper(2), **small)
-    assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
+    small = {"num_steps": 4, "eval_every": 3, "sample_tokens": 0, "seed": 7, "backend": name}
+    with quick(sample_tokens=1):  # slow where every operation is compiled
+        whole = Ending.of(train(text, tmp_path / "alone", **small))
+        train(text, tmp_path / "runs", Stopper(2), **small)
+        assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
 
 
 def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_path, alone):
@@ -195,12 +195,14 @@ def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_pa
     assert Ending.of(done) == alone(workers=1)
 
 
-def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone, monkeypatch):
+def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone):
+    class Impatient(api.Silent):
+        def started(self, session, step):
+            os.kill(os.getpid(), signal.SIGINT)
+
     train(text, tmp_path, workers=1, max_minutes=1e-9)
-    with monkeypatch.context() as patch:
-        patch.setattr(RandomWindows, "batch", _interrupted)
-        with pytest.raises(BabyError, match="before the first step"):
-            api.resume(path=tmp_path, max_minutes=0)
+    with pytest.raises(BabyError, match="before the first step"):
+        api.resume(path=tmp_path, max_minutes=0, listener=Impatient())
     assert [run.state for run in api.list_runs(tmp_path)] == ["stopped"]
     assert Ending.of(api.resume(path=tmp_path, max_minutes=0)) == alone(workers=1)
 
@@ -257,10 +259,17 @@ def test_a_run_goes_on_on_its_device(text, tmp_path):
 
 
 def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
-    """Whoever hears of a measurement may stop the run."""
-    stopped = train(text, tmp_path, Stopper(10, "evaluated", "exception"), workers=1)
-    lines = stopped.files.metrics.read_text("ascii").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+    """Whoever hears of a measurement may kill the run."""
+    lines = []
+
+    class Reader(api.Silent):
+        def evaluated(self, record):
+            (path,) = tmp_path.glob("outputs/metrics_*")
+            lines.append((record, json.loads(path.read_text("ascii").splitlines()[-1])))
+
+    train(text, tmp_path, Reader(), workers=1, num_steps=10)
+    assert len(lines) == 3
+    assert all(told == written for told, written in lines)
 
 
 def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone):
@@ -282,37 +291,9 @@ def test_a_text_that_was_changed_is_noticed(text, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text(TEXT, encoding="utf-8", newline="\n")
     train(own, tmp_path / "runs", Stopper(3), workers=1)
-    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    before = all_of(tmp_path / "runs")
     own.write_text(TEXT.replace("cat", "dog", 1), encoding="utf-8", newline="\n")
     with pytest.raises(BabyError, match=r"no longer the text that the run was trained on.*--data"):
         api.resume(path=tmp_path / "runs")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert all_of(tmp_path / "runs") == before
     assert api.resume(path=tmp_path / "runs", data=str(text)).config["result"]["state"] == "done"
-
-
-# killed -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 40, (0.005, 0.08)), (2, 3, (0.8, 1.2))])
-def test_a_run_killed_at_random_moments_ends_like_one_left_alone(text, tmp_path, workers, kills, seconds):
-    """SIGKILL, checkpoints included: they take most of the time here."""
-    steps, pause = 400, kills * seconds[1] / 400  # a step writes a file or more
-    settings = {"workers": workers, "num_steps": steps, "eval_every": steps // 10, "checkpoint_every": 1}
-    whole, folder = Ending.of(train(text, tmp_path / "alone", **settings)), tmp_path / "runs"
-    asked = {
-        "folder": str(folder), "kills": kills, "seconds": seconds, "pause": pause, "seed": 0,
-        "sample_tokens": SAMPLE_TOKENS,
-        "settings": {**TINY, "backend": "numpy", "data": str(text), **settings},
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, KILLER], input=json.dumps(asked), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["kills"], told["status"]) == (kills, 0)
-    if workers == 1:
-        assert told["while_writing"] > 0, "no kill fell into a checkpoint"
-    run = api.load(path=folder, backend="numpy")
-    assert Ending.of(run) == whole
-    names = {path.name for path in folder.rglob("*") if run.guid in path.name}
-    assert names == {path.name for path in RunFiles(folder, run.guid).of_training}

@@ -1,0 +1,112 @@
+"""Requests to end: Ctrl-C, SIGTERM, SIGHUP."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from baby_xp.training import signals as training_signals
+from baby_xp.training.signals import Stop, interruptible, interruption
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+each_signal = pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # until Python calls the handler
+
+
+@needs_signals
+@each_signal
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second):
+    """The fixture sees that the handlers are as before at the end."""
+    told = []
+    with Stop(lambda: told.append("once")) as stop:
+        assert not stop.asked
+        send(number)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt) as caught:
+            send(second)
+    assert told == ["once"]
+    assert [getattr(one, "number", signal.SIGINT) for one in (caught.value, interruption())] == [number, number]
+
+
+@needs_signals
+def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(signals):
+    with pytest.raises(KeyboardInterrupt), Stop():
+        send(signal.SIGTERM, signal.SIGTERM)
+
+
+@needs_signals
+def test_the_terminal_that_is_closed_interrupts_nothing(signals):
+    """The system and the shell may both send SIGHUP, and what is asked for is asked for by then."""
+    with Stop() as stop:
+        send(*[signal.SIGHUP] * 3)
+        assert stop.asked
+
+
+@needs_signals
+@each_signal
+def test_a_signal_that_is_ignored_stays_so(signals, number):
+    """As nohup has it."""
+    usual = signal.signal(number, signal.SIG_IGN)
+    with interruptible(), Stop() as stop:
+        send(number)
+        assert not stop.asked
+    assert signal.signal(number, usual) == signal.SIG_IGN
+
+
+@needs_signals
+@pytest.mark.parametrize("number", Stop.SIGNALS[1:], ids=lambda number: number.name)
+def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
+    cleaned = []
+    monkeypatch.setattr(training_signals, "ONCE_SECONDS", 1000.0)
+
+    def command():
+        try:
+            send(number)
+        finally:
+            send(number, number)  # the same request, from the system and from a shell
+            cleaned.append(True)
+
+    with interruptible(), pytest.raises(KeyboardInterrupt, match=f"by {number.name}") as caught:
+        command()
+    assert (caught.value.number, cleaned) == (number, [True])
+    monkeypatch.setattr(training_signals, "ONCE_SECONDS", 0.0)
+    with interruptible():  # who asks again, later, is heard
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                send(number)
+
+
+def test_in_another_thread_signals_are_left_alone(signals):
+    seen = []
+
+    def elsewhere():
+        with interruptible(), Stop() as stop:
+            seen.append({number: signal.getsignal(number) for number in Stop.SIGNALS})
+            seen.append(stop.asked)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [signals, False]
+
+
+def test_work_over_items_is_cut_short_by_the_request():
+    stop, done = Stop(), []
+    assert list(stop.over("abc")) == ["a", "b", "c"]
+
+    def work(item):
+        done.append(item)
+        stop.asked = item == 3
+
+    with pytest.raises(KeyboardInterrupt):
+        list(map(work, stop.over(itertools.count())))
+    assert done == [0, 1, 2, 3]
