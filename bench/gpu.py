@@ -1,8 +1,6 @@
 """A session on a machine with a GPU, in stages: whether it is correct, how fast it is, and how well it trains.
 
-    python -m bench.gpu --out FOLDER [--stage check,steps] [--minutes 9] [--precision float32,tf32]
-
-FOLDER keeps what each stage prints, with the results as JSON. If a stage fails or takes too long, the next one
+A folder keeps what each stage prints, with the results as JSON. If a stage fails or takes too long, the next one
 runs all the same; the last lines say which did. See bench/README.md for the stages.
 """
 
@@ -98,11 +96,9 @@ def parse() -> argparse.Namespace:
 
 def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
     """The jobs of a stage; one for each workload and precision, so that one that takes too long stops no other."""
-    gpu, own = on_gpu(asked.backend), [precision for precision in asked.precision if precision != "half"]
-
-    def flags(precision: str) -> list[str]:
-        return ["--backend", asked.backend, "--data", asked.data, *(["--tf32"] if precision == "tf32" else [])]
-
+    gpu, backend = on_gpu(asked.backend), ["--backend", asked.backend]
+    out, steps = ["--out", str(asked.out)], ["--steps", str(asked.steps)] if asked.steps else []
+    own = {name: ["--tf32"] if name == "tf32" else [] for name in asked.precision if name != "half"}
     if stage == "check":
         tests, passed = ["-m", "pytest", "-q", "-m"], r"\b[1-9]\d* passed"
         works = rf"(?m)^{re.escape(asked.backend)} +works"
@@ -110,25 +106,24 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
         jobs = [Job("backends", ["-m", "baby_xp", "backends"], works), parity]
         return [*jobs, Job("gpu", [*tests, "gpu"], passed)] if gpu else jobs
     if stage == "train":
-        short = ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
-        folders = {precision: asked.out / f"runs-{precision}" for precision in own}
+        command = ["-m", "baby_xp", "train", PRESET, *backend, "--data", asked.data]
+        command += ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
         return [
-            Job(f"{PRESET}-{precision}", ["-m", "baby_xp", "train", PRESET, *flags(precision), *short,
-                "--path", str(runs)], runs=runs, judged=gpu)
-            for precision, runs in folders.items()
-        ]  # fmt: skip
-    out, steps = ["--out", str(asked.out)], ["--steps", str(asked.steps)] if asked.steps else []
+            Job(f"{PRESET}-{name}", [*command, *tf32, "--path", str(runs)], runs=runs, judged=gpu)
+            for name, tf32 in own.items()
+            for runs in [asked.out / f"runs-{name}"]
+        ]
     if stage == "epoch":
         preset = results.EPOCH_PRESET
-        command = ["-m", "bench.presets", "--presets", preset, *out]
-        return [Job(f"{preset}-{precision}", [*command, *flags(precision)]) for precision in own]
+        command = ["-m", "bench.memory", "estimate", "--presets", preset, "--steps", "0", "--data", asked.data]
+        return [Job(f"{preset}-{name}", [*command, *backend, *out, *tf32]) for name, tf32 in own.items()]
     if stage == "crossover":
-        return [Job("family", ["-m", "bench.growth", "crossover", "--backend", asked.backend, *out, *steps])]
-    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
-    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
-    command = ["-m", "bench.train", "--backend", asked.backend, "--rounds", "2", *out, *steps]
+        return [Job("family", ["-m", "bench.growth", "crossover", *backend, *out, *steps])]
+    command = ["-m", "bench.train", *backend, "--rounds", "2", *out, *steps]
     command += ["--precision", ",".join(asked.precision)]
     command += ["--peers", asked.peers] if asked.peers is not None else []
+    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
+    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
     return [Job(name, [*command, "--workloads", name]) for name in names]
 
 
