@@ -16,8 +16,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import baby_xp
 from bench import harness, results
-from bench.results import markdown
 from bench.workloads import FOR_A_GPU, TOLERANCES, chosen, on_gpu, usual
 
 STAGES = ("check", "steps", "w5", "train", "epoch", "crossover")
@@ -39,21 +39,23 @@ class Job:
     judged: bool = False
     """Whether that run is compared with the goals."""
 
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command])
+
 
 @dataclass
 class Outcome:
-    """How a job ended: "ok", "failed", "out of time" or "not begun"."""
+    """How a job ended: "ok", "failed" and why, "out of time" or "not begun"."""
 
     stage: str
     job: str
     result: str
     command: str
     seconds: float = 0.0
-    exit_code: int | None = None
     output: str = ""
     goals: list[str] = field(default_factory=list)
     run: dict | None = None
-    """Of a run: val_loss, steps, seconds, tokens_per_second."""
+    """The result of the run that it trained, as its config has it."""
 
 
 def main() -> int:
@@ -136,63 +138,51 @@ def run_stage(stage: str, jobs: list[Job], out: Path, seconds: float) -> list[Ou
     for job in jobs:
         left = end - time.perf_counter()
         if left <= 0:
-            outcomes.append(Outcome(stage, job.name, "not begun", _command_of(job)))
+            outcomes.append(Outcome(stage, job.name, "not begun", str(job)))
             continue
-        print(f"== {stage}, {job.name}: {_command_of(job)} (at most {left:.0f} s)", flush=True)
+        print(f"== {stage}, {job.name}: {job} (at most {left:.0f} s)", flush=True)
         outcomes.append(run_job(stage, job, out, left))
-        print(f"== {stage}, {job.name}: {_ended(outcomes[-1])}\n", flush=True)
+        print(f"== {stage}, {job.name}: {outcomes[-1].result}\n", flush=True)
     return outcomes
 
 
 def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
     """Run a command, its output into a file of its own; at the limit it is ended with all that it started."""
-    file, begin, code = out / f"{stage}-{job.name}.txt", time.perf_counter(), None
+    file, begin, result = out / f"{stage}-{job.name}.txt", time.perf_counter(), "out of time"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with file.open("wb") as output:
-        output.write(f"$ {_command_of(job)}\n".encode())
-        output.flush()
         child = subprocess.Popen(
             [sys.executable, *job.command], cwd=harness.ROOT, env=environment, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             code = child.wait(seconds)
+            result = f"failed, exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            _end(child)
+            end_all(child)
         except BaseException:  # Ctrl-C reaches this process alone
-            _end(child)
+            end_all(child)
             raise
     took, said = time.perf_counter() - begin, file.read_text(encoding="utf-8", errors="replace")
-    print("\n".join(said.splitlines()[1:][-TAIL:]), flush=True)
-    outcome = Outcome(stage, job.name, _result(job, code, said), _command_of(job), round(took, 1), code, file.name)
+    print("\n".join(said.splitlines()[-TAIL:]), flush=True)
+    if result == "ok" and not re.search(job.must_say, said):
+        result = "failed: it did nothing"
+    outcome = Outcome(stage, job.name, result, str(job), round(took, 1), file.name)
     outcome.goals = [line for line in said.splitlines() if line.startswith("- goal,")]
-    if job.runs and outcome.result == "ok":
-        outcome.run = result_of(job.runs)
-        lines = results.train_goals(outcome.run["val_loss"], took, outcome.run["steps"]) if job.judged else []
+    if job.runs and result == "ok":
+        outcome.run = run = baby_xp.load(path=job.runs, backend="numpy").config["result"]
+        lines = results.train_goals(run["val_loss"], took, run["steps"]) if job.judged else []
         outcome.goals = [f"{line} ({job.name})" for line in lines]
     return outcome
 
 
-def _result(job: Job, code: int | None, said: str) -> str:
-    if code is None:
-        return "out of time"
-    return "ok" if code == 0 and re.search(job.must_say, said.partition("\n")[2]) else "failed"
-
-
-def _end(child: subprocess.Popen) -> None:
+def end_all(child: subprocess.Popen) -> None:
     """End a child with all processes that it started."""
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True)
     else:
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def result_of(runs: Path) -> dict:
-    """The result of the latest run in a folder of runs."""
-    latest = max((runs / "configs").glob("config_*.json"), key=lambda file: file.stat().st_mtime)
-    result = json.loads(latest.read_text(encoding="utf-8"))["result"]
-    return {name: result.get(name) for name in ("val_loss", "steps", "seconds", "tokens_per_second")}
 
 
 # the summary --------------------------------------------------------------------------------------------
@@ -213,23 +203,13 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         {"stage": one.stage, "job": one.job, "result": one.result, "s": f"{one.seconds:.0f}", "file": one.output}
         for one in outcomes
     ]
-    wrong = [f"{one.stage} {one.job} ({_ended(one)})" for one in outcomes if one.result != "ok"]
+    wrong = [f"{one.stage} {one.job} ({one.result})" for one in outcomes if one.result != "ok"]
     return [
-        *markdown(rows),
+        *results.markdown(rows),
         "",
         *(line for one in outcomes for line in one.goals),
         f"failed: {'; '.join(wrong)}" if wrong else "nothing failed",
     ]
-
-
-def _ended(outcome: Outcome) -> str:
-    if outcome.result != "failed":
-        return outcome.result
-    return f"failed, exit code {outcome.exit_code}" if outcome.exit_code else "failed: it did nothing"
-
-
-def _command_of(job: Job) -> str:
-    return shlex.join(["python", *job.command])
 
 
 if __name__ == "__main__":

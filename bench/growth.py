@@ -42,10 +42,9 @@ GPU_STEPS = 200
 def main() -> int:
     """Measure what the command line asks for, print the table and keep it under --out, with a plot."""
     asked = parse()
-    measure, document, panels = {
-        "scaling": (measure_scaling, scaling_document, scaling_panels),
-        "crossover": (measure_crossover, crossover_document, crossover_panels),
-    }[asked.what]
+    parts = {"scaling": (measure_scaling, scaling_document, scaling_panels),
+             "crossover": (measure_crossover, crossover_document, crossover_panels)}  # fmt: skip
+    measure, document, panels = parts[asked.what]
     result = measure(asked)
     stem = results.show(result, document(result), asked.out, f"-{asked.what}")
     if stem and importlib.util.find_spec("matplotlib") is None:
@@ -65,15 +64,13 @@ def parse() -> argparse.Namespace:
     scaling.add_argument("--axes", type=known, default=",".join(AXES), help="what grows (%(default)s)")
     crossover = kinds.add_parser("crossover")
     harness.with_options(crossover, backend="cupy", steps=None, rounds=2, out=None)
-    usual = ",".join(map(str, BATCHES))
-    crossover.add_argument("--widths", type=harness.positives, default=usual, help="n_emb of each (%(default)s)")
+    usual, known = ",".join(map(str, BATCHES)), harness.names_of(map(str, BATCHES), "size")
+    crossover.add_argument("--widths", type=known, default=usual, help="n_emb of each (%(default)s)")
     asked = parser.parse_args()
     if asked.what == "crossover":
-        if unknown := [width for width in asked.widths if width not in BATCHES]:
-            crossover.error(f"argument --widths: no size {unknown[0]}: choose from {usual}")
+        asked.widths = sorted(map(int, asked.widths))
         if asked.backend == CPU:
             crossover.error("argument --backend: numpy is what it is compared with")
-        asked.widths.sort()
     return asked
 
 
@@ -217,15 +214,14 @@ def scaling_panels(result: dict) -> dict:
 
     The two meet at the largest size, where the cost of calls weighs least.
     """
-    panels = {}
-    for axis, points in result["axes"].items():
-        per_flop = points[-1]["ms"] / points[-1]["flops"]
-        lines = {
-            "measured": [point["ms"] for point in points],
-            "as counted operations": [per_flop * point["flops"] for point in points],
-        }
-        panels[axis] = [point["value"] for point in points], lines
-    return panels
+    per_flop = {axis: points[-1]["ms"] / points[-1]["flops"] for axis, points in result["axes"].items()}
+    return {
+        axis: ([one["value"] for one in points], {
+            "measured": [one["ms"] for one in points],
+            "as counted operations": [per_flop[axis] * one["flops"] for one in points],
+        })
+        for axis, points in result["axes"].items()
+    }  # fmt: skip
 
 
 # crossover ----------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def positives(text: str) -> list[int]:
 
 def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[str], list[str]]:
     """The type of an argument that lists known names, like "torch,jax". none: whether the list may be empty."""
+    known = list(known)
 
     def names_in(text: str) -> list[str]:
         found = [name for name in text.split(",") if name]

@@ -205,9 +205,6 @@ ALL = [
 ]  # fmt: skip
 """In the order of the tables."""
 
-FIRST = ("seed", "lr", "n_layers", "n_emb", "short text", "n_ctx", "batch_size", "too fast", "num_steps")
-"""Groups that are trained first, so that an interrupted measurement has what matters most."""
-
 ON_SPEED = {
     "n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout", "c_sequence", "c_attention", "c_network",
     "gelu", "tokenizer", "dtype", "batch_size", "accumulate",
@@ -232,9 +229,8 @@ def named(key: str) -> Variant:
 
 
 def to_train() -> list[Variant]:
-    """Each different variant once, the most important groups first."""
-    order = sorted(ALL, key=lambda one: FIRST.index(one.group) if one.group in FIRST else len(FIRST))
-    return list({one.key: one for one in order}.values())
+    """Each different variant once, the base first."""
+    return list({one.key: one for one in ALL}.values())
 
 
 def to_time() -> list[Variant]:

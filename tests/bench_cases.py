@@ -12,7 +12,7 @@ sys.path.append(str(ROOT))  # bench is not installed
 from bench import harness, peers, results, workloads  # noqa: E402
 
 FAILURE = "bench: a child process ended with exit code 1"
-MACHINE = {"vendor": "A", "processor": "A 1", "cores": 2, "vectors": "AVX2", "blas": "b 1 Kern", "system": "Linux x",
+MACHINE = {"vendor": "A", "processor": "A 1", "cores": 2, "vectors": "AVX2", "blas": "b 1 K", "system": "Linux x",
            "python": "3", "gpu": "NVIDIA H200, 139 GiB"}  # fmt: skip
 RATE = {"alone": 45.0, "two at once": 44.0, "best": 50.0}
 TINY = workloads.Workload("tiny", "for tests", 11, 8, 16, 2, 2, 3, 0.0, 2, 1)

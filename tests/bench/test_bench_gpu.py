@@ -309,13 +309,13 @@ def test_a_session_goes_on_after_a_failure_and_says_what_failed(monkeypatch, cap
         words = ["--out", str(tmp_path), "--backend", "numpy", "--stage", stage]
         code, said = says(monkeypatch, gpu, *words), capsys.readouterr().out.splitlines()
         kept = json.loads((tmp_path / "summary.json").read_text())["stages"]
-        return code, said[-2:], {stage: [one["result"] for one in found] for stage, found in kept.items()}
+        return code, said[-2:], {stage: [one["result"][:6] for one in found] for stage, found in kept.items()}
 
     code, (goal, last), kept = session("check,steps,w5")
     assert kept == {"check": ["failed", "ok"], "steps": ["failed"], "w5": ["ok"]}
     assert (code, goal) == (1, "- goal, x: 1, met")
     assert all(name in last for name in ("check broken", "exit code 3", "steps skips"))
-    assert (tmp_path / "w5-says.txt").read_text().splitlines()[1:] == ["5 passed"]
+    assert (tmp_path / "w5-says.txt").read_text() == "5 passed\n"
     # a later call for one stage leaves what is known of the others
     stages["check"] = [job("broken", "pass")]
     code, _, kept = session("check")
