@@ -98,7 +98,6 @@ def rows_of(race: dict) -> list[dict[str, str]]:
             **results.time_cells(name, race["runs"], 3),
             "mean": f"{mean:.3f}",
             "tokens/s": f"{1e3 * race['batch'] / mean:,.0f}",
-            "baby_xp / this": results.ratio_cell(name, race["runs"]),
             "by mean": results.ratio_cell(name, race["runs"], statistics.mean),
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip

@@ -1,6 +1,7 @@
 """What every result has: the machine and how fast it was at the time, medians and ratios, tables, goals, files."""
 
 import datetime
+import itertools
 import json
 import os
 import re
@@ -91,14 +92,12 @@ def median(runs: list[dict]) -> float:
 
 
 def peak(runs: list[dict]) -> int | None:
-    """The most bytes that all processes of an entry took in any round; None where memory is not known.
+    """The most bytes that all processes of a run took; None where memory is not known.
 
     Shared pages count once. It is an upper bound: the processes need not reach their peaks at the same time.
     """
-    sizes = [run["memory"] for run in runs]
-    if not all(sizes):
-        return None
-    return max(one[0]["peak"] + sum(child["peak"] - child["shared"] for child in one[1:]) for one in sizes)
+    known = all(run["memory"] for run in runs)
+    return max(process_memory.growth(run["memory"], {"peak": 0, "shared": 0}) for run in runs) if known else None
 
 
 def gpu_peak(runs: list[dict]) -> dict[str, int]:
@@ -158,10 +157,11 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
 
 
 def time_cells(name: str, runs_of: dict[str, list], digits: int) -> dict[str, str]:
-    """What the tables of training and of generation say about the time of a step."""
+    """What the tables of training and of generation say about a library's steps, and ours beside them."""
     ms = times(runs_of[name])
     found = {"ms per step": statistics.median(ms), "min": min(ms), "max": max(ms)}
-    return {"library": name, **{what: f"{value:.{digits}f}" for what, value in found.items()}}
+    cells = {what: f"{value:.{digits}f}" for what, value in found.items()}
+    return {"library": name, **cells, "baby_xp / this": ratio_cell(name, runs_of)}
 
 
 def ratio_cell(name: str, runs_of: dict[str, list], average: Average = statistics.median) -> str:
@@ -209,30 +209,27 @@ def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
 
 
 def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> Path | None:
-    """Print the lines, and keep them with the result where a folder is named -> the path without its ending."""
-    print("\n".join(lines))
-    return keep(out, result, "\n".join(lines), suffix) if out else None
+    """Print the lines. Where a folder is named, keep them and the result as <date>-<machine><suffix>.json and .md.
 
-
-def keep(folder: Path, result: dict, text: str, suffix: str = "") -> Path:
-    """Write <date>-<machine><suffix>.json and .md, beside those of earlier measurements of the day.
-
-    Returns the path without its ending, for what else belongs there.
+    Earlier measurements of the day stay. Returns the path without its ending, for what else belongs there.
     """
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if out is None:
+        return None
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
     cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"
-    words = (gpu.partition(",")[0] if gpu else cpu).lower()
-    stem = f"{result['date'][:10]}-{re.sub('[^a-z0-9]+', '-', words).strip('-')}{suffix}"
-    number, name = 1, stem
-    while (folder / f"{name}.json").exists():
-        number += 1
-        name = f"{stem}-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    say(f"\nkept as {folder / name}.json and .md")
-    return folder / name
+    words = re.sub("[^a-z0-9]+", "-", (gpu.partition(",")[0] if gpu else cpu).lower()).strip("-")
+    stem = first = out / f"{result['date'][:10]}-{words}{suffix}"
+    numbers = itertools.count(2)
+    while Path(f"{stem}.json").exists():
+        stem = first.with_name(f"{first.name}-{next(numbers)}")
+    out.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(f"{stem}.md").write_text(text, encoding="utf-8")
+    say(f"\nkept as {stem}.json and .md")
+    return stem
 
 
 # the goals on one H200 ----------------------------------------------------------------------------------

@@ -190,7 +190,6 @@ def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
             **({"precision": race["precision"]} if gpu else {}),
             **results.time_cells(name, race["runs"], 3 if gpu else 1),
             "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}",
-            "baby_xp / this": results.ratio_cell(name, race["runs"]),
             **more,
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip

@@ -217,7 +217,7 @@ def test_kept_results_have_every_time_and_do_not_replace_one_another(on_cpu, tmp
     kept = json.loads((tmp_path / f"{name}.json").read_text())
     assert [one["ms"] for one in kept["races"][0]["runs"]["baby_xp"]] == [[10, 30], [20, 20]]
     assert (tmp_path / f"{name}-2.md").read_text() == "\n".join(document) + "\n"
-    assert results.keep(tmp_path, {**on_cpu, "backend": "cupy"}, "").name == "2026-01-02-nvidia-h200"
+    assert results.show({**on_cpu, "backend": "cupy"}, [], tmp_path).name == "2026-01-02-nvidia-h200"
 
 
 @pytest.mark.parametrize(("rate", "busy"), [(38.0, False), (37.0, True)])
