@@ -475,9 +475,7 @@ def test_a_whole_run_is_the_sum_of_its_parts_and_only_a_gpu_has_a_goal(
 
 
 @pytest.mark.parametrize(("taken", "ratio", "within"), [(100, "0.900", "met"), (110, "0.818", "MISSED")])
-def test_an_estimate_is_compared_with_a_real_run(
-    monkeypatch, estimated, taken, ratio, within
-):
+def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, ratio, within):
     asked = parsed(monkeypatch, memory, "estimate", "--presets", "baby", "--steps", "20")
     (found,) = memory.compare(asked)["presets"]
     real, projected = estimated
