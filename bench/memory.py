@@ -176,8 +176,8 @@ def compare(asked: argparse.Namespace) -> dict:
         for name in asked.presets:
             data = {"data": asked.data} if PRESETS[name].data.data == "shakespeare" else {}
             request = {"preset": name, "settings": {**short, **data}, "place": place}
+            found = estimate(name, **place, **data)  # first: it says in one line what is wrong with the text
             real = harness.ask("bench.peers.ours:train_run", **request) if asked.steps else {}
-            found = estimate(name, **place, **data)
             result["presets"].append({
                 "preset": name, "parameters": found.n_parameters, "steps": found.facts.num_steps,
                 "workers": found.facts.workers, "trial": asdict(found.trial), "seconds": found.seconds,

@@ -119,7 +119,7 @@ def test_a_result_says_on_which_class_of_machine_it_was_measured(monkeypatch):
             (growth, [], [[]]),
             (memory, ["needed"], [["--workloads", "W9"], ["--top", "0"]]),
             (memory, ["estimate"], [["--presets", "equations"], ["--steps", "-1"],
-                                    ["--data", "no-such.txt", "--presets", "3-months", "--steps", "0"]]),
+                                    ["--data", "no-such.txt", "--presets", "3-months"]]),
             (parameters, [], [[], ["--train", "--jobs", "0"], ["--train", "--groups", "depth"],
                               ["--speed", "--steps", "x"], ["--table", "--file", "nowhere.json"]]),
             (gpu, ["--out", "x"], [["--stage", "dance"], ["--stage", ""], ["--minutes", "0"],
@@ -478,7 +478,7 @@ def test_a_whole_run_is_the_sum_of_its_parts_and_only_a_gpu_has_a_goal(
 def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, ratio, within):
     asked = parsed(monkeypatch, memory, "estimate", "--presets", "baby", "--steps", "20")
     (found,) = memory.compare(asked)["presets"]
-    real, projected = estimated
+    projected, real = estimated
     assert (real["preset"], real["place"]) == ("baby", projected)
     assert real["settings"] == {"num_steps": 20, "eval_every": 10, "checkpoint_every": 3}
     found["real"]["taken"] = taken * MIB
