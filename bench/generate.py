@@ -1,10 +1,4 @@
-"""How long generating a token takes with the key-value cache, beside the same model in PyTorch.
-
-    python -m bench.generate [--workloads W1] [--batches 1,16] [--tokens N] [--rounds R] [--backend numpy]
-                             [--peers torch,torch-1-thread] [--out FOLDER]
-
-See bench/README.md for what is measured and how to read it.
-"""
+"""How long generating a token takes with the key-value cache, beside PyTorch. See bench/README.md."""
 
 import argparse
 import statistics
@@ -77,7 +71,7 @@ def measure(asked: argparse.Namespace, others: list[str]) -> dict:
                 }  # fmt: skip
                 requests = {name: {"name": name, **request} for name in (US, *others)}
                 label = f"{workload.name}, {batch} at once,"
-                runs = harness.in_turn("bench.peers:generate", requests, asked.rounds, label)
+                runs, _ = harness.take_turns("bench.peers:generate", requests, asked.rounds, label, True)
                 result["races"].append({"workload": workload.name, "batch": batch, "runs": runs})
     return result
 
@@ -94,23 +88,17 @@ def document(result: dict) -> list[str]:
 
 
 def rows_of(race: dict) -> list[dict[str, str]]:
-    """A row of the table for each contender."""
-    ours = results.times(race["runs"][US])
+    """A row of the table for each library."""
     rows = []
     for name, runs in race["runs"].items():
-        times = results.times(runs)
-        median, mean = statistics.median(times), statistics.mean(times)
+        mean = statistics.mean(results.times(runs))
         rows.append({
             "workload": race["workload"],
             "at once": str(race["batch"]),
-            "contender": name,
-            "ms a step": f"{median:.3f}",
-            "min": f"{min(times):.3f}",
-            "max": f"{max(times):.3f}",
+            **results.time_cells(name, race["runs"], 3),
             "mean": f"{mean:.3f}",
             "tokens/s": f"{1e3 * race['batch'] / mean:,.0f}",
-            "baby_xp / this": "" if name == US else f"{statistics.median(ours) / median:.2f}",
-            "by mean": "" if name == US else f"{statistics.mean(ours) / mean:.2f}",
+            "by mean": results.ratio_cell(name, race["runs"], statistics.mean),
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip
     return rows
@@ -118,11 +106,8 @@ def rows_of(race: dict) -> list[dict[str, str]]:
 
 def verdict(race: dict) -> list[str]:
     """The lines under the table: against the peer with the best median, and against that with the best mean."""
-    label = f"{race['workload']}, {race['batch']} at once"
-    lines = [
-        results.versus(f"{label}: median step", race["runs"], statistics.median),
-        results.versus(f"{label}: mean step", race["runs"], statistics.mean),
-    ]
+    label, averages = f"{race['workload']}, {race['batch']} at once", (statistics.median, statistics.mean)
+    lines = [results.versus(f"{label}: {one.__name__} step", race["runs"], one) for one in averages]
     return [line for line in lines if line]
 
 

@@ -1,8 +1,6 @@
 """A session on a machine with a GPU, in stages: whether it is correct, how fast it is, and how well it trains.
 
-    python -m bench.gpu --out FOLDER [--stage check,steps] [--minutes 9] [--precision float32,tf32]
-
-FOLDER keeps what each stage prints, with the results as JSON. If a stage fails or takes too long, the next one
+A folder keeps what each stage prints, with the results as JSON. If a stage fails or takes too long, the next one
 runs all the same; the last lines say which did. See bench/README.md for the stages.
 """
 
@@ -18,8 +16,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import baby_xp
 from bench import harness, results
-from bench.results import markdown
 from bench.workloads import FOR_A_GPU, TOLERANCES, chosen, on_gpu, usual
 
 STAGES = ("check", "steps", "w5", "train", "epoch", "crossover")
@@ -41,21 +39,23 @@ class Job:
     judged: bool = False
     """Whether that run is compared with the goals."""
 
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command])
+
 
 @dataclass
 class Outcome:
-    """How a job ended: "ok", "failed", "out of time" or "not begun"."""
+    """How a job ended: "ok", "failed" and why, "out of time" or "not begun"."""
 
     stage: str
     job: str
     result: str
     command: str
     seconds: float = 0.0
-    exit_code: int | None = None
     output: str = ""
     goals: list[str] = field(default_factory=list)
     run: dict | None = None
-    """Of a run: val_loss, steps, seconds, tokens_per_second."""
+    """The result of the run that it trained, as its config has it."""
 
 
 def main() -> int:
@@ -98,11 +98,9 @@ def parse() -> argparse.Namespace:
 
 def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
     """The jobs of a stage; one for each workload and precision, so that one that takes too long stops no other."""
-    gpu, own = on_gpu(asked.backend), [precision for precision in asked.precision if precision != "half"]
-
-    def flags(precision: str) -> list[str]:
-        return ["--backend", asked.backend, "--data", asked.data, *(["--tf32"] if precision == "tf32" else [])]
-
+    gpu, backend = on_gpu(asked.backend), ["--backend", asked.backend]
+    out, steps = ["--out", str(asked.out)], ["--steps", str(asked.steps)] if asked.steps else []
+    own = {name: ["--tf32"] if name == "tf32" else [] for name in asked.precision if name != "half"}
     if stage == "check":
         tests, passed = ["-m", "pytest", "-q", "-m"], r"\b[1-9]\d* passed"
         works = rf"(?m)^{re.escape(asked.backend)} +works"
@@ -110,25 +108,24 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
         jobs = [Job("backends", ["-m", "baby_xp", "backends"], works), parity]
         return [*jobs, Job("gpu", [*tests, "gpu"], passed)] if gpu else jobs
     if stage == "train":
-        short = ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
-        folders = {precision: asked.out / f"runs-{precision}" for precision in own}
+        command = ["-m", "baby_xp", "train", PRESET, *backend, "--data", asked.data]
+        command += ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
         return [
-            Job(f"{PRESET}-{precision}", ["-m", "baby_xp", "train", PRESET, *flags(precision), *short,
-                "--path", str(runs)], runs=runs, judged=gpu)
-            for precision, runs in folders.items()
-        ]  # fmt: skip
-    out, steps = ["--out", str(asked.out)], ["--steps", str(asked.steps)] if asked.steps else []
+            Job(f"{PRESET}-{name}", [*command, *tf32, "--path", str(runs)], runs=runs, judged=gpu)
+            for name, tf32 in own.items()
+            for runs in [asked.out / f"runs-{name}"]
+        ]
     if stage == "epoch":
         preset = results.EPOCH_PRESET
-        command = ["-m", "bench.presets", "--presets", preset, *out]
-        return [Job(f"{preset}-{precision}", [*command, *flags(precision)]) for precision in own]
+        command = ["-m", "bench.memory", "estimate", "--presets", preset, "--steps", "0", "--data", asked.data]
+        return [Job(f"{preset}-{name}", [*command, *backend, *out, *tf32]) for name, tf32 in own.items()]
     if stage == "crossover":
-        return [Job("family", ["-m", "bench.growth", "crossover", "--backend", asked.backend, *out, *steps])]
-    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
-    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
-    command = ["-m", "bench.train", "--backend", asked.backend, "--rounds", "2", *out, *steps]
+        return [Job("family", ["-m", "bench.growth", "crossover", *backend, *out, *steps])]
+    command = ["-m", "bench.train", *backend, "--rounds", "2", *out, *steps]
     command += ["--precision", ",".join(asked.precision)]
     command += ["--peers", asked.peers] if asked.peers is not None else []
+    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
+    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
     return [Job(name, [*command, "--workloads", name]) for name in names]
 
 
@@ -141,63 +138,51 @@ def run_stage(stage: str, jobs: list[Job], out: Path, seconds: float) -> list[Ou
     for job in jobs:
         left = end - time.perf_counter()
         if left <= 0:
-            outcomes.append(Outcome(stage, job.name, "not begun", _command_of(job)))
+            outcomes.append(Outcome(stage, job.name, "not begun", str(job)))
             continue
-        print(f"== {stage}, {job.name}: {_command_of(job)} (at most {left:.0f} s)", flush=True)
+        print(f"== {stage}, {job.name}: {job} (at most {left:.0f} s)", flush=True)
         outcomes.append(run_job(stage, job, out, left))
-        print(f"== {stage}, {job.name}: {_ended(outcomes[-1])}\n", flush=True)
+        print(f"== {stage}, {job.name}: {outcomes[-1].result}\n", flush=True)
     return outcomes
 
 
 def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
     """Run a command, its output into a file of its own; at the limit it is ended with all that it started."""
-    file, begin, code = out / f"{stage}-{job.name}.txt", time.perf_counter(), None
+    file, begin, result = out / f"{stage}-{job.name}.txt", time.perf_counter(), "out of time"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with file.open("wb") as output:
-        output.write(f"$ {_command_of(job)}\n".encode())
-        output.flush()
         child = subprocess.Popen(
             [sys.executable, *job.command], cwd=harness.ROOT, env=environment, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             code = child.wait(seconds)
+            result = f"failed, exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            _end(child)
+            end_all(child)
         except BaseException:  # Ctrl-C reaches this process alone
-            _end(child)
+            end_all(child)
             raise
     took, said = time.perf_counter() - begin, file.read_text(encoding="utf-8", errors="replace")
-    print("\n".join(said.splitlines()[1:][-TAIL:]), flush=True)
-    outcome = Outcome(stage, job.name, _result(job, code, said), _command_of(job), round(took, 1), code, file.name)
+    print("\n".join(said.splitlines()[-TAIL:]), flush=True)
+    if result == "ok" and not re.search(job.must_say, said):
+        result = "failed: it did nothing"
+    outcome = Outcome(stage, job.name, result, str(job), round(took, 1), file.name)
     outcome.goals = [line for line in said.splitlines() if line.startswith("- goal,")]
-    if job.runs and outcome.result == "ok":
-        outcome.run = result_of(job.runs)
-        lines = results.train_goals(outcome.run["val_loss"], took, outcome.run["steps"]) if job.judged else []
+    if job.runs and result == "ok":
+        outcome.run = run = baby_xp.load(path=job.runs, backend="numpy").config["result"]
+        lines = results.train_goals(run["val_loss"], took, run["steps"]) if job.judged else []
         outcome.goals = [f"{line} ({job.name})" for line in lines]
     return outcome
 
 
-def _result(job: Job, code: int | None, said: str) -> str:
-    if code is None:
-        return "out of time"
-    return "ok" if code == 0 and re.search(job.must_say, said.partition("\n")[2]) else "failed"
-
-
-def _end(child: subprocess.Popen) -> None:
+def end_all(child: subprocess.Popen) -> None:
     """End a child with all processes that it started."""
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True)
     else:
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def result_of(runs: Path) -> dict:
-    """The result of the latest run in a folder of runs."""
-    latest = max((runs / "configs").glob("config_*.json"), key=lambda file: file.stat().st_mtime)
-    result = json.loads(latest.read_text(encoding="utf-8"))["result"]
-    return {name: result.get(name) for name in ("val_loss", "steps", "seconds", "tokens_per_second")}
 
 
 # the summary --------------------------------------------------------------------------------------------
@@ -218,23 +203,13 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         {"stage": one.stage, "job": one.job, "result": one.result, "s": f"{one.seconds:.0f}", "file": one.output}
         for one in outcomes
     ]
-    wrong = [f"{one.stage} {one.job} ({_ended(one)})" for one in outcomes if one.result != "ok"]
+    wrong = [f"{one.stage} {one.job} ({one.result})" for one in outcomes if one.result != "ok"]
     return [
-        *markdown(rows),
+        *results.markdown(rows),
         "",
         *(line for one in outcomes for line in one.goals),
         f"failed: {'; '.join(wrong)}" if wrong else "nothing failed",
     ]
-
-
-def _ended(outcome: Outcome) -> str:
-    if outcome.result != "failed":
-        return outcome.result
-    return f"failed, exit code {outcome.exit_code}" if outcome.exit_code else "failed: it did nothing"
-
-
-def _command_of(job: Job) -> str:
-    return shlex.join(["python", *job.command])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""How a training step of baby_xp grows with the sizes of the model.
-
-    python -m bench.growth scaling   [--axes n_ctx,n_emb,n_layers,batch] [--steps N] [--out FOLDER]
-    python -m bench.growth crossover [--backend cupy] [--widths 16,64,256] [--steps N] [--rounds R] [--out FOLDER]
+"""How a training step of baby_xp grows with the sizes of the model. See bench/README.md.
 
 scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only.
-crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
-See bench/README.md for how to read them. Plots need matplotlib.
+crossover: models grow in width and batch; from which size on a GPU is faster than the CPU. Plots need matplotlib.
 """
 
 import argparse
 import importlib.util
+import itertools
 import math
 import statistics
 from dataclasses import asdict, replace
@@ -45,10 +42,9 @@ GPU_STEPS = 200
 def main() -> int:
     """Measure what the command line asks for, print the table and keep it under --out, with a plot."""
     asked = parse()
-    measure, document, panels = {
-        "scaling": (measure_scaling, scaling_document, scaling_panels),
-        "crossover": (measure_crossover, crossover_document, crossover_panels),
-    }[asked.what]
+    parts = {"scaling": (measure_scaling, scaling_document, scaling_panels),
+             "crossover": (measure_crossover, crossover_document, crossover_panels)}  # fmt: skip
+    measure, document, panels = parts[asked.what]
     result = measure(asked)
     stem = results.show(result, document(result), asked.out, f"-{asked.what}")
     if stem and importlib.util.find_spec("matplotlib") is None:
@@ -68,21 +64,25 @@ def parse() -> argparse.Namespace:
     scaling.add_argument("--axes", type=known, default=",".join(AXES), help="what grows (%(default)s)")
     crossover = kinds.add_parser("crossover")
     harness.with_options(crossover, backend="cupy", steps=None, rounds=2, out=None)
-    usual = ",".join(map(str, BATCHES))
-    crossover.add_argument("--widths", type=harness.positives, default=usual, help="n_emb of each (%(default)s)")
+    usual, known = ",".join(map(str, BATCHES)), harness.names_of(map(str, BATCHES), "size")
+    crossover.add_argument("--widths", type=known, default=usual, help="n_emb of each (%(default)s)")
     asked = parser.parse_args()
     if asked.what == "crossover":
-        if unknown := [width for width in asked.widths if width not in BATCHES]:
-            crossover.error(f"argument --widths: no size {unknown[0]}: choose from {usual}")
+        asked.widths = sorted(map(int, asked.widths))
         if asked.backend == CPU:
             crossover.error("argument --backend: numpy is what it is compared with")
-        asked.widths.sort()
     return asked
 
 
-def widened(workload: Workload, n_emb: int) -> Workload:
-    """The workload with that width, and as many heads as it then has."""
-    return replace(workload, n_emb=n_emb, n_heads=max(1, n_emb // HEAD))
+# sizes, and what both measure ---------------------------------------------------------------------------
+
+
+def at(axis: str, value: int) -> Workload:
+    """W1 with one size changed, or with the width and the batch of the family."""
+    if axis in ("n_emb", "family"):
+        batch = BATCHES[value] if axis == "family" else BASE.batch_size
+        return replace(BASE, n_emb=value, n_heads=max(1, value // HEAD), batch_size=batch)
+    return replace(BASE, **{"batch_size" if axis == "batch" else axis: value})
 
 
 def flops_of(workload: Workload) -> int:
@@ -118,7 +118,7 @@ def plot(panels: dict[str, tuple[list[float], dict[str, list[float]]]], path: st
             axis.set_xticks(values, [str(value) for value in values])
             axis.xaxis.minorticks_off()
         axis.set_xlabel(label)
-        axis.set_ylabel("ms a step")
+        axis.set_ylabel("ms per step")
     axes[0].legend()
     figure.savefig(path)
 
@@ -128,7 +128,7 @@ def plot(panels: dict[str, tuple[list[float], dict[str, list[float]]]], path: st
 
 def measure_scaling(asked: argparse.Namespace) -> dict:
     """All measurements along the axes, as they go into the JSON file."""
-    with results.measurement(idle=harness.ask("bench.memory:idle"), axes={}) as result:
+    with results.measurement(idle=harness.ask("bench.peers.ours:idle"), axes={}) as result:
         for axis in asked.axes:
             points = result["axes"][axis] = []
             for value in AXES[axis]:
@@ -138,38 +138,25 @@ def measure_scaling(asked: argparse.Namespace) -> dict:
 
 
 def measured(axis: str, value: int, steps: int | None, idle: list[dict], previous: dict | None) -> dict:
-    """A point of an axis; measured again where it seems to jump."""
+    """A point of an axis: what its shapes say and what its runs gave; measured again where it seems to jump.
+
+    The least median of a run counts, and the least growth over an idle process. The arrays are counted for as many
+    workers as there were.
+    """
     workload, runs = at(axis, value), []
+    shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
     while len(runs) <= AGAIN:
         runs.append(harness.ask("bench.peers:train", **request_of(workload, CPU, steps)))
-        point = {"axis": axis, "value": value, **point_of(runs, workload, idle)}
+        workers = int(runs[0]["about"]["workers"])
+        point = {
+            "axis": axis, "value": value, "flops": flops_of(workload), "workers": workers,
+            "arrays": counts.arrays(*shape, workers, tokens_at_once=load(CPU).xp.tokens_at_once),
+            "ms": min(statistics.median(run["ms"]) for run in runs), "peak": results.least_growth(runs, idle),
+            "runs": runs,
+        }  # fmt: skip
         if previous is None or not jumps(previous, point):
             break
     return point
-
-
-def at(axis: str, value: int) -> Workload:
-    """W1 with one size changed."""
-    if axis == "n_emb":
-        return widened(BASE, value)
-    return replace(BASE, **{"batch_size" if axis == "batch" else axis: value})
-
-
-def point_of(runs: list[dict], workload: Workload, idle: list[dict]) -> dict:
-    """Counts of the shapes, and what the runs gave: the least median of a run, the least growth over an idle one.
-
-    The arrays are counted for as many workers as there were.
-    """
-    workers = int(runs[0]["about"]["workers"])
-    shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
-    return {
-        "flops": flops_of(workload),
-        "workers": workers,
-        "arrays": counts.arrays(*shape, workers, tokens_at_once=load(CPU).xp.tokens_at_once),
-        "ms": min(statistics.median(run["ms"]) for run in runs),
-        "peak": results.least_growth(runs, idle),
-        "runs": runs,
-    }
 
 
 def growth(previous: dict, point: dict) -> dict[str, float]:
@@ -191,44 +178,35 @@ def scaling_document(result: dict) -> list[str]:
     rows = [
         scaling_row(previous, point)
         for points in result["axes"].values()
-        for previous, point in zip([None, *points], points, strict=False)
+        for previous, point in itertools.pairwise([None, *points])
     ]
     about = dict(next(iter(result["axes"].values()))[0]["runs"][0]["about"])
     about.pop("workers", None)  # a column of the table
     jumped = [f"{one['axis']} {one['value']} ({one['note']})" for one in rows if "JUMP" in one["note"]]
-    return [
-        *results.heading(result, {US: about}),
-        *results.markdown(rows),
-        "",
-        "- jumps: " + ("; ".join(jumped) or f"none above {JUMP:g}"),
-    ]
+    found = "- jumps: " + ("; ".join(jumped) or f"none above {JUMP:g}")
+    return [*results.heading(result, {US: about}), *results.markdown(rows), "", found]
 
 
 def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
-    """A line of the table."""
-    grown = growth(previous, point) if previous else {}
+    """A line of the table. Its note says what a reader must not miss: another number of workers, and jumps."""
+    grown, notes = {}, []
+    if previous:
+        grown, before, now = growth(previous, point), previous["workers"], point["workers"]
+        notes = [f"workers {before} -> {now}"] if before != now else []
+        notes += [f"JUMP in {name}" for name in jumps(previous, point)]
     return {
         "axis": point["axis"],
         "value": str(point["value"]),
         "workers": str(point["workers"]),
         "Gflop": f"{1e-9 * point['flops']:.2f}",
-        "ms a step": f"{point['ms']:.2f}",
+        "ms per step": f"{point['ms']:.2f}",
         "Gflop/s": f"{1e-6 * point['flops'] / point['ms']:.1f}",
         "ms/Gflop to previous": f"{grown['time']:.2f}" if "time" in grown else "",
         "counted MiB": mib(sum(point["arrays"].values()), 1),
         "peak MiB": mib(point["peak"], 1),
         "peak/counted to previous": f"{grown['memory']:.2f}" if "memory" in grown else "",
-        "note": note(previous, point),
+        "note": ", ".join(notes),
     }
-
-
-def note(previous: dict | None, point: dict) -> str:
-    """What a reader must not miss: another number of workers, and jumps."""
-    if previous is None:
-        return ""
-    before, now = previous["workers"], point["workers"]
-    workers = [f"workers {before} -> {now}"] if before != now else []
-    return ", ".join([*workers, *(f"JUMP in {name}" for name in jumps(previous, point))])
 
 
 def scaling_panels(result: dict) -> dict:
@@ -236,15 +214,14 @@ def scaling_panels(result: dict) -> dict:
 
     The two meet at the largest size, where the cost of calls weighs least.
     """
-    panels = {}
-    for axis, points in result["axes"].items():
-        per_flop = points[-1]["ms"] / points[-1]["flops"]
-        lines = {
-            "measured": [point["ms"] for point in points],
-            "as counted operations": [per_flop * point["flops"] for point in points],
-        }
-        panels[axis] = [point["value"] for point in points], lines
-    return panels
+    per_flop = {axis: points[-1]["ms"] / points[-1]["flops"] for axis, points in result["axes"].items()}
+    return {
+        axis: ([one["value"] for one in points], {
+            "measured": [one["ms"] for one in points],
+            "as counted operations": [per_flop[axis] * one["flops"] for one in points],
+        })
+        for axis, points in result["axes"].items()
+    }  # fmt: skip
 
 
 # crossover ----------------------------------------------------------------------------------------------
@@ -254,9 +231,9 @@ def measure_crossover(asked: argparse.Namespace) -> dict:
     """All measurements on both, as they go into the JSON file. Raises harness.Failed if a size fails on either."""
     with results.measurement(backend=asked.backend, points=[]) as result:
         for width in asked.widths:
-            workload = widened(replace(BASE, batch_size=BATCHES[width]), width)
+            workload = at("family", width)
             requests = {name: request_of(workload, name, asked.steps) for name in (CPU, asked.backend)}
-            runs = harness.in_turn("bench.peers:train", requests, asked.rounds, f"n_emb {width}:")
+            runs, _ = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
             cpu, gpu = (results.median(runs[name]) for name in requests)
             result["points"].append({
                 "n_emb": width, "batch": workload.batch_size, "flops": flops_of(workload), "cpu": cpu, "gpu": gpu,
@@ -272,7 +249,7 @@ def crossover_document(result: dict) -> list[str]:
         {
             "n_emb": str(point["n_emb"]),
             "batch": str(point["batch"]),
-            "Gflop a step": f"{1e-9 * point['flops']:.3f}",
+            "Gflop per step": f"{1e-9 * point['flops']:.3f}",
             "numpy ms": f"{point['cpu']:.2f}",
             f"{backend} ms": f"{point['gpu']:.2f}",
             f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
@@ -299,7 +276,7 @@ def crossing(points: list[dict], backend: str) -> str:
     share = -math.log(gains[last]) / (math.log(gains[last + 1]) - math.log(gains[last]))
     flops = before["flops"] * (after["flops"] / before["flops"]) ** share
     return (
-        f"{backend} overtakes numpy at about {1e-9 * flops:.2g} Gflop a step, between n_emb {before['n_emb']} "
+        f"{backend} overtakes numpy at about {1e-9 * flops:.2g} Gflop per step, between n_emb {before['n_emb']} "
         f"with batch {before['batch']} and n_emb {after['n_emb']} with batch {after['batch']}; "
         f"at the largest size it is {gains[-1]:.1f} times as fast"
     )
@@ -309,7 +286,7 @@ def crossover_panels(result: dict) -> dict:
     """Time of a step over its operations, on both."""
     points = result["points"]
     lines = {CPU: [point["cpu"] for point in points], result["backend"]: [point["gpu"] for point in points]}
-    return {"Gflop a step": ([1e-9 * point["flops"] for point in points], lines)}
+    return {"Gflop per step": ([1e-9 * point["flops"] for point in points], lines)}
 
 
 if __name__ == "__main__":

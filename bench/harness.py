@@ -11,10 +11,10 @@ import subprocess
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_info
 
 from baby_xp import processes
@@ -90,43 +90,29 @@ def serve() -> None:
 # taking turns -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Entry:
-    """Who takes turns: the arguments of each turn, what each one returned, and why there are no more."""
+def take_turns(
+    task: str, requests: dict[Any, dict], rounds: int, label: str, all_needed: bool = False
+) -> tuple[dict[Any, list[dict]], dict[Any, str]]:
+    """Do the task with each request once per round, so that a disturbance of some minutes affects all of them.
 
-    label: str
-    request: dict
-    runs: list[dict] = field(default_factory=list)
-    failed: str | None = None
-
-
-def take_turns(task: str, entries: list[Entry], rounds: int) -> None:
-    """Let each entry do the task once per round, so that a disturbance of some minutes affects all of them.
-
-    An entry that fails takes no further turn, and the others go on.
+    Returns the runs of each request, and why others failed: one that fails takes no further turn, and the others
+    go on. all_needed: raise Failed instead.
     """
+    runs, failed = {name: [] for name in requests}, {}
     for number in range(rounds):
-        for entry in entries:
-            if entry.failed:
-                continue
+        for name in list(runs):
+            who = f"{label} {name if isinstance(name, str) else ' '.join(name)}"
             try:
-                entry.runs.append(ask(task, **entry.request))
+                runs[name].append(ask(task, **requests[name]))
             except Failed as error:
-                entry.failed = str(error)
-                say(f"{entry.label}: {error}: it is left out")
+                if all_needed:
+                    raise
+                failed[name] = str(error)
+                del runs[name]
+                say(f"{who}: {error}: it is left out")
                 continue
-            median = statistics.median(entry.runs[-1]["ms"])
-            say(f"{entry.label} round {number + 1} of {rounds}: {median:.2f} ms")
-
-
-def in_turn(task: str, requests: dict[str, dict], rounds: int, label: str) -> dict[str, list[dict]]:
-    """The runs of each request by its name. Raises Failed if one fails."""
-    entries = {name: Entry(f"{label} {name}", request) for name, request in requests.items()}
-    take_turns(task, list(entries.values()), rounds)
-    for entry in entries.values():
-        if entry.failed:
-            raise Failed(entry.failed)
-    return {name: entry.runs for name, entry in entries.items()}
+            say(f"{who} round {number + 1} of {rounds}: {statistics.median(runs[name][-1]['ms']):.2f} ms")
+    return runs, failed
 
 
 # command lines ------------------------------------------------------------------------------------------
@@ -146,6 +132,7 @@ def positives(text: str) -> list[int]:
 
 def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[str], list[str]]:
     """The type of an argument that lists known names, like "torch,jax". none: whether the list may be empty."""
+    known = list(known)
 
     def names_in(text: str) -> list[str]:
         found = [name for name in text.split(",") if name]
@@ -167,7 +154,7 @@ def backend(text: str) -> str:
 
 OPTIONS: dict[str, dict] = {
     "backend": {"type": backend, "help": "backend of baby_xp (%(default)s)"},
-    "steps": {"type": positive, "help": "measured steps of each run (%(default)s)"},
+    "steps": {"type": positive, "help": "measured steps of each run"},
     "rounds": {"type": positive, "help": "rounds in which all take turns (%(default)s)"},
     "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
     "out": {"type": Path, "help": "folder that keeps the results as JSON and Markdown"},
@@ -184,10 +171,7 @@ def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser
 def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
     """The command line with these OPTIONS added."""
     for name, default in defaults.items():
-        words = dict(OPTIONS[name])
-        if name == "steps" and default is None:
-            words["help"] = "measured steps of each run (by its size)"
-        made.add_argument(f"--{name}", default=default, **words)
+        made.add_argument(f"--{name}", default=default, **OPTIONS[name])
     return made
 
 
@@ -195,21 +179,42 @@ def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.Arg
 
 
 def machine() -> dict[str, Any]:
-    """The machine of a result; "gpu" only where there is one."""
+    """The machine of a result, and what decides whether another one's times compare with it: see `class_of`.
+
+    "gpu" only where there is one. Asked in a child process, as the variables in REMOVED change the BLAS kernel.
+    """
+    fields = cpu_fields()
+    vendor = fields.get("vendor_id", platform.machine())
     about = {
-        "processor": processor(), "cores": cores(), "gpu": gpu(), "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "vendor": {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor),
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores(), "vectors": vectors(), "blas": blas(), "gpu": gpu(),
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
     return {name: value for name, value in about.items() if value is not None}
 
 
-def processor() -> str:
-    """Name of the processor."""
+def class_of(machine: dict[str, Any]) -> str:
+    """The machine class in one line: vendor, vector width, BLAS kernel, cores. Times compare within one."""
+    return f"{machine['vendor']}, {machine['vectors']}, {machine['blas']}, {machine['cores']} cores"
+
+
+def cpu_fields() -> dict[str, str]:
+    """What /proc/cpuinfo says about the first core; {} where there is no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def vectors() -> str:
+    """The widest vector instructions of this processor that NumPy uses. NumPy names them by level since 2.4."""
+    groups = np.show_config(mode="dicts")["SIMD Extensions"]
+    found = {*groups.get("baseline", ()), *groups.get("found", ())}
+    known = {"AVX-512": ("X86_V4", "AVX512F"), "AVX2": ("X86_V3", "AVX2"), "NEON": ("NEON",)}
+    return next((width for width, marks in known.items() if found.intersection(marks)), "no known vectors")
 
 
 def cores() -> int:
@@ -232,4 +237,4 @@ def blas() -> str:
     """BLAS libraries of this process, each with the kernel that it chose for this processor."""
     found = [info for info in threadpool_info() if info["user_api"] == "blas"]
     parts = {f"{i['internal_api']} {i['version']} {i.get('architecture', '')}".strip() for i in found}
-    return ", ".join(sorted(parts)) or "unknown"
+    return ", ".join(sorted(parts)) or "unknown BLAS"

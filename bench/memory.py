@@ -1,57 +1,54 @@
-"""How much memory a training run takes, against what its arrays need, and against what `estimate` says.
-
-    python -m bench.memory needed   [--workloads W1,W2] [--steps N] [--top N]
-    python -m bench.memory estimate [--presets baby,3-months] [--steps N]
+"""How much memory a training run takes, and how good an estimate of a run is. See bench/README.md.
 
 needed: the promise is at most twice the bytes of the arrays. Needs memray (pip install -e '.[bench]').
-estimate: each preset is estimated, then trained by the command `train`; the promise is memory within 15 %.
-Linux only: sizes come from /proc. See bench/README.md for how to read the tables.
+estimate: memory and time of a whole run as `estimate` projects them, beside a real run of some steps; the promise
+is memory within 15 %.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import linecache
 import os
-import statistics
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from baby_xp.arrays import params
-from baby_xp.arrays.registry import load
 from baby_xp.errors import BabyError
-from baby_xp.estimation.estimate import Estimate, estimate
-from baby_xp.layers import cross_entropy
+from baby_xp.estimation.estimate import estimate
 from baby_xp.presets import PRESETS
 from baby_xp.resources import process_memory
-from baby_xp.training.step import initial_state, step_noise
 from bench import harness, results, workloads
 from bench.harness import MIB, US, say
-from bench.peers import SEED, Clock
-from bench.results import mib
-from bench.workloads import Workload
+from bench.peers import Clock, ours
+from bench.results import mib, verdict
+from bench.workloads import Workload, on_gpu
 
 FACTOR, PRECISION = 2.0, 0.15
 """The promises: memory taken as a multiple of what is needed, and the relative error of an estimate."""
+GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
 def main() -> int:
     """Measure what the command line names, and print the table."""
     asked = parse()
-    if not process_memory.taken():
-        say("bench.memory: this system has no /proc/<pid>/status, where sizes are read")
-        return 2
-    if asked.what == "needed" and importlib.util.find_spec("memray") is None:
-        say("bench.memory: memray is not installed (pip install -e '.[bench]')")
-        return 2
+    if asked.what == "needed":
+        if not process_memory.taken():
+            say("bench.memory: this system has no /proc/<pid>/status, where sizes are read")
+            return 2
+        if importlib.util.find_spec("memray") is None:
+            say("bench.memory: memray is not installed (pip install -e '.[bench]')")
+            return 2
+        print("\n".join(needed_lines(asked)))
+        return 0
     try:
-        print("\n".join(needed_lines(asked) if asked.what == "needed" else estimate_lines(asked)))
+        result = compare(asked)
     except BabyError as error:
         say(f"bench.memory: {error}")
         return 2
+    results.show(result, document(result), asked.out, "-estimate")
     return 0
 
 
@@ -63,16 +60,16 @@ def parse() -> argparse.Namespace:
     known = workloads.chosen
     needed.add_argument("--workloads", type=known, default="W1,W2,W3", help="such as W1,W2 (%(default)s)")
     needed.add_argument("--top", type=harness.positive, default=10, help="lines of each workload (%(default)s)")
-    estimated = harness.with_options(kinds.add_parser("estimate"), steps=60)
-    usual, known = "baby,nanogpt-cpu,3-months,24-months", harness.names_of(PRESETS, "preset")
-    estimated.add_argument("--presets", type=known, default=usual, help="(%(default)s)")
-    return parser.parse_args()
-
-
-def idle() -> list[dict[str, int]]:
-    """Sizes of a process that imports baby_xp, makes the backend and does nothing; [] where they are not known."""
-    load("numpy")
-    return process_memory.taken()
+    estimated = kinds.add_parser("estimate")
+    harness.with_options(estimated, backend="numpy", data="shakespeare", out=None)
+    usual, known = "baby,nanogpt-cpu,3-months,24-months", harness.names_of(GPTS, "preset")
+    estimated.add_argument("--presets", type=known, default=usual, help="names, joined by commas (%(default)s)")
+    estimated.add_argument("--steps", type=int, default=60, help="of the real run; 0: none (%(default)s)")
+    estimated.add_argument("--tf32", action="store_true", help="products in TF32, on a GPU")
+    asked = parser.parse_args()
+    if asked.steps < 0:
+        estimated.error(f"argument --steps: {asked.steps} is negative")
+    return asked
 
 
 # against what is needed ---------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ def idle() -> list[dict[str, int]]:
 
 def needed_lines(asked: argparse.Namespace) -> list[str]:
     """The table, and below it for each workload what holds the memory."""
-    rows, details, baseline = [], [], harness.ask("bench.memory:idle")
+    rows, details, baseline = [], [], harness.ask("bench.peers.ours:idle")
     for workload in asked.workloads:
         needed = harness.ask("bench.memory:needed", workload=workload.name)
         rows += [needed_row(workload, asked.steps, workers, needed, baseline) for workers in (1, None)]
@@ -103,7 +100,7 @@ def needed_row(workload: Workload, steps: int, workers: int | None, needed: dict
         "needed, MiB": mib(need, 1),
         "taken, MiB": mib(taken, 1),
         "ratio": f"{taken / need:.2f}",
-        f"at most {FACTOR:g}": "yes" if taken <= FACTOR * need else "NO",
+        f"at most {FACTOR:g}": verdict(taken <= FACTOR * need),
     }
 
 
@@ -113,22 +110,10 @@ def needed(workload: str) -> dict[str, int]:
     saved: the distinct arrays that `forward` keeps for `backward`. A view counts as the array it belongs to,
     since it keeps the whole of that alive; parameters and the batch do not count again.
     """
-    chosen = workloads.of(workload)
-    backend, model, (batch,) = load("numpy"), chosen.model(chosen.dropout), chosen.batches(1)
-    xp, flat = backend.xp, params.draw(model.spec, SEED)
-    state = initial_state(backend, flat, params.decay_mask(model.spec), SEED)
-    noise = step_noise(xp, model, state["seed"], state["step"], batch)
-    logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
-    _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
-    elsewhere = owners((state["params"], *batch))
-    kept = {key: size for key, size in owners((saved, loss_saved)).items() if key not in elsewhere}
-    return {
-        "parameters": state["params"].nbytes,
-        "moments": state["m"].nbytes + state["v"].nbytes,
-        "decays": state["decays"].nbytes,
-        "gradients": flat.nbytes,
-        "saved": sum(kept.values()),
-    }
+    arrays = ours.arrays_of_step(workloads.of(workload))
+    elsewhere = owners((arrays["parameters"], arrays.pop("batch")))
+    saved = {key: size for key, size in owners(arrays.pop("saved")).items() if key not in elsewhere}
+    return {**{kind: sum(owners(of).values()) for kind, of in arrays.items()}, "saved": sum(saved.values())}
 
 
 def owners(value) -> dict[int, int]:
@@ -148,8 +133,6 @@ def traced(workload: str, steps: int, top: int) -> list[str]:
     """What is allocated at the peak of a run in one process, and the lines of code that hold most then."""
     import memray
 
-    from bench.peers import ours
-
     chosen = workloads.of(workload)
     clock, sizes, blocks = Clock(chosen.batches(steps)), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +141,7 @@ def traced(workload: str, steps: int, top: int) -> list[str]:
             ours.train(chosen, chosen.dropout, clock, workers=1)
         with memray.FileReader(records) as reader:
             for record in reader.get_high_watermark_allocation_records(merge_threads=True):
-                line = _our_line(record.stack_trace())
+                line = innermost(record.stack_trace())
                 sizes[line] += record.size
                 blocks[line] += record.n_allocations
     lines = [f"  allocated at the peak, MiB: {mib(sizes.total(), 1)}; of these:"]
@@ -168,7 +151,7 @@ def traced(workload: str, steps: int, top: int) -> list[str]:
     return lines
 
 
-def _our_line(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
+def innermost(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
     """The innermost frame in this checkout, or the innermost at all; frames: function, file, line."""
     for _, file, line in frames:
         # a virtual environment may lie in the checkout
@@ -180,67 +163,69 @@ def _our_line(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
 # against the estimate -----------------------------------------------------------------------------------
 
 
-def estimate_lines(asked: argparse.Namespace) -> list[str]:
-    """The table: memory and the time of a step, as estimated and as measured."""
-    return results.markdown([estimate_row(estimate(name), measured(name, asked.steps)) for name in asked.presets])
-
-
-def measured(preset: str, steps: int) -> dict:
-    """Train the preset for a few steps -> "ms": milliseconds per step, "taken": bytes.
+def compare(asked: argparse.Namespace) -> dict:
+    """The estimate of each preset, and a real run of some steps beside it, as they go into the JSON file.
 
     The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
     best weights beside the present ones; at the end the whole validation part, a sample and the report.
     """
-    flags = {"num-steps": steps, "eval-every": max(1, steps // 2), "checkpoint-every": 3}
-    words = ["train", preset, *(f"--{flag}={value}" for flag, value in flags.items())]
-    with tempfile.TemporaryDirectory() as folder:
-        found = harness.ask("bench.memory:run_command", words=[*words, f"--path={folder}"])
-    return {"ms": found["ms"], "taken": process_memory.growth(found["sizes"], process_memory.of_interpreter())}
+    precision = "tf32" if asked.tf32 else "float32"
+    place = {"backend": asked.backend, "tf32": asked.tf32}
+    short = {"num_steps": asked.steps, "eval_every": max(1, asked.steps // 2), "checkpoint_every": 3}
+    with results.measurement(backend=asked.backend, precision=precision, presets=[]) as result:
+        for name in asked.presets:
+            data = {"data": asked.data} if PRESETS[name].data.data == "shakespeare" else {}
+            request = {"preset": name, "settings": {**short, **data}, "place": place}
+            found = estimate(name, **place, **data)  # first: it says in one line what is wrong with the text
+            real = harness.ask("bench.peers.ours:train_run", **request) if asked.steps else {}
+            result["presets"].append({
+                "preset": name, "parameters": found.n_parameters, "steps": found.facts.num_steps,
+                "workers": found.facts.workers, "trial": asdict(found.trial), "seconds": found.seconds,
+                "real": real,
+            })  # fmt: skip
+            say(f"{name}: {length_of(sum(found.seconds.values()))}")
+    return result
 
 
-def estimate_row(found: Estimate, real: dict) -> dict[str, str]:
-    """A line of the table."""
-    ratio = found.memory / real["taken"]
+def document(result: dict) -> list[str]:
+    """The results as Markdown."""
+    gpu, rows = on_gpu(result["backend"]), [row_of(one) for one in result["presets"]]
+    goals = [
+        results.epoch_goal(sum(one["seconds"].values()))
+        for one in result["presets"]
+        if gpu and one["preset"] == results.EPOCH_PRESET
+    ]
+    about = {"backend": {result["backend"]: result["precision"]}}
+    return [*results.heading(result, about), *results.markdown(rows), *([""] if goals else []), *goals]
+
+
+def row_of(one: dict) -> dict[str, str]:
+    """A line of the table: the projection of a whole run, then what was estimated beside what was measured."""
+    real, memory, cells = one["real"], one["trial"]["memory"], {}
+    if real:
+        ratio = memory / real["taken"] if memory and real["taken"] else None
+        cells = {
+            "real, ms per step": f"{real['ms']:.3f}",
+            "taken, MiB": mib(real["taken"], 1),
+            "ratio": "" if ratio is None else f"{ratio:.3f}",
+            f"within {PRECISION:.0%}": "" if ratio is None else verdict(abs(ratio - 1) <= PRECISION),
+        }
     return {
-        "preset": found.preset.name,
-        "processes": str(found.facts.workers),
-        "estimated, MiB": mib(found.memory, 1),
-        "taken, MiB": mib(real["taken"], 1),
-        "ratio": f"{ratio:.3f}",
-        f"within {PRECISION:.0%}": "yes" if abs(ratio - 1) <= PRECISION else "NO",
-        "estimated, ms a step": f"{found.trial.ms_a_step:.1f}",
-        "real, ms a step": f"{real['ms']:.1f}",
+        "preset": one["preset"],
+        "parameters": f"{one['parameters']:,}",
+        "steps": f"{one['steps']:,}",
+        "processes": str(one["workers"]),
+        **{f"{part}, s": f"{seconds:,.1f}" for part, seconds in one["seconds"].items()},
+        "whole run": length_of(sum(one["seconds"].values())),
+        "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}",
+        "memory, MiB": mib(memory, 1),
+        **cells,
     }
 
 
-def run_command(words: list[str]) -> dict:
-    """The child's part: run a command of baby_xp that trains -> its milliseconds per step, and all sizes."""
-    from baby_xp import cli
-    from baby_xp.cli import train_commands
-
-    watched = []
-
-    class Watched(train_commands.Screen):
-        """What the command line shows, with a record of the speed and of the workers' memory."""
-
-        def started(self, session, step):
-            self.tokens = session.learned.batches.batch_size * session.chosen.model.n_ctx
-            self.ms, self.workers = [], []
-            watched.append(self)
-            super().started(session, step)
-
-        def progress(self, step, loss, tokens_per_second):
-            self.ms.append(1e3 * self.tokens / tokens_per_second)
-            self.workers = process_memory.taken(process_memory.children())[1:]  # at the end they no longer run
-            super().progress(step, loss, tokens_per_second)
-
-    train_commands.Screen = Watched
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = cli.main(words)
-    if code:
-        raise SystemExit(code)
-    ms = statistics.median(watched[0].ms[1:] or watched[0].ms)
-    return {"ms": ms, "sizes": [*process_memory.taken(), *watched[0].workers]}
+def length_of(seconds: float) -> str:
+    """A time in hours, or in minutes where it is short."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 if __name__ == "__main__":

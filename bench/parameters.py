@@ -1,21 +1,16 @@
-"""What each parameter does to size, speed and quality: the tables of docs/parameters.md.
+"""What each parameter does to size, speed and quality: the tables of docs/parameters.md. See bench/README.md.
 
-    python -m bench.parameters --train [--file FILE] [--jobs N] [--groups lr,n_ctx]
-    python -m bench.parameters --speed [--file FILE] [--steps N] [--rounds R]
-    python -m bench.parameters --table [--file FILE] [--page docs/parameters.md]
-
-One base model is trained, and variants in which one parameter differs. FILE keeps what was measured; what it has
-already is not trained again. Without --file it is the newest of bench/results. See bench/README.md.
+One base model is trained, and variants in which one parameter differs. A file keeps what was measured; what it has
+already is not trained again.
 """
 
 import argparse
 import json
-import multiprocessing
 import re
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +18,11 @@ from baby_xp_data import catalog
 from threadpoolctl import threadpool_limits
 
 import baby_xp
-from baby_xp import api, files, presets
-from baby_xp.arrays.registry import load
+from baby_xp import files
 from baby_xp.errors import BabyError
-from baby_xp.models import Model
-from baby_xp.text import dataset
-from baby_xp.training.workers import suitable_number
 from bench import harness, results
-from bench.harness import Entry, say
-from bench.peers import Clock, ours
+from bench.harness import say
+from bench.peers import ours
 from bench.results import markdown, mib
 
 RESULTS = harness.ROOT / "bench/results"
@@ -135,15 +126,12 @@ def _of(name: str, *values: Any, base: Any = None) -> list[Variant]:
     return [Variant(name, str(value), {} if value == base else {name: value}) for value in values]
 
 
-def _rate(value: float) -> Variant:
-    # the cosine ends at a tenth of the rate, as the base's does
-    return Variant("lr", f"{value:g}", {} if value == 1e-2 else {"lr": value, "min_lr": value / 10})
+def _each(group: str, overrides_of: dict[str, dict[str, Any]], short: bool = False) -> list[Variant]:
+    """Variants of several parameters, by what their row is called."""
+    return [Variant(group, value, overrides, short) for value, overrides in overrides_of.items()]
 
 
-def _short(value: str, **overrides: Any) -> Variant:
-    return Variant("short text", value, overrides, short=True)
-
-
+FAST = {"lr": 1e-1, "min_lr": 1e-2}
 ALL = [
     *_of("seed", 0, 1, 2, base=0),
     *_of("n_ctx", 16, 32, 64, 128, base=64),
@@ -151,13 +139,15 @@ ALL = [
     *_of("head_size", 16, 32, 64, 128, base=64),
     *_of("n_heads", 1, 2, 4, 8, 16, base=4),
     *_of("n_layers", 1, 2, 3, 4, 6, base=3),
-    Variant("more steps", "1,000 steps"),
-    Variant("more steps", "4,000 steps", {"num_steps": 4000}),
-    Variant("more steps", "4,000 steps, n_layers 1", {"n_layers": 1, "num_steps": 4000}),
-    Variant("more steps", "4,000 steps, n_ctx 16", {"n_ctx": 16, "num_steps": 4000}),
-    Variant("more steps", "4,000 steps, n_ctx 128", {"n_ctx": 128, "num_steps": 4000}),
-    Variant("more steps", "4,000 steps, n_emb 128", {"n_emb": 128, "num_steps": 4000}),
-    Variant("more steps", "4,000 steps, c_sequence post", {"c_sequence": "post", "num_steps": 4000}),
+    *_each("more steps", {
+        "1,000 steps": {},
+        "4,000 steps": {"num_steps": 4000},
+        "4,000 steps, n_layers 1": {"n_layers": 1, "num_steps": 4000},
+        "4,000 steps, n_ctx 16": {"n_ctx": 16, "num_steps": 4000},
+        "4,000 steps, n_ctx 128": {"n_ctx": 128, "num_steps": 4000},
+        "4,000 steps, n_emb 128": {"n_emb": 128, "num_steps": 4000},
+        "4,000 steps, c_sequence post": {"c_sequence": "post", "num_steps": 4000},
+    }),
     *_of("dropout", 0.0, 0.1, 0.2, base=0.0),
     *_of("c_sequence", "pre", "post", base="pre"),
     *_of("c_attention", "mha", "moh", base="mha"),
@@ -166,19 +156,27 @@ ALL = [
     *_of("tokenizer", "char", "byte", base="char"),
     *_of("dtype", "float32", "float64", base="float32"),
     *_of("batch_size", 2, 4, 8, 16, 32, base=8),
-    Variant("accumulate", "1, batch_size 8"),
-    Variant("accumulate", "4, batch_size 2", {"batch_size": 2, "accumulate": 4}),
-    Variant("base_batch_size", "batch_size 8, lr 0.01"),
-    Variant("base_batch_size", "batch_size 2, lr 0.01", {"batch_size": 2}),
-    Variant("base_batch_size", "batch_size 2, lr 0.0025 by the rule",
-            {"batch_size": 2, "base_batch_size": 8, "min_lr": 2.5e-4}),
-    Variant("same tokens", "batch_size 2, 4,000 steps", {"batch_size": 2, "num_steps": 4000}),
-    Variant("same tokens", "batch_size 8, 1,000 steps"),
-    Variant("same tokens", "batch_size 32, 250 steps", {"batch_size": 32, "num_steps": 250}),
+    *_each("accumulate", {"1, batch_size 8": {}, "4, batch_size 2": {"batch_size": 2, "accumulate": 4}}),
+    *_each("base_batch_size", {
+        "batch_size 8, lr 0.01": {},
+        "batch_size 2, lr 0.01": {"batch_size": 2},
+        "batch_size 2, lr 0.0025 by the rule": {"batch_size": 2, "base_batch_size": 8, "min_lr": 2.5e-4},
+    }),
+    *_each("same tokens", {
+        "batch_size 2, 4,000 steps": {"batch_size": 2, "num_steps": 4000},
+        "batch_size 8, 1,000 steps": {},
+        "batch_size 32, 250 steps": {"batch_size": 32, "num_steps": 250},
+    }),
     *_of("num_steps", 250, 500, 1000, 2000, 4000, base=1000),
-    Variant("num_epochs", "none: 1,000 steps from random places"),
-    Variant("num_epochs", "1, stride 128: 981 steps", {"num_epochs": 1, "stride": 128, "num_steps": None}),
-    *(_rate(value) for value in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    *_each("num_epochs", {
+        "none: 1,000 steps from random places": {},
+        "1, stride 128: 981 steps": {"num_epochs": 1, "stride": 128, "num_steps": None},
+    }),
+    # the cosine ends at a tenth of the rate, as the base's does
+    *_each("lr", {
+        f"{rate:g}": {"lr": rate, "min_lr": rate / 10} if rate != 1e-2 else {}
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    }),
     *_of("schedule", "cosine", "constant", base="cosine"),
     *_of("min_lr", 0.0, 1e-3, 3e-3, base=1e-3),
     *_of("warmup_steps", 0, 100, 300, base=100),
@@ -186,30 +184,26 @@ ALL = [
     *_of("beta2", 0.95, 0.99, 0.999, base=0.99),
     *_of("weight_decay", 0.0, 0.1, 1.0, base=0.1),
     *_of("clip", 0.0, 0.1, 1.0, base=1.0),
-    Variant("too fast", "lr 0.01"),
-    *(
-        Variant("too fast", value, {"lr": 1e-1, "min_lr": 1e-2, **more})
-        for value, more in (
-            ("lr 0.1", {}),
-            ("no warm-up either", {"warmup_steps": 0}),
-            ("no clipping either", {"warmup_steps": 0, "clip": 0.0}),
-            ("norms after the layers too", {"warmup_steps": 0, "clip": 0.0, "c_sequence": "post"}),
-        )
-    ),
-    _short("nothing"),
-    _short("dropout 0.1", dropout=0.1),
-    _short("dropout 0.2", dropout=0.2),
-    _short("dropout 0.4", dropout=0.4),
-    _short("weight_decay 1", weight_decay=1.0),
-    _short("n_layers 1", n_layers=1),
-    _short("n_emb 32", n_emb=32),
-    _short("num_steps 1000", num_steps=1000),
-    _short("patience 3", patience=3),
+    *_each("too fast", {
+        "lr 0.01": {},
+        "lr 0.1": FAST,
+        "no warm-up either": {**FAST, "warmup_steps": 0},
+        "no clipping either": {**FAST, "warmup_steps": 0, "clip": 0.0},
+        "norms after the layers too": {**FAST, "warmup_steps": 0, "clip": 0.0, "c_sequence": "post"},
+    }),
+    *_each("short text", {
+        "nothing": {},
+        "dropout 0.1": {"dropout": 0.1},
+        "dropout 0.2": {"dropout": 0.2},
+        "dropout 0.4": {"dropout": 0.4},
+        "weight_decay 1": {"weight_decay": 1.0},
+        "n_layers 1": {"n_layers": 1},
+        "n_emb 32": {"n_emb": 32},
+        "num_steps 1000": {"num_steps": 1000},
+        "patience 3": {"patience": 3},
+    }, short=True),
 ]  # fmt: skip
 """In the order of the tables."""
-
-FIRST = ("seed", "lr", "n_layers", "n_emb", "short text", "n_ctx", "batch_size", "too fast", "num_steps")
-"""Groups that are trained first, so that an interrupted measurement has what matters most."""
 
 ON_SPEED = {
     "n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout", "c_sequence", "c_attention", "c_network",
@@ -229,10 +223,14 @@ def groups() -> list[str]:
     return list(dict.fromkeys(one.group for one in ALL))
 
 
+def named(key: str) -> Variant:
+    """The variant with that key."""
+    return next(one for one in ALL if one.key == key)
+
+
 def to_train() -> list[Variant]:
-    """Each different variant once, the most important groups first."""
-    order = sorted(ALL, key=lambda one: FIRST.index(one.group) if one.group in FIRST else len(FIRST))
-    return list({one.key: one for one in order}.values())
+    """Each different variant once, the base first."""
+    return list({one.key: one for one in ALL}.values())
 
 
 def to_time() -> list[Variant]:
@@ -248,16 +246,15 @@ def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
     result = read(file) if file.exists() else beginning()
     if result["base"] != base():
         raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
-    wanted = {one.key for one in ALL if one.group in chosen}
-    todo = [one for one in to_train() if one.key in wanted - result["trained"].keys()]
-    # a forked child would share threads of BLAS that do not exist in it
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(trained, one): one for one in todo}
+    wanted = {one.key for one in ALL if one.group in chosen} - result["trained"].keys()
+    todo = [one.key for one in to_train() if one.key in wanted]
+    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a child process
+        running = {pool.submit(harness.ask, "bench.parameters:trained", key=key): key for key in todo}
         try:
             for done in as_completed(running):
-                found = result["trained"][running[done].key] = done.result()
+                found = result["trained"][running[done]] = done.result()
                 write(file, result)
-                say(f"{running[done].key}: {found['failed'] or found['val_loss']}")
+                say(f"{running[done]}: {found['failed'] or found['val_loss']}")
         except BaseException:  # Ctrl-C above all: do not begin with those that wait
             pool.shutdown(cancel_futures=True)
             raise
@@ -265,7 +262,7 @@ def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
 
 def beginning() -> dict:
     """The head of a result: when and where."""
-    machine = {**harness.machine(), "baby_xp": baby_xp.__version__}
+    machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
     return {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
 
 
@@ -274,12 +271,13 @@ def base() -> dict:
     return {"preset": PRESET, **BASE, "short text": SHORT, "steps on the short text": SHORT_STEPS}
 
 
-def trained(variant: Variant) -> dict:
-    """Train a variant: parameters, losses (nats per token) on the way, and what the best weights reach.
+def trained(key: str) -> dict:
+    """The child's part: train a variant -> parameters, losses (nats per token), and what the best weights reach.
 
     val_loss is that of the best weights over the whole validation part. failed: why there is none. One process
     and one thread, so that the numbers do not depend on the number of cores.
     """
+    variant = named(key)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         settings = settings_of(variant, Path(folder))
         try:
@@ -320,45 +318,30 @@ def settings_of(variant: Variant, folder: Path) -> dict:
 
 def time_all(file: Path, steps: int, rounds: int) -> None:
     """Time a step of each variant that may take a different time, in turn, and keep it."""
-    result = read(file)
-    entries = [Entry(one.key, {"key": one.key, "steps": steps}) for one in to_time()]
-    idle = harness.ask("bench.memory:idle")
-    before = results.product_rate()
-    harness.take_turns("bench.parameters:timed", entries, rounds)
-    result["timed"] = {one.label: speed_of(one, idle) for one in entries}
+    result, idle, before = read(file), harness.ask("bench.peers.ours:idle"), results.product_rate()
+    requests = {one.key: {"key": one.key, "steps": steps} for one in to_time()}
+    runs, _ = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
+    result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
     result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
     result["timed_on"] = results.now()
+    # the losses may be from a machine of another class
+    result["timed_class"] = harness.class_of(harness.ask("bench.harness:machine"))
     write(file, result)
 
 
-def speed_of(entry: Entry, idle: list[dict]) -> dict:
+def speed_of(runs: list[dict], idle: list[dict]) -> dict:
     """Milliseconds per step, the median of the rounds' medians, and the peak of memory over an idle process's."""
-    if entry.failed:
-        raise BabyError(f"{entry.label}: {entry.failed}")
-    by_round = [statistics.median(run["ms"]) for run in entry.runs]
+    by_round = [statistics.median(run["ms"]) for run in runs]
+    memory = results.least_growth(runs, idle)
     return {
-        "ms": statistics.median(by_round),
-        "by_round": by_round,
-        "memory": results.least_growth(entry.runs, idle),
-        "workers": entry.runs[0]["workers"],
-    }
+        "ms": statistics.median(by_round), "by_round": by_round, "memory": memory, "workers": runs[0]["workers"],
+    }  # fmt: skip
 
 
 def timed(key: str, steps: int) -> dict:
     """The child's part: train a variant for some steps as `train` does -> ms of each, memory, workers."""
-    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
-        chosen = api.override(presets.preset(PRESET), settings_of(variant, Path(folder)))
-        prepared = dataset.prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
-        clock = Clock([prepared.batches.batch(step) for step in range(WARMUP + steps + 1)])
-        model = Model(chosen.model, prepared.tokenizer.vocab_size)
-        backend = load("numpy", None, chosen.train.dtype)
-        number = suitable_number(backend, model, chosen.train.batch_size)
-        config = replace(chosen.train, num_steps=len(clock), eval_every=len(clock) + 1, checkpoint_minutes=0.0)
-        little = {"n_validation": 1, "validation": lambda: iter(clock.batches[:1])}
-        short = replace(prepared, batches=clock, num_steps=len(clock), **little)
-        _, memory = ours.fit_as_train_does(backend, model, config, short, number)
-    return {"ms": clock.ms(WARMUP), "memory": memory, "workers": number}
+        return ours.train_preset(PRESET, settings_of(named(key), Path(folder)), steps, WARMUP)
 
 
 # the tables ---------------------------------------------------------------------------------------------
@@ -369,10 +352,8 @@ def document(result: dict) -> list[str]:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     lines = [f"{result['date']}; {machine}", "", f"Base: {base_command()}", ""]
     if result["timed"]:
-        rates = {name: result[f"product_rate_{name}"] for name in ("before", "after")}
-        speeds = "; ".join(f"{name} {rate['alone']:.0f} Gflop/s" for name, rate in rates.items())
-        busy = "; THE MACHINE WAS BUSY: the times say little" if results.busy(result) else ""
-        lines += [f"Timed {result['timed_on']}; matrix product rate {speeds}{busy}", ""]
+        where = result.get("timed_class", "see the product rate for the class of machine")
+        lines += [f"Timed {result['timed_on']}; {where}", "", *results.rate_lines(result), ""]
     for group, rows in tables(result).items():
         lines += [group, "", *rows, ""]
     return lines
@@ -386,12 +367,12 @@ def base_command() -> str:
 
 def tables(result: dict) -> dict[str, list[str]]:
     """A Markdown table for each group of variants that were trained, all or some of them."""
-    found = {}
-    for group in groups():
-        some = [one for one in ALL if one.group == group and one.key in result["trained"]]
-        if some:
-            found[group] = markdown([row(one, result) for one in some])
-    return found
+    some = [one for one in ALL if one.key in result["trained"]]
+    return {
+        group: markdown([row(one, result) for one in some if one.group == group])
+        for group in groups()
+        if any(one.group == group for one in some)
+    }
 
 
 def row(variant: Variant, result: dict) -> dict[str, str]:
@@ -402,37 +383,29 @@ def row(variant: Variant, result: dict) -> dict[str, str]:
     if group in ON_SPEED:
         speed = result["timed"].get(variant.key)
         cells["parameters"] = "" if found["failed"] else f"{found['parameters']:,}"
-        cells["ms a step"] = f"{speed['ms']:.1f}" if speed else ""
+        cells["ms per step"] = f"{speed['ms']:.1f}" if speed else ""
         cells["memory, MiB"] = mib(speed["memory"]) if speed else ""
     if group in ON_TOKENS:
         cells["tokens"] = "" if found["failed"] else f"{found['tokens']:,}"
-    return cells | (of_short(found) if variant.short else of_losses(found, result))
+    return cells | losses(variant, found, result["trained"].get("base", found))
 
 
-def of_losses(found: dict, result: dict) -> dict[str, str]:
-    """The losses of a variant, and how far its validation loss is from the base's."""
-    names = ("training loss", "validation loss", "against the base")
+def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
+    """The losses of a variant, and how far its validation loss is from the base's; else why there are none.
+
+    Of one that may overfit: those at the end, and where the validation loss was best.
+    """
     if found["failed"]:
-        return dict(zip(names, ("", found["failed"].partition(";")[0], ""), strict=True))
-    difference = found["val_loss"] - result["trained"].get("base", found)["val_loss"]
-    values = (f"{last(found)[1]:.3f}", f"{found['val_loss']:.3f}", f"{difference:+.3f}" if difference else "")
-    return dict(zip(names, values, strict=True))
-
-
-def of_short(found: dict) -> dict[str, str]:
-    """The losses of a variant that may overfit: at the end, and where the validation loss was best."""
-    _, train, validation, _ = last(found)
-    return {
-        "training loss": f"{train:.3f}",
-        "validation loss at the end": f"{validation:.3f}",
-        "at its best": f"{found['val_loss']:.3f}",
-        "best step": str(found["best_step"]),
-    }
-
-
-def last(found: dict) -> list:
-    """The last measurement on the way: step, training loss, validation loss, norm of the gradients."""
-    return [point for point in found["curve"] if point[1] is not None][-1]
+        reason = found["failed"].partition(";")[0]
+        return {"training loss": "", "validation loss": reason, "against the base": ""}
+    # the last measurement on the way: step, training loss, validation loss, norm of the gradients
+    _, train, validation, _ = [point for point in found["curve"] if point[1] is not None][-1]
+    best, cells = f"{found['val_loss']:.3f}", {"training loss": f"{train:.3f}"}
+    if variant.short:
+        at_end = {"validation loss at the end": f"{validation:.3f}"}
+        return {**cells, **at_end, "at its best": best, "best step": str(found["best_step"])}
+    difference = found["val_loss"] - base["val_loss"]
+    return {**cells, "validation loss": best, "against the base": f"{difference:+.3f}" if difference else ""}
 
 
 def show(result: dict, page: Path | None) -> None:

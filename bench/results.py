@@ -1,6 +1,7 @@
-"""What every result has: the machine and how fast it was at the time, tables, goals, and the kept files."""
+"""What every result has: the machine and how fast it was at the time, medians and ratios, tables, goals, files."""
 
 import datetime
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ def measurement(**facts: Any) -> Iterator[dict]:
     """A result to be filled: the facts, when and where, and how fast matrix products are before and after."""
     result = {
         "date": now(),
-        "machine": harness.machine(),
+        "machine": harness.ask("bench.harness:machine"),
         "removed_variables": [name for name in harness.REMOVED if name in os.environ],
         "product_rate_before": product_rate(),
         **facts,
@@ -76,6 +77,9 @@ def busy(result: dict) -> bool:
 
 # what the runs say --------------------------------------------------------------------------------------
 
+Average = Callable[[list[float]], float]
+"""Makes one number of the milliseconds of steps: their median, or their mean."""
+
 
 def times(runs: list[dict]) -> list[float]:
     """Milliseconds of every step of all rounds."""
@@ -88,14 +92,12 @@ def median(runs: list[dict]) -> float:
 
 
 def peak(runs: list[dict]) -> int | None:
-    """The most bytes that all processes of a contender took in any round; None where memory is not known.
+    """The most bytes that all processes of a run took; None where memory is not known.
 
     Shared pages count once. It is an upper bound: the processes need not reach their peaks at the same time.
     """
-    sizes = [run["memory"] for run in runs]
-    if not all(sizes):
-        return None
-    return max(one[0]["peak"] + sum(child["peak"] - child["shared"] for child in one[1:]) for one in sizes)
+    known = all(run["memory"] for run in runs)
+    return max(process_memory.growth(run["memory"], {"peak": 0, "shared": 0}) for run in runs) if known else None
 
 
 def gpu_peak(runs: list[dict]) -> dict[str, int]:
@@ -107,10 +109,17 @@ def gpu_peak(runs: list[dict]) -> dict[str, int]:
 def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
     """The fewest bytes that a run took beyond as many idle processes; None where memory is not known.
 
-    idle: the sizes of an idle process, see bench.memory.idle.
+    idle: the sizes of an idle process, see bench.peers.ours.idle.
     """
     known = idle and all(run["memory"] for run in runs)
     return min(process_memory.growth(run["memory"], idle[0]) for run in runs) if known else None
+
+
+def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.median) -> float | None:
+    """Our average step divided by that of a peer; None where one of the two was not measured."""
+    if US not in runs_of or peer not in runs_of:
+        return None
+    return average(times(runs_of[US])) / average(times(runs_of[peer]))
 
 
 def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:
@@ -122,20 +131,15 @@ def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | No
     return value_of[US] / peers[best], best
 
 
-def versus(what: str, runs_of: dict[str, list], average: Callable[[list[float]], float]) -> str | None:
-    """A line: our time as a share of the best peer's, and the range of that share over the rounds.
-
-    average: makes one number of milliseconds of steps, such as their median.
-    """
-    ratio = against_best({name: average(times(runs)) for name, runs in runs_of.items()})
-    if ratio is None:
+def versus(what: str, runs_of: dict[str, list], average: Average = statistics.median) -> str | None:
+    """A line: our time as a share of the best peer's, and the range of that share over the rounds."""
+    found = against_best({name: average(times(runs)) for name, runs in runs_of.items()})
+    if found is None:
         return None
-    pairs = zip(runs_of[US], runs_of[ratio[1]], strict=True)
+    share, best = found
+    pairs = zip(runs_of[US], runs_of[best], strict=True)
     rounds = [average(ours["ms"]) / average(peer["ms"]) for ours, peer in pairs]
-    return (
-        f"- {what}: {ratio[0]:.2f} of the best peer's ({ratio[1]}); "
-        f"by round {min(rounds):.2f} to {max(rounds):.2f}"
-    )
+    return f"- {what}: {share:.2f} of the best peer's ({best}); by round {min(rounds):.2f} to {max(rounds):.2f}"
 
 
 # tables and files ---------------------------------------------------------------------------------------
@@ -152,62 +156,80 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def time_cells(name: str, runs_of: dict[str, list], digits: int) -> dict[str, str]:
+    """What the tables of training and of generation say about a library's steps, and ours beside them."""
+    ms = times(runs_of[name])
+    found = {"ms per step": statistics.median(ms), "min": min(ms), "max": max(ms)}
+    cells = {what: f"{value:.{digits}f}" for what, value in found.items()}
+    return {"library": name, **cells, "baby_xp / this": ratio_cell(name, runs_of)}
+
+
+def ratio_cell(name: str, runs_of: dict[str, list], average: Average = statistics.median) -> str:
+    """Our time divided by that of this row, for a cell; "" in our own."""
+    found = None if name == US else ratio(runs_of, name, average)
+    return "" if found is None else f"{found:.2f}"
+
+
+def mib(size: int | None, digits: int = 0) -> str:
+    """Bytes in MiB, for a cell of a table; "" for None."""
+    return "" if size is None else f"{size / MIB:,.{digits}f}"
+
+
 def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
-    """The lines before the table; about: facts of each contender."""
+    """The lines before the table; about: facts of each library."""
     machine = result["machine"]
-    rates = [(when, result[f"product_rate_{when}"]) for when in ("before", "after")]
-    warning = [f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little"]
     return [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
-        f"{result['date']}",
+        f"{machine['processor']}, {machine['system']}, Python {machine['python']}; {result['date']}",
         "",
+        f"- machine class: {harness.class_of(machine)}",
         *([f"- GPU (name, memory, driver, power limit): {machine['gpu']}"] if machine.get("gpu") else []),
         *(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()) for name, facts in about.items()),
-        *(
-            f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
-            f"with two at once, {rate['best']:.0f} at best"
-            for when, rate in rates
-        ),
-        *(warning if busy(result) else []),
+        *rate_lines(result),
         "- removed from the environment: " + (", ".join(result["removed_variables"]) or "nothing was set"),
         "",
     ]
 
 
+def rate_lines(result: dict) -> list[str]:
+    """How fast matrix products were before and after, and a warning if the machine was busy."""
+    rates = {when: result[f"product_rate_{when}"] for when in ("before", "after")}
+    lines = [
+        f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
+        f"with two at once, {rate['best']:.0f} at best"
+        for when, rate in rates.items()
+    ]
+    if busy(result):
+        lines.append(f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little")
+    return lines
+
+
 def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
-    """What each contender reported about itself in its first run."""
+    """What each library reported about itself in its first run."""
     return {name: runs[0]["about"] for found in races for name, runs in found.items()}
 
 
-def mib(size: int | None, digits: int = 0) -> str:
-    """Bytes in MiB, for a cell of a table; "" for None."""
-    return "" if size is None else f"{size / MIB:.{digits}f}"
-
-
 def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> Path | None:
-    """Print the lines, and keep them with the result where a folder is named -> the path without its ending."""
-    print("\n".join(lines))
-    return keep(out, result, "\n".join(lines), suffix) if out else None
+    """Print the lines. Where a folder is named, keep them and the result as <date>-<machine><suffix>.json and .md.
 
-
-def keep(folder: Path, result: dict, text: str, suffix: str = "") -> Path:
-    """Write <date>-<machine><suffix>.json and .md, beside those of earlier measurements of the day.
-
-    Returns the path without its ending, for what else belongs there.
+    Earlier measurements of the day stay. Returns the path without its ending, for what else belongs there.
     """
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if out is None:
+        return None
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
-    words = (gpu.partition(",")[0] if gpu else f"{machine['processor']} {machine['cores']} cores").lower()
-    stem = f"{result['date'][:10]}-{re.sub('[^a-z0-9]+', '-', words).strip('-')}{suffix}"
-    number, name = 1, stem
-    while (folder / f"{name}.json").exists():
-        number += 1
-        name = f"{stem}-{number}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    say(f"\nkept as {folder / name}.json and .md")
-    return folder / name
+    cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"
+    words = re.sub("[^a-z0-9]+", "-", (gpu.partition(",")[0] if gpu else cpu).lower()).strip("-")
+    stem = first = out / f"{result['date'][:10]}-{words}{suffix}"
+    numbers = itertools.count(2)
+    while Path(f"{stem}.json").exists():
+        stem = first.with_name(f"{first.name}-{next(numbers)}")
+    out.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(f"{stem}.md").write_text(text, encoding="utf-8")
+    say(f"\nkept as {stem}.json and .md")
+    return stem
 
 
 # the goals on one H200 ----------------------------------------------------------------------------------
@@ -226,22 +248,16 @@ TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000
 
 
 def step_goals(workload: str, precision: str, runs_of: dict[str, list]) -> list[str]:
-    """A line for each goal of a workload; runs_of: the rounds of each contender."""
-    lines = []
-    for peer, most in STEP.get(workload, {}).items():
-        line = f"- goal, {workload} {precision}: at most {most:.2f} of {peer}'s time:"
-        if US in runs_of and peer in runs_of:
-            ratio = median(runs_of[US]) / median(runs_of[peer])
-            lines.append(f"{line} {ratio:.2f}, {verdict(ratio <= most)}")
-        else:
-            lines.append(f"{line} not measured")
-    return lines
+    """A line for each goal of a workload; runs_of: the rounds of each library."""
+    return [
+        goal(f"{workload} {precision}, share of {peer}'s time", ratio(runs_of, peer), most, "{:.2f}")
+        for peer, most in STEP.get(workload, {}).items()
+    ]
 
 
 def epoch_goal(seconds: float) -> str:
     """Whether an epoch takes less than EPOCH_MINUTES."""
-    met = verdict(seconds < 60 * EPOCH_MINUTES)
-    return f"- goal, one epoch under {EPOCH_MINUTES:g} minutes: {seconds / 60:.2f} minutes, {met}"
+    return goal("one epoch", seconds / 60, EPOCH_MINUTES, "{:.2f} minutes", below=True)
 
 
 def train_goals(val_loss: float | None, seconds: float, steps: int) -> list[str]:
@@ -249,11 +265,22 @@ def train_goals(val_loss: float | None, seconds: float, steps: int) -> list[str]
     if steps < TRAIN_STEPS or val_loss is None:
         return [f"- goal, nanogpt-gpu: not measured, as only {steps:,} of {TRAIN_STEPS:,} steps were done"]
     return [
-        f"- goal, validation loss at most {TRAIN_LOSS}: {val_loss:.4f}, {verdict(val_loss <= TRAIN_LOSS)}",
-        f"- goal, under {TRAIN_SECONDS:g} s: {seconds:.1f} s, {verdict(seconds < TRAIN_SECONDS)}",
+        goal("validation loss", val_loss, TRAIN_LOSS, "{:.4f}"),
+        goal("the whole command", seconds, TRAIN_SECONDS, "{:.1f} s", below=True),
     ]
 
 
+def goal(what: str, value: float | None, limit: float, form: str, below: bool = False) -> str:
+    """A line: the goal, the value that was reached, None if none was, and whether that meets it.
+
+    form: of value and limit. below: whether the value must be less than the limit, and not just at most that.
+    """
+    wanted = f"- goal, {what}: {'under' if below else 'at most'} {form.format(limit)}"
+    if value is None:
+        return f"{wanted}: not measured"
+    return f"{wanted}: {form.format(value)}, {verdict(value < limit if below else value <= limit)}"
+
+
 def verdict(met: bool) -> str:
-    """Whether a goal is met, in a word."""
+    """Whether a goal or a promise is met, in a word."""
     return "met" if met else "MISSED"

@@ -1,17 +1,10 @@
-"""How long a training step takes, beside the same model in other libraries.
-
-    python -m bench.train [--workloads W1,W2] [--backend numpy] [--precision float32,tf32,half] [--steps N]
-                          [--rounds R] [--peers torch,jax] [--out FOLDER]
-
-See bench/README.md for what is measured and how to read it.
-"""
+"""How long a training step takes, beside the same model in other libraries. See bench/README.md."""
 
 import argparse
-import statistics
 
 from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
-from bench.harness import MIB, US, Entry, say
+from bench.harness import US, say
 from bench.results import mib
 from bench.workloads import TOLERANCES, WORKLOADS, Workload, chosen, on_gpu, usual
 
@@ -19,7 +12,7 @@ from bench.workloads import TOLERANCES, WORKLOADS, Workload, chosen, on_gpu, usu
 def main() -> int:
     """Measure what the command line asks for, print the tables and keep them under --out.
 
-    Exit code 1 if a contender failed on the way: the others are measured all the same.
+    Exit code 1 if a library failed on the way: the others are measured all the same.
     """
     asked = parse()
     found = peers.present(asked.peers, asked.backend, "bench.train")
@@ -64,36 +57,31 @@ def able(others: list[str], precision: str) -> list[str]:
 
 
 def disagreement(workload: Workload, lineup: dict[str, list[str]], backend: str) -> str | None:
-    """Why contenders cannot be compared, or None. One that fails altogether is taken out of the lineup.
+    """Why the libraries cannot be compared, or None. One that fails altogether is taken out of the lineup.
 
     Each computes the loss of the same batch at the same weights, without dropout, before and after a step of
     training: the first would differ with another model, the second with other gradients or another optimizer.
     All are compared with baby_xp in float32, a coarser precision within wider bounds.
     """
-    ours = _losses(US, workload, backend, "float32")
-    for precision, names in lineup.items():
-        for name in list(names):
-            if (name, precision) == (US, "float32"):
-                continue
-            try:
-                theirs = _losses(name, workload, backend, precision)
-            except harness.Failed as error:
-                if name == US:
-                    raise
-                names.remove(name)
-                say(f"bench.train: {workload.name}: {name} {precision}: {error}: it is left out from here on")
-                continue
-            # written so that NaN differs too
-            if not all(abs(b - a) <= TOLERANCES[precision] * abs(a) for a, b in zip(ours, theirs, strict=True)):
-                pairs = {US: ours, name if precision == "float32" else f"{name} {precision}": theirs}
-                losses = "; ".join(f"{who} {first:.6f}, {last:.6f}" for who, (first, last) in pairs.items())
-                return f"{workload.name} is not compared: losses before and after a step differ: {losses}"
+    request = {"workload": workload.name, "backend": backend}
+    ours = harness.ask("bench.peers:losses", name=US, precision="float32", **request)
+    for precision, name in [(precision, name) for precision, names in lineup.items() for name in names]:
+        if (name, precision) == (US, "float32"):
+            continue
+        try:
+            theirs = harness.ask("bench.peers:losses", name=name, precision=precision, **request)
+        except harness.Failed as error:
+            if name == US:
+                raise
+            lineup[precision].remove(name)
+            say(f"bench.train: {workload.name}: {name} {precision}: {error}: it is left out from here on")
+            continue
+        # written so that NaN differs too
+        if not all(abs(b - a) <= TOLERANCES[precision] * abs(a) for a, b in zip(ours, theirs, strict=True)):
+            pairs = {US: ours, name if precision == "float32" else f"{name} {precision}": theirs}
+            losses = "; ".join(f"{who} {first:.6f}, {last:.6f}" for who, (first, last) in pairs.items())
+            return f"{workload.name} is not compared: losses before and after a step differ: {losses}"
     return None
-
-
-def _losses(name: str, workload: Workload, backend: str, precision: str) -> list[float]:
-    request = {"name": name, "workload": workload.name, "backend": backend, "precision": precision}
-    return harness.ask("bench.peers:losses", **request)
 
 
 # measuring ----------------------------------------------------------------------------------------------
@@ -125,24 +113,23 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
         "workload": workload.name, "steps": asked.steps or steps, "warmup": warmup, "dropout": workload.dropout,
         "backend": asked.backend,
     }  # fmt: skip
-    entries = [
-        Entry(f"{workload.name} {precision}: {name}", {"name": name, "precision": precision, **request})
+    requests = {
+        (precision, name): {"name": name, "precision": precision, **request}
         for precision, names in lineup.items()
         for name in names
-    ]
-    harness.take_turns("bench.peers:train", entries, asked.rounds)
+    }
+    runs, failed = harness.take_turns("bench.peers:train", requests, asked.rounds, workload.name)
     shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
-    of = {precision: [one for one in entries if one.request["precision"] == precision] for precision in lineup}
     return [
         {
             "workload": workload.name,
             "precision": precision,
             "flops": (roofline if on_gpu(asked.backend) else counts).step_flops(*shape),
             "bytes": roofline.step_bytes(*shape, itemsize=2 if precision == "half" else 4),
-            "runs": {entry.request["name"]: entry.runs for entry in own if not entry.failed},
-            "failed": {entry.request["name"]: entry.failed for entry in own if entry.failed},
+            "runs": {name: found for (kind, name), found in runs.items() if kind == precision},
+            "failed": {name: why for (kind, name), why in failed.items() if kind == precision},
         }
-        for precision, own in of.items()
+        for precision in lineup
     ]
 
 
@@ -170,66 +157,56 @@ def document(result: dict) -> list[str]:
     """The results as Markdown."""
     races = result["races"]
     rows = [row for race in races for row in rows_of(result, race)]
+    rates = [
+        f"- {precision}: {rates['device']}: a product of {rates['n']:,} rows at {1e-12 * rates['flops']:.2f} "
+        f"Tflop/s, a sum of {rates['elements']:,} elements at {1e-9 * rates['bytes']:,.0f} GB/s"
+        for precision, rates in result["rooflines"].items()
+        if rates
+    ]
     return [
         *results.heading(result, results.about_each(race["runs"] for race in races)),
         *(results.markdown(rows) if rows else ["nothing could be measured"]),
         "",
-        *roofline_lines(result),
+        *rates,
         *(line for race in races for line in verdict(result, race)),
     ]
 
 
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
-    """A row of the table for each contender."""
-    gpu, workload = on_gpu(result["backend"]), race["workload"]
+    """A row of the table for each library."""
+    gpu, workload, rows = on_gpu(result["backend"]), race["workload"], []
     products, floor = products_ms(result, race), floor_ms(result, race)
-    ours = results.median(race["runs"][US]) if US in race["runs"] else None
-    rows, digits = [], 3 if gpu else 1
     for name, runs in race["runs"].items():
-        times, median = results.times(runs), results.median(runs)
+        median = results.median(runs)
         if gpu:
             memory = results.gpu_peak(runs)
-            used_and_held = f"{memory['used'] / MIB:,.0f} / {memory['held'] / MIB:,.0f}" if memory else ""
             share = "" if floor is None else f"{floor / median:.0%}"
+            used_and_held = f"{mib(memory['used'])} / {mib(memory['held'])}" if memory else ""
             more = {"share of the roofline": share, "peak GPU MiB used/held": used_and_held}
         else:
             more = {"products' share": f"{products / median:.0%}"}
         rows.append({
             "workload": workload,
             **({"precision": race["precision"]} if gpu else {}),
-            "contender": name,
-            "ms a step": f"{median:.{digits}f}",
-            "min": f"{min(times):.{digits}f}",
-            "max": f"{max(times):.{digits}f}",
+            **results.time_cells(name, race["runs"], 3 if gpu else 1),
             "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}",
-            "baby_xp / this": "" if name == US or ours is None else f"{ours / median:.2f}",
             **more,
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip
     return rows
 
 
-def roofline_lines(result: dict) -> list[str]:
-    """The rates of the device at each precision."""
-    return [
-        f"- {precision}: {rates['device']}: a product of {rates['n']:,} rows at {1e-12 * rates['flops']:.2f} "
-        f"Tflop/s, a sum of {rates['elements']:,} elements at {1e-9 * rates['bytes']:,.0f} GB/s"
-        for precision, rates in result["rooflines"].items()
-        if rates
-    ]
-
-
 def verdict(result: dict, race: dict) -> list[str]:
     """The lines under the table: against the best peer in time and in memory, the floor, and the goals."""
     gpu, runs_of = on_gpu(result["backend"]), race["runs"]
     label = f"{race['workload']} {race['precision']}" if gpu else race["workload"]
-    lines = [results.versus(f"{label}: time a step", runs_of, statistics.median)]
-    of, what = (_gpu_used, "peak GPU memory in use") if gpu else (results.peak, "peak memory")
+    lines = [results.versus(f"{label}: time per step", runs_of)]
+    of, what = (gpu_used, "peak GPU memory in use") if gpu else (results.peak, "peak memory")
     memory = results.against_best({name: of(runs) for name, runs in runs_of.items()})
     if memory:
         lines.append(f"- {label}: {what}: {memory[0]:.2f} of the smallest peer's ({memory[1]})")
     lines += [f"- {label}: {name} failed: {why}" for name, why in race["failed"].items()]
-    lines.append(_floor_line(label, result, race))
+    lines.append(floor_line(label, result, race))
     if gpu and US in (*runs_of, *race["failed"]):
         lines += results.step_goals(race["workload"], race["precision"], runs_of)
     elif gpu:
@@ -237,15 +214,16 @@ def verdict(result: dict, race: dict) -> list[str]:
     return [line for line in lines if line]
 
 
-def _gpu_used(runs: list[dict]) -> int | None:
+def gpu_used(runs: list[dict]) -> int | None:
+    """Peak bytes of arrays on the GPU; None where they are not known."""
     return results.gpu_peak(runs).get("used")
 
 
-def _floor_line(label: str, result: dict, race: dict) -> str | None:
+def floor_line(label: str, result: dict, race: dict) -> str | None:
     """What the products, and on a GPU the bytes, would take at full speed."""
     gflop, products, floor = 1e-9 * race["flops"], products_ms(result, race), floor_ms(result, race)
     if products is not None:
-        return f"- {label}: {gflop:.1f} Gflop of matrix products a step: {products:.1f} ms at full speed"
+        return f"- {label}: {gflop:.1f} Gflop of matrix products per step: {products:.1f} ms at full speed"
     if floor is None:
         return None
     rates = result["rooflines"][race["precision"]]

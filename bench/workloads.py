@@ -70,7 +70,7 @@ class Workload:
         return Model(config, self.vocab_size)
 
     def training(self, num_steps: int) -> TrainConfig:
-        """How every contender trains: AdamW at a constant rate, clipped, float32."""
+        """How every library trains: AdamW at a constant rate, clipped, float32."""
         return TrainConfig(
             batch_size=self.batch_size, num_steps=num_steps, lr=1e-3, schedule="constant", warmup_steps=0,
             beta1=0.9, beta2=0.99, weight_decay=0.1, clip=1.0, eval_every=num_steps + 1,
@@ -78,13 +78,13 @@ class Workload:
         )  # fmt: skip
 
     def batches(self, count: int) -> list[Batch]:
-        """The first `count` batches: the same for every contender."""
+        """The first `count` batches: the same for every library."""
         ids = np.random.default_rng(0).integers(0, self.vocab_size, N_IDS, dtype=np.int32)
         windows = RandomWindows(ids, self.n_ctx, self.batch_size, seed=0)
         return [windows.batch(step) for step in range(count)]
 
 
-# With these numbers of steps a round of one contender takes seconds on two cores, not minutes.
+# With these numbers of steps a round of one library takes seconds on two cores, not minutes.
 WORKLOADS = {
     workload.name: workload
     for workload in (

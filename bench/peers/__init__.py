@@ -34,7 +34,7 @@ TRAINERS: dict[str, tuple[str, dict]] = {
     "jax": ("bench.peers.jax:train", {}),
     "torch.compile-graphs": ("bench.peers.torch:train", {"compiled": "reduce-overhead"}),
 }
-"""Function and options of each contender."""
+"""Function and options of each."""
 GENERATORS: dict[str, tuple[str, dict]] = {
     "baby_xp": ("bench.peers.ours:generate", {}),
     "torch": ("bench.peers.torch:generate", {}),
@@ -43,7 +43,7 @@ GENERATORS: dict[str, tuple[str, dict]] = {
 FOR_A_GPU = ("torch.compile-graphs",)
 """Peers that are measured on a GPU only, and only if they are named."""
 LACKING = {"baby_xp": ("half",), "jax": ("half",)}
-"""Precisions that a contender is not measured in."""
+"""Precisions that a library is not measured in."""
 SPREAD = 5.0
 """Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
 the check whether two models agree would miss a fault in it; the time of a step does not depend on it."""
@@ -52,7 +52,7 @@ the check whether two models agree would miss a fault in it; the time of a step 
 class Clock:
     """Batches that were drawn before, and the time in seconds at which each was asked for.
 
-    Every `every` steps it waits for the device first: only these are times of whole steps. A contender sets `wait`
+    Every `every` steps it waits for the device first: only these are times of whole steps. A trainer sets `wait`
     to what waits for its device.
     """
 
@@ -78,7 +78,7 @@ class Clock:
 
 @dataclass
 class Outcome:
-    """What a contender did."""
+    """What a trainer or a generator did."""
 
     losses: list[float]
     """Nats per token: the last mean during training, and that of the first batch after the last step."""
@@ -94,7 +94,7 @@ class Outcome:
 
 
 def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: float, **options) -> dict:
-    """Train a contender -> its Outcome, and `ms`: milliseconds of each step after the warm-up.
+    """Train a library's model -> its Outcome, and `ms`: milliseconds of each step after the warm-up.
 
     One more step is done than is asked for, as the time of a step ends where the next begins. Where Python runs
     ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
@@ -116,7 +116,7 @@ def losses(name: str, workload: str, **options) -> list[float]:
 
 
 def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, backend: str) -> dict:
-    """Let a contender generate -> its Outcome, and `ms`: milliseconds of each step after the warm-up."""
+    """Let a library's model generate -> its Outcome, and `ms`: milliseconds of each step after the warm-up."""
     task, own = GENERATORS[name]
     outcome, ms = harness.function_of(task)(workloads.of(workload), batch, warmup + tokens, backend, **own)
     return {**asdict(outcome), "ms": ms[-tokens:]}

@@ -1,25 +1,38 @@
-"""baby_xp itself, as its commands `train` and `generate` run it."""
+"""baby_xp itself, as its commands `train` and `generate` run it: whatever bench uses of its internals is here."""
 
+import statistics
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 import baby_xp
-from baby_xp.api import Silent
+from baby_xp import presets
+from baby_xp.arrays import params
 from baby_xp.arrays.backend import device_memory
 from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
 from baby_xp.inference.generate import Sampling, generate_several
+from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import process_memory
-from baby_xp.text.dataset import Dataset
+from baby_xp.text.dataset import Dataset, prepare
 from baby_xp.training.checkpoint import first
-from baby_xp.training.loop import Result, fit
+from baby_xp.training.listener import Listener
+from baby_xp.training.loop import Loop, Result
+from baby_xp.training.plan import Plan
+from baby_xp.training.setup import number_of_workers
 from baby_xp.training.signals import Stop
-from baby_xp.training.workers import Workers, alone, suitable_number
+from baby_xp.training.step import initial_state, step_noise
+from baby_xp.training.workers import Workers, alone
 from bench import harness, peers, workloads
 from bench.peers import SEED, Clock, Outcome
 from bench.workloads import Workload
+
+# training -----------------------------------------------------------------------------------------------
 
 
 def train(
@@ -33,31 +46,102 @@ def train(
     """Train on the batches of the clock. workers: None for the number that `train` would choose."""
     loaded = load(backend, None, "float32", **({"tf32": True} if precision == "tf32" else {}))
     model, clock.wait = workload.model(dropout), loaded.synchronize
-    number = workers or suitable_number(loaded, model, workload.batch_size)
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
-    result, taken = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, number)
+    result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
     last = result.checkpoint.progress["records"][-1]
     about = {**_about(loaded), "workers": str(number)}
     if hasattr(loaded, "details"):
         about["details"] = loaded.details()
     found = device_memory(loaded)
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
-    return Outcome([last["train_loss"], last["val_loss"]], about, taken, gpu_memory)
+    return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)
 
 
 def fit_as_train_does(
-    backend, model: Model, config: TrainConfig, dataset: Dataset, number: int
-) -> tuple[Result, list[dict[str, int]]]:
-    """What `train` does between reading the text and writing the files -> its result, the sizes of all processes.
+    backend, model: Model, config: TrainConfig, dataset: Dataset, workers: int | None = None
+) -> tuple[Result, list[dict[str, int]], int]:
+    """What `train` does between reading the text and writing the files; every measured step passes through here.
 
-    number: worker processes. A small step has one BLAS thread, as in baby_xp.session.
+    Returns the result, the sizes of all processes, and their number, which `train` would choose too: a small step
+    is computed by one process with one BLAS thread, any other one by a process on each core (baby_xp.session).
     """
+    number = number_of_workers(workers, backend, model, config.batch_size)
     of_step = backend, model, config.batch_size
-    with Workers(*of_step, number) if number > 1 else alone(*of_step) as workers:
-        start = first(model, config)
-        result = fit(backend, model, config, dataset, start, Silent(), lambda kept: None, Stop(), workers)
-        return result, process_memory.taken([child.pid for child in workers.children] if workers else [])
+    with Workers(*of_step, number) if number > 1 else alone(*of_step) as pool:
+        plan = Plan(config, dataset.num_steps)
+        loop = Loop(backend, model, dataset, plan, Listener(), lambda kept: None, Stop(), pool)
+        result = loop.run(first(model, config))
+        return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
+
+
+def train_preset(preset: str, settings: dict[str, Any], steps: int, warmup: int) -> dict:
+    """Train a preset with these settings for some steps -> "ms" of each, "memory" of all processes, "workers"."""
+    chosen = presets.preset(preset).override(settings)
+    with TemporaryDirectory() as folder:
+        dataset = prepare(chosen.data, chosen.model, chosen.train, Path(folder) / "corpora")
+        clock = Clock([dataset.batches.batch(step) for step in range(warmup + steps + 1)])
+        n, little = len(clock), {"n_validation": 1, "validation": lambda: iter(clock.batches[:1])}
+        config = replace(chosen.train, num_steps=n, eval_every=n + 1, checkpoint_minutes=0.0)
+        dataset = replace(dataset, batches=clock, num_steps=n, **little)
+        backend, model = load("numpy", None, config.dtype), Model(chosen.model, dataset.tokenizer.vocab_size)
+        _, sizes, number = fit_as_train_does(backend, model, config, dataset)
+    return {"ms": clock.ms(warmup), "memory": sizes, "workers": number}
+
+
+class Watched(Listener):
+    """A listener that remembers the speed, and what the worker processes took: at the end they no longer run."""
+
+    def __init__(self):
+        self.rates, self.workers = [], []
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Note a reading."""
+        self.rates.append(tokens_per_second)
+        self.workers = process_memory.taken(process_memory.children())[1:]
+
+
+def train_run(preset: str, settings: dict[str, Any], place: dict[str, Any]) -> dict:
+    """A whole run as the command `train` makes it -> "ms" per step, "taken": bytes beyond bare interpreters.
+
+    place: backend and precision. The first reading, in which caches fill and kernels are compiled, does not count.
+    """
+    import baby_xp.cli  # the command line is in the process of a real run
+
+    watched = Watched()
+    with TemporaryDirectory() as folder:
+        run = baby_xp.train(preset, path=folder, listener=watched, **place, **settings)
+    config = run.config["train"]
+    tokens = config["batch_size"] * config["accumulate"] * run.model.config.n_ctx
+    idle, sizes = process_memory.of_interpreter(), process_memory.taken()
+    taken = process_memory.growth([*sizes, *watched.workers], idle) if sizes else None
+    return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": taken}
+
+
+# memory -------------------------------------------------------------------------------------------------
+
+
+def idle() -> list[dict[str, int]]:
+    """Sizes of a process that imports baby_xp, makes the backend and does nothing; [] where they are not known."""
+    load("numpy")
+    return process_memory.taken()
+
+
+def arrays_of_step(workload: Workload) -> dict[str, Any]:
+    """Arrays that a training step cannot do without, by kind, in tuples; "saved": for the backward pass."""
+    backend, model, (batch,) = load("numpy"), workload.model(workload.dropout), workload.batches(1)
+    xp, flat = backend.xp, params.draw(model.spec, SEED)
+    state = initial_state(backend, flat, params.decay_mask(model.spec), SEED)
+    noise = step_noise(xp, model, state["seed"], state["step"], batch)
+    logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
+    _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
+    return {
+        "parameters": state["params"], "moments": (state["m"], state["v"]), "decays": state["decays"],
+        "gradients": flat, "batch": tuple(batch), "saved": (saved, loss_saved),
+    }  # fmt: skip
+
+
+# generation ---------------------------------------------------------------------------------------------
 
 
 def generate(

@@ -279,7 +279,7 @@ class Decoder:
         t, self.cached = self.cached, self.length - start
         x = self.model.wte(new) + self.model.wpe.weight[t : self.cached]
         for block, cache in zip(self.model.blocks, self.caches, strict=True):
-            x = x + _attention(block.attention, block.norm1(x), cache, t)
+            x = x + attend(block.attention, block.norm1(x), cache, t)
             x = x + block.network(block.norm2(x))
         return self.model.lm_head(self.model.ln_f(x[:, -1]))
 
@@ -296,7 +296,7 @@ class Decoder:
             yield ids.cpu().numpy()
 
 
-def _attention(attention, x, cache, t: int):
+def attend(attention, x, cache, t: int):
     """Queries of the new tokens with the keys of all; x (B, n, C), cache (2, B, H, n_ctx, D), t tokens in it."""
     B, n, C = x.shape
     qkv = attention.qkv(x).view(B, n, 3, attention.H, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, n, D)
