@@ -2,8 +2,8 @@
 
     python docs/pictures/make.py [FOLDER]
 
-trains the preset `baby`, which takes about two minutes on two cores, and writes baby-light.svg and baby-dark.svg into
-FOLDER, by default the folder of this file. It needs matplotlib: pip install -e '.[plots]'.
+trains the preset `baby`, which takes about two minutes on two cores, and writes baby-light.svg and baby-dark.svg
+into FOLDER, by default the folder of this file. It needs matplotlib: pip install -e '.[plots]'.
 """
 
 import json
@@ -19,36 +19,35 @@ from matplotlib.figure import Figure
 
 import baby_xp
 
-SAMPLES = (10, 100, 400, 2500)
-"""Steps at which the picture shows what the model writes."""
+SAMPLES = {10: (13, 1), 100: (13, 6), 400: (13, 6), 2500: (0, 30)}
+"""Steps at which the picture shows what the model writes -> where it stands, in points from the curve."""
 CHARACTERS = 52
 """Length of each of these samples."""
 COLOURS = {  # of the two themes of a page
-    "light": {"text": "#1f2328", "faint": "#59636e", "grid": "#d1d9e0", "curve": "#0969da", "limit": "#bc4c00"},
-    "dark": {"text": "#f0f6fc", "faint": "#9198a1", "grid": "#3d444d", "curve": "#58a6ff", "limit": "#f0883e"},
+    "light": {"text": "#1f2328", "faint": "#59636e", "curve": "#0969da", "limit": "#bc4c00"},
+    "dark": {"text": "#f0f6fc", "faint": "#9198a1", "curve": "#58a6ff", "limit": "#f0883e"},
 }
 MONO, DASHES = "DejaVu Sans Mono", (0, (4, 2))
 STYLE = {"svg.hashsalt": "baby_xp", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9.5}
 """Letters become outlines, so that the picture looks the same everywhere; the same run gives the same bytes."""
 
 
-def learn(**settings) -> list[dict]:
-    """Train `baby` with two processes and return a record for every ten steps: step, val_loss, sample."""
+def learn(**settings) -> tuple[list[dict], int]:
+    """Train `baby` with two processes -> a record every ten steps (step, val_loss, sample), vocabulary size."""
     with tempfile.TemporaryDirectory() as folder:
         run = baby_xp.train(
             "baby", path=folder, backend="numpy", workers=2, eval_every=10, sample_tokens=64, **settings
         )
         lines = (Path(folder) / f"outputs/metrics_{run.guid}.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    return [record for record in records if not record["whole_validation"]]
+    return [record for record in records if not record["whole_validation"]], run.model.vocab_size
 
 
-def draw(records: list[dict], theme: str) -> Figure:
+def draw(records: list[dict], vocab_size: int, theme: str) -> Figure:
     """The validation loss over the steps, with samples at SAMPLES, on a transparent background."""
-    colours, n_characters = COLOURS[theme], len({*nursery.generate(100_000, seed=0)})
-    best, guess = nursery.entropy_per_character(), math.log(n_characters)
+    colours, best, guess = COLOURS[theme], nursery.entropy_per_character(), math.log(vocab_size)
     steps = [record["step"] for record in records]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot(facecolor="none", xlim=(0, steps[-1]), ylim=(0, 4.1), yticks=range(5))
     axes.set_xlabel("training step", color=colours["faint"])
@@ -57,45 +56,42 @@ def draw(records: list[dict], theme: str) -> Figure:
     axes.tick_params(length=0, colors=colours["faint"])
     axes.spines[:].set_visible(False)
 
-    note = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center_baseline"}
+    note = {"transform": axes.get_yaxis_transform(), "va": "center_baseline"}
     axes.axhline(guess, color=colours["faint"], linewidth=1.2, linestyle=DASHES)
-    words = f"{guess:.2f}: guessing, as if all {n_characters} characters were equally likely"
-    axes.text(0.5, guess - 0.13, words, color=colours["faint"], **note)
+    words = f"{guess:.2f}: guessing among {vocab_size} characters"
+    axes.text(0.995, guess - 0.13, words, color=colours["faint"], ha="right", **note)
     axes.axhspan(0, best, color=colours["limit"], alpha=0.13, linewidth=0)
     axes.axhline(best, color=colours["limit"], linewidth=1.4, linestyle=DASHES)
     words = f"no model can get below {best:.4f}, the exact entropy of these stories"
-    axes.text(0.5, best / 2, words, color=colours["limit"], **note)
+    axes.text(0.5, best / 2, words, color=colours["limit"], ha="center", **note)
 
     axes.plot(steps, [record["val_loss"] for record in records], color=colours["curve"], linewidth=2.2)
     for record in records:
         if record["step"] in SAMPLES:
-            show_sample(axes, record, colours, above=record is records[-1])
+            show_sample(axes, record, colours)
     return figure
 
 
-def show_sample(axes, record: dict, colours: dict[str, str], above: bool) -> None:
+def show_sample(axes, record: dict, colours: dict[str, str]) -> None:
     """A dot on the curve, and what the model wrote at that step: to the right of the dot, or above it."""
-    at = record["step"], record["val_loss"]
+    at, (x, y) = (record["step"], record["val_loss"]), SAMPLES[record["step"]]
     axes.plot(*at, "o", color=colours["curve"], markersize=6.5, clip_on=False, zorder=3)
-    (x, y), side = ((0, 31), "right") if above else ((13, 0), "left")
-    place = {"xy": at, "textcoords": "offset points", "ha": side, "va": "center_baseline"}
+    place = {"textcoords": "offset points", "ha": "left" if x else "right", "va": "center_baseline"}
     label = f"step {at[0]:,}, loss {at[1]:.2f}"
     text = textwrap.shorten(record["sample"], CHARACTERS, placeholder=" …")
     for words in (
-        axes.annotate(label, xytext=(x, y + 7.5), color=colours["faint"], fontsize=8.5, **place),
-        axes.annotate(text, xytext=(x, y - 6), color=colours["text"], family=MONO, parse_math=False, **place),
+        axes.annotate(label, at, (x, y + 7), color=colours["faint"], fontsize=8.5, **place),
+        axes.annotate(text, at, (x, y - 6), color=colours["text"], family=MONO, parse_math=False, **place),
     ):
         words.set_in_layout(False)
 
 
-def main() -> None:
-    """Train, and write the picture for both themes."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    records = learn()
+def save(records: list[dict], vocab_size: int, folder: Path) -> None:
+    """Draw the picture for both themes."""
     for theme in COLOURS:
         with rc_context(STYLE):
-            draw(records, theme).savefig(folder / f"baby-{theme}.svg", metadata={"Date": None})
+            draw(records, vocab_size, theme).savefig(folder / f"baby-{theme}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main()
+    save(*learn(), Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
