@@ -2,7 +2,7 @@
 
     python docs/pictures/make.py [FOLDER]
 
-trains the preset `baby`, which takes about two minutes on two cores, and writes baby-light.svg and baby-dark.svg
+trains the preset `baby`, which takes some minutes, and writes baby-light.svg and baby-dark.svg
 into FOLDER, by default the folder of this file. It needs matplotlib: pip install -e '.[plots]'.
 """
 
