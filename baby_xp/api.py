@@ -204,7 +204,8 @@ def import_littlebaby(
     train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
     run_config = RunConfig("littlebaby", found.config, train_config, DataConfig(str(model)))
     own, compute = Model(found.config, found.tokenizer.vocab_size), Compute("numpy", workers=1)
-    flat, no_text = found.params.astype(dtype), Dataset(str(model), found.tokenizer, None, 0, lambda: iter(()), 0, {})
+    flat = found.params.astype(dtype)
+    no_text = Dataset(str(model), found.tokenizer, None, 0, lambda: iter(()), 0, {})
     setup = Setup(run_config, compute, compute.load(dtype), no_text, own, 1)
     result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
     with new_run(path, guid=found.guid) as new:

@@ -21,7 +21,9 @@ TEXTS = sorted(
 )
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
-LONG_PAGES = {"README.md", "docs/equations.md", "docs/life-of-a-run.md", "docs/parameters.md", "docs/tour.md"}
+LONG_PAGES = {"README.md"} | {
+    f"docs/{name}.md" for name in ("equations", "inspect", "life-of-a-run", "parameters", "presets", "tour")
+}
 """They train for more than some seconds."""
 SECONDS_PER_PAGE, SECONDS_PER_CELL = 1800, 1800
 

@@ -61,7 +61,8 @@ baby_xp.train("baby", n_layers=3, data="my.txt", lr=1e-3)
 def test_a_type_checker_knows_the_public_names(mypy, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
-    found = [line.partition(": ")[2] for line in mypy(str(file)) if "program.py:" in line and "defined in" not in line]
+    lines = [line for line in mypy(str(file)) if "program.py:" in line and "defined in" not in line]
+    found = [line.partition(": ")[2] for line in lines]
     kinds = [line.partition("Revealed type is ")[2].strip('"') for line in found if "Revealed" in line]
     assert kinds == ["baby_xp.run.Run", "str", "baby_xp.evaluation.evaluate.Evaluation", "float | None"]
     wrong = [line for line in found if line.startswith("error")]
