@@ -36,7 +36,7 @@ import baby_xp
 import baby_xp.session
 from baby_xp import api
 from baby_xp.config import settings_of
-from baby_xp.runs import lock, state_file, store
+from baby_xp.runs import creation, lock, state_file, store
 from baby_xp.runs.creation import OF_SAFETENSORS
 from baby_xp.runs.store import GUID, RunFiles
 from baby_xp.training import loop
@@ -218,7 +218,7 @@ def small_and_quick() -> Iterator[None]:
         for target, name, value in (
             (baby_xp.session, "SAMPLE_TOKENS", 5),
             (loop, "time", Clock()),
-            (store, "uuid", GUIDS),
+            (creation, "uuid", GUIDS),
             (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
             (state_file, "save_file", _save),
             (os, "fsync", fsync),
