@@ -36,7 +36,7 @@ import baby_xp
 import baby_xp.session
 from baby_xp import api
 from baby_xp.config import settings_of
-from baby_xp.runs import creation, lock, state_file, store
+from baby_xp.runs import creation, lock, state_file
 from baby_xp.runs.creation import OF_SAFETENSORS
 from baby_xp.runs.store import GUID, RunFiles
 from baby_xp.training import loop
