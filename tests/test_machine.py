@@ -36,6 +36,8 @@ from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
 
+from baby_xp.runs import store
+
 CHANCE = st.randoms(use_true_random=False)
 MOST_RUNS = 5
 DAMAGE_TO_IDS = (*["flip"] * 3, *["zero"] * 3, "cut", "longer", "empty", "gone")
@@ -88,7 +90,7 @@ class Machine(RuleBasedStateMachine):
         """The run's GUID, or the beginning of it where that is enough, or "last" where it is that one."""
         if chance.random() < 0.8:
             return guid
-        listed = world.store.guids(self.world.folder)
+        listed = store.guids(self.world.folder)
         if listed and listed[0] == guid:
             return "last"
         others = [one for one in listed if one[:8] == guid[:8]]
