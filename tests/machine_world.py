@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 import baby_xp
 from baby_xp.presets import PRESETS
-from baby_xp.runs import lock, state_file, store
+from baby_xp.runs import creation, lock, state_file
 from baby_xp.runs.creation import OF_SAFETENSORS
 from baby_xp.runs.store import GUID, RunFiles
 from baby_xp.training import loop
@@ -214,7 +214,7 @@ def small_and_quick() -> Iterator[None]:
         stack.enter_context(quick(sample_tokens=5))
         for target, name, value in (
             (loop, "time", Clock()),
-            (store, "uuid", GUIDS),
+            (creation, "uuid", GUIDS),
             (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
             (state_file, "save_file", _save),
             (os, "fsync", fsync),

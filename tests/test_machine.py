@@ -37,6 +37,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
 
 import baby_xp
+from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 
 CHANCE = st.randoms(use_true_random=False)
@@ -91,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         """The run's GUID, or the beginning of it where that is enough, or "last" where it is that one."""
         if chance.random() < 0.8:
             return guid
-        listed = world.store.guids(self.world.folder)
+        listed = store.guids(self.world.folder)
         if listed and listed[0] == guid:
             return "last"
         others = [one for one in listed if one[:8] == guid[:8]]

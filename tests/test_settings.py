@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -373,21 +372,6 @@ def test_a_signal_before_the_first_step_has_the_code_of_one(call, monkeypatch, s
     monkeypatch.setattr(Screen, "note", lambda self, text: None)
     line = "baby_xp: interrupted before the first step was done; nothing was trained\n"
     assert call("train", "--data=text.txt", *flags(**TINY)) == (128 + number, "", line)
-
-
-@needs_signals
-def test_a_training_under_nohup_outlives_its_terminal(call, monkeypatch, signals):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    shown = Screen.evaluated
-
-    def evaluated(self, record):
-        os.kill(os.getpid(), signal.SIGHUP)
-        shown(self, record)
-
-    monkeypatch.setattr(Screen, "evaluated", evaluated)
-    assert call("train", "--data=text.txt", *flags(**TINY))[::2] == (0, "")
-    assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_IGN
-    assert api.load(backend="numpy").config["result"]["state"] == "done"
 
 
 @pytest.mark.parametrize("line", [b"", b'{"file": 3, "ra'])

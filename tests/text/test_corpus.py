@@ -104,18 +104,6 @@ def test_a_missing_file_a_folder_and_a_pipe_are_told_apart(tmp_path):
         assert repr(path.name)[1:-1] in message_of(error)
 
 
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    path = write(tmp_path, b"a")
-
-    def refuse(*_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(BabyError, match="Permission denied") as error:
-        list(read_text(path))
-    message_of(error)
-
-
 # Corpora
 
 
