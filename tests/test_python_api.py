@@ -18,7 +18,7 @@ import pytest
 import small_runs
 
 import baby_xp
-from baby_xp import api, checks, models
+from baby_xp import checks, models
 from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Restorable
 from baby_xp.cli import streams
@@ -100,7 +100,7 @@ def test_a_trial_takes_them_too(folder, monkeypatch):
 
 
 def test_numbers_of_numpy_are_for_the_lab_too():
-    chosen = api.override(preset("equations"), {"num_steps": np.int64(3), "held_out": "4+4"})
+    chosen = preset("equations").override({"num_steps": np.int64(3), "held_out": "4+4"})
     results = leave_one_out.experiment(chosen, seeds=np.int64(2), workers=np.int8(1))
     assert results.models == 2
 
@@ -391,7 +391,7 @@ def test_equations_in_a_context_of_absurd_length_are_never_made(tmp_path, name):
     asked = {"n_ctx": 2**31 - 1, "num_steps": 1, "backend": "numpy"}
     refused(lambda: baby_xp.train(name, path=tmp_path / "runs", **asked), "n_ctx", "hold every equation")
     refused(lambda: baby_xp.estimate(name, measure=False, **asked), "n_ctx")
-    refused(lambda: leave_one_out.experiment(api.override(preset(name), {"n_ctx": 2**31 - 1})), "n_ctx")
+    refused(lambda: leave_one_out.experiment(preset(name).override({"n_ctx": 2**31 - 1})), "n_ctx")
     assert not list(tmp_path.iterdir())
 
 

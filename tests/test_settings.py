@@ -128,7 +128,7 @@ def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
     ("equations", {"num_epochs": 3}, (None, 3)),
 ])  # fmt: skip
 def test_who_names_epochs_means_epochs(name, overrides, expected):
-    train = api.override(preset(name), overrides).train
+    train = preset(name).override(overrides).train
     assert (train.num_steps, train.num_epochs) == expected
 
 
@@ -169,7 +169,7 @@ WITH_EFFECT = [
 @pytest.mark.parametrize(("name", "overrides", "words"), IN_VAIN)
 def test_a_setting_that_would_change_nothing_is_refused(call, work, name, overrides, words):
     with pytest.raises(BabyError) as refused:
-        api.override(preset(name), overrides)
+        preset(name).override(overrides)
     for word in words:
         assert word in str(refused.value)
     for command in ("train", "estimate") if name == "baby" else ("train",):
@@ -179,7 +179,7 @@ def test_a_setting_that_would_change_nothing_is_refused(call, work, name, overri
 
 @pytest.mark.parametrize(("name", "overrides"), WITH_EFFECT)
 def test_a_setting_that_changes_something_is_not(name, overrides):
-    chosen = api.override(preset(name), overrides)
+    chosen = preset(name).override(overrides)
     found = {**vars(chosen.model), **vars(chosen.train), **vars(chosen.data)}
     assert overrides.items() <= found.items()
 
@@ -188,10 +188,10 @@ def test_what_a_run_was_once_trained_with_is_not_refused():
     """Its config may hold what is refused by now."""
     train = config.from_dict(TrainConfig, {"num_steps": 9, "stride": 3, "schedule": "constant"}, "x")
     chosen = replace(preset("baby"), train=train)
-    assert api.override(chosen, {}) == chosen
-    assert api.override(chosen, {"lr": 0.1}).train.lr == 0.1
+    assert chosen.override({}) == chosen
+    assert chosen.override({"lr": 0.1}).train.lr == 0.1
     with pytest.raises(BabyError, match="min_lr has no effect"):
-        api.override(chosen, {"min_lr": 0.1})
+        chosen.override({"min_lr": 0.1})
 
 
 def test_finetuning_keeps_the_tokenizer(call):
@@ -209,7 +209,7 @@ def test_the_lab_refuses_what_it_ignores(call, name):
     assert err.endswith(f": leave out --{name.replace('_', '-')}\n")
     if name != "eval_every":  # presets have one, and none is the usual one
         with pytest.raises(BabyError, match=f"{name} has no effect"):
-            leave_one_out.experiment(api.override(preset("equations"), {name: value}), seeds=1, workers=1)
+            leave_one_out.experiment(preset("equations").override({name: value}), seeds=1, workers=1)
 
 
 @pytest.mark.parametrize(("more", "named"), [
@@ -235,10 +235,10 @@ def test_greedy_leaves_nothing_to_draw(call, more, named):
     ({"digits": 2, "max_sum": 99, "n_ctx": 9}, "4+4"),
 ])  # fmt: skip
 def test_a_table_has_a_held_out_case_of_its_own(overrides, expected):
-    assert api.override(preset("equations"), overrides).data.held_out == expected
+    assert preset("equations").override(overrides).data.held_out == expected
     for share in ("10%", leave_one_out.EACH):
         chosen = replace(preset("equations"), data=replace(preset("equations").data, held_out=share))
-        assert api.override(chosen, overrides).data.held_out == overrides.get("held_out", share)
+        assert chosen.override(overrides).data.held_out == overrides.get("held_out", share)
 
 
 @pytest.mark.parametrize(("held_out", "table", "expected"), [
@@ -265,7 +265,7 @@ def test_a_table_of_differences_alone_is_trained_and_measured(call):
     assert call("estimate", "equations", "--operators", "-", "--no-measure", "--backend=numpy")[::2] == (0, "")
     for kind in ("mlp", "gpt"):
         chosen = leave_one_out.suitable(kind, None, None, "-")
-        leave_one_out.jobs_of(api.override(chosen, {"operators": "-"}), 1)
+        leave_one_out.jobs_of(chosen.override({"operators": "-"}), 1)
 
 
 @pytest.mark.parametrize(("text", "table", "expected"), [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import baby_xp
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
@@ -231,7 +232,7 @@ def test_tf32_needs_a_gpu_that_has_it(monkeypatch):
 # runs ---------------------------------------------------------------------------------------------------
 
 
-class StopAt(api.Silent):
+class StopAt(baby_xp.Listener):
     """Interrupts a run at a step; `then` is called first."""
 
     def __init__(self, step: int, then=lambda: None):
@@ -435,7 +436,7 @@ def test_the_last_checkpoint_survives_and_the_run_goes_on(machine, text):
     whole = train(text, path="whole")
     peak = machine.held[0]
 
-    class Shrinks(api.Silent):
+    class Shrinks(baby_xp.Listener):
         def evaluated(self, record):
             if record["step"] == 4:
                 machine.limits[0] = peak * 8 // 10

@@ -10,6 +10,7 @@ from conftest import case_of
 from layer_table import TABLE, numbers_for
 from safetensors.numpy import load_file
 
+import baby_xp
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
@@ -56,7 +57,7 @@ def train(text, listener=None, **more):
     return api.train("baby", listener=listener, **{**TINY, "data": text, **more})
 
 
-class StopAt(api.Silent):
+class StopAt(baby_xp.Listener):
     """Interrupts a run at a step."""
 
     def __init__(self, step: int):

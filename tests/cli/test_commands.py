@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 from small_runs import TEXT, TINY, all_of, flags, metrics_of
 
 import baby_xp
-from baby_xp.api import Silent
 from baby_xp.arrays import registry
 from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Logits
 from baby_xp.run import Run
 from baby_xp.runs import state_file, store
 from baby_xp.text.tokenizer import tokenizer_from_dict
+from baby_xp.training.listener import Listener
 from baby_xp.training.signals import Stop
 
 STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
@@ -154,7 +154,7 @@ def test_a_run_is_there_from_its_start(work):
     """Whatever happens later: it can be found, loaded, and gone on with; but by nobody else meanwhile."""
     seen = []
 
-    class Onlooker(Silent):
+    class Onlooker(Listener):
         def started(self, session, step):
             run = baby_xp.load(weights="last")
             files = run.files

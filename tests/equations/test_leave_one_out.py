@@ -15,7 +15,7 @@ from baby_xp_data import equation_table
 from baby_xp_data.equation_table import BABYLLM, EquationTable, pairs
 
 import baby_xp
-from baby_xp import api, cli, config, equations, processes
+from baby_xp import cli, config, equations, processes
 from baby_xp.arrays import registry
 from baby_xp.config import EquationConfig, EquationData
 from baby_xp.equations import leave_one_out
@@ -30,7 +30,7 @@ OF_EQUATIONS = [name for name, run_config in PRESETS.items() if isinstance(run_c
 
 def shortened(name, **overrides):
     """A preset that trains in a moment, and learns little."""
-    return api.override(preset(name), {"num_steps": 3, "batch_size": 64, **overrides})
+    return preset(name).override({"num_steps": 3, "batch_size": 64, **overrides})
 
 
 # settings ------------------------------------------------------------------------------------------------
@@ -53,13 +53,13 @@ def test_settings_that_make_no_sense(name, overrides, match, tmp_path):
 
 
 def test_training_sees_what_the_settings_say():
-    four = api.override(preset("equations"), {"max_sum": 18, "held_out": "4+4,9+7"})
+    four = preset("equations").override({"max_sum": 18, "held_out": "4+4,9+7"})
     batch, table = dataset.prepare(four.data, four.model, four.train, None).batches.batch(0), EquationTable(18)
     # without the contexts that do not determine what follows
     contexts, targets = pairs(table.equations(["4+4", "9+7"]), table.undetermined())
     assert np.array_equal(batch.inputs, contexts)
     assert np.array_equal(batch.targets, targets)
-    nine = api.override(preset("equations-2"), {"seed": 5})
+    nine = preset("equations-2").override({"seed": 5})
     found, table = dataset.prepare(nine.data, nine.model, nine.train, None), EquationTable(0, 2, "+-")
     assert (found.table, found.held_out) == (table, table.choose("10%", 5))
     assert np.array_equal(found.batches.contexts, pairs(table.equations(found.held_out), n_ctx=9)[0])
@@ -208,7 +208,7 @@ def test_a_share_is_another_one_for_each_seed():
 
 
 def test_processes_give_what_one_gives():
-    run_config = api.override(shortened("equations-table", num_steps=30), {"held_out": "4+4,9+8"})
+    run_config = shortened("equations-table", num_steps=30).override({"held_out": "4+4,9+8"})
     one, two = (leave_one_out.experiment(run_config, seeds=3, workers=workers) for workers in (1, 2))
     assert one.answers == two.answers
     assert sorted(one.losses) == sorted(two.losses)
@@ -232,7 +232,7 @@ def test_answerable_sums_are_answered():
     """The accuracy that docs/equations.md reports, on a few cases of the table."""
     cases = ["4+4", "1+2", "2+6", "0+7"]
     run_config = preset("equations")
-    answers = [leave_one_out.run_job(api.override(run_config, {"held_out": case}))[0] for case in cases]
+    answers = [leave_one_out.run_job(run_config.override({"held_out": case}))[0] for case in cases]
     assert all(answer.right for of_case in answers for answer in of_case)
     assert np.mean([answer.probability for of_case in answers for answer in of_case]) > 0.9
 
@@ -351,7 +351,7 @@ def test_processes_that_the_system_refuses_end_the_lab_in_one_line(children, mon
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_its_processes_leave_the_request_to_end_to_their_parent():
-    run_config = api.override(preset("equations"), {"num_steps": 1})
+    run_config = preset("equations").override({"num_steps": 1})
     parts = {name: config.to_dict(getattr(run_config, name)) for name in ("model", "train", "data")}
     with processes.started(leave_one_out.TASK, "a process") as child:
         for number in (None, signal.SIGTERM, signal.SIGHUP):

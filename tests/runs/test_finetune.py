@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_runs import all_of, metrics_of
 
+import baby_xp
 from baby_xp import api
 from baby_xp.arrays import params
 from baby_xp.cli import main
@@ -94,7 +95,7 @@ def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path
     base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
     kept = []
 
-    class Onlooker(api.Silent):
+    class Onlooker(baby_xp.Listener):
         def started(self, session, step):
             for weights in ("best", "last"):
                 kept.append(api.load(path=tmp_path / "runs", backend="numpy", weights=weights).params.dtype)
@@ -166,7 +167,7 @@ def test_a_finetuned_run_can_be_finetuned_again(base, texts, tmp_path):
 
 
 def test_a_finetuned_run_resumes_exactly(base, texts):
-    class Stopper(api.Silent):
+    class Stopper(baby_xp.Listener):
         def evaluated(self, record):
             if record["step"] == 20:
                 raise KeyboardInterrupt

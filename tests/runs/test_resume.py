@@ -15,6 +15,7 @@ from quick import quick
 from safetensors.numpy import load_file
 from small_runs import all_of, metrics_of
 
+import baby_xp
 from baby_xp import api
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
@@ -51,7 +52,7 @@ def odd_end(tmp_path_factory) -> Path:
     return path
 
 
-class Stopper(api.Silent):
+class Stopper(baby_xp.Listener):
     """Stops a run from inside, in one of the ways there are, when it comes to a step or an evaluation."""
 
     def __init__(self, at: int, where: str = "progress", how: str = "signal"):
@@ -196,7 +197,7 @@ def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_pa
 
 
 def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone):
-    class Impatient(api.Silent):
+    class Impatient(baby_xp.Listener):
         def started(self, session, step):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -262,7 +263,7 @@ def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
     """Whoever hears of a measurement may kill the run."""
     lines = []
 
-    class Reader(api.Silent):
+    class Reader(baby_xp.Listener):
         def evaluated(self, record):
             (path,) = tmp_path.glob("outputs/metrics_*")
             lines.append((record, json.loads(path.read_text("ascii").splitlines()[-1])))

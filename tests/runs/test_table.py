@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import baby_xp.api
 import baby_xp.files
+import baby_xp
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
 from baby_xp.runs import state_file, store, table
@@ -170,7 +171,7 @@ def test_real_runs_are_in_the_table(tmp_path):
     sizes = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 2, "num_steps": 2}
     seen = []
 
-    class Onlooker(baby_xp.api.Silent):
+    class Onlooker(baby_xp.Listener):
         def evaluated(self, record):
             seen.append(table.summaries(tmp_path / "runs")[0])
 

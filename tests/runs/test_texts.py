@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import baby_xp.session
+import baby_xp
 from baby_xp import api
 from baby_xp.config import DataConfig
 from baby_xp.errors import BabyError
@@ -38,7 +39,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home"
 
 
-class Meddler(api.Silent):
+class Meddler(baby_xp.Listener):
     """Does something when a training comes to its first evaluation."""
 
     def __init__(self, meddle, at: int = 4):
@@ -258,7 +259,7 @@ def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep
     """Whose folder of outputs is still empty, and which shares the folder of ids."""
     Path("bad.txt").write_bytes(content)
 
-    class Fails(api.Silent):
+    class Fails(baby_xp.Listener):
         def started(self, session, step):
             with pytest.raises(BabyError):
                 api.train("baby", data="bad.txt", **TINY)

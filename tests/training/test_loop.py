@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import baby_xp
-from baby_xp.api import Silent
 from baby_xp.arrays import params, registry
 from baby_xp.config import TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.runs import state_file
 from baby_xp.training import loop, optimizers
+from baby_xp.training.listener import Listener
 from baby_xp.training.step import initial_state, make_step
 
 SETTINGS = {
@@ -30,7 +30,7 @@ FIGURES = ["step", "train_loss", "val_loss", "whole_validation", "lr", "grad_nor
 NEVER = 10**6
 
 
-class Noting(Silent):
+class Noting(Listener):
     """Notes what training tells."""
 
     def __init__(self):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import baby_xp
 import baby_xp.api
 from baby_xp.arrays import params, registry
 from baby_xp.cli import main
@@ -317,7 +318,7 @@ def test_threads_of_the_array_library_and_the_places_of_modules(tmp_path, monkey
     assert threadpool_info() == before
 
 
-class Killer(baby_xp.api.Silent):
+class Killer(baby_xp.Listener):
     """A listener that kills a worker after an evaluation."""
 
     def __init__(self, pools):
@@ -540,7 +541,7 @@ def test_one_process_computes_small_steps_with_one_thread(tmp_path, n_emb, threa
 
     seen, before = [], of_blas()
 
-    class Watch(baby_xp.api.Silent):
+    class Watch(baby_xp.Listener):
         def progress(self, step, loss, tokens_per_second):
             seen.extend(of_blas())
 
