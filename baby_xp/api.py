@@ -146,7 +146,8 @@ def resume(
             found = replace(config.data, data=checks.path("data", data))
         config = replace(config, data=found)
         compute = _as_before(stored.content["place"], backend, device, workers, tf32, memory_gib)
-        setup = prepare(config, compute, files.folder / "corpora", stored.tokenizer, text["sha256"])
+        text_as_before = stored.tokenizer, text["sha256"]
+        setup = prepare(config, compute, files.folder / "corpora", *text_as_before, check_memory=False)
         plan = Plan.of(setup, evaluate_first=base is not None)
         session = TrainingSession(NewRun(files), setup, plan, listener, base, stored.content["started"])
         return session.run(start)

@@ -1,7 +1,7 @@
 """Where a run computes: a backend, its device, its options and the processes that share a step."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baby_xp import checks
 
@@ -25,17 +25,20 @@ class Compute:
     """Processes that share each step (numpy backend); none: chosen automatically."""
 
     def __post_init__(self):
-        checks.text("backend", self.backend)
-        checks.flag("tf32", self.tf32)
-        if self.device is not None:
-            checks.text("device", self.device)
+        plain: dict[str, Any] = {
+            "backend": checks.text("backend", self.backend),
+            "device": None if self.device is None else checks.text("device", self.device),
+            "tf32": checks.flag("tf32", self.tf32),
+        }
         if self.memory_gib is not None:
-            checks.number("memory_gib", self.memory_gib, above=0)
+            plain["memory_gib"] = checks.number("memory_gib", self.memory_gib, above=0)
         if self.workers is not None:
-            checks.whole("workers", self.workers, most=checks.most_processes())
+            plain["workers"] = checks.whole("workers", self.workers, most=checks.most_processes())
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def load(self, dtype: str) -> "Backend":
         """The backend. Raises BabyError if it cannot work here."""
         from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
 
-        return registry.load(self.backend, self.device, dtype, tf32=bool(self.tf32), memory_gib=self.memory_gib)
+        return registry.load(self.backend, self.device, dtype, tf32=self.tf32, memory_gib=self.memory_gib)

@@ -12,12 +12,14 @@ from baby_xp_data.equation_table import EquationTable
 
 import baby_xp
 from baby_xp import api, config
-from baby_xp.cli import common, main, model_commands, options
+from baby_xp.cli import main, options
 from baby_xp.cli.progress import Screen
+from baby_xp.compute import Compute
 from baby_xp.config import TrainConfig
 from baby_xp.equations import leave_one_out
 from baby_xp.errors import BabyError
 from baby_xp.estimation import estimate
+from baby_xp.inspection.printing import InspectOptions
 from baby_xp.presets import preset
 from baby_xp.text import dataset
 from baby_xp.training.signals import SIGNALS
@@ -78,8 +80,6 @@ def asked(monkeypatch):
 
 # flags that were typed ----------------------------------------------------------------------------------
 
-PLACE = {"backend": "auto", "device": None, "path": "runs", "tf32": False, "memory_gib": None, "workers": None}
-
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ([], {}),
@@ -89,19 +89,17 @@ PLACE = {"backend": "auto", "device": None, "path": "runs", "tf32": False, "memo
     (["--num_epochs", "2", "--gelu=erf", "--data=--lr"], {"num_epochs": 2, "gelu": "erf", "data": "--lr"}),
     (["--num-steps=None", "--num-epochs=1"], {"num_steps": None, "num_epochs": 1}),
 ])  # fmt: skip
-@pytest.mark.parametrize(("command", "place"), [("train", {}), ("estimate", {"measure": True})])
-def test_the_settings_that_are_typed_are_asked_for(asked, call, command, place, arguments, expected):
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_the_settings_that_are_typed_are_asked_for(asked, call, command, arguments, expected):
     if expected is None:
         assert call(command, *arguments)[0] == 2
         return
     module = {"train": api, "estimate": estimate}[command]
-    values, named = asked(module, command, command, *arguments, "--tf32")
+    values, named = asked(module, command, command, *arguments, "--tf32", "--path=elsewhere")
     assert [one.name for one in values] == ["baby"]
     named.pop("listener", None)
-    where = {**PLACE, **place, "tf32": True}
-    if command == "estimate":
-        del where["path"]
-    assert named == {**where, **expected}
+    where = {"train": {"path": "elsewhere"}, "estimate": {}}[command]  # nothing is written by an estimate
+    assert named == {"tf32": True, **where, **expected}
 
 
 def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
@@ -109,7 +107,7 @@ def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
     (name,), named = asked(api, "finetune", "finetune", "--data=text.txt", "--dropout=0.1", "--num-epochs=1")
     del named["listener"]
     assert name == api.load(backend="numpy").guid
-    assert named == {**PLACE, "data": "text.txt", "dropout": 0.1, "num_epochs": 1}
+    assert named == {"data": "text.txt", "dropout": 0.1, "num_epochs": 1}
     (name,), named = asked(api, "resume", "resume", "last", "--num-steps=9", "--no-tf32", "--min-lr=None")
     del named["listener"]
     assert (name, named) == ("last", {"num_steps": 9, "tf32": False})
@@ -388,10 +386,14 @@ def test_a_value_may_be_negative_and_a_name_be_written_with_underscores(call):
 
 def test_what_is_given_is_told_from_what_results():
     def given(part, *arguments):
-        return options.parse({"options": part}, "", "baby_xp x", arguments)
+        return options.parse([("", part)], "", "baby_xp x", arguments)
 
-    told = given(common.GpuPlace(), "--tf32", "--path", "runs", "--device=None", "--memory-gib=2")
-    assert told == {"tf32": True, "path": "runs", "device": None, "memory_gib": 2}
-    assert given(common.GpuPlace()) == {}
-    assert given(model_commands.Look(), "--prompt=--") == {"prompt": "--"}
-    assert given(model_commands.Look(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}
+    found = given(Compute(), "--tf32", "--device=None", "--memory-gib=2", "--backend", "auto")
+    assert found == {"tf32": True, "device": None, "memory_gib": 2, "backend": "auto"}
+    assert given(Compute()) == {}
+    assert given(InspectOptions(), "--prompt=--") == {"prompt": "--"}
+    assert given(InspectOptions(), "--off", "0.1", "1.0") == {"off": ["0.1", "1.0"]}
+    some = options.Subset(Compute(), ("tf32", "workers"))
+    assert given(some, "--workers=2") == {"workers": 2}
+    with pytest.raises(BabyError, match="--device"):
+        given(some, "--device=x")

@@ -25,6 +25,14 @@ class Folder:
     """Folder of the runs."""
 
 
+@dataclass(frozen=True)
+class Trained(Folder):
+    """Which weights of a run, and where it lies."""
+
+    weights: Literal["best", "last"] = "best"
+    """The weights with the best validation loss, or those of the last checkpoint."""
+
+
 def parsed(
     default: Any, command: Callable[..., Any], rest: str, arguments: list[str], *more: Any
 ) -> tuple[Any, dict[str, Any]]:
@@ -47,13 +55,13 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
     return default, arguments
 
 
-def load(name: str, given: dict[str, Any], weights: Literal["best", "last"]) -> "Run":
+def load(name: str, given: dict[str, Any]) -> "Run":
     """A run where it is asked for, to generate or to be measured."""
     from baby_xp import api
     from baby_xp.arrays.backend import first_use
 
-    where = {option: given[option] for option in ("path", *LOADING) if option in given}
-    run = api.load(name, weights=weights, **where)
+    where = {option: given[option] for option in ("path", "weights", *LOADING) if option in given}
+    run = api.load(name, **where)
     if note := first_use(run.backend):
         print(note, file=sys.stderr, flush=True)
     return run

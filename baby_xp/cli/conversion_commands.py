@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from baby_xp.cli.common import Folder, load, parsed, path_flag, positional, short
+from baby_xp.cli.common import Folder, Trained, load, parsed, path_flag, positional, short
 from baby_xp.errors import BabyError
 
 
@@ -25,8 +25,6 @@ class ExportOptions:
 
     to: str = "littlebaby"
     """Folder of the original's notebook; the files go to its folders configs, tokenizers and models."""
-    weights: Literal["best", "last"] = "best"
-    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def import_(arguments: list[str]) -> None:
@@ -54,10 +52,10 @@ def export(arguments: list[str]) -> None:
     python -m baby_xp export littlebaby 1a2b --weights last
     """
     name, rest = positional(_of_littlebaby("export", arguments), "last")
-    asked, given = parsed(ExportOptions(), export, "littlebaby [RUN]", rest, Folder())
+    asked, given = parsed(ExportOptions(), export, "littlebaby [RUN]", rest, Trained())
     from baby_xp import api
 
-    run = load(name, {**given, "backend": "numpy"}, asked.weights)
+    run = load(name, {**given, "backend": "numpy"})
     for file in api.export_littlebaby(run, asked.to):
         print(file)
 

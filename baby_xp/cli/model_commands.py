@@ -1,13 +1,12 @@
 """The commands for a trained model: generate, evaluate, inspect, check."""
 
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from baby_xp.cli.common import LOADING, Folder, load, parsed, positional
+from baby_xp.cli.common import LOADING, Trained, load, parsed, positional
 from baby_xp.cli.options import Subset
 from baby_xp.cli.streams import printable
 from baby_xp.compute import Compute
@@ -38,11 +37,9 @@ class GenerateOptions:
     """Seed of the sampling."""
     cache: bool = True
     """Keep keys and values of earlier tokens; --no-cache gives the same text, more slowly."""
-    weights: Literal["best", "last"] = "best"
-    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
-WHERE = Folder(), Subset(Compute(), LOADING)
+WHERE = Trained(), Subset(Compute(), LOADING)
 WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
 """Settings that have no effect where nothing is drawn."""
 
@@ -58,7 +55,7 @@ def generate(arguments: list[str]) -> None:
     if asked.greedy and (ways := [name for name in WAYS_TO_DRAW if name in given]):
         flags = " and ".join("--" + name.replace("_", "-") for name in ways)
         raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
-    run = load(name, given, asked.weights)
+    run = load(name, given)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
         temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, greedy=asked.greedy, seed=asked.seed,
@@ -96,8 +93,6 @@ class EvaluateOptions:
     """Tokens to generate for the shares of known words and of copied sequences."""
     seed: int = 0
     """Seed of the generated text."""
-    weights: Literal["best", "last"] = "best"
-    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -108,34 +103,10 @@ def evaluate(arguments: list[str]) -> None:
     """
     name, rest = positional(arguments, "last")
     asked, given = parsed(EvaluateOptions(), evaluate, "[RUN]", rest, *WHERE)
-    run = load(name, given, asked.weights)
+    run = load(name, given)
     found = run.evaluate(asked.data, asked.num_tokens, asked.seed)
-    print(f"run {run.guid}, the {asked.weights} weights")
+    print(f"run {run.guid}, the {given.get('weights', 'best')} weights")
     print("\n".join(found.lines()))
-
-
-@dataclass(frozen=True)
-class InspectCommandOptions:
-    """What is shown."""
-
-    prompt: str = ""
-    """Text for the model to read."""
-    layer: str | None = None
-    """Show all arrays of one block (0, 1, ...), or of all; none: what passes from layer to layer."""
-    backward: bool = False
-    """Also show the gradients of the prompt's loss."""
-    attention: str | None = None
-    """LAYER.HEAD, such as 0.1: show what this head attends to; all: compare the heads; none: the sharpest head."""
-    picture: str | None = None
-    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); needs the extra `plots`."""
-    neighbours: str | None = None
-    """Show the tokens whose embeddings are nearest to that of this token."""
-    off: tuple[str, ...] = ()
-    """LAYER.HEAD [LAYER.HEAD ...]: ablate these heads and show the effect on the loss."""
-    top: int = 5
-    """How many predictions and neighbours to list."""
-    weights: Literal["best", "last"] = "best"
-    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def inspect(arguments: list[str]) -> None:
@@ -144,15 +115,13 @@ def inspect(arguments: list[str]) -> None:
     python -m baby_xp inspect last --prompt "the cat"
     python -m baby_xp inspect 1a2b --prompt "the cat" --attention all --picture heads.png
     """
-    name, rest = positional(arguments, "last")
-    where = Folder(), Subset(Compute("numpy"), ("backend", "device"))
-    asked, given = parsed(InspectCommandOptions(), inspect, "[RUN]", rest, *where)
-    from baby_xp.inspection import printing
+    from baby_xp.inspection.printing import InspectOptions, report
 
-    run = load(name, {"backend": "numpy", **given}, asked.weights)
-    shown = {field.name: getattr(asked, field.name) for field in dataclasses.fields(printing.InspectOptions)}
-    lines = printing.report(run, printing.InspectOptions(**shown), plain=not _can_show("░█▏␣↵"))
-    print("\n".join([f"run {run.guid}", *lines]))
+    name, rest = positional(arguments, "last")
+    where = Trained(), Subset(Compute("numpy"), ("backend", "device"))
+    asked, given = parsed(InspectOptions(), inspect, "[RUN]", rest, *where)
+    run = load(name, {"backend": "numpy", **given})
+    print("\n".join(report(run, asked, plain=not _can_show("░█▏␣↵"))))
 
 
 @dataclass(frozen=True)
@@ -171,8 +140,6 @@ class CheckOptions:
     """Single elements for each array: half with the largest gradients, half random."""
     seed: int = 0
     """Seed of the batch, the dropout and the directions."""
-    weights: Literal["best", "last"] = "best"
-    """The weights with the best validation loss, or those of the last checkpoint."""
 
 
 def check(arguments: list[str]) -> int:
@@ -184,12 +151,12 @@ def check(arguments: list[str]) -> int:
     python -m baby_xp check 1a2b --tokens 32 --elements 10
     """
     name, rest = positional(arguments, "last")
-    asked, given = parsed(CheckOptions(), check, "[RUN]", rest, Folder())
+    asked, given = parsed(CheckOptions(), check, "[RUN]", rest, Trained())
     from baby_xp.evaluation import gradient_check
 
-    run = load(name, {**given, "backend": "numpy"}, asked.weights)
+    run = load(name, {**given, "backend": "numpy"})
     rows = run.check(asked.tokens, asked.batch, asked.seed, asked.elements, asked.directions, asked.data)
-    print(f"run {run.guid}, the {asked.weights} weights")
+    print(f"run {run.guid}, the {given.get('weights', 'best')} weights")
     print("\n".join([*gradient_check.about(run.model), "", *gradient_check.lines(rows)]))
     return 0 if all(row.agrees for row in rows) else 1
 

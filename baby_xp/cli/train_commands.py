@@ -53,10 +53,16 @@ def finetune(arguments: list[str]) -> None:
     python -m baby_xp finetune 1a2b --data my.txt --num-steps 1000 --lr 3e-4
     """
     from baby_xp import api
+    from baby_xp.presets import preset
 
     name, rest = positional(arguments, "last")
-    base = api.load(name, path=options.peek(rest, "--path")[0] or "runs", backend="numpy")
-    config = api.finetuning(base)
+    try:
+        base = api.load(name, path=options.peek(rest, "--path")[0] or "runs", backend="numpy")
+        config = api.finetuning(base)
+    except BabyError:
+        if {"-h", "--help"}.isdisjoint(rest):
+            raise
+        config = preset("baby")  # there is no run yet whose settings the help could show
     parts = [
         ("data", options.Subset(config.data, ("data",), defaults=False)), ("train", config.train),
         ("model", options.Subset(config.model, ("dropout",))), ("where", Folder()),

@@ -22,13 +22,21 @@ class InspectOptions:
     """What `inspect` on the command line is asked to show."""
 
     prompt: str = ""
-    backward: bool = False
+    """Text for the model to read."""
     layer: str | None = None
+    """Show all arrays of one block (0, 1, ...), or of all; none: what passes from layer to layer."""
+    backward: bool = False
+    """Also show the gradients of the prompt's loss."""
     attention: str | None = None
+    """LAYER.HEAD, such as 0.1: show what this head attends to; all: compare the heads; none: the sharpest head."""
     picture: str | None = None
+    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); needs the extra `plots`."""
     neighbours: str | None = None
+    """Show the tokens whose embeddings are nearest to that of this token."""
     off: tuple[str, ...] = ()
+    """LAYER.HEAD [LAYER.HEAD ...]: ablate these heads and show the effect on the loss."""
     top: int = 5
+    """How many predictions and neighbours to list."""
 
 
 def report(trained: "TrainedModel", options: InspectOptions, plain: bool = False) -> list[str]:

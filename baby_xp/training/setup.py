@@ -43,7 +43,8 @@ def prepare(
     """Load the backend, read the text and lay out the model.
 
     folder: where the ids of a text are kept; None: in memory. tokenizer, sha256: as for dataset.prepare.
-    check_memory: refuse what certainly does not fit this machine, before anything of it is made.
+    check_memory: refuse what certainly does not fit this machine, before anything of it is made; a run that
+    goes on has fitted before.
     Raises BabyError if the config and the machine do not go together; no ids are then left behind.
     """
     limits.check_context(config)
