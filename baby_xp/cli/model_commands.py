@@ -121,7 +121,8 @@ def inspect(arguments: list[str]) -> None:
     where = Trained(), Subset(Compute("numpy"), ("backend", "device"))
     asked, given = parsed(InspectOptions(), inspect, "[RUN]", rest, *where)
     run = load(name, {"backend": "numpy", **given})
-    print("\n".join(report(run, asked, plain=not _can_show("░█▏␣↵"))))
+    lines = report(run, asked, plain=not _can_show("░█▏␣↵"))
+    print("\n".join([f"run {run.guid}", *lines]))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def parse(parts: Sequence[tuple[str, Any]], about: str, program: str, arguments:
     for. about, program: for the help; about begins with what the command does, and ends with two examples.
     Raises BabyError for what cannot be used, and SystemExit after --help.
     """
-    fields = [field for _, part in parts for field in _fields(part)]
+    fields = [field for _, part in parts for field in fields_of(part)]
     kinds = {_flag(name): kind for name, kind, _ in fields}
     try:
         found, rest = _parser(parts, about, program, arguments).parse_known_args(_joined(arguments, kinds))
@@ -84,7 +84,7 @@ def _parser(
     for title, part in parts:
         group = groups[title]
         told = _docstrings(part) if helping else {}
-        for name, kind, default in _fields(part):
+        for name, kind, default in fields_of(part):
             group.add_argument(_flag(name), dest=name, help=_help(told.get(name, ""), default), **_reading(kind))
     return parser
 
@@ -96,10 +96,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
 
-def _fields(part: Any) -> list[tuple[str, Any, Any]]:
+def fields_of(part: Any) -> list[tuple[str, Any, Any]]:
     """Name, type and default of each field."""
     if isinstance(part, Subset):
-        found = [field for field in _fields(part.part) if field[0] in part.names]
+        found = [field for field in fields_of(part.part) if field[0] in part.names]
         return found if part.defaults else [(name, kind, None) for name, kind, _ in found]
     kinds = get_type_hints(type(part))
     return [(name, kinds[name], getattr(part, name)) for name in names_of(part)]

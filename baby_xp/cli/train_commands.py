@@ -58,20 +58,21 @@ def finetune(arguments: list[str]) -> None:
     name, rest = positional(arguments, "last")
     try:
         base = api.load(name, path=options.peek(rest, "--path")[0] or "runs", backend="numpy")
-        config = api.finetuning(base)
+        name, config, what = base.guid, api.finetuning(base), f"run {base.guid}"
     except BabyError:
         if {"-h", "--help"}.isdisjoint(rest):
             raise
-        config = preset("baby")  # there is no run yet whose settings the help could show
+        config, what = preset("baby"), "a run"  # there is none yet whose settings the help could show
     parts = [
         ("data", options.Subset(config.data, ("data",), defaults=False)), ("train", config.train),
         ("model", options.Subset(config.model, ("dropout",))), ("where", Folder()),
         ("where", Compute()),
     ]  # fmt: skip
-    given = options.parse(parts, finetune.__doc__ or "", "baby_xp finetune RUN", rest)
+    about = inspect.cleandoc(finetune.__doc__ or "").replace("a run", what, 1)
+    given = options.parse(parts, about, "baby_xp finetune RUN", rest)
     if not given.get("data"):
         raise BabyError("finetuning needs a text: name it with --data")
-    run = api.finetune(base.guid, listener=Screen(given.get("backend", "auto")), **given)
+    run = api.finetune(name, listener=Screen(given.get("backend", "auto")), **given)
     _show_end(run, given)
 
 

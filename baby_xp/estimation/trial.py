@@ -2,14 +2,10 @@
 again. It evaluates, shows samples and writes checkpoints, as the run would.
 """
 
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +33,7 @@ to see what the many of a long run come to."""
 GENERATED = 64
 """Tokens that the trial generates."""
 VALIDATION_BATCHES = 3
-PROGRAM = "from baby_xp.estimation.trial import serve; serve()"
+TASK = "baby_xp.estimation.trial:serve"
 
 
 @dataclass(frozen=True)
@@ -96,42 +92,33 @@ def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, 
     Raises BabyError for what `train` would refuse, and if the process does not come to its end.
     """
     request = {"config": config.to_dict(), "compute": asdict(compute), "path": folder, "seconds": SECONDS}
-    environment = processes.environment()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True,
-        encoding="utf-8", env=environment, start_new_session=True,  # Ctrl-C is for this process, which ends it
-    )  # fmt: skip
-    if done.returncode:
-        code = done.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise BabyError(f"the trial {how}: the memory may be too small for this run; try a smaller model or batch")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise BabyError(found["error"])
-    idle, sizes = process_memory.of_interpreter(environment), found["trial"].pop("sizes")
+    # a session of its own: Ctrl-C is for this process, which ends it
+    with processes.started(TASK, "the trial", "try --no-measure", start_new_session=True) as child:
+        try:
+            found = processes.ask(child, request)
+        except processes.Ended as how:
+            advice = "the memory may be too small for this run; try a smaller model or batch"
+            raise BabyError(f"the trial {how}: {advice}") from None
+    idle, sizes = process_memory.of_interpreter(processes.environment()), found["trial"].pop("sizes")
     taken = process_memory.growth(sizes, idle) if idle and sizes else None
     return Facts(**found["facts"]), Trial(**found["trial"], memory=taken)
 
 
-def serve() -> None:
-    """What the process of a trial does: a request on its input, an answer as the last line of its output."""
+def serve(config: dict[str, Any], compute: dict[str, Any], path: str, seconds: float) -> dict[str, Any]:
+    """What the process of a trial does -> facts and trial, as plain JSON values."""
     import tqdm  # noqa: F401  # the command line of the real run has it, and it takes room too
 
-    request = json.load(sys.stdin)
     try:
-        config, compute = RunConfig.from_dict(request["config"], "trial"), Compute(**request["compute"])
-        answer = try_run(config, compute, Path(request["path"]), request["seconds"])
-    except OutOfMemory as error:  # the run that it speaks of goes with the trial
-        answer = {"error": f"{error.shortage}; {error.advice}"}
+        return try_run(RunConfig.from_dict(config, "trial"), Compute(**compute), Path(path), seconds)
+    except OutOfMemory as error:  # the run that it names goes with the trial
+        raise BabyError(f"{error.shortage}; {error.advice}") from None
     except BabyError as error:
-        answer = {"error": " ".join(str(error).split())}
+        raise BabyError(" ".join(str(error).split())) from None
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "an array did not fit"
-        answer = {"error": f"not enough memory ({reason}); choose a smaller model or batch"}
-    finally:  # not only by the process that asks: that may be no more
-        shutil.rmtree(request["path"], ignore_errors=True)
-    with suppress(BrokenPipeError):
-        print(json.dumps(answer), flush=True)
+        raise BabyError(f"not enough memory ({reason}); choose a smaller model or batch") from None
+    finally:  # not only by the process that asks: it may be gone
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def try_run(config: RunConfig, compute: Compute, folder: Path, seconds: float) -> dict[str, Any]:

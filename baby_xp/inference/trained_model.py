@@ -1,6 +1,5 @@
 """A trained model in memory: it generates."""
 
-import codecs
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from baby_xp.arrays.backend import Backend, translate_out_of_memory
 from baby_xp.inference.generate import Logits, Sampling, generate, generate_several
 from baby_xp.models import Model
 from baby_xp.resources import limits
-from baby_xp.text.tokenizer import Tokenizer, first_ids
+from baby_xp.text.tokenizer import Tokenizer, decoded, first_ids
 
 NUM_TOKENS = 500
 """Tokens to generate where nothing else is said."""
@@ -82,7 +81,7 @@ class TrainedModel:
         with self._memory_errors("ask for fewer texts, or "):
             params, prompts = self.backend.asarray(self.params), [ids] * number
             steps = list(generate_several(self.backend, self.model, params, prompts, num_tokens, settings))
-        return [prompt + "".join(self._decoded(iter(text))) for text in np.array(steps).T.tolist()]
+        return [prompt + "".join(decoded(self.tokenizer, iter(text))) for text in np.array(steps).T.tolist()]
 
     def logits(self, prompt: str = "") -> np.ndarray:
         """The logits (V,) of the token that follows the prompt, in float64 on the host.
@@ -121,19 +120,7 @@ class TrainedModel:
 
     def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         with self._memory_errors():
-            yield from self._decoded(tokens)
-
-    def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
-        """Decode ids as they come; bytes wait until their character is whole."""
-        if self.tokenizer.kind != "byte":
-            yield from (self.tokenizer.decode([token]) for token in tokens)
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            if piece := decoder.decode(bytes([token])):
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+            yield from decoded(self.tokenizer, tokens)
 
     def _memory_errors(self, advice: str = "") -> AbstractContextManager[None]:
         """Where memory of the device runs out inside, raise OutOfMemory, which says what to do."""

@@ -1,7 +1,8 @@
 """Tokenizers: a text becomes an array of ids and comes back. Ids are int32 arrays of shape (T,)."""
 
+import codecs
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -243,3 +244,16 @@ def _check_kind(kind: Any, where: str) -> None:
     if not isinstance(kind, str) or kind not in KINDS:
         choices = ", ".join(KINDS)
         raise BabyError(f"{where}: {reprlib.repr(kind)} is not a kind of tokenizer; choose one of: {choices}")
+
+
+def decoded(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Decode ids one by one as they come; bytes wait until their character is whole."""
+    if tokenizer.kind != "byte":
+        yield from (tokenizer.decode([token]) for token in ids)
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        if piece := decoder.decode(bytes([token])):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest

@@ -65,7 +65,6 @@ REFUSED = [
     (["generate", "00000000-0000"], ["no run in", "the last is "]),
     (["generate", "--path=nowhere"], ["no runs in nowhere", "train one", "--path"]),
     (["generate", "--path=text.txt"], ["text.txt/configs", "--path"]),
-    (["finetune", "--help", "--path=nowhere"], ["no runs in nowhere"]),
     (["finetune", "--data=text.txt", "--path=nowhere"], ["no runs in nowhere"]),
     (["finetune"], ["--data"]),
     (["finetune", "--data"], ["--data"]),

@@ -157,15 +157,15 @@ def flags_of(arguments: list[str]) -> dict[str, Any]:
     """The flags of a command line, with their types: those of the dataclasses that it stands for."""
 
     def catch(parts, *_):
-        raise Caught(*parts.values())
+        raise Caught(*(part for _, part in parts))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(options, "parse", catch)
         try:
             main(arguments)
         except Caught as caught:
-            kinds = [(typing.get_type_hints(type(part)), dataclasses.fields(part)) for part in caught.args]
-            return {"--" + one.name.replace("_", "-"): kind[one.name] for kind, fields in kinds for one in fields}
+            fields = [field for part in caught.args for field in options.fields_of(part)]
+            return {"--" + name.replace("_", "-"): kind for name, kind, _ in fields}
         except SystemExit:
             return {}
     return {}

@@ -21,7 +21,7 @@ from baby_xp.arrays import params, registry
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
-from baby_xp.estimation import estimate
+from baby_xp.estimation import estimate, trial
 from baby_xp.inference.generate import Logits
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
@@ -223,7 +223,7 @@ def folder(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.setenv("TMPDIR", str(path))
     monkeypatch.setattr(tempfile, "tempdir", str(path))
-    monkeypatch.setattr(estimate, "SECONDS", 0.05)
+    monkeypatch.setattr(trial, "SECONDS", 0.05)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
     yield path
@@ -309,8 +309,8 @@ def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
 def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""
     settings = {**TINY, "workers": 2}
-    call = f"estimate.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
-    program = f"from baby_xp.estimation import estimate; {call}"
+    call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
+    program = f"from baby_xp.estimation import estimate, trial; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     waiting_for(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
     child.send_signal(signal.SIGTERM)

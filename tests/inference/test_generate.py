@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from baby_xp.api import Run
 from baby_xp.arrays import params, registry
 from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.errors import BabyError
@@ -22,7 +21,7 @@ from baby_xp.inference.generate import (
     window_start,
 )
 from baby_xp.models import Model
-from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer
+from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer, decoded
 
 # Eighths: so far apart that math.exp and numpy.exp sort them alike, and with many ties.
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12)
@@ -299,7 +298,7 @@ def test_weights_that_burst_are_an_error_and_no_text(numpy_backend, value, greed
 
 
 def pieces(tokenizer, ids):
-    return list(Run(None, None, tokenizer, None, {}, None)._pieces(iter(ids)))
+    return list(decoded(tokenizer, iter(ids)))
 
 
 @settings(max_examples=100, deadline=None)

@@ -17,7 +17,7 @@ from baby_xp.arrays import params, registry, rng
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.arrays.tree import leaves
 from baby_xp.cli import main
-from baby_xp.config import EquationConfig, GPTConfig
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.inference.generate import Logits
 from baby_xp.inspection import inspect, printing, render, trace
@@ -44,7 +44,9 @@ def a_run(config, tokenizer=LETTERS, dtype="float64", backend="numpy", seed=0) -
     model = Model(config, tokenizer.vocab_size)
     flat = params.draw(model.spec, seed, dtype)
     flat += np.random.default_rng(seed).normal(0, 0.3, flat.shape).astype(dtype)
-    return Run(RunFiles(Path("runs"), "a-run"), model, tokenizer, flat, {}, registry.load(backend, None, dtype))
+    settings = RunConfig("a-run", config, TrainConfig(num_steps=1), DataConfig())
+    files, loaded = RunFiles(Path("runs"), "a-run"), registry.load(backend, None, dtype)
+    return Run(model, tokenizer, flat, loaded, files, {}, settings)
 
 
 MODELS = [
