@@ -678,7 +678,6 @@ class Hour:
     def __init__(self, machine: type, end: float, log: Path | None):
         self.machine, self.end, self.log = machine, end, log
         self.found: dict[str, str] = {}
-        self.often = Counter()
 
     def run(self) -> None:
         self.tell(f"\nfrom seed {time.time_ns()} on")
@@ -715,8 +714,7 @@ class Hour:
         return failures
 
     def failed(self, seed: int, kind: str, steps: str) -> None:
-        """Count a failure; tell it, in as few steps as can be found in short time, if it is a new one."""
-        self.often[kind] += 1
+        """Tell a failure of a new kind, in as few steps as can be found in short time."""
         if kind in self.found:
             return
         if not self.machine.real_time:
@@ -727,9 +725,7 @@ class Hour:
 
     def summary(self) -> str:
         counts = self.machine.counts
-        often = "".join(f"\n  {number:>4} x {kind}" for kind, number in self.often.most_common())
-        told = f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
-        return told + often
+        return f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
 
     def tell(self, text: str) -> None:
         print(text, flush=True)
