@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -424,12 +425,12 @@ _started: set[str] = set()
 def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
     """As `python -m` does."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    imported = sys.modules.get(arguments[0])
-    if imported is not None and not hasattr(imported, "__path__"):
-        del sys.modules[arguments[0]]  # runpy warns of a module that it runs once more, but not of a package
-    with (
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", arguments)
-    ):  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(mock.patch.object(sys, "argv", arguments))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a module that is run once more
         try:
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         except SystemExit as stop:
@@ -437,9 +438,6 @@ def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
         except Exception:
             code = 1
             traceback.print_exc()
-        finally:
-            if imported is not None:
-                sys.modules[arguments[0]] = imported
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

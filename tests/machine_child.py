@@ -15,15 +15,15 @@ import time
 import traceback
 from pathlib import Path
 
-import machine_world as world
+import machine_world
 
 import baby_xp
 
 
 def main() -> None:
     sys.stdin.reconfigure(encoding="utf-8")
-    with world.small_and_quick():
-        world.load_all()
+    with machine_world.small_and_quick():
+        machine_world.load_all()
         for line in sys.stdin:
             print(json.dumps(done(json.loads(line))), flush=True)
 
@@ -55,7 +55,7 @@ def in_child(job: dict) -> dict:
     signal.alarm(60)  # in case it never ends
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
-    world.GUIDS.source = world.Guids(job["guid"])
+    machine_world.GUIDS.source = machine_world.Guids(job["guid"])
     signals = [tuple(pair) for pair in job.get("signals", [])]
 
     def action(number: int, event: str, args: tuple) -> None:
@@ -66,8 +66,8 @@ def in_child(job: dict) -> dict:
             time.sleep(0.003)
 
     try:
-        with world.WATCH.doing(Path(job["root"]), action):
-            run = world.perform(job["name"], job["arguments"])
+        with machine_world.WATCH.doing(Path(job["root"]), action):
+            run = machine_world.perform(job["name"], job["arguments"])
         return {"kind": "done", "guid": run.guid}
     except baby_xp.BabyError as error:
         return {"kind": "error", "error": str(error)}

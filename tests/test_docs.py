@@ -273,9 +273,18 @@ def test_blocks_share_names_and_a_folder(run):
     assert len(run(text)) == 4
 
 
-def test_two_commands_of_one_line_have_a_verdict_each(run):
-    outcomes = run("Say `pip install x` or `python -V`.\n")
-    assert outcomes == {"1": ["skipped", "needs a network"], "1b": ["passed", ""]}
+PASSED, NETWORK = ["passed", ""], ["skipped", "needs a network"]
+SKIPPING, OUTPUT = "```sh\npip install nothing\n```\n", "<!-- output -->\n```text\n1\n```\n"
+
+
+@pytest.mark.parametrize(("text", "outcomes"), [
+    ("Say `pip install x` or `python -V`.\n", {"1": NETWORK, "1b": PASSED}),
+    (f"{SKIPPING}\n    pip install . && python -c 'print(1)'\n", {"2": NETWORK, "5": PASSED}),
+    # the output of a block that is skipped is not compared with what some block before that printed
+    (f"```python\nprint(2)\n```\n\n{SKIPPING}{OUTPUT}", {"2": PASSED, "6": NETWORK, "10": NETWORK}),
+], ids=["two in a line", "two joined", "output"])  # fmt: skip
+def test_each_block_has_a_verdict(run, text, outcomes):
+    assert run(text) == outcomes
 
 
 def test_commands_go_on_in_the_next_line():
@@ -324,11 +333,6 @@ def test_notebooks_run_and_fail(run_notebook, tmp_path):
     with pytest.raises(Exception, match="name 'y' is not defined"):
         run_notebook(notebook)
     assert (tmp_path / "here").exists()
-
-
-def test_a_command_that_cannot_run_here_is_skipped_with_the_reason(run):
-    outcomes = run("```sh\npip install nothing\n```\n\n    pip install . && python -c 'print(1)'\n")
-    assert outcomes == {"2": ["skipped", "needs a network"], "5": ["passed", ""]}
 
 
 def test_an_outcome_becomes_a_verdict(tmp_path):
@@ -390,13 +394,6 @@ def test_what_needs_a_library_that_is_missing_is_skipped(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "jax") else find(name))
     assert docs_blocks.skipped("python -m baby_xp train --backend torch") == "needs torch"
     assert docs_blocks.skipped("import jax") == "needs jax"
-
-
-def test_the_output_of_a_block_that_is_skipped_is_skipped(run):
-    """It is not compared with what some block before that printed."""
-    skipped, output = "```sh\npip install nothing\n```\n", "<!-- output -->\n```text\n1\n```\n"
-    outcomes = run(f"```python\nprint(2)\n```\n\n{skipped}{output}")
-    assert [outcome for outcome, _ in outcomes.values()] == ["passed", "skipped", "skipped"]
 
 
 @pytest.mark.parametrize("holds", [True, False])

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import TEXT, flags
 
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+BACKENDS = {"numpy", "cupy", "torch", "jax", "array-api-strict"}
 WHERE = """import json, baby_xp, baby_xp_backends, baby_xp_data
 print(json.dumps([baby_xp.__file__, *baby_xp_backends.__path__]))
 """
@@ -26,9 +28,9 @@ sys.exit(main(["backends"]))
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A folder that holds an installation, built without a network from a copy of the sources."""
-    setuptools = importlib.metadata.version("setuptools") if _has("setuptools") else "0"
-    if not _has("pip") or int(setuptools.split(".")[0]) < 77:
-        pytest.skip(f"building needs pip and setuptools 77; setuptools here: {setuptools}")
+    versions = {one.name: one.version for one in importlib.metadata.distributions() if one.name}
+    if "pip" not in versions or int(versions.get("setuptools", "0").split(".")[0]) < 77:
+        pytest.skip(f"building needs pip and setuptools 77; setuptools here: {versions.get('setuptools')}")
     folder = tmp_path_factory.mktemp("install")
     sources, target = folder / "sources", folder / "target"
     sources.mkdir()
@@ -45,12 +47,11 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def _has(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+@pytest.fixture
+def distribution(installed):
+    """What the installation says of itself."""
+    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
+    return found
 
 
 def environment(installed: Path) -> dict[str, str]:
@@ -85,17 +86,16 @@ def test_the_copy_is_what_is_imported_unless_the_checkout_is_the_current_folder(
 def test_the_backends_are_found(python):
     lines = python("-c", LIST_BACKENDS).splitlines()
     states = {line.split()[0]: line.split()[1] for line in lines[:-1]}
-    assert states.keys() == {"numpy", "cupy", "torch", "jax", "array-api-strict"}
+    assert states.keys() == BACKENDS
     assert states["numpy"] == "works"
     assert lines[-1].startswith("auto takes ")
 
 
 def test_it_trains_and_generates(python, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat. " * 40)
-    sizes = "--n-ctx=8 --n-emb=8 --head-size=8 --n-heads=2 --n-layers=1 --batch-size=4 --num-steps=2"
+    text.write_text(TEXT)
     place = [f"--path={tmp_path / 'runs'}", "--backend=numpy"]
-    out = python("-m", "baby_xp", "train", *place, f"--data={text}", "--workers=2", *sizes.split())
+    out = python("-m", "baby_xp", "train", *place, *flags(data=text, workers=2))
     assert "step      2" in out
     out = python("-m", "baby_xp", "generate", "last", *place, "--prompt=the cat", "--num-tokens=5")
     assert out.startswith("the cat")
@@ -108,26 +108,22 @@ def test_every_package_is_in_the_installation(installed):
         assert here == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
 
 
-def test_the_entry_points_lead_somewhere(installed):
-    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
-    by_group = {}
-    for point in found.entry_points:
-        by_group.setdefault(point.group, {})[point.name] = point.value
-    assert by_group["console_scripts"] == {"baby_xp": "baby_xp.cli:main"}
-    assert by_group["baby_xp.backends"].keys() == {"numpy", "cupy", "torch", "jax", "array-api-strict"}
-    for value in by_group["baby_xp.backends"].values():
+def test_the_entry_points_lead_somewhere(installed, distribution):
+    points = {(point.group, point.name): point.value for point in distribution.entry_points}
+    assert points.pop(("console_scripts", "baby_xp")) == "baby_xp.cli:main"
+    assert points.keys() == {("baby_xp.backends", name) for name in BACKENDS}
+    for value in points.values():
         module, name = value.split(":")
         source = installed / (module.replace(".", "/") + ".py")
         assert f"class {name}" in source.read_text(encoding="utf-8")
 
 
-def test_the_licence_and_the_notice_are_in_the_installation(installed):
-    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
-    assert "Apache-2.0" in (found.metadata["License-Expression"], found.metadata["License"])
-    assert set(found.metadata.get_all("License-File")) == {"LICENSE", "NOTICE"}
+def test_the_licence_and_the_notice_are_in_the_installation(distribution):
+    assert "Apache-2.0" in (distribution.metadata["License-Expression"], distribution.metadata["License"])
+    assert set(distribution.metadata.get_all("License-File")) == {"LICENSE", "NOTICE"}
 
 
-def test_the_script_runs(installed):
+def test_the_script_runs(installed, distribution):
     script = installed / "bin" / "baby_xp"
     if not script.exists():
         pytest.skip("pip makes no script in bin here")
@@ -135,9 +131,4 @@ def test_the_script_runs(installed):
         [sys.executable, script, "--version"], capture_output=True, text=True, timeout=300,
         env=environment(installed),
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, f"baby_xp {found_version(installed)}\n")
-
-
-def found_version(installed) -> str:
-    (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
-    return found.version
+    assert (done.returncode, done.stdout) == (0, f"baby_xp {distribution.version}\n")

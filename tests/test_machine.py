@@ -29,7 +29,7 @@ import pytest
 pytest.importorskip("resource", reason="permissions, forks and limits are others on this system")
 
 import hypothesis
-import machine_world as world
+import machine_world
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
@@ -49,8 +49,8 @@ HOUR = "BABY_XP_HOUR_MINUTES"
 class Machine(RuleBasedStateMachine):
     """The rules. What each step does is drawn by `chance`, whose every draw hypothesis can shrink."""
 
-    twins: world.Twins
-    children: world.Children
+    twins: machine_world.Twins
+    children: machine_world.Children
     real_time = False
     """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
     counts: ClassVar[Counter] = Counter()
@@ -129,7 +129,7 @@ class Machine(RuleBasedStateMachine):
         return Op("train", arguments, makes=True, must=must, text=name, may_stop=stops)
 
     def bad_text(self, chance: Random) -> Path:
-        return self.world.root / f"texts/{chance.choice(list(world.BAD_TEXTS))}.txt"
+        return self.world.root / f"texts/{chance.choice(list(machine_world.BAD_TEXTS))}.txt"
 
     def bad_train_of(self, chance: Random) -> Op:
         arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "baby"}
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
             must = False
         return Op("finetune", arguments, makes=True, must=must, text=name, base=base, may_stop=bool(stop))
 
-    def can_be_tuned(self, known: world.Known) -> bool:
+    def can_be_tuned(self, known: machine_world.Known) -> bool:
         return known.config["model"]["kind"] == "gpt"
 
     def resume_of(self, guid: str, chance: Random | None = None) -> Op:
@@ -178,9 +178,9 @@ class Machine(RuleBasedStateMachine):
             must = False
         return Op("resume", arguments, touches=guid, must=must, may_stop=stops, may_fail_late=not may_write)
 
-    def has_files_to_write(self, known: world.Known) -> bool:
+    def has_files_to_write(self, known: machine_world.Known) -> bool:
         """Whether no folder or link stands where a file of the run is to be written."""
-        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *world.OUTPUTS)]
+        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_world.OUTPUTS)]
         return not any(path.is_symlink() or path.is_dir() for path in paths)
 
     def use_of(self, chance: Random, guid: str) -> Op:
@@ -229,8 +229,8 @@ class Machine(RuleBasedStateMachine):
 
         def check(value):
             run, paths = value
-            params = world.digest(run.params.astype("float64"))
-            self.world.exports.append(world.Export(str(paths[2]), guid, params, known))
+            params = machine_world.digest(run.params.astype("float64"))
+            self.world.exports.append(machine_world.Export(str(paths[2]), guid, params, known))
 
         arguments = {"run": self.name_of(chance, guid), "path": str(self.world.folder), "folder": str(folder)}
         return Op("export", arguments, must=must, check=check)
@@ -248,7 +248,7 @@ class Machine(RuleBasedStateMachine):
             self.world.others = self.world.surroundings()
             return Op("import", {**arguments, "model": str(folder / "model_x.json")}, makes=True, must=True,
                       imported=export)  # fmt: skip
-        taken = any(world.owner(name) == export.guid for name in self.world.tree().files)
+        taken = any(machine_world.owner(name) == export.guid for name in self.world.tree().files)
         return Op("import", arguments, makes=True, must=not taken, imported=export)
 
     def an_op(self, chance: Random) -> Op:
@@ -315,7 +315,7 @@ class Machine(RuleBasedStateMachine):
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
         told = f"{name} from operation {fault.at}{' once' * fault.once}"
-        trouble = world.WATCH.doing(self.world.root, fault)
+        trouble = machine_world.WATCH.doing(self.world.root, fault)
         self.world.do(op, trouble, told, harmless=lambda: not fault.fired)
 
     @rule(chance=CHANCE)
@@ -323,7 +323,7 @@ class Machine(RuleBasedStateMachine):
         """Real writes fail, wherever they are done."""
         self.step()
         op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
-        self.world.do(op, world.file_size_limit(limit), f"files up to {limit} bytes")
+        self.world.do(op, machine_world.file_size_limit(limit), f"files up to {limit} bytes")
 
     @rule(chance=CHANCE)
     def forbidden(self, chance):
@@ -335,7 +335,7 @@ class Machine(RuleBasedStateMachine):
 
         @contextlib.contextmanager
         def trouble():
-            with world.plain_user(self.world.root):
+            with machine_world.plain_user(self.world.root):
                 before = target.stat().st_mode & 0o777 if target.exists() else None
                 if before is not None:
                     target.chmod(mode)
@@ -382,7 +382,7 @@ class Machine(RuleBasedStateMachine):
             if number == at:
                 inner[0] = self.inner_step(chance, outer)
 
-        trouble = world.WATCH.doing(self.world.root, action)
+        trouble = machine_world.WATCH.doing(self.world.root, action)
         self.world.do(outer, trouble, f"at operation {at}:", harmless=lambda: inner[0] in (None, "harmless"))
 
     def inner_step(self, chance: Random, outer: Op) -> str:
@@ -421,7 +421,7 @@ class Machine(RuleBasedStateMachine):
         """A file of a run is no longer what it was."""
         self.step()
         guid = self.a_run(chance)
-        part = chance.choice([*PARTS, *PARTS, *world.OUTPUTS])
+        part = chance.choice([*PARTS, *PARTS, *machine_world.OUTPUTS])
         # a file of another run is noticed least where the two are alike
         others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
         others.remove(guid)
@@ -450,7 +450,7 @@ class Machine(RuleBasedStateMachine):
         self.heal_run(chance.choice(hurt))
         self.world.check_list(self.world.listed())
 
-    def heal_run(self, known: world.Known) -> None:
+    def heal_run(self, known: machine_world.Known) -> None:
         if known.hurt:
             self.world.tell(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
             self.world.heal(known)
@@ -466,7 +466,7 @@ class Machine(RuleBasedStateMachine):
             if known.old is not None and known.config["result"]["state"] != "done":
                 self.world.tell(f"an older state of {known.guid[:4]}{known.guid[36:]}")
                 path.write_bytes(known.old)
-                known.step = int(world.read_arrays(path)[1]["step"])
+                known.step = int(machine_world.read_arrays(path)[1]["step"])
             known.old = path.read_bytes()
             self.world.check_list(self.world.listed())
 
@@ -489,7 +489,7 @@ class Machine(RuleBasedStateMachine):
             self.world.tell(f"damage ids {path.name[:4]}: {kind}")
             spoil(chance, path, kind, None)
             if path.exists():
-                self.world.damaged_ids[path.name] = world.digest(path.read_bytes())
+                self.world.damaged_ids[path.name] = machine_world.digest(path.read_bytes())
 
     @rule(chance=CHANCE)
     def delete_a_folder(self, chance):
@@ -612,11 +612,12 @@ QUICK = settings(
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """The class, with what all sequences share."""
-    children = world.Children()
+    children = machine_world.Children()
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
-    with shrinking, world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_") as folder:
-        twins = world.Twins(Path(folder))
-        world.load_all()
+    quickly, twins_folder = machine_world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
+    with shrinking, quickly, twins_folder as folder:
+        twins = machine_world.Twins(Path(folder))
+        machine_world.load_all()
         yield type("Machine", (Machine,), {"twins": twins, "children": children, "counts": Counter()})
     children.end()
 
@@ -646,14 +647,14 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
         assert ended["kind"] == ("killed" if number < kills else "done")
         half_written += len(list(folder.glob("*/.*.tmp")))
     assert half_written or workers > 1
-    whole = world.perform("train", {**settings, "path": str(tmp_path / "alone")})
+    whole = machine_world.perform("train", {**settings, "path": str(tmp_path / "alone")})
     (run,) = baby_xp.list_runs(folder)
     files = RunFiles(folder, run.guid)
-    assert world.metrics_of(files) == world.metrics_of(whole.files)
+    assert machine_world.metrics_of(files) == machine_world.metrics_of(whole.files)
     for name in ("state", "model"):
-        arrays, others = (world.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
-        assert {key: world.digest(one) for key, one in arrays.items()} == {
-            key: world.digest(one) for key, one in others.items()
+        arrays, others = (machine_world.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
+        assert {key: machine_world.digest(one) for key, one in arrays.items()} == {
+            key: machine_world.digest(one) for key, one in others.items()
         }
     assert files.completion().read_text() == whole.files.completion().read_text()
     assert {path.name for path in folder.rglob(f"*{run.guid}*")} == {path.name for path in files.of_training}
@@ -679,7 +680,6 @@ class Hour:
     def __init__(self, machine: type, end: float, log: Path | None):
         self.machine, self.end, self.log = machine, end, log
         self.found: dict[str, str] = {}
-        self.often = Counter()
 
     def run(self) -> None:
         self.tell(f"\nfrom seed {time.time_ns()} on")
@@ -716,8 +716,7 @@ class Hour:
         return failures
 
     def failed(self, seed: int, kind: str, steps: str) -> None:
-        """Count a failure; tell it, in as few steps as can be found in short time, if it is a new one."""
-        self.often[kind] += 1
+        """Tell a failure of a new kind, in as few steps as can be found in short time."""
         if kind in self.found:
             return
         if not self.machine.real_time:
@@ -728,9 +727,7 @@ class Hour:
 
     def summary(self) -> str:
         counts = self.machine.counts
-        often = "".join(f"\n  {number:>4} x {kind}" for kind, number in self.often.most_common())
-        told = f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
-        return told + often
+        return f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
 
     def tell(self, text: str) -> None:
         print(text, flush=True)

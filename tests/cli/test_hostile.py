@@ -542,7 +542,8 @@ BAD_PROGRAMS = {
     "computes on": ("while True: pass", "hangs"),
     "process left": ("subprocess.Popen(['sleep', '60'])\nreturn 0", "processes go on"),
     "process left alone": (
-        "subprocess.Popen(['sleep', '9'], start_new_session=True)\nreturn 0", "processes go on",
+        "subprocess.Popen(['sleep', '9'], start_new_session=True)\nreturn 0",
+        "processes go on",
     ),
     "file in memory": ("os.posix_fallocate(os.memfd_create('x'), 0, 2 ** 30)\nreturn 0", "exception OSError"),
     "memory": ("b = bytearray(2 ** 30)\nreturn 0", "exception MemoryError"),

@@ -117,6 +117,7 @@ def alone(text, tmp_path):
 STOPS = [
     # workers, step, where, how
     (1, 7, "progress", "signal"), (1, 10, "evaluated", "exception"), (1, 24, "evaluated", "signal"),
+    (1, 10, "progress", "signal"),  # an evaluation is due, and is left out
     *(pytest.param(*stop, marks=pytest.mark.slow) for stop in (
         (2, 7, "progress", "signal"), (1, 1, "progress", "term"), (1, 10, "progress", "exception"),
         (1, 23, "progress", "signal"), (1, 20, "evaluated", "term"), (2, 23, "progress", "exception"),

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from baby_xp.training import signals as training_signals
 from baby_xp.training.signals import Stop, interruptible, interruption
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -66,7 +65,7 @@ def test_a_signal_that_is_ignored_stays_so(signals, number):
 @pytest.mark.parametrize("number", Stop.SIGNALS[1:], ids=lambda number: number.name)
 def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
     cleaned = []
-    monkeypatch.setattr(training_signals, "ONCE_SECONDS", 1000.0)
+    monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 1000.0)
 
     def command():
         try:
@@ -78,7 +77,7 @@ def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(s
     with interruptible(), pytest.raises(KeyboardInterrupt, match=f"by {number.name}") as caught:
         command()
     assert (caught.value.number, cleaned) == (number, [True])
-    monkeypatch.setattr(training_signals, "ONCE_SECONDS", 0.0)
+    monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 0.0)
     with interruptible():  # who asks again, later, is heard
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
