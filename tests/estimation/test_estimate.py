@@ -199,7 +199,7 @@ def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
     ("B", "T", "at_once"), [(1, 8, None), (7, 16, None), (7, 64, 100), (50, 64, 1024), (3, 99, 8)]
 )
 def test_the_largest_shard_is_that_of_the_list(B, T, at_once):
-    assert counts._largest_shard(B, T, at_once) == max(shard_sizes(B, T, at_once))
+    assert counts.largest_tile(B, T, at_once) == max(shard_sizes(B, T, at_once))
 
 
 @pytest.mark.parametrize("n_ctx", [1, 31, 32, 33, 64, 100, 257])
