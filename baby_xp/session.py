@@ -20,7 +20,7 @@ from baby_xp_data import equations
 from baby_xp import __version__
 from baby_xp import config as configs
 from baby_xp.arrays import registry
-from baby_xp.arrays.backend import Backend, Shortage, device_memory, in_words, translate_out_of_memory
+from baby_xp.arrays.backend import Backend, Shortage, in_words, translate_out_of_memory
 from baby_xp.config import ModelConfig, Preset
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
@@ -319,7 +319,7 @@ def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dic
 
 def _memory_of(backend: Backend) -> dict[str, str]:
     """What the report tells of a device with memory of its own."""
-    if (memory := device_memory(backend)) is None:
+    if (memory := backend.memory()) is None:
         return {}
     peaks = f"{in_words(memory.peak_used)} / {in_words(memory.peak_held)}"
     return {"GPU memory, peak used/held": peaks}

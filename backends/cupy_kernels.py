@@ -209,11 +209,11 @@ extern "C" __global__ void layernorm_forward(
     i64 n = ROW;
     if (n >= N) return;
     x += n * C; y += n * C; xhat += n * C;
-    real sum = 0, power = 0;
+    real sum = 0, squares = 0;
     COLUMNS(c, C) sum += x[c];
     real mean = warp_sum(sum) / C;
-    COLUMNS(c, C) power += (x[c] - mean) * (x[c] - mean);
-    real scale = 1 / sqrt(warp_sum(power) / C + LAYERNORM_EPS);
+    COLUMNS(c, C) squares += (x[c] - mean) * (x[c] - mean);
+    real scale = 1 / sqrt(warp_sum(squares) / C + LAYERNORM_EPS);
     COLUMNS(c, C) {
         real normed = (x[c] - mean) * scale;
         xhat[c] = normed;
@@ -260,28 +260,28 @@ def layernorm_backward(xp, p, saved, dy):
 
 # GELU ---------------------------------------------------------------------------------------------------
 
-# Value and slope in one launch, in place of sixteen.
+# Value and derivative in one launch, in place of sixteen.
 SOURCES.append(r"""
 extern "C" __global__ void gelu_tanh(
-        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ slope, i64 size) {
+        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ derivative, i64 size) {
     EACH(i, size) {
         real at = x[i], square = at * at;
         real t = tanh(ROOT_2_OVER_PI * at * (1 + CUBIC * square));
-        real below = (real)0.5 * (1 + t);
+        real cdf = (real)0.5 * (1 + t);
         real du = ROOT_2_OVER_PI * (1 + 3 * CUBIC * square);
-        y[i] = at * below;
-        slope[i] = below + (real)0.5 * at * (1 - t * t) * du;
+        y[i] = at * cdf;
+        derivative[i] = cdf + (real)0.5 * at * (1 - t * t) * du;
     }
 }
 
 extern "C" __global__ void gelu_erf(
-        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ slope, i64 size) {
+        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ derivative, i64 size) {
     EACH(i, size) {
         real at = x[i];
-        real below = (real)0.5 * (1 + erf(at * ROOT_HALF));
+        real cdf = (real)0.5 * (1 + erf(at * ROOT_HALF));
         real density = exp((real)-0.5 * at * at) * ONE_OVER_ROOT_2_PI;
-        y[i] = at * below;
-        slope[i] = below + at * density;
+        y[i] = at * cdf;
+        derivative[i] = cdf + at * density;
     }
 }
 """)
@@ -297,9 +297,9 @@ def gelu_erf_form(xp, x):
 
 def _gelu(xp, name: str, x):
     x = xp.ascontiguousarray(x)
-    y, slope = xp.empty_like(x), xp.empty_like(x)
-    xp.launch(name, x.dtype, elements(x.size), x, y, slope, np.int64(x.size))
-    return y, slope
+    y, derivative = xp.empty_like(x), xp.empty_like(x)
+    xp.launch(name, x.dtype, elements(x.size), x, y, derivative, np.int64(x.size))
+    return y, derivative
 
 
 # dropout ------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     dropped = weights if noise is None else xp.empty_like(weights)
     _rows_of_scores(xp, "causal_softmax", weights, stream, dropped, weights.shape, rate)
     y = xp.batched_product(dropped, v)  # (B, H, T, D)
-    return from_heads(xp, y[None, ...]), (q, k, v, weights, dropped, (stream, rate))
+    return from_heads(xp, y[None, ...]), heads.Saved(q, k, v, weights, dropped, (stream, rate))
 
 
 def heads_backward(xp, p, saved, dy):

@@ -10,7 +10,7 @@ import array_api_compat.numpy as library
 import numpy as np
 from baby_xp_backends.numpy_kernels import KERNELS
 
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
@@ -18,36 +18,27 @@ TOKENS_AT_ONCE = 1024
 """So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""
 
 
-class NumpyBackend(Restorable):
+class NumpyBackend(Backend):
     """Arrays of NumPy."""
 
     name = "numpy"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         if device not in (None, "cpu"):
             raise BackendUnavailable(
                 "numpy", f"it has no device {device!r}", "leave out --device or say --device cpu"
             )
         keep_freed_memory()
-        self.dtype = dtype
-        self.xp = Namespace(library, device="cpu", kernels=KERNELS, tokens_at_once=TOKENS_AT_ONCE)
+        self.dtype, self.kernels = dtype, kernels
+        replacements = KERNELS if kernels == "fast" else {}
+        self.xp = Namespace(library, device="cpu", kernels=replacements, tokens_at_once=TOKENS_AT_ONCE)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
-    def asarray(self, host):
-        host = np.asarray(host)
-        return np.array(host, dtype={"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32"))
-
-    def integers(self, values):
-        return np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32)
+    def to_device(self, host):
+        return np.array(host)
 
     def to_numpy(self, array):
         return np.asarray(array)
-
-    def compile(self, function):
-        return function
-
-    def synchronize(self):
-        pass
 
 
 @functools.cache

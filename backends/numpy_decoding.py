@@ -152,7 +152,7 @@ class Buffers:
     def __init__(self, B: int, T: int, config, kind):
         C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
         N, D, F = B * T, S // H, 4 * C
-        # the last channel makes the sum of squares C (power + EPS)
+        # the last channel makes the sum of squares C (variance + EPS)
         self.stream = np.full((N, C + 1), math.sqrt(C * layernorm.EPS), kind)
         self.x, self.x_of_texts = self.stream[:, :C], self.stream.reshape(B, T, C + 1)[..., :C]
         self.delta = np.empty((N, C), kind)
@@ -169,7 +169,7 @@ class Buffers:
         self.g, self.s = np.empty((N, F), kind), np.empty((N, F), kind)
 
     def norm(self) -> None:
-        """normed = stream / root(C (power + EPS)); the stream has mean 0."""
+        """normed = stream / root(C (variance + EPS)); the stream has mean 0."""
         if len(self.stream) == 1:  # two calls in place of three
             row = self.stream[0]
             np.multiply(self.x, 1 / math.sqrt(np.dot(row, row)), self.normed_x)

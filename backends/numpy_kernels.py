@@ -11,6 +11,7 @@ things, as the forward and the backward of a layer are replaced together. What m
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_decoding
@@ -63,8 +64,8 @@ def layernorm_forward(xp, p, x):
     mean_of = ones(C, x.dtype) / C
     for s in pieces(N, C):
         centred = np.subtract(x[s], (x[s] @ mean_of)[:, None], out=xhat[s])
-        power = np.vecdot(centred, centred)[:, None] / C
-        np.divide(1, np.sqrt(power + layernorm.EPS), out=rstd[s])
+        variance = np.vecdot(centred, centred)[:, None] / C
+        np.divide(1, np.sqrt(variance + layernorm.EPS), out=rstd[s])
         centred *= rstd[s]
         np.multiply(centred, p["gain"], out=y[s])
         y[s] += p["bias"]
@@ -92,31 +93,31 @@ def layernorm_backward(xp, p, saved, dy):
 
 def gelu_tanh_form(xp, x):
     """(1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)): without AVX-512, NumPy's tanh costs twice its exp."""
-    y, slope = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
-    flat_x, flat_y, flat_slope = np.ascontiguousarray(x).reshape(-1), y.reshape(-1), slope.reshape(-1)
+    y, derivative = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
+    flat_x, flat_y, flat_derivative = np.ascontiguousarray(x).reshape(-1), y.reshape(-1), derivative.reshape(-1)
     a, b = np.empty(min(PIECE, x.size), x.dtype), np.empty(min(PIECE, x.size), x.dtype)
     for s in pieces(x.size, 1):
-        _gelu_piece(flat_x[s], flat_y[s], flat_slope[s], a[: s.stop - s.start], b[: s.stop - s.start])
-    return y, slope
+        _gelu_piece(flat_x[s], flat_y[s], flat_derivative[s], a[: s.stop - s.start], b[: s.stop - s.start])
+    return y, derivative
 
 
-def _gelu_piece(x, y, slope, below, square):
+def _gelu_piece(x, y, derivative, cdf, square):
     twice = 2 * gelu.ROOT_2_OVER_PI
     np.multiply(x, x, out=square)
-    np.multiply(square, -twice * gelu.CUBIC, out=below)
-    below -= twice
-    below *= x                                                     # -2 u
+    np.multiply(square, -twice * gelu.CUBIC, out=cdf)
+    cdf -= twice
+    cdf *= x                                                     # -2 u
     with np.errstate(over="ignore"):                               # exp(-2 u) = inf gives 0, as it should
-        np.exp(below, out=below)
-    below += 1
-    np.divide(1, below, out=below)
-    np.multiply(x, below, out=y)
+        np.exp(cdf, out=cdf)
+    cdf += 1
+    np.divide(1, cdf, out=cdf)
+    np.multiply(x, cdf, out=y)
     square *= 3 * twice * gelu.CUBIC
     square += twice                                                # 2 du
     square *= y
-    np.subtract(1, below, out=slope)
-    slope *= square
-    slope += below
+    np.subtract(1, cdf, out=derivative)
+    derivative *= square
+    derivative += cdf
 
 
 # softmax and attention ----------------------------------------------------------------------------------
@@ -127,6 +128,18 @@ def softmax_forward(xp, p, x):
     np.exp(y, out=y)
     y /= np.sum(y, axis=-1, keepdims=True)
     return y, (y,)
+
+
+class SavedHeads(NamedTuple):
+    """What heads_backward needs; k and v are also the cache."""
+
+    q: Any
+    k: Any
+    v: Any
+    blocks: list
+    y: Any
+    inverse: Any
+    scale: Any
 
 
 def heads_forward(xp, p, qkv, shape, noise=None, past=None):
@@ -151,7 +164,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     scale = inverse @ _spread(H, D, kind, rng.survivor_scale(rate))
     y = y.reshape(B * T, H * D)
     y *= scale
-    return y, (q, k, v, saved, y, inverse, scale)
+    return y, SavedHeads(q, k, v, saved, y, inverse, scale)
 
 
 def heads_backward(xp, p, saved, dy):
@@ -207,8 +220,8 @@ LARGEST_TOTAL = 1e13
 def _causal_exp(q, k):
     """exp(scores) (b, h, rows, keys), zero where the mask hides, and their sums (b, h, rows).
 
-    The softmax does not change when a row's scores are shifted, and mostly they need not be: where a sum says
-    that a row was too high or too low for that, the block is done again, shifted by the largest of each row.
+    The softmax does not change when a row's scores are shifted, and mostly they need not be: where a sum shows
+    that a row was too high or too low for that, the block is computed again, shifted by the largest of each row.
     """
     scores = q @ k.swapaxes(-1, -2)
     n, keys = scores.shape[-2:]
@@ -234,7 +247,7 @@ def _add_product(a, b, total, keys):
 
 @functools.lru_cache(maxsize=64)
 def _visible(n: int, keys: int, dtype) -> np.ndarray:
-    """(n, keys): 1 where the last n of so many tokens may look, else 0."""
+    """(n, keys): 1 at the keys that the last n of this many tokens see, else 0."""
     return np.tri(n, keys, keys - n, dtype=dtype)
 
 
@@ -310,14 +323,17 @@ def dropout_select(xp, keep, x, rate: float):
 # optimizer ----------------------------------------------------------------------------------------------
 
 
-def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay, out=None):
-    """As optimizers.adamw; `out`: three arrays to write the new w, m, v to."""
-    new = (np.empty_like(w), np.empty_like(w), np.empty_like(w)) if out is None else out
+def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+    new = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+    adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
+    return new
+
+
+def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
     constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
     scratch = np.empty(min(PIECE, len(w)), w.dtype)
     for s in pieces(len(w), 1):
         _adamw_piece(scratch[: s.stop - s.start], *(array[s] for array in (w, g, m, v, decays, *new)), *constants)
-    return new
 
 
 def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
@@ -352,10 +368,9 @@ def global_norm(xp, gradients):
 
 def add_tree(xp, layout, flat, tree):
     """In place, without packing the tree first."""
-    by_path, start = dict(leaves(tree)), 0
-    for path, size in zip(layout.paths, layout.sizes, strict=True):
-        flat[start : start + size] += by_path[path].reshape(-1)
-        start += size
+    by_path = dict(leaves(tree))
+    for path, at in layout.slices.items():
+        flat[at] += by_path[path].reshape(-1)
     return flat
 
 
@@ -373,6 +388,7 @@ KERNELS = {
     "optimizers.adamw": adamw,
     "optimizers.global_norm": global_norm,
     "step.add_tree": add_tree,
+    "workers.adamw_into": adamw_into,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,
 }

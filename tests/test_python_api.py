@@ -19,7 +19,7 @@ import pytest
 import baby_xp
 from baby_xp import api, checks, models
 from baby_xp.arrays import registry
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.cli import streams
 from baby_xp.config import GPTConfig
 from baby_xp.equations import leave_one_out
@@ -323,7 +323,7 @@ def test_a_copy_of_a_run_generates_what_the_run_does(run, folder, name, copied):
 def test_a_backend_is_restored_with_its_device_and_options():
     made = []
 
-    class Kind(Restorable):
+    class Kind(Backend):
         def __init__(self, device=None, dtype="float32", tf32=False):
             made.append((device, dtype, tf32))
 

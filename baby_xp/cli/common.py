@@ -60,11 +60,10 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
 def load(name: str, asked: Any) -> Any:
     """A run where it is asked for, to generate or to be measured."""
     from baby_xp import api
-    from baby_xp.arrays.backend import first_use
 
     settings = ("path", "backend", "device", "weights", "tf32", "memory_gib")
     run = api.load(name, **{setting: getattr(asked, setting) for setting in settings})
-    if note := first_use(run.backend):
+    if note := run.backend.first_use():
         print(note, file=sys.stderr, flush=True)
     return run
 

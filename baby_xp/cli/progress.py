@@ -19,8 +19,6 @@ class Screen:
         """Say what will be done, and where."""
         from tqdm import tqdm
 
-        from baby_xp.arrays.backend import first_use
-
         why, backend, learned = "", session.backend, session.learned
         if self.asked == "auto":
             why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
@@ -39,7 +37,7 @@ class Screen:
             lines.append(f"finetuned from run {session.base}")
         if step:
             lines.append(f"going on with run {session.files.guid} after step {step}")
-        if note := first_use(backend):
+        if note := backend.first_use():
             lines.append(note)
         self.guid = session.files.guid
         with self._anyhow():

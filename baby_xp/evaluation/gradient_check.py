@@ -30,7 +30,6 @@ from threadpoolctl import threadpool_limits
 
 from baby_xp import checks
 from baby_xp.arrays import registry
-from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.config import Preset
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
@@ -88,12 +87,13 @@ def check(
     seed, elements = checks.whole("seed", seed, least=0), checks.whole("elements", elements, least=0)
     directions = checks.whole("directions", directions)
     host = _batch(run, chosen, sha256, tokens, batch, seed)
+    layout = run.model.layout
     with threadpool_limits(1):  # products this small only wait for each other's threads
         slopes = Slopes(run.model, run.params.astype(np.float64), host, seed)
         plain, fast = slopes.gradients()
         return [
-            _row(path, shape, slice(start, start + size), slopes, plain, fast, seed, elements, directions)
-            for path, shape, start, size in _places(run.model)
+            _row(path, shape, at, slopes, plain, fast, seed, elements, directions)
+            for (path, at), shape in zip(layout.slices.items(), layout.shapes, strict=True)
         ]
 
 
@@ -104,7 +104,7 @@ class Slopes:
         backend = registry.load("numpy", None, "float64")
         self.model, self.flat, self.fast = model, flat, backend.xp
         self.moving = flat.copy()
-        self.xp = backend.xp.with_kernels(REPLACEABLE)  # every function of ours in its plain form
+        self.xp = registry.load("numpy", None, "float64", kernels="plain").xp
         self.batch = Batch(*(backend.asarray(part) for part in host))
         at = backend.integers([seed]), backend.integers([0])
         self.noise = step_noise(self.xp, model, *at, self.batch)
@@ -118,7 +118,8 @@ class Slopes:
     def gradients(self) -> list[np.ndarray]:
         """What backward says (P,): with the plain functions, and with the fast kernels."""
         return [
-            loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1] for xp in (self.xp, self.fast)
+            self.model.layout.pack(np, loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1])
+            for xp in (self.xp, self.fast)
         ]
 
     def along(self, place: slice, direction: np.ndarray) -> float:
@@ -176,14 +177,6 @@ def _directions(
 
 def _relative(claimed: float, slope: float, least: float) -> float:
     return abs(claimed - slope) / max(abs(claimed), abs(slope), least)
-
-
-def _places(model: Model) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Path, shape, beginning and size of each parameter array in the flat buffer."""
-    start, layout = 0, model.layout
-    for path, shape, size in zip(layout.paths, layout.shapes, layout.sizes, strict=True):
-        yield path, shape, start, size
-        start += size
 
 
 def _batch(run: "Run", chosen: Preset, sha256: str | None, tokens: int, batch: int, seed: int) -> Batch:

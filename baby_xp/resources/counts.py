@@ -8,7 +8,7 @@ import math
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
-from baby_xp.training.step import number_of_shards
+from baby_xp.training.step import number_of_tiles
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
@@ -140,7 +140,7 @@ def arrays(
 
 def _largest_shard(B: int, T: int, tokens_at_once: int | None) -> int:
     """Sequences of the largest shard of a share."""
-    return -(-B // number_of_shards(B, T, tokens_at_once))
+    return -(-B // number_of_tiles(B, T, tokens_at_once))
 
 
 def batch_that_fits(

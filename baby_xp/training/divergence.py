@@ -6,7 +6,7 @@ import numpy as np
 
 from baby_xp.training import optimizers
 from baby_xp.training.checkpoint import Checkpoint, on_device
-from baby_xp.training.step import accumulated, noisy_loss_and_gradients
+from baby_xp.training.step import accumulated, loss_and_gradients_with_dropout
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
     The steps are computed again, which gives the same numbers: a run need not keep its past at hand.
     """
     xp, finding = backend.xp, None
-    compute = noisy_loss_and_gradients if workers is None else workers.loss_and_gradients
+    compute = loss_and_gradients_with_dropout if workers is None else workers.loss_and_gradients
     if config.accumulate > 1:
         compute = accumulated(compute, config.batch_size)
     state = on_device(backend, model, config, start)
@@ -52,8 +52,6 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
 
 def _norms(layout, gradients: np.ndarray) -> dict[str, float]:
     """Norm of each parameter's gradient, from the flat buffer (P,); in float64, where squares do not overflow."""
-    ends = np.cumsum(layout.sizes)
     return {
-        path: float(np.linalg.norm(gradients[end - size : end].astype(np.float64)))
-        for path, size, end in zip(layout.paths, layout.sizes, ends, strict=True)
+        path: float(np.linalg.norm(gradients[at].astype(np.float64))) for path, at in layout.slices.items()
     }

@@ -103,7 +103,8 @@ class _Run:
         if workers is None:
             step, total = make_step(backend.xp, model, config), functools.partial(total_loss, backend.xp, model)
         else:
-            step, total = make_step(workers.xp, model, config, workers.loss_and_gradients), workers.total_loss
+            step = make_step(backend.xp, model, config, workers.loss_and_gradients, workers.adamw)
+            total = workers.total_loss
         self._step = backend.compile(step)
         self._total = backend.compile(total)
         self.state = on_device(backend, model, config, start)

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
-from baby_xp.arrays.backend import device_memory
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
@@ -225,7 +224,7 @@ def test_a_memory_limit_ends_in_one_line(text, capsys):
 
 def test_the_peaks_are_those_of_the_pool(text, cupy):
     run = train(text, backend="cupy")
-    memory = device_memory(run.backend)
+    memory = run.backend.memory()
     assert 0 < memory.used <= memory.peak_used <= memory.peak_held
     assert memory.peak_held >= cupy.get_default_memory_pool().total_bytes()
     assert "GPU memory, peak used/held" in run.files.report.read_text("utf-8")

@@ -88,10 +88,11 @@ def test_baby_xp_gets_its_precision_and_reports_its_memory(monkeypatch, kind, op
 
     def fake(*arguments, **extra):
         asked.append((*arguments, extra))
-        return load("numpy")
+        loaded = load("numpy")
+        loaded.memory = lambda: SimpleNamespace(peak_used=3, peak_held=5)
+        return loaded
 
     monkeypatch.setattr(ours, "load", fake)
-    monkeypatch.setattr(ours, "device_memory", lambda loaded: SimpleNamespace(peak_used=3, peak_held=5))
     clock = peers.Clock(TINY.batches(2))
     found = ours.train(TINY, 0.0, clock, "cupy", kind, workers=1)
     assert asked == [("cupy", None, "float32", options)]

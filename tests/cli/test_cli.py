@@ -34,7 +34,7 @@ from baby_xp.runs.store import RunFiles
 from baby_xp.text import dataset
 from baby_xp.text.batches import RandomWindows
 from baby_xp.text.tokenizer import tokenizer_from_dict
-from baby_xp.training import loop, optimizers
+from baby_xp.training import loop, schedules
 from baby_xp.training.signals import Stop
 
 TINY = {
@@ -288,9 +288,9 @@ def test_only_what_may_be_the_cause_is_told(work):
 @pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_that_bursts_after_a_checkpoint_is_kept_as_of_that(work, burst, call, monkeypatch, workers):
-    usual, kept = optimizers.learning_rate, {}
+    usual, kept = schedules.learning_rate, {}
     rate = lambda xp, step, *more: usual(xp, step, *more) * (1e30 if step[0] == 4 else 1)  # noqa: E731
-    monkeypatch.setattr(optimizers, "learning_rate", rate)
+    monkeypatch.setattr(schedules, "learning_rate", rate)
     keep = baby_xp.session.TrainingSession.keep
 
     def noted(session, moment):
@@ -771,9 +771,9 @@ def worse_from(monkeypatch):
     """Make training throw the parameters away in a step, counted from 1: all later measurements are worse."""
 
     def throw(at: int) -> None:
-        usual = optimizers.learning_rate
+        usual = schedules.learning_rate
         rate = lambda xp, step, *more: usual(xp, step, *more) * (1e4 if step[0] == at - 1 else 1)  # noqa: E731
-        monkeypatch.setattr(optimizers, "learning_rate", rate)
+        monkeypatch.setattr(schedules, "learning_rate", rate)
 
     return throw
 

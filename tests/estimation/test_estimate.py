@@ -28,7 +28,7 @@ from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.text import dataset
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import initial_state, make_step, shard_sizes, step_noise
+from baby_xp.training.step import initial_state, make_step, step_noise, tile_sizes
 
 V, BATCH = 11, 3
 SWITCHES = [
@@ -199,7 +199,7 @@ def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
     ("B", "T", "at_once"), [(1, 8, None), (7, 16, None), (7, 64, 100), (50, 64, 1024), (3, 99, 8)]
 )
 def test_the_largest_shard_is_that_of_the_list(B, T, at_once):
-    assert counts._largest_shard(B, T, at_once) == max(shard_sizes(B, T, at_once))
+    assert counts._largest_shard(B, T, at_once) == max(tile_sizes(B, T, at_once))
 
 
 @pytest.mark.parametrize("n_ctx", [1, 31, 32, 33, 64, 100, 257])

@@ -16,12 +16,12 @@ from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows, consecutive_windows
 from baby_xp.text.dataset import Task
-from baby_xp.training import checkpoint, divergence, loop, optimizers
+from baby_xp.training import checkpoint, divergence, loop, optimizers, schedules
 from baby_xp.training import signals as training_stop
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.loop import Diverged, fit
 from baby_xp.training.signals import Stop, interruptible, interruption
-from baby_xp.training.step import make_step, noisy_loss_and_gradients, total_loss
+from baby_xp.training.step import loss_and_gradients_with_dropout, make_step, total_loss
 from baby_xp.training.validation import mean_loss
 
 MODEL = Model(GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1, dropout=0.1), 11)
@@ -276,9 +276,9 @@ def test_the_best_is_kept_when_a_later_measurement_is_worse(scripted):
 
 def test_a_rate_that_spoils_the_model_does_not_spoil_the_best(monkeypatch):
     """Nothing is scripted here: the third step throws the parameters far away."""
-    rate = optimizers.learning_rate
+    rate = schedules.learning_rate
     thrown = lambda xp, step, *more: rate(xp, step, *more) * (1e3 if step[0] == 3 else 1)  # noqa: E731
-    monkeypatch.setattr(optimizers, "learning_rate", thrown)
+    monkeypatch.setattr(schedules, "learning_rate", thrown)
     trial = Trial(config := settings(eval_every=1))
     result = trial.fit()
     losses = [record["val_loss"] for record in trial.records[:-1]]
@@ -521,9 +521,9 @@ def test_a_checkpoint_survives_the_way_to_the_device_and_back(quick_backend32):
 
 def bursting(monkeypatch, at: int, rate: float = 1e200) -> None:
     """Make the step counted from 0 a far too large one: the loss of the next is not finite."""
-    usual = optimizers.learning_rate
+    usual = schedules.learning_rate
     raised = lambda xp, step, *more: usual(xp, step, *more) * (rate if step[0] == at else 1)  # noqa: E731
-    monkeypatch.setattr(optimizers, "learning_rate", raised)
+    monkeypatch.setattr(schedules, "learning_rate", raised)
 
 
 @pytest.mark.parametrize("at", [0, 3, 11])
@@ -560,8 +560,8 @@ def test_parameters_that_are_not_finite_are_not_kept(monkeypatch, name):
     """A loss tells of them one step later only, or never, where they are of a token that does not occur."""
     usual = optimizers.update
 
-    def spoilt(xp, state, gradients, config):
-        new, metrics = usual(xp, state, gradients, config)
+    def spoilt(xp, state, *arguments):
+        new, metrics = usual(xp, state, *arguments)
         if state["step"][0] == 2:
             new[name] = new[name].copy()
             new[name][0] = np.inf
@@ -588,7 +588,7 @@ def norms_by_hand(config: TrainConfig, step: int) -> dict[str, float]:
     state = checkpoint.on_device(BACKEND, MODEL, config, checkpoint.first(MODEL, config))
     windows = RandomWindows(IDS[:250], 4, config.step_size, 0)
     for i in range(step + 1):
-        _, gradients = noisy_loss_and_gradients(BACKEND.xp, MODEL, state, windows.batch(i))
+        _, gradients = loss_and_gradients_with_dropout(BACKEND.xp, MODEL, state, windows.batch(i))
         state, _ = optimizers.update(BACKEND.xp, state, gradients, config)
     tree = MODEL.layout.unpack(BACKEND.xp, gradients)
     return {path: float(np.sqrt((array**2).sum())) for path, array in leaves(tree)}

@@ -23,7 +23,7 @@ from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
 from baby_xp.training import workers as workers_module
-from baby_xp.training.step import accumulated, initial_state, noisy_loss_and_gradients, total_loss
+from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
 from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -55,7 +55,7 @@ class Setting:
         return self.backend.xp
 
     def alone(self, batch: Batch):
-        return noisy_loss_and_gradients(self.xp, self.model, self.state, batch)
+        return loss_and_gradients_with_dropout(self.xp, self.model, self.state, batch)
 
     def pool(self, number: int) -> Workers:
         return Workers(self.backend, self.model, BATCH, number)
@@ -137,7 +137,7 @@ def test_gradients_are_accumulated_as_in_one_process(together):
     setting, pool = together
     arguments = setting.xp, setting.model, setting.state, setting.batch
     loss, gradients = accumulated(pool.loss_and_gradients, 3)(*arguments)
-    expected_loss, expected = accumulated(noisy_loss_and_gradients, 3)(*arguments)
+    expected_loss, expected = accumulated(loss_and_gradients_with_dropout, 3)(*arguments)
     tolerance = 3 * TOLERANCE[setting.backend.dtype]
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
     np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
@@ -159,7 +159,7 @@ def test_dropout_was_on_in_the_test_above(together):
     other = {**setting.state, "step": setting.backend.integers([4])}
     assert (
         setting.alone(setting.batch)[0]
-        != noisy_loss_and_gradients(setting.xp, setting.model, other, setting.batch)[0]
+        != loss_and_gradients_with_dropout(setting.xp, setting.model, other, setting.batch)[0]
     )
 
 
@@ -206,7 +206,7 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             shared = {name: array.copy() for name, array in shared.items()}
         alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config)
         before = {name: array.copy() for name, array in shared.items()}
-        given, (shared, _) = shared, optimizers.update(pool.xp, shared, gradients, config)
+        given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.adamw)
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
