@@ -163,7 +163,8 @@ class Products:
     """
 
     def __init__(self, cupy, tf32: bool):
-        self._cupy, self._tf32, self._factors = cupy, tf32, {}
+        self._cupy, self._tf32 = cupy, tf32
+        self._factors: dict[tuple[float, str], tuple[np.ndarray, int]] = {}
 
     def matmul(self, a, b):
         """As matmul of the Array API."""

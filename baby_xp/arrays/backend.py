@@ -88,7 +88,7 @@ class Backend:
         """A 1-D int32 array on the device; values are taken modulo 2**32."""
         return self.to_device(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
 
-    def compile(self, function: Callable) -> Callable:
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The pure function, compiled where that helps. Its arguments and results are trees of arrays."""
         return function
 

@@ -32,9 +32,9 @@ class Namespace(types.SimpleNamespace):
         self,
         library: Any,
         device: Any = None,
-        kernels: Mapping[str, Callable] | None = None,
+        kernels: Mapping[str, Callable[..., Any]] | None = None,
         tokens_at_once: int | None = None,
-        **faster: Callable,
+        **faster: Callable[..., Any],
     ):
         names = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
         super().__init__(**{**names, **faster})
@@ -45,11 +45,11 @@ class Namespace(types.SimpleNamespace):
         return f"Namespace({getattr(self.library, '__name__', self.library)!s})"
 
 
-REPLACEABLE: dict[str, Callable] = {}
+REPLACEABLE: dict[str, Callable[..., Any]] = {}
 """Every function that a backend may replace, in its plain form, by qualified name. Tests walk this table."""
 
 
-def replaceable(function: Callable) -> Callable:
+def replaceable(function: Callable[..., Any]) -> Any:
     """Mark a function of (xp, arrays...) that a backend may replace by one of the same signature and meaning.
 
     Its qualified name is that of its module, without the package, and its own: two may not have the same.

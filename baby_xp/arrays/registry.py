@@ -5,6 +5,7 @@ A backend is found among the entry points of the group "baby_xp.backends", so th
 
 import importlib.metadata
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def load(
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
-    kind = with_defaults(next(iter(points)).load())
+    kind: Callable[..., Backend] = with_defaults(next(iter(points)).load())
     left_out = lambda value: value is None or (isinstance(value, bool | np.bool_) and not value)  # noqa: E731
     given = {option: value for option, value in options.items() if not left_out(value)}
     known = inspect.signature(kind).parameters.keys()

@@ -10,7 +10,7 @@ The hash is `lowbias32` of Chris Wellons, found by his search for 32-bit mixers 
 
 from typing import Any, NamedTuple
 
-from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.namespace import Array, replaceable
 
 # 0x9e3779b9 (the golden ratio), 0x7feb352d and 0x846ca68b as signed 32-bit numbers
 GOLDEN, FIRST, SECOND = -1640531527, 2146121005, -2073254261
@@ -20,11 +20,11 @@ HALVES = 65536  # a hash serves two elements with 16 bits each
 class Noise(NamedTuple):
     """The randomness of one training step: a stream for every dropout place and sample, and the rate."""
 
-    streams: Any  # (places, B) int32
+    streams: Array  # (places, B) int32
     rate: float
 
 
-def mix(xp, x):
+def mix(xp: Any, x: Array) -> Array:
     """Hash int32 counters to int32 bits, one to one; any shape with at least one axis."""
     x = x + GOLDEN  # so that 0, a fixed point of the rest, is an ordinary counter
     x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST  # `>>` keeps the sign: masking makes it the logical shift
@@ -32,13 +32,13 @@ def mix(xp, x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def fold(xp, key, data):
+def fold(xp: Any, key: Array, data: Array) -> Array:
     """A new key (int32) from a key and a number, both int32 arrays that broadcast."""
     return mix(xp, mix(xp, key) ^ data)
 
 
 @replaceable
-def streams(xp, seed, step, samples, places: int):
+def streams(xp: Any, seed: Array, step: Array, samples: Array, places: int) -> Array:
     """Keys of all dropout places of a step.
 
     seed (1,), step (1,), samples (B,), all int32 -> (places, B) int32.
@@ -49,7 +49,7 @@ def streams(xp, seed, step, samples, places: int):
 
 
 @replaceable
-def keep_mask(xp, stream, size: int, rate: float):
+def keep_mask(xp: Any, stream: Array, size: int, rate: float) -> Array:
     """Which elements of each sample survive dropout: stream (B,) int32 -> (B, size) bool.
 
     One hash gives two elements, 16 bits each, low half first, so that a backend may read the hashes as

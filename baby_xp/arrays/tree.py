@@ -25,7 +25,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def tree_map(function: Callable, tree: Tree, *others: Tree) -> Tree:
+def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Apply `function` to the leaves at the same path of one or several trees. Raises KeyError if they differ."""
     if any(other.keys() != tree.keys() for other in others):
         raise KeyError(f"trees differ: {[sorted(t) for t in (tree, *others)]}")

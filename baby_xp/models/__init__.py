@@ -37,8 +37,9 @@ class Model:
     def shapes(self) -> list[tuple[str, tuple[int, ...], int]]:
         """Path, shape and number of all parameters, where those of block 0 stand for those of every block: known
         at once, however many blocks there are."""
-        config, blocks = self.config, getattr(self.config, "n_layers", 1)
-        one = replace(config, n_layers=1) if blocks > 1 else config
+        one, blocks = self.config, 1
+        if isinstance(one, GPTConfig):
+            one, blocks = replace(one, n_layers=1), one.n_layers
         return [
             (path, tuple(spec.shape), blocks if path.startswith("blocks.") else 1)
             for path, spec in leaves(self.module.spec(one, self.vocab_size))

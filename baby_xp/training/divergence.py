@@ -42,7 +42,7 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
             diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
             if len(diverged) == len(norms) and finding is not None:  # it was over before: that tells more
                 break
-            parameter = diverged[0] if diverged else max(norms, key=norms.get)
+            parameter = diverged[0] if diverged else max(norms, key=lambda path: norms[path])
             finding = Finding(parameter, norms[parameter], step + 1)
             if diverged:
                 break

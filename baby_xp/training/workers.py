@@ -27,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -35,6 +35,7 @@ from threadpoolctl import threadpool_limits
 from baby_xp import config as configs
 from baby_xp import processes
 from baby_xp.arrays import registry
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tree import leaves
@@ -100,6 +101,16 @@ class Arena:
     leaves the state before it as it was.
     """
 
+    states: np.ndarray
+    params: np.ndarray
+    gradients: np.ndarray
+    rates: np.ndarray
+    settings: np.ndarray
+    losses: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+    samples: np.ndarray
+
     def __init__(self, file: int, model: Model, dtype: str, batch_size: int, number: int, create: bool):
         n_ctx, size = model.config.n_ctx, model.n_parameters
         shapes = {
@@ -159,9 +170,11 @@ class Workers:
     the update after the next one. Raises BabyError if a worker cannot be started or ends before its time.
     """
 
-    def __init__(self, backend, model: Model, batch_size: int, number: int):
+    arena: Arena
+
+    def __init__(self, backend: Backend, model: Model, batch_size: int, number: int):
         self.backend, self.model, self.number, self.batch_size = backend, model, number, batch_size
-        self.children: list[subprocess.Popen] = []
+        self.children: list[subprocess.Popen[bytes]] = []
         self._path, self._file = "", -1
         self._number = 0  # of the last command
         n = model.n_parameters
@@ -178,7 +191,7 @@ class Workers:
 
     def __exit__(self, *_) -> None:
         for child in self.children:
-            for pipe in (child.stdin, child.stdout):
+            for pipe in pipes(child):
                 with suppress(OSError):
                     pipe.close()
         for child in self.children:
@@ -189,7 +202,7 @@ class Workers:
                 child.wait()
         self.children = []
         self._limits.restore_original_limits()
-        self.arena = None
+        vars(self).pop("arena", None)  # its memory goes with it
         self._forget_file()
 
     def _start(self) -> None:
@@ -233,8 +246,9 @@ class Workers:
                 "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             },
         )  # fmt: skip
-        child.stdin.write(json.dumps(setup).encode() + b"\n")
-        child.stdin.flush()
+        commands, _ = pipes(child)
+        commands.write(json.dumps(setup).encode() + b"\n")
+        commands.flush()
         return child
 
     def _forget_file(self) -> None:
@@ -313,16 +327,18 @@ class Workers:
 
     def _send(self, rank: int, what: bytes, *numbers: int) -> None:
         numbers = (*numbers, *[0] * (9 - len(numbers)))
+        commands, _ = pipes(self.children[rank - 1])
         try:
-            self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *numbers))
-            self.children[rank - 1].stdin.flush()
+            commands.write(COMMAND.pack(what, self._number, *numbers))
+            commands.flush()
         except OSError:
             raise self._lost(rank) from None
 
     def _wait(self, rank: int) -> None:
         """Wait for the answer to the last command; those to commands that Ctrl-C cut short are passed over."""
+        _, answers = pipes(self.children[rank - 1])
         while True:
-            answer = self.children[rank - 1].stdout.read(ANSWER.size)
+            answer = answers.read(ANSWER.size)
             if len(answer) < ANSWER.size:
                 raise self._lost(rank)
             if ANSWER.unpack(answer)[0] == self._number:
@@ -332,6 +348,13 @@ class Workers:
         code = self.children[rank - 1].wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return BabyError(f"worker {rank} of {self.number} {how}; train with fewer --workers, or --workers 1")
+
+
+def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Where a child's commands go, and where its answers come from."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    return child.stdin, child.stdout
 
 
 def _file_in_memory() -> tuple[int, str]:
