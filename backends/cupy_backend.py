@@ -16,18 +16,18 @@ from baby_xp.errors import BabyError, BackendUnavailable
 NO_DRIVER = "install NVIDIA's driver for the card (nvidia-smi shows whether it works), or use --backend numpy"
 GIB = 2**30
 WATCHED_CALLS = 2
-"""Calls of each compiled function whose allocations are counted. Later ones allocate the same; to count takes
-microseconds an allocation, of which a step makes hundreds."""
+"""Calls of each compiled function whose allocations are counted. Later ones allocate the same, and counting takes
+microseconds for each of the hundreds of allocations of a step."""
 
 
 class CupyBackend(Backend):
     """Arrays of CuPy, on "cuda" or "cuda:1".
 
-    tf32: products of float32 matrices in TensorFloat-32, whose factors keep 10 bits of their fraction in place of
-    23. memory_gib: most GPU memory that CuPy's pool may hold, in GiB; none: all there is.
+    tf32: products of float32 matrices in TensorFloat-32, which rounds the factors' fractions from 23 bits to
+    10. memory_gib: most GPU memory that CuPy's pool may hold, in GiB; none: all there is.
 
-    CuPy has a current device for each thread: every way into this backend makes its own the current one of the
-    calling thread, so that it may be used from any.
+    CuPy has a current device for each thread: every method makes this backend's device the current one of the
+    calling thread, so that any thread may use it.
     """
 
     name = "cupy"
@@ -156,7 +156,7 @@ class Launcher:
 
 
 class Products:
-    """Products of matrices where CuPy's own are slow, or do not follow TF32.
+    """Matrix products where CuPy's own are slow or ignore TF32.
 
     A 2-D product goes straight to cuBLAS, with transposed factors as flags. One of 3-D by 2-D takes a detour, and
     a batched one copies a transposed factor and ignores TF32.

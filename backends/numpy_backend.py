@@ -15,7 +15,7 @@ from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
 TOKENS_AT_ONCE = 1024
-"""So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""
+"""This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
 
 
 class NumpyBackend(Backend):
@@ -43,7 +43,7 @@ class NumpyBackend(Backend):
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Ask glibc to keep what a step frees for the next step, in place of returning it to the system.
+    """Ask glibc to keep what a step frees for the next step instead of returning it to the system.
 
     With its default thresholds every large array is mapped anew, and a small model's step spends a third of
     its time on page faults. Other C libraries are left as they are.
@@ -62,14 +62,14 @@ def keep_freed_memory() -> None:
 
 
 HEAP = 512 << 20
-"""Bytes of address space, not of memory, that the heap is given in advance."""
+"""Bytes of address space, not of memory, that the heap gets in advance."""
 
 
 def ask_for_huge_pages(libc) -> None:
-    """Let Linux back the heap with pages of 2 MiB where it does so for those who ask.
+    """Let Linux back the heap with pages of 2 MiB where it does so on request.
 
-    What a step saves for its backward pass is spread over more small pages than a processor remembers, and in a
-    virtual machine each that it forgot costs two searches. NumPy itself asks for single arrays of 4 MiB and more.
+    What a step saves for its backward pass is spread over more small pages than a processor's TLB holds, and in a
+    virtual machine each miss costs two page walks. NumPy itself asks only for single arrays of 4 MiB and more.
     """
     MADV_HUGEPAGE, PIECE = 14, 16 << 20
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -1,7 +1,7 @@
 """Counter-based random bits: the same dropout masks on every backend, with nothing to store.
 
 A mask bit is a hash of (seed, step, place in the model, index of the sample in the step's batch, element in
-the sample). So a mask does not depend on how a batch is split among workers, and a resumed run goes on
+the sample). So a mask does not depend on how a batch is split among workers, and a resumed run continues
 exactly. Everything is int32 arithmetic, which wraps alike in NumPy, CuPy, PyTorch, JAX and array-api-strict.
 
 The hash is `lowbias32` of Chris Wellons, found by his search for 32-bit mixers with small bias
@@ -69,5 +69,5 @@ def drop_threshold(rate: float) -> int:
 
 
 def survivor_scale(rate: float) -> float:
-    """What survivors are multiplied with, so that the mean stays: the inverse of the share that is kept."""
+    """The factor that scales survivors so that the mean stays: the inverse of the share that is kept."""
     return HALVES / (HALVES - drop_threshold(rate))

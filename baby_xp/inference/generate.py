@@ -173,7 +173,7 @@ def _uniforms(seed: int, block: int) -> list[float]:
 
 
 def weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What to draw from, of logits (B, V): softmax(logits / temperature), cut to top_k, then to top_p; unnormalised.
+    """Unnormalised probabilities of logits (B, V): softmax(logits / temperature), cut to top_k, then to top_p.
 
     The most likely token has weight 1. top_p is nucleus sampling (Holtzman et al. 2020): the most likely token is
     always kept. Of equally likely tokens at the cut, those with the smaller ids are kept.

@@ -43,7 +43,7 @@ class SavedHalf(NamedTuple):
 
 
 def spec(parts: Parts, C: int, S: int, H: int, residual_scale: float = 1.0):
-    """Parameters of one block; `residual_scale` as in params.scaled."""
+    """Parameters of one block; `residual_scale` is the factor of params.scaled."""
     return {
         "norm1": layernorm.spec(C),
         "attention": parts.attention.spec(C, S, H, residual_scale),
@@ -53,7 +53,7 @@ def spec(parts: Parts, C: int, S: int, H: int, residual_scale: float = 1.0):
 
 
 def forward(xp, p, x, parts: Parts, shape, noise=None, past=None):
-    """x (N, C) -> y (N, C). `noise` holds one entry a dropout place, or is None; `past` as in heads.forward."""
+    """x (N, C) -> y (N, C). `noise`: one entry for each dropout place, or None; `past` as in heads.forward."""
     noise = noise or [None] * parts.dropouts
     places = parts.attention.DROPOUTS
     attend = (parts.attention.forward, p["attention"], shape, noise[:places], past)

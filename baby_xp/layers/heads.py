@@ -1,7 +1,7 @@
 """Causal scaled dot-product attention, all heads side by side (Vaswani et al. 2017, section 3.2.1).
 
 What multi-head attention and mixture-of-heads attention share: from queries, keys and values in one array,
-to one output a head. It has no parameters of its own.
+to one output for each head. It has no parameters of its own.
 """
 
 import math

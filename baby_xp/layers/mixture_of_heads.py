@@ -1,7 +1,7 @@
 """Mixture-of-heads attention: a softmax gate per token weighs the heads, then one projection from D.
 
 The Little Baby's `moh`: y = (sum over h of gate(x)_h head_h(x)) Wout + b. Where multi-head attention
-concatenates its heads, this adds them up, each token by weights of its own.
+concatenates its heads, this adds them up, with weights that depend on the token.
 """
 
 from typing import Any, NamedTuple

@@ -33,7 +33,7 @@ def parts(config) -> Parts:
 def spec(config, V: int):
     """Parameters of a GPT with V token ids."""
     C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
-    residual_scale = 1 / math.sqrt(2 * L)  # two projections a block write into the residual stream
+    residual_scale = 1 / math.sqrt(2 * L)  # two projections of each block write into the residual stream
     return {
         "wte": embedding.spec(V, C),
         "wpe": embedding.spec(config.n_ctx, C),
@@ -110,7 +110,7 @@ def decode(xp, prepared, ids, config, cache=None):
 
 
 def block_noise(noise, config, i: int):
-    """The noise of block i: one (stream (B,), rate) a dropout place, or None."""
+    """The noise of block i: (stream (B,), rate) for each dropout place, or None."""
     if noise is None:
         return None
     n = parts(config).dropouts

@@ -1,4 +1,4 @@
-"""Why a run diverged: its last steps once more, looking at every parameter's gradient."""
+"""Why a run diverged: computes its last steps again and looks at every parameter's gradient."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from baby_xp.training.step import accumulated, loss_and_gradients_with_dropout
 
 @dataclass(frozen=True)
 class Finding:
-    """The parameter whose gradient was largest, its norm, and the step it was in, counted from 1.
+    """The parameter whose gradient was largest, its norm, and the step, counted from 1.
 
     The norm is not finite where the gradients were the first to diverge.
     """
@@ -22,9 +22,9 @@ class Finding:
 
 
 def largest_gradient(backend, model, config, task, start: Checkpoint, last: int, workers=None) -> Finding | None:
-    """The largest gradient in the last step from `start` on whose loss was finite; `last`: the step that was not.
+    """The largest gradient in the last step with a finite loss; from `start` to `last`, the step that diverged.
 
-    The steps are computed again, which gives the same numbers: a run need not keep its past at hand.
+    Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
     compute = loss_and_gradients_with_dropout if workers is None else workers.loss_and_gradients
@@ -40,7 +40,7 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
             diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
-            if len(diverged) == len(norms) and finding is not None:  # it was over before: that tells more
+            if len(diverged) == len(norms) and finding is not None:  # the step before tells more
                 break
             parameter = diverged[0] if diverged else max(norms, key=lambda path: norms[path])
             finding = Finding(parameter, norms[parameter], step + 1)

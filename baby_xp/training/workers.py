@@ -6,9 +6,9 @@ the same bit for bit for the same number of workers. Dropout does not depend on 
 process does AdamW for its part of the flat buffer.
 
 Arrays pass through one mapped piece of memory, commands through pipes. A worker whose main process is gone reads
-the end of its pipe and ends; a main process whose worker is gone reads the end of that pipe and raises. The memory
-has no name in the file system, or has lost it before the first worker starts, so nothing can be left behind. Only
-Windows cannot do that: there it is a file that is deleted at the end.
+the end of its pipe and exits; a main process whose worker is gone reads the end of that pipe and raises. The
+memory has no name in the file system, or has lost it before the first worker starts, so that nothing stays behind.
+Only Windows cannot do that: there it is a file that is deleted at the end.
 
 A worker is a Python process of its own, not a fork and not `multiprocessing`: it works the same on Linux,
 macOS and Windows, in notebooks, and in scripts without a guarded main.
@@ -61,7 +61,7 @@ GRADIENTS, TOTAL, UPDATE = b"g", b"t", b"u"
 ELSEWHERE = 2
 """Where parameters lie: 0 or 1, one of the two states in the arena, or this: apart from them."""
 LINE = 16
-"""Parts of the flat buffer begin at multiples of so many elements: no two processes write to one cache line."""
+"""Parts of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
 WORTH_SPLITTING = 3e8
 """Floating-point operations of a step below which passing arrays around costs more than it gains."""
 INHERITED = os.name != "nt"
@@ -69,7 +69,7 @@ INHERITED = os.name != "nt"
 
 
 def suitable_number(backend, model: Model, batch_size: int) -> int:
-    """How many processes suit a run: one a core on NumPy, but one in all for small steps."""
+    """How many processes suit a run: one per core on NumPy, but one in all for small steps."""
     if backend.name != "numpy" or is_small(model, batch_size):
         return 1
     return min(
@@ -78,16 +78,16 @@ def suitable_number(backend, model: Model, batch_size: int) -> int:
 
 
 def is_small(model: Model, batch_size: int) -> bool:
-    """Whether a step has so little to compute that it is best done by one core alone."""
+    """Whether a step computes so little that one core alone is best."""
     return 6 * model.n_parameters * batch_size * model.config.n_ctx < WORTH_SPLITTING
 
 
 @contextmanager
 def alone(backend, model: Model, batch_size: int) -> Iterator[None]:
-    """What one process computes in, in place of Workers: a small step with one BLAS thread.
+    """The context in which a single process computes, in place of Workers: a small step has one BLAS thread.
 
-    Two gain nothing there, and where other programs have work too, each product waits for the slower one: a step
-    of 2 ms was seen to take 400.
+    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms was seen to
+    take 400.
     """
     small = backend.name == "numpy" and is_small(model, batch_size)
     with threadpool_limits(1) if small else nullcontext():
@@ -156,7 +156,7 @@ def address(array: np.ndarray) -> int:
 
 
 def _reserve(file: int, length: int) -> None:
-    """Make the file so long. Where the system can, it reserves the room: a write to a full disk would kill."""
+    """Give the file this length, reserving the space where the system can: a write to a full disk would kill."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, length)
     else:
@@ -335,7 +335,7 @@ class Workers:
             raise self._lost(rank) from None
 
     def _wait(self, rank: int) -> None:
-        """Wait for the answer to the last command; those to commands that Ctrl-C cut short are passed over."""
+        """Wait for the answer to the last command; those to commands that Ctrl-C cut short are skipped."""
         _, answers = pipes(self.children[rank - 1])
         while True:
             answer = answers.read(ANSWER.size)
@@ -419,7 +419,7 @@ def serve() -> None:
         TOTAL: functools.partial(_obey_total, backend, model, arena, rank),
         UPDATE: functools.partial(_obey_update, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
     }
-    # numbers that are not finite show in the loss, and the main process says so
+    # numbers that are not finite show in the loss, which the main process checks
     with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):
         answers.write(ANSWER.pack(0))
         while len(command := commands.read(COMMAND.size)) == COMMAND.size:

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
-from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.errors import BackendUnavailable
@@ -73,7 +72,7 @@ class StopAt(api.Silent):
 def test_every_layer_with_kernels_is_the_layer_without_on_the_device(entry):
     """Both on the GPU: what differs is the kernels alone."""
     case, numbers = case_of("cupy"), numbers_for(entry)
-    plain, results = Namespace(case.xp.library, case.xp.device), []
+    plain, results = registry.load("cupy", None, case.dtype, "plain").xp, []
     for xp in (case.xp, plain):
         arrays = [case.asarray(array) for array in (numbers.flat, numbers.x, numbers.streams)]
         p = numbers.layout.unpack(xp, arrays[0])
