@@ -88,13 +88,15 @@ def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | No
     one.
     """
     n_targets = n_targets or math.prod(batch.targets.shape)
-
-    def of_tile(tile):
-        noise = step_noise(xp, model, state["seed"], state["step"], tile)
-        return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
-
+    # not a closure: the frames of a step that ran out of memory would keep the state alive
+    of_tile = functools.partial(_of_tile, xp, model, state, n_targets)
     begin = pack or functools.partial(model.layout.pack, xp)
     return over_parts(tiles(xp, batch), of_tile, functools.partial(add_tree, xp, model.layout), begin)
+
+
+def _of_tile(xp, model, state, n_targets: int, tile):
+    noise = step_noise(xp, model, state["seed"], state["step"], tile)
+    return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
 
 
 def accumulated(compute, batch_size: int):
@@ -107,7 +109,8 @@ def accumulated(compute, batch_size: int):
     def of_whole(xp, model, state, batch):
         B, n_targets = batch.inputs.shape[0], math.prod(batch.targets.shape)
         parts = (_samples(batch, first, min(first + batch_size, B)) for first in range(0, B, batch_size))
-        return over_parts(parts, lambda part: compute(xp, model, state, part, n_targets), operator.add)
+        of_part = functools.partial(compute, xp, model, state, n_targets=n_targets)
+        return over_parts(parts, of_part, operator.add)
 
     return of_whole
 
