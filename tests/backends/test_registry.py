@@ -44,9 +44,9 @@ def foreign(monkeypatch):
     """The class, registered under its name."""
     found = registry.importlib.metadata.entry_points
 
-    def entry_points(group, name=None):
+    def entry_points(**of):
         own = types.SimpleNamespace(name="foreign", load=lambda: Foreign)
-        return [own] if name == "foreign" else [*found(group=group), *([] if name else [own])]
+        return [own] if of.get("name") == "foreign" else [*found(**of), *([] if "name" in of else [own])]
 
     monkeypatch.setattr(registry.importlib.metadata, "entry_points", entry_points)
     return Foreign
