@@ -59,18 +59,20 @@ def train(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
+    kernels: Literal["fast", "plain"] = "fast",
     listener: Any = None,
     **overrides: Unpack[Settings],
 ) -> Run:
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
-    backend, device, workers, tf32, memory_gib: see Compute. listener: see Listener. Ctrl-C, SIGTERM and SIGHUP end
-    it after the step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes on with it.
+    backend, device, workers, tf32, memory_gib, kernels: see Compute. listener: see Listener. Ctrl-C, SIGTERM and
+    SIGHUP end it after the step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes
+    on with it.
     Raises BabyError for input that cannot be used, and if the loss becomes NaN or infinite: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """
     config = presets.preset(preset).override(overrides)
-    compute, listener = Compute(backend, device, tf32, memory_gib, workers), listening(listener)
+    compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
     with new_run(path) as new:
         setup = _prepared(new, config, compute)
         start = checkpoint.first(setup.model, setup.config.train)
@@ -87,6 +89,7 @@ def finetune(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
+    kernels: Literal["fast", "plain"] = "fast",
     listener: Any = None,
     **overrides: Unpack[FinetuneSettings],
 ) -> Run:
@@ -96,7 +99,7 @@ def finetune(
     The text is measured before the first step too. overrides: fields of TrainConfig, and dropout; the others
     are `finetuning` of the run's. Raises BabyError as `train` does, and for a run of the equation model.
     """
-    compute, listener = Compute(backend, device, tf32, memory_gib, workers), listening(listener)
+    compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
     base = load(name, path=path, backend="numpy")
     config = finetuning(base).override({**overrides, "data": data})
     models = config.model, base.settings.model
@@ -122,14 +125,15 @@ def resume(
     workers: int | None = None,
     tf32: bool | None = None,
     memory_gib: float | None = None,
+    kernels: Literal["fast", "plain"] | None = None,
     data: str | Path | None = None,
     listener: Any = None,
     **overrides: Unpack[ResumeSettings],
 ) -> Run:
     """Go on with a run from its last checkpoint, as if it had never stopped.
 
-    On the same backend, with the same tf32 and number of workers, as it does unless others are given, the end is
-    the same bit for bit. data: where the text lies now; it must be the same text. overrides: those of RESUMABLE.
+    On the same backend, with the same tf32, kernels and number of workers, as it does unless others are given, the
+    end is the same bit for bit. data: where the text lies now; it must be the same text. overrides: RESUMABLE ones.
     Raises BabyError if there is nothing to go on with, or the text is another one.
     """
     listener = listening(listener)
@@ -145,7 +149,7 @@ def resume(
         else:
             found = replace(config.data, data=checks.path("data", data))
         config = replace(config, data=found)
-        compute = _as_before(stored.content["place"], backend, device, workers, tf32, memory_gib)
+        compute = _as_before(stored.content["place"], backend, device, workers, tf32, memory_gib, kernels)
         text_as_before = stored.tokenizer, text["sha256"]
         setup = prepare(config, compute, files.folder / "corpora", *text_as_before, check_memory=False)
         plan = Plan.of(setup, evaluate_first=base is not None)
@@ -162,13 +166,14 @@ def load(
     weights: Literal["best", "last"] = "best",
     tf32: bool = False,
     memory_gib: float | None = None,
+    kernels: Literal["fast", "plain"] = "fast",
 ) -> Run:
     """A run by its GUID, an unambiguous beginning of it, or "last".
 
     weights: those with the best validation loss, or those of the last checkpoint. The others: as in `train`.
     Raises BabyError if the run cannot be loaded, or its files do not belong together.
     """
-    compute = Compute(backend, device, tf32, memory_gib)
+    compute = Compute(backend, device, tf32, memory_gib, kernels)
     checks.choice("weights", weights, ("best", "last"))
     stored = config_file.read(store.find(path, name))
     files, config = stored.files, stored.config
@@ -269,13 +274,15 @@ def _as_before(
     workers: int | None,
     tf32: bool | None,
     memory_gib: float | None,
+    kernels: Literal["fast", "plain"] | None,
 ) -> Compute:
     """Where a run goes on: where it has computed, but for what is asked for."""
     if backend in (None, place["backend"]):
         device = place["device"] if device is None else device
         tf32 = place.get("tf32") if tf32 is None else tf32
         workers = place["workers"] if workers is None else workers
-    return Compute(backend or place["backend"], device, bool(tf32), memory_gib, workers)
+    kernels = kernels or place.get("kernels", "fast")
+    return Compute(backend or place["backend"], device, bool(tf32), memory_gib, kernels, workers)
 
 
 def _check_resumable(stored: StoredRun, overrides: ResumeSettings) -> None:

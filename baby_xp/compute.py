@@ -1,7 +1,7 @@
 """Where a run computes: a backend, its device, its options and the processes that share a step."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from baby_xp import checks
 
@@ -21,6 +21,8 @@ class Compute:
     """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
     """Limit of GPU memory, in GiB (cupy backend); none: no limit."""
+    kernels: Literal["fast", "plain"] = "fast"
+    """plain: run the text of layers/ itself, without the faster functions of the backend."""
     workers: int | None = None
     """Processes that share each step (numpy backend); none: chosen automatically."""
 
@@ -29,6 +31,7 @@ class Compute:
             "backend": checks.text("backend", self.backend),
             "device": None if self.device is None else checks.text("device", self.device),
             "tf32": checks.flag("tf32", self.tf32),
+            "kernels": checks.choice("kernels", self.kernels, ("fast", "plain")),
         }
         if self.memory_gib is not None:
             plain["memory_gib"] = checks.number("memory_gib", self.memory_gib, above=0)
@@ -41,4 +44,5 @@ class Compute:
         """The backend. Raises BabyError if it cannot work here."""
         from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
 
-        return registry.load(self.backend, self.device, dtype, tf32=self.tf32, memory_gib=self.memory_gib)
+        options = {"tf32": self.tf32, "memory_gib": self.memory_gib, "kernels": self.kernels}
+        return registry.load(self.backend, self.device, dtype, **options)

@@ -16,7 +16,6 @@ from baby_xp import checks
 from baby_xp.arrays import rng
 from baby_xp.checks import LARGEST, Range, check_fields
 from baby_xp.errors import BabyError
-from baby_xp.training import optimizers
 
 MOST_LAYERS = 10_000
 """With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
@@ -163,10 +162,10 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate at its highest, by the batch-size rule where base_batch_size is given."""
+        """The highest learning rate; with base_batch_size it is proportional to the batch (The Little Baby)."""
         if self.base_batch_size is None:
             return self.lr
-        return optimizers.scaled_rate(self.lr, self.base_batch_size, self.step_size)
+        return self.lr * (self.step_size / self.base_batch_size)
 
 
 @dataclass(frozen=True)

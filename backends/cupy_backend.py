@@ -9,25 +9,25 @@ import numpy as np
 from baby_xp_backends import cupy_kernels
 
 from baby_xp import checks
-from baby_xp.arrays.backend import Memory, Restorable, Shortage
+from baby_xp.arrays.backend import Backend, Memory, Shortage
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BabyError, BackendUnavailable
 
 NO_DRIVER = "install NVIDIA's driver for the card (nvidia-smi shows whether it works), or use --backend numpy"
 GIB = 2**30
 WATCHED_CALLS = 2
-"""Calls of each compiled function whose allocations are counted. Later ones allocate the same; to count takes
-microseconds an allocation, of which a step makes hundreds."""
+"""Calls of each compiled function whose allocations are counted. Later ones allocate the same, and counting takes
+microseconds for each of the hundreds of allocations of a step."""
 
 
-class CupyBackend(Restorable):
+class CupyBackend(Backend):
     """Arrays of CuPy, on "cuda" or "cuda:1".
 
-    tf32: products of float32 matrices in TensorFloat-32, whose factors keep 10 bits of their fraction in place of
-    23. memory_gib: most GPU memory that CuPy's pool may hold, in GiB; none: all there is.
+    tf32: products of float32 matrices in TensorFloat-32, which rounds the factors' fractions from 23 bits to
+    10. memory_gib: most GPU memory that CuPy's pool may hold, in GiB; none: all there is.
 
-    CuPy has a current device for each thread: every way into this backend makes its own the current one of the
-    calling thread, so that it may be used from any.
+    CuPy has a current device for each thread: every method makes this backend's device the current one of the
+    calling thread, so that any thread may use it.
     """
 
     name = "cupy"
@@ -38,13 +38,14 @@ class CupyBackend(Restorable):
         dtype: str = "float32",
         tf32: bool = False,
         memory_gib: float | None = None,
+        kernels: str = "fast",
     ):
         tf32 = checks.flag("tf32", tf32)
         if memory_gib is not None:
             memory_gib = checks.number("memory_gib", memory_gib, above=0, hint="it is in GiB")
         cold = not kernels_are_cached()
         self._cupy = cupy = import_cupy()
-        self.dtype, self.tf32 = dtype, tf32
+        self.dtype, self.tf32, self.kernels = dtype, tf32, kernels
         self._device = cupy.cuda.Device(device_index(cupy, device))
         self._device.use()
         capability = self._device.compute_capability
@@ -58,15 +59,17 @@ class CupyBackend(Restorable):
         prove(cupy)
         import array_api_compat.cupy as library
 
-        products = Products(cupy, tf32)
-        self.xp = Namespace(
-            library, device=self._device, kernels=cupy_kernels.KERNELS, matmul=products.matmul,
-            batched_product=products.batched, launch=Launcher(cupy),
-        )  # fmt: skip
+        self.xp = Namespace(library, device=self._device, **(self._faster() if kernels == "fast" else {}))
         self.version = f"cupy {cupy.__version__}"
         self._card = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"].decode()
         self.device = f"cuda:{self._device.id} ({self._card})"
         self._cold, self._watch = cold, make_watch(cupy, self._pool, self._device.id)
+
+    def _faster(self):
+        """What replaces functions of the library and of ours, and what these replacements need."""
+        products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
+        ours = {"kernels": cupy_kernels.KERNELS, "launch": launch, "batched_product": products.batched}
+        return {"matmul": products.matmul, **ours}
 
     def _here(self) -> None:
         """Make the device current in this thread, and the precision of products, which CuPy has but one of."""
@@ -75,15 +78,10 @@ class CupyBackend(Restorable):
         kind = core._routines_linalg.COMPUTE_TYPE_TF32 if self.tf32 else core._routines_linalg.COMPUTE_TYPE_DEFAULT
         core.set_compute_type(np.float32, kind)
 
-    def asarray(self, host):
+    def to_device(self, host):
         """Through pinned memory of CuPy's own: the host does not wait for the copy."""
         self._here()
-        dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
-        return self._cupy.array(np.asarray(host, dtype=dtype))
-
-    def integers(self, values):
-        self._here()
-        return self._cupy.array(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
+        return self._cupy.array(host)
 
     def to_numpy(self, array):
         self._here()
@@ -107,8 +105,6 @@ class CupyBackend(Restorable):
 
     def synchronize(self):
         self._device.synchronize()
-
-    # what the protocol leaves open -----------------------------------------------------------------------
 
     def first_use(self) -> str | None:
         """What to tell before a wait that comes once a machine."""
@@ -160,14 +156,15 @@ class Launcher:
 
 
 class Products:
-    """Products of matrices where CuPy's own are slow, or do not follow TF32.
+    """Matrix products where CuPy's own are slow or ignore TF32.
 
     A 2-D product goes straight to cuBLAS, with transposed factors as flags. One of 3-D by 2-D takes a detour, and
     a batched one copies a transposed factor and ignores TF32.
     """
 
     def __init__(self, cupy, tf32: bool):
-        self._cupy, self._tf32, self._factors = cupy, tf32, {}
+        self._cupy, self._tf32 = cupy, tf32
+        self._factors: dict[tuple[float, str], tuple[np.ndarray, int]] = {}
 
     def matmul(self, a, b):
         """As matmul of the Array API."""

@@ -1,10 +1,10 @@
 """Faster forms of the functions marked @replaceable, for CuPy alone, as CUDA kernels of our own.
 
-Same arguments, same results to rounding, masks bit for bit; `saved` may hold other things, as the forward and the
-backward of a layer are replaced together. What makes them faster: a chain of elementwise operations is one launch
-that reads and writes each array once, where CuPy would launch one kernel an operation and keep every result on the
-way in memory. No kernel makes the host wait, and none adds up in an order left to chance: the same numbers come
-out each time.
+Same arguments, same results up to rounding, masks bit for bit; `saved` may hold other things, as the forward and
+the backward of a layer are replaced together. What makes them faster: a chain of elementwise operations is one
+launch that reads and writes each array once, where CuPy would launch one kernel per operation and keep every
+intermediate result in memory. No kernel makes the host wait, and none adds up in an order left to chance: the same
+numbers come out each time.
 
 `real` is float or double: the source is compiled once for each. Rows are summed by a warp, 32 threads that hand
 their numbers to each other; columns by blocks of rows, whose sums are then added up in the same way.
@@ -160,7 +160,7 @@ def linear_backward(xp, p, saved, dy):
 
 # embedding ----------------------------------------------------------------------------------------------
 
-# For vocabularies too large for one-hot rows. A block a token: it steps back if an earlier token has the same id,
+# For vocabularies too large for one-hot rows. One block per token: it returns if an earlier token has the same id,
 # so one block is left for each id that occurs, and this adds up the rows of that id in their order. scatter_add
 # would add them in an order left to chance, and a sort would make the host wait.
 SOURCES.append(r"""
@@ -201,7 +201,7 @@ def sum_by_id(xp, ids, dy, V: int):
 
 # layer norm ---------------------------------------------------------------------------------------------
 
-# A warp a row: the row's three passes find it in the cache, and nothing but results is written.
+# One warp per row: the row's three passes find it in the cache, and nothing but results is written.
 SOURCES.append(r"""
 extern "C" __global__ void layernorm_forward(
         const real* __restrict__ x, const real* __restrict__ gain, const real* __restrict__ bias,
@@ -209,11 +209,11 @@ extern "C" __global__ void layernorm_forward(
     i64 n = ROW;
     if (n >= N) return;
     x += n * C; y += n * C; xhat += n * C;
-    real sum = 0, power = 0;
+    real sum = 0, squares = 0;
     COLUMNS(c, C) sum += x[c];
     real mean = warp_sum(sum) / C;
-    COLUMNS(c, C) power += (x[c] - mean) * (x[c] - mean);
-    real scale = 1 / sqrt(warp_sum(power) / C + LAYERNORM_EPS);
+    COLUMNS(c, C) squares += (x[c] - mean) * (x[c] - mean);
+    real scale = 1 / sqrt(warp_sum(squares) / C + LAYERNORM_EPS);
     COLUMNS(c, C) {
         real normed = (x[c] - mean) * scale;
         xhat[c] = normed;
@@ -260,28 +260,28 @@ def layernorm_backward(xp, p, saved, dy):
 
 # GELU ---------------------------------------------------------------------------------------------------
 
-# Value and slope in one launch, in place of sixteen.
+# Value and derivative in one launch instead of sixteen.
 SOURCES.append(r"""
 extern "C" __global__ void gelu_tanh(
-        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ slope, i64 size) {
+        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ derivative, i64 size) {
     EACH(i, size) {
         real at = x[i], square = at * at;
         real t = tanh(ROOT_2_OVER_PI * at * (1 + CUBIC * square));
-        real below = (real)0.5 * (1 + t);
+        real cdf = (real)0.5 * (1 + t);
         real du = ROOT_2_OVER_PI * (1 + 3 * CUBIC * square);
-        y[i] = at * below;
-        slope[i] = below + (real)0.5 * at * (1 - t * t) * du;
+        y[i] = at * cdf;
+        derivative[i] = cdf + (real)0.5 * at * (1 - t * t) * du;
     }
 }
 
 extern "C" __global__ void gelu_erf(
-        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ slope, i64 size) {
+        const real* __restrict__ x, real* __restrict__ y, real* __restrict__ derivative, i64 size) {
     EACH(i, size) {
         real at = x[i];
-        real below = (real)0.5 * (1 + erf(at * ROOT_HALF));
+        real cdf = (real)0.5 * (1 + erf(at * ROOT_HALF));
         real density = exp((real)-0.5 * at * at) * ONE_OVER_ROOT_2_PI;
-        y[i] = at * below;
-        slope[i] = below + at * density;
+        y[i] = at * cdf;
+        derivative[i] = cdf + at * density;
     }
 }
 """)
@@ -297,9 +297,9 @@ def gelu_erf_form(xp, x):
 
 def _gelu(xp, name: str, x):
     x = xp.ascontiguousarray(x)
-    y, slope = xp.empty_like(x), xp.empty_like(x)
-    xp.launch(name, x.dtype, elements(x.size), x, y, slope, np.int64(x.size))
-    return y, slope
+    y, derivative = xp.empty_like(x), xp.empty_like(x)
+    xp.launch(name, x.dtype, elements(x.size), x, y, derivative, np.int64(x.size))
+    return y, derivative
 
 
 # dropout ------------------------------------------------------------------------------------------------
@@ -388,14 +388,14 @@ def dropout_select(xp, keep, x, rate: float):
 
 
 def _samples(B: int, size: int):
-    """Grid and block of a kernel over B samples of so many elements."""
+    """Grid and block of a kernel over B samples of `size` elements."""
     (blocks,), block = elements(size)
     return (blocks, min(B, 65535)), block
 
 
 # softmax ------------------------------------------------------------------------------------------------
 
-# For the gates of mixtures: a warp a row.
+# For the gates of mixtures: one warp per row.
 SOURCES.append(r"""
 extern "C" __global__ void softmax_forward(const real* __restrict__ x, real* __restrict__ y, i64 N, int C) {
     i64 n = ROW;
@@ -444,7 +444,7 @@ def softmax_backward(xp, p, saved, dy):
 # softmax and dropout, in place. Scores that the mask hides are never read. The dropout mask is not kept: the hash
 # gives it again on the way back.
 SOURCES.append(r"""
-// (N, P H D) -> (P, B, H, T, D): a block a token
+// (N, P H D) -> (P, B, H, T, D): one block per token
 extern "C" __global__ void to_heads(
         const real* __restrict__ x, real* __restrict__ y, int T, int H, int D, int P) {
     i64 n = blockIdx.x, N = gridDim.x, b = n / T, t = n % T;
@@ -512,7 +512,7 @@ extern "C" __global__ void causal_softmax_backward(
 
 
 def heads_forward(xp, p, qkv, shape, noise=None, past=None):
-    """As heads.forward. It saves the dropout's key in place of its mask."""
+    """As heads.forward. It saves the dropout's key instead of its mask."""
     if past is not None:
         return heads.forward.__wrapped__(xp, p, qkv, shape, noise, past)
     qkv = to_heads(xp, qkv, shape, 3)
@@ -522,7 +522,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     dropped = weights if noise is None else xp.empty_like(weights)
     _rows_of_scores(xp, "causal_softmax", weights, stream, dropped, weights.shape, rate)
     y = xp.batched_product(dropped, v)  # (B, H, T, D)
-    return from_heads(xp, y[None, ...]), (q, k, v, weights, dropped, (stream, rate))
+    return from_heads(xp, y[None, ...]), heads.Saved(q, k, v, weights, dropped, (stream, rate))
 
 
 def heads_backward(xp, p, saved, dy):
@@ -567,9 +567,9 @@ def from_heads(xp, y):
 
 # cross-entropy ------------------------------------------------------------------------------------------
 
-# A warp a token, one pass over its logits: where a larger one turns up, the sum so far is scaled down. Kept are
-# the largest logit and the sum, two numbers a token, and not the probabilities, which with a large vocabulary are
-# the largest array of a step. The first `top` is finite, so that a logit of -inf adds nothing.
+# One warp per token, one pass over its logits: where a larger one turns up, the sum so far is scaled down. The
+# largest logit and the sum are kept, two numbers per token, not the probabilities: a step's largest array if the
+# vocabulary is large. The first `top` is finite, so that a logit of -inf adds nothing.
 SOURCES.append(r"""
 extern "C" __global__ void cross_entropy_forward(
         const real* __restrict__ logits, const int* __restrict__ targets, real* __restrict__ losses,

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
 
-class JaxBackend(Restorable):
+class JaxBackend(Backend):
     """Arrays of JAX, on its default device or on "cpu", "gpu", "gpu:1"."""
 
     name = "jax"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         try:
             import jax
             import jax.numpy as library
@@ -22,7 +22,7 @@ class JaxBackend(Restorable):
             ) from None
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)  # for the whole process: float32 arrays stay float32
-        self._jax, self.dtype = jax, dtype
+        self._jax, self.dtype, self.kernels = jax, dtype, kernels
         kind, _, index = (device or "").partition(":")
         try:
             self._device = jax.devices(kind or None)[int(index or 0)]
@@ -35,14 +35,8 @@ class JaxBackend(Restorable):
         self.xp = Namespace(library, device=None if device is None else self._device)
         self.version, self.device = f"jax {jax.__version__}", str(self._device)
 
-    def asarray(self, host):
-        dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
-        return self._jax.device_put(np.asarray(host, dtype=dtype), self._device)
-
-    def integers(self, values):
-        return self._jax.device_put(
-            np.array([v % 2**32 for v in values], dtype=np.uint32).view(np.int32), self._device
-        )
+    def to_device(self, host):
+        return self._jax.device_put(host, self._device)
 
     def to_numpy(self, array):
         return np.asarray(array)

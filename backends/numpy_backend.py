@@ -10,49 +10,40 @@ import array_api_compat.numpy as library
 import numpy as np
 from baby_xp_backends.numpy_kernels import KERNELS
 
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
 TOKENS_AT_ONCE = 1024
-"""So many rows keep matrix products at full speed; the arrays of more only outgrow the cache and the memory."""
+"""This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
 
 
-class NumpyBackend(Restorable):
+class NumpyBackend(Backend):
     """Arrays of NumPy."""
 
     name = "numpy"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         if device not in (None, "cpu"):
             raise BackendUnavailable(
                 "numpy", f"it has no device {device!r}", "leave out --device or say --device cpu"
             )
         keep_freed_memory()
-        self.dtype = dtype
-        self.xp = Namespace(library, device="cpu", kernels=KERNELS, tokens_at_once=TOKENS_AT_ONCE)
+        self.dtype, self.kernels = dtype, kernels
+        replacements = KERNELS if kernels == "fast" else {}
+        self.xp = Namespace(library, device="cpu", kernels=replacements, tokens_at_once=TOKENS_AT_ONCE)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
-    def asarray(self, host):
-        host = np.asarray(host)
-        return np.array(host, dtype={"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32"))
-
-    def integers(self, values):
-        return np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32)
+    def to_device(self, host):
+        return np.array(host)
 
     def to_numpy(self, array):
         return np.asarray(array)
 
-    def compile(self, function):
-        return function
-
-    def synchronize(self):
-        pass
-
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Ask glibc to keep what a step frees for the next step, in place of returning it to the system.
+    """Ask glibc to keep what a step frees for the next step instead of returning it to the system.
 
     With its default thresholds every large array is mapped anew, and a small model's step spends a third of
     its time on page faults. Other C libraries are left as they are.
@@ -71,14 +62,14 @@ def keep_freed_memory() -> None:
 
 
 HEAP = 512 << 20
-"""Bytes of address space, not of memory, that the heap is given in advance."""
+"""Bytes of address space, not of memory, that the heap gets in advance."""
 
 
 def ask_for_huge_pages(libc) -> None:
-    """Let Linux back the heap with pages of 2 MiB where it does so for those who ask.
+    """Let Linux back the heap with pages of 2 MiB where it does so on request.
 
-    What a step saves for its backward pass is spread over more small pages than a processor remembers, and in a
-    virtual machine each that it forgot costs two searches. NumPy itself asks for single arrays of 4 MiB and more.
+    What a step saves for its backward pass is spread over more small pages than a processor's TLB holds, and in a
+    virtual machine each miss costs two page walks. NumPy itself asks only for single arrays of 4 MiB and more.
     """
     MADV_HUGEPAGE, PIECE = 14, 16 << 20
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -1,7 +1,7 @@
-"""Generation on NumPy: the GPT's forward pass for one new token, or a few, in as few calls as it takes.
+"""Generation on NumPy: the GPT's forward pass for one new token, or a few, in as few calls as possible.
 
-A step for one token is hardly any arithmetic. A call of NumPy costs about a microsecond, and the plain pass makes
-hundreds. So what can be done once, before the first token, is done to the weights:
+A step for one token takes hardly any arithmetic. A call of NumPy costs about a microsecond, and the plain pass
+makes hundreds of them. So what can be done once, before the first token, is done to the weights:
 
 - LayerNorm subtracts the mean, so the mean of the residual stream never matters: everything that writes into the
   stream is centred in advance, and no step computes a mean. Its gain, its bias and the root of C go into the
@@ -11,7 +11,7 @@ hundreds. So what can be done once, before the first token, is done to the weigh
   g (g^2 + constant).
 
 Weights lie in column order, in which a product with one row is fastest, and keys and values in arrays that were
-made for the whole context. All this holds for norms first, multi-head attention, one network and the tanh form of
+made for the whole context. All this needs pre-norm blocks, multi-head attention, one network and the tanh form of
 GELU; other models take the plain path.
 """
 
@@ -30,7 +30,7 @@ SMALLEST_TOTAL, LARGEST_TOTAL = 1e-30, 1e30
 """Bounds of a head's sum of exp(scores) within which scores need not be shifted, in float32."""
 
 WORTH_WAKING = 256
-"""Tokens from which on a second thread of BLAS pays."""
+"""Number of tokens from which a second thread of BLAS pays off."""
 
 INNER = 2 * gelu.ROOT_2_OVER_PI
 K = (INNER * gelu.CUBIC) ** (1 / 3)
@@ -104,7 +104,7 @@ class Prepared:
         self.blocks = [[np.asfortranarray(weight, dtype=kind) for weight in block] for block in self.blocks]
         self.head = np.asfortranarray(behind_norm(p["ln_f"], p["lm_head"], C), dtype=kind)
         self.ones = np.ones(config.n_ctx, kind)
-        # numbers of Python's own cost a conversion each time
+        # Python's own numbers would be converted at each call
         self.one, self.constant = np.array(1, kind), np.array(INNER / K, kind)
         self.buffers = functools.lru_cache(maxsize=2)(lambda B, T: Buffers(B, T, config, kind))
 
@@ -152,7 +152,7 @@ class Buffers:
     def __init__(self, B: int, T: int, config, kind):
         C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
         N, D, F = B * T, S // H, 4 * C
-        # the last channel makes the sum of squares C (power + EPS)
+        # the last channel makes the sum of squares C (variance + EPS)
         self.stream = np.full((N, C + 1), math.sqrt(C * layernorm.EPS), kind)
         self.x, self.x_of_texts = self.stream[:, :C], self.stream.reshape(B, T, C + 1)[..., :C]
         self.delta = np.empty((N, C), kind)
@@ -169,8 +169,8 @@ class Buffers:
         self.g, self.s = np.empty((N, F), kind), np.empty((N, F), kind)
 
     def norm(self) -> None:
-        """normed = stream / root(C (power + EPS)); the stream has mean 0."""
-        if len(self.stream) == 1:  # two calls in place of three
+        """normed = stream / root(C (variance + EPS)); the stream has mean 0."""
+        if len(self.stream) == 1:  # two calls instead of three
             row = self.stream[0]
             np.multiply(self.x, 1 / math.sqrt(np.dot(row, row)), self.normed_x)
             return

@@ -1,9 +1,9 @@
 """Faster forms of the functions marked @replaceable, for NumPy alone.
 
-Same arguments, same results to rounding (a test compares each with its plain form); `saved` may hold other
+Same arguments, same results up to rounding (a test compares each with its plain form); `saved` may hold other
 things, as the forward and the backward of a layer are replaced together. What makes them faster:
 
-- work in place on arrays of their own, in pieces that stay in the cache: a pass over an array that outgrows
+- work in place on arrays of their own, in tiles that stay in the cache: a pass over an array that outgrows
   the cache costs two to three times as much;
 - sums over the last axis as products with ones, which BLAS does four times as fast as `sum`;
 - no `where` with a random mask, whose branches cost 4 ns an element: multiply by the mask instead.
@@ -11,6 +11,7 @@ things, as the forward and the backward of a layer are replaced together. What m
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_decoding
@@ -20,13 +21,13 @@ from baby_xp.arrays.tree import leaves
 from baby_xp.layers import gelu, heads, layernorm
 from baby_xp.training.optimizers import EPS
 
-PIECE = 65536
-"""Elements of one piece: few enough for the cache, and enough that the calls, 1 to 2 microseconds each, vanish."""
+TILE = 65536
+"""Elements of one tile: few enough for the cache, and enough that the calls, 1 to 2 microseconds each, vanish."""
 
 
-def pieces(rows: int, width: int):
-    """Slices of rows such that a piece of (rows, width) has about PIECE elements."""
-    step = max(1, PIECE // max(1, width))
+def tiles(rows: int, width: int):
+    """Slices of rows such that a tile of (rows, width) has about TILE elements."""
+    step = max(1, TILE // max(1, width))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -61,10 +62,10 @@ def layernorm_forward(xp, p, x):
     N, C = x.shape
     y, xhat, rstd = np.empty_like(x), np.empty_like(x), np.empty((N, 1), x.dtype)
     mean_of = ones(C, x.dtype) / C
-    for s in pieces(N, C):
+    for s in tiles(N, C):
         centred = np.subtract(x[s], (x[s] @ mean_of)[:, None], out=xhat[s])
-        power = np.vecdot(centred, centred)[:, None] / C
-        np.divide(1, np.sqrt(power + layernorm.EPS), out=rstd[s])
+        variance = np.vecdot(centred, centred)[:, None] / C
+        np.divide(1, np.sqrt(variance + layernorm.EPS), out=rstd[s])
         centred *= rstd[s]
         np.multiply(centred, p["gain"], out=y[s])
         y[s] += p["bias"]
@@ -75,7 +76,7 @@ def layernorm_backward(xp, p, saved, dy):
     xhat, rstd = saved
     N, C = dy.shape
     dx, dgain, mean_of = np.empty_like(dy), np.zeros(C, dy.dtype), ones(C, dy.dtype) / C
-    for s in pieces(N, C):
+    for s in tiles(N, C):
         along = dy[s] * xhat[s]
         dgain += ones(len(along), dy.dtype) @ along
         dxhat = np.multiply(dy[s], p["gain"], out=dx[s])
@@ -92,31 +93,31 @@ def layernorm_backward(xp, p, saved, dy):
 
 def gelu_tanh_form(xp, x):
     """(1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)): without AVX-512, NumPy's tanh costs twice its exp."""
-    y, slope = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
-    flat_x, flat_y, flat_slope = np.ascontiguousarray(x).reshape(-1), y.reshape(-1), slope.reshape(-1)
-    a, b = np.empty(min(PIECE, x.size), x.dtype), np.empty(min(PIECE, x.size), x.dtype)
-    for s in pieces(x.size, 1):
-        _gelu_piece(flat_x[s], flat_y[s], flat_slope[s], a[: s.stop - s.start], b[: s.stop - s.start])
-    return y, slope
+    y, derivative = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
+    flat_x, flat_y, flat_derivative = np.ascontiguousarray(x).reshape(-1), y.reshape(-1), derivative.reshape(-1)
+    a, b = np.empty(min(TILE, x.size), x.dtype), np.empty(min(TILE, x.size), x.dtype)
+    for s in tiles(x.size, 1):
+        _gelu_tile(flat_x[s], flat_y[s], flat_derivative[s], a[: s.stop - s.start], b[: s.stop - s.start])
+    return y, derivative
 
 
-def _gelu_piece(x, y, slope, below, square):
+def _gelu_tile(x, y, derivative, cdf, square):
     twice = 2 * gelu.ROOT_2_OVER_PI
     np.multiply(x, x, out=square)
-    np.multiply(square, -twice * gelu.CUBIC, out=below)
-    below -= twice
-    below *= x                                                     # -2 u
+    np.multiply(square, -twice * gelu.CUBIC, out=cdf)
+    cdf -= twice
+    cdf *= x                                                     # -2 u
     with np.errstate(over="ignore"):                               # exp(-2 u) = inf gives 0, as it should
-        np.exp(below, out=below)
-    below += 1
-    np.divide(1, below, out=below)
-    np.multiply(x, below, out=y)
+        np.exp(cdf, out=cdf)
+    cdf += 1
+    np.divide(1, cdf, out=cdf)
+    np.multiply(x, cdf, out=y)
     square *= 3 * twice * gelu.CUBIC
     square += twice                                                # 2 du
     square *= y
-    np.subtract(1, below, out=slope)
-    slope *= square
-    slope += below
+    np.subtract(1, cdf, out=derivative)
+    derivative *= square
+    derivative += cdf
 
 
 # softmax and attention ----------------------------------------------------------------------------------
@@ -129,8 +130,20 @@ def softmax_forward(xp, p, x):
     return y, (y,)
 
 
+class SavedHeads(NamedTuple):
+    """What heads_backward needs; k and v are also the cache."""
+
+    q: Any
+    k: Any
+    v: Any
+    blocks: list
+    y: Any
+    inverse: Any
+    scale: Any
+
+
 def heads_forward(xp, p, qkv, shape, noise=None, past=None):
-    """As heads.forward. It saves exp(scores) and their sums in place of the weights: a pass less each way."""
+    """As heads.forward. It keeps exp(scores) and their sums, not the weights, which saves a pass each way."""
     if past is not None:
         return heads.forward.__wrapped__(xp, p, qkv, shape, noise, past)
     q, k, v = heads.split(xp, qkv, shape)
@@ -151,7 +164,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     scale = inverse @ _spread(H, D, kind, rng.survivor_scale(rate))
     y = y.reshape(B * T, H * D)
     y *= scale
-    return y, (q, k, v, saved, y, inverse, scale)
+    return y, SavedHeads(q, k, v, saved, y, inverse, scale)
 
 
 def heads_backward(xp, p, saved, dy):
@@ -187,7 +200,7 @@ def _blocks(B: int, H: int, T: int, D: int) -> list[tuple[slice, slice, slice, s
     Rows come a few at a time, each with the keys up to the last of them: so most of what the causal mask would
     hide is never computed. The last rows, which see all keys, come first.
     """
-    size = 2 * PIECE  # products of small matrices gain more from company than they lose in the cache
+    size = 2 * TILE  # products of small matrices gain more from company than they lose in the cache
     n, found = max(32, D), []
     for start in range((T - 1) // n * n, -1, -n):
         rows, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))
@@ -207,8 +220,8 @@ LARGEST_TOTAL = 1e13
 def _causal_exp(q, k):
     """exp(scores) (b, h, rows, keys), zero where the mask hides, and their sums (b, h, rows).
 
-    The softmax does not change when a row's scores are shifted, and mostly they need not be: where a sum says
-    that a row was too high or too low for that, the block is done again, shifted by the largest of each row.
+    The softmax does not change when a row's scores are shifted, and mostly they need not be: where a sum shows
+    that a row was too high or too low for that, the block is computed again, shifted by the largest of each row.
     """
     scores = q @ k.swapaxes(-1, -2)
     n, keys = scores.shape[-2:]
@@ -234,7 +247,7 @@ def _add_product(a, b, total, keys):
 
 @functools.lru_cache(maxsize=64)
 def _visible(n: int, keys: int, dtype) -> np.ndarray:
-    """(n, keys): 1 where the last n of so many tokens may look, else 0."""
+    """(n, keys): 1 at the keys that the last n of this many tokens see, else 0."""
     return np.tri(n, keys, keys - n, dtype=dtype)
 
 
@@ -274,8 +287,8 @@ def keep_mask(xp, stream, size: int, rate: float):
     keep = np.empty((len(stream), 2 * pairs), dtype=bool)
     threshold = np.uint16(rng.drop_threshold(rate))
     keys = stream.view(np.uint32)[:, None]
-    for rows in pieces(len(stream), pairs):
-        for s in pieces(pairs, 1):
+    for rows in tiles(len(stream), pairs):
+        for s in tiles(pairs, 1):
             bits = np.bitwise_xor(inner[s], keys[rows])
             _mix(bits, np.empty_like(bits))
             # the halves of a hash lie low half first in memory, which is the order of the plain form
@@ -310,14 +323,17 @@ def dropout_select(xp, keep, x, rate: float):
 # optimizer ----------------------------------------------------------------------------------------------
 
 
-def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay, out=None):
-    """As optimizers.adamw; `out`: three arrays to write the new w, m, v to."""
-    new = (np.empty_like(w), np.empty_like(w), np.empty_like(w)) if out is None else out
-    constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
-    scratch = np.empty(min(PIECE, len(w)), w.dtype)
-    for s in pieces(len(w), 1):
-        _adamw_piece(scratch[: s.stop - s.start], *(array[s] for array in (w, g, m, v, decays, *new)), *constants)
+def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+    new = np.empty_like(w), np.empty_like(w), np.empty_like(w)
+    adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
     return new
+
+
+def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+    constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
+    scratch = np.empty(min(TILE, len(w)), w.dtype)
+    for s in tiles(len(w), 1):
+        _adamw_tile(scratch[: s.stop - s.start], *(array[s] for array in (w, g, m, v, decays, *new)), *constants)
 
 
 def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
@@ -327,7 +343,7 @@ def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
     return *first, *second, kind(1 / math.sqrt(bias2[0])), kind(EPS), rate, pull
 
 
-def _adamw_piece(a, w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2, root, eps, rate, pull):
+def _adamw_tile(a, w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, keep2, root, eps, rate, pull):
     np.multiply(g, in1, out=a)
     np.multiply(m, keep1, out=new_m)
     new_m += a
@@ -352,10 +368,9 @@ def global_norm(xp, gradients):
 
 def add_tree(xp, layout, flat, tree):
     """In place, without packing the tree first."""
-    by_path, start = dict(leaves(tree)), 0
-    for path, size in zip(layout.paths, layout.sizes, strict=True):
-        flat[start : start + size] += by_path[path].reshape(-1)
-        start += size
+    by_path = dict(leaves(tree))
+    for path, at in layout.slices.items():
+        flat[at] += by_path[path].reshape(-1)
     return flat
 
 
@@ -373,6 +388,7 @@ KERNELS = {
     "optimizers.adamw": adamw,
     "optimizers.global_norm": global_norm,
     "step.add_tree": add_tree,
+    "workers.adamw_into": adamw_into,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,
 }

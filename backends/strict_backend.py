@@ -6,17 +6,17 @@ devices that some array library might lack: it stands in for a GPU in the tests.
 
 import numpy as np
 
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
 
-class StrictBackend(Restorable):
+class StrictBackend(Backend):
     """Arrays of array-api-strict, on "CPU_DEVICE" or one of its fake devices."""
 
     name = "array-api-strict"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         try:
             import array_api_strict as library
         except ImportError as error:
@@ -25,7 +25,7 @@ class StrictBackend(Restorable):
                 f"array-api-strict cannot be imported ({error})",
                 "pip install array-api-strict",
             ) from None
-        self._library, self.dtype = library, dtype
+        self._library, self.dtype, self.kernels = library, dtype, kernels
         known = {str(d).split("'")[1]: d for d in library.__array_namespace_info__().devices()}
         if device is not None and device not in known:
             raise BackendUnavailable(
@@ -35,18 +35,8 @@ class StrictBackend(Restorable):
         self.xp = Namespace(library, device=self._device)
         self.version, self.device = f"array-api-strict {library.__version__}", device or next(iter(known))
 
-    def asarray(self, host):
-        dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
-        return self._library.asarray(np.array(host, dtype=dtype), device=self._device)
-
-    def integers(self, values):
-        return self.asarray(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
+    def to_device(self, host):
+        return self._library.asarray(np.array(host), device=self._device)
 
     def to_numpy(self, array):
         return np.asarray(array.to_device(self._library.Device("CPU_DEVICE")))
-
-    def compile(self, function):
-        return function
-
-    def synchronize(self):
-        pass

@@ -1,16 +1,16 @@
 """PyTorch, as an array library alone: no autograd, no modules. It checks the maths, and its GPU can run it."""
 
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.errors import BackendUnavailable
 
 
-class TorchBackend(Restorable):
+class TorchBackend(Backend):
     """Arrays of PyTorch, on "cpu", "cuda" or any device that it knows."""
 
     name = "torch"
 
-    def __init__(self, device: str | None = None, dtype: str = "float32"):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         try:
             import array_api_compat.torch as library
             import torch
@@ -18,7 +18,7 @@ class TorchBackend(Restorable):
             raise BackendUnavailable(
                 "torch", f"PyTorch cannot be imported ({error})", "pip install -e '.[torch]'"
             ) from None
-        self._torch, self.dtype = torch, dtype
+        self._torch, self.dtype, self.kernels = torch, dtype, kernels
         try:
             self._device = torch.zeros(1, device=device or "cpu").device
         except (RuntimeError, AssertionError) as error:
@@ -33,19 +33,11 @@ class TorchBackend(Restorable):
         # PyTorch gathers by int64 alone
         return self._torch.take_along_dim(x, indices.long(), dim=axis)
 
-    def asarray(self, host):
-        dtype = {"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")
-        return self._torch.tensor(host, dtype=getattr(self._torch, dtype), device=self._device)
-
-    def integers(self, values):
-        signed = [(value + 2**31) % 2**32 - 2**31 for value in values]
-        return self._torch.tensor(signed, dtype=self._torch.int32, device=self._device)
+    def to_device(self, host):
+        return self._torch.tensor(host, device=self._device)
 
     def to_numpy(self, array):
         return array.cpu().numpy()
-
-    def compile(self, function):
-        return function
 
     def synchronize(self):
         if self._device.type == "cuda":

@@ -20,7 +20,7 @@ import small_runs
 import baby_xp
 from baby_xp import checks, models
 from baby_xp.arrays import registry
-from baby_xp.arrays.backend import Restorable
+from baby_xp.arrays.backend import Backend
 from baby_xp.cli import streams
 from baby_xp.config import GPTConfig
 from baby_xp.equations import leave_one_out
@@ -289,7 +289,7 @@ def test_a_copy_of_a_run_generates_what_the_run_does(run, folder, name):
 def test_a_backend_is_restored_with_its_device_and_options():
     made = []
 
-    class Kind(Restorable):
+    class Kind(Backend):
         def __init__(self, device=None, dtype="float32", tf32=False):
             made.append((device, dtype, tf32))
 

@@ -8,12 +8,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from baby_xp import layout
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import OutOfMemory
 
 
@@ -42,24 +42,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shortage:
-    """An array did not fit: on which device, how many bytes it has (None: not told), and the memory then."""
+    """An array did not fit: on which device, how many bytes it has (None: unknown), and the memory then."""
 
     device: str
     needed: int | None
     memory: Memory
 
 
-class Backend(Protocol):
-    """What the rest of the program asks of a backend. Made by `load(name, device, dtype, **options)`.
+class Backend:
+    """What the rest of the program asks of a backend, with defaults for what many have no need of.
 
-    The constructor, `Backend(device, dtype)`, raises BackendUnavailable with reason and remedy where the
-    backend cannot work; it proves that it can by computing something small. Whatever else it takes by name is an
-    option that `load` passes on.
+    The constructor of a kind takes device and dtype. It proves by a small computation that the backend works, and
+    raises BackendUnavailable with reason and remedy if it does not. Whatever else it takes by name is an option
+    that `load` passes on; a backend that has replacements takes kernels, "fast" or "plain".
 
-    Four more methods are there where they have something to tell: `memory() -> Memory` and
-    `shortage(error) -> Shortage | None`, of a device with memory of its own and of an error about it;
-    `first_use() -> str | None`, of a wait that comes once a machine; `details() -> str`, for the command
-    `backends`.
+    A backend is pickled as the arguments that made it and made anew from them, because arrays of a device and
+    modules cannot be pickled. A deep copy of what holds a backend shares it.
     """
 
     name: str
@@ -71,54 +69,73 @@ class Backend(Protocol):
     """Name and version of the array library."""
     device: str
     """Where arrays live, in words."""
+    kernels: str = "fast"
+    """"fast", or "plain" if it replaces no function of ours: see namespace.py."""
 
-    def asarray(self, host: np.ndarray) -> Any:
+    def to_device(self, host: np.ndarray) -> Array:
+        """Copy a host array to the device as it is."""
+        raise NotImplementedError
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """A host array of the same values, which may share memory with `array`. Waits for the device."""
+        raise NotImplementedError
+
+    def asarray(self, host: np.ndarray) -> Array:
         """Copy a host array to the device: floats in `dtype`, integers as int32, bools as they are."""
+        host = np.asarray(host)
+        return self.to_device(np.asarray(host, dtype={"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")))
 
-    def integers(self, values: list[int]) -> Any:
+    def integers(self, values: list[int]) -> Array:
         """A 1-D int32 array on the device; values are taken modulo 2**32."""
+        return self.to_device(np.array([value % 2**32 for value in values], dtype=np.uint32).view(np.int32))
 
-    def to_numpy(self, array: Any) -> np.ndarray:
-        """Copy an array to the host. Waits for the device."""
-
-    def compile(self, function: Callable) -> Callable:
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The pure function, compiled where that helps. Its arguments and results are trees of arrays."""
+        return function
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""
 
+    def memory(self) -> Memory | None:
+        """Memory of the device, where that is its own."""
+        return None
 
-class Restorable:
-    """Base of a backend that is pickled as the arguments that made it, and made anew from them: arrays of a device
-    and modules cannot be. A deep copy of what holds a backend shares it."""
+    def shortage(self, error: BaseException) -> Shortage | None:
+        """What was missing, if this error is about memory of the device."""
+        return None
 
-    def __new__(cls, *arguments: Any, **options: Any):
+    def first_use(self) -> str | None:
+        """What the user should know before the first steps on this machine."""
+        return None
+
+    def details(self) -> str:
+        """What the command `backends` adds."""
+        return ""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "Backend":
         backend = super().__new__(cls)
         backend._made_by = arguments, options
         return backend
 
-    def __reduce__(self):
-        return _made_again, (type(self), *self._made_by)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (getattr(self, "_kind", type(self)), *self._made_by)
 
-    def __copy__(self):
+    def __copy__(self) -> "Backend":
         return self
 
-    def __deepcopy__(self, memo: Any):
+    def __deepcopy__(self, memo: Any) -> "Backend":
         return self
 
-
-def _made_again(kind: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    return kind(*arguments, **options)
+    _made_by: tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def device_memory(backend: Backend) -> Memory | None:
-    """Memory of the backend's device, where that is its own."""
-    return backend.memory() if hasattr(backend, "memory") else None
+def _made_again(kind: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Backend:
+    return with_defaults(kind)(*arguments, **options)
 
 
-def first_use(backend: Backend) -> str | None:
-    """What the user should know before the first steps on this machine."""
-    return backend.first_use() if hasattr(backend, "first_use") else None
+def with_defaults(kind: type) -> type[Backend]:
+    """A class of backends of another package, with Backend's defaults for the methods that it lacks."""
+    return kind if issubclass(kind, Backend) else type(kind.__name__, (kind, Backend), {"_kind": kind})
 
 
 @contextmanager
@@ -130,15 +147,15 @@ def translate_out_of_memory(
     try:
         yield
     except Exception as error:
-        found = backend.shortage(error) if hasattr(backend, "shortage") else None
+        found = backend.shortage(error)
         if found is None:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold arrays, and someone may want to try again
     if found is not None:
-        raise OutOfMemory(_shortage_told(found), advice(found))
+        raise OutOfMemory(_describe(found), advice(found))
 
 
-def _shortage_told(found: Shortage) -> str:
+def _describe(found: Shortage) -> str:
     memory = found.memory
     needed = "an array" if found.needed is None else f"an array of {layout.size(found.needed)}"
     limit = "" if memory.limit is None else f", which may hold {layout.size(memory.limit)}"

@@ -6,12 +6,17 @@ ways, and both are tested against what they replace:
 
 - by functions of the Array API with the same names and meaning, laid over the library's own;
 - by whole functions of ours, those marked `@replaceable` below (a softmax, AdamW, the dropout mask).
+
+A backend that is loaded with kernels="plain" does neither.
 """
 
 import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
+
+Array = Any
+"""An array of whatever library: they share no type."""
 
 
 class Namespace(types.SimpleNamespace):
@@ -27,36 +32,35 @@ class Namespace(types.SimpleNamespace):
         self,
         library: Any,
         device: Any = None,
-        kernels: Mapping[str, Callable] | None = None,
+        kernels: Mapping[str, Callable[..., Any]] | None = None,
         tokens_at_once: int | None = None,
-        **faster: Callable,
+        **faster: Callable[..., Any],
     ):
         names = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
         super().__init__(**{**names, **faster})
         self.library, self.device, self.kernels = library, device, dict(kernels or {})
         self.tokens_at_once = tokens_at_once
 
-    def with_kernels(self, kernels: Mapping[str, Callable]) -> "Namespace":
-        """The same namespace with some functions of ours replaced by others."""
-        other = Namespace.__new__(Namespace)
-        vars(other).update(vars(self), kernels={**self.kernels, **kernels})
-        return other
-
     def __repr__(self) -> str:
         return f"Namespace({getattr(self.library, '__name__', self.library)!s})"
 
 
-REPLACEABLE: dict[str, Callable] = {}
+REPLACEABLE: dict[str, Callable[..., Any]] = {}
 """Every function that a backend may replace, in its plain form, by qualified name. Tests walk this table."""
 
 
-def replaceable(function: Callable) -> Callable:
-    """Mark a pure function of (xp, arrays...) that a backend may replace by one of the same meaning."""
+def replaceable(function: Callable[..., Any]) -> Any:
+    """Mark a function of (xp, arrays...) that a backend may replace by one of the same signature and meaning.
+
+    Its qualified name is that of its module, without the package, and its own: two may not have the same.
+    """
     name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    if REPLACEABLE.get(name, function).__module__ != function.__module__:
+        raise ValueError(f"{name} is replaceable in {REPLACEABLE[name].__module__} already")
     REPLACEABLE[name] = function
 
     @functools.wraps(function)
-    def call(xp, *args, **kwargs):
+    def call(xp: Any, *args: Any, **kwargs: Any) -> Any:
         return xp.kernels.get(name, function)(xp, *args, **kwargs)
 
     return call

@@ -17,7 +17,7 @@ from baby_xp.arrays.tree import Layout, Tree, leaves, tree_map
 class Spec:
     """Shape and first value of one parameter: normal(mean, std), constant where std is 0.
 
-    `decays` says whether weight decay pulls at it: weights yes; gains and biases no, stacked ones included.
+    `decays`: whether weight decay applies to it; to weights, not to gains and biases, stacked ones included.
     """
 
     shape: tuple[int, ...]
@@ -76,14 +76,14 @@ def grown(spec: Tree, seed: int, old_layout: Layout, old: np.ndarray) -> np.ndar
 
 
 def decay_mask(spec: Tree) -> np.ndarray:
-    """For each place of the flat buffer, 1 if weight decay pulls at it, else 0: (P,)."""
-    return np.concatenate([np.full(size, float(one.decays), "float32") for (_, one), size in _sized(spec)])
+    """For each element of the flat buffer, 1 if weight decay applies to it, else 0: (P,)."""
+    mask = np.zeros(count(spec), "float32")
+    slices = Layout.of(spec).slices
+    for path, one in leaves(spec):
+        mask[slices[path]] = one.decays
+    return mask
 
 
 def count(spec: Tree) -> int:
     """Number of parameters, P."""
     return Layout.of(spec).size
-
-
-def _sized(spec: Tree):
-    return zip(leaves(spec), Layout.of(spec).sizes, strict=True)

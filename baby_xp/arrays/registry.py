@@ -5,13 +5,14 @@ A backend is found among the entry points of the group "baby_xp.backends", so th
 
 import importlib.metadata
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from baby_xp import checks
-from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.backend import Backend, with_defaults
 from baby_xp.errors import BabyError, BackendUnavailable
 
 GROUP = "baby_xp.backends"
@@ -19,7 +20,7 @@ GROUP = "baby_xp.backends"
 
 @dataclass(frozen=True)
 class State:
-    """What `backends` shows of one: whether it works, and if not, why and what to do."""
+    """What the command `backends` shows of one: whether it works, and if not, why and what to do."""
 
     name: str
     works: bool
@@ -36,27 +37,40 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (name != "numpy", name != "cupy", name))
 
 
-def load(name: str = "auto", device: str | None = None, dtype: str = "float32", **options: Any) -> Backend:
+def load(
+    name: str = "auto",
+    device: str | None = None,
+    dtype: str = "float32",
+    kernels: str = "fast",
+    **options: Any,
+) -> Backend:
     """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work.
 
-    dtype: "float32" or "float64".
+    dtype: "float32" or "float64". kernels: "fast", or "plain" for a backend that replaces no function of ours.
     options: those of one kind of backend, such as CuPy's tf32 and memory_gib; None and False stand for one that is
     not given. BabyError for one that the backend does not have.
     """
     name = checks.text("backend", name)
     device = None if device is None else checks.text("device", device)
     dtype = checks.choice("dtype", dtype, ("float32", "float64"))
+    kernels = checks.choice("kernels", kernels, ("fast", "plain"))
     if name == "auto":
-        return choose(device, dtype, **options)[0]
+        return choose(device, dtype, kernels=kernels, **options)[0]
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
-    kind = next(iter(points)).load()
+    kind: Callable[..., Backend] = with_defaults(next(iter(points)).load())
     left_out = lambda value: value is None or (isinstance(value, bool | np.bool_) and not value)  # noqa: E731
     given = {option: value for option, value in options.items() if not left_out(value)}
-    for option in given.keys() - inspect.signature(kind).parameters.keys():
+    known = inspect.signature(kind).parameters.keys()
+    if "kernels" in known:
+        given["kernels"] = kernels
+    for option in given.keys() - known:
         raise BabyError(f"{name} has no option {option}: leave it out, or use a backend that has it, such as cupy")
-    return kind(device=device, dtype=dtype, **given)
+    backend = kind(device=device, dtype=dtype, **given)
+    if kernels == "plain" and backend.xp.kernels:
+        raise BabyError(f"{name} has no plain form: leave out kernels, or use another backend, such as numpy")
+    return backend
 
 
 def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
@@ -72,8 +86,8 @@ def choose(device: str | None = None, dtype: str = "float32", **options: Any) ->
         raise
     except Exception as error:  # what is broken must not stand in the way of what works
         if device not in (None, "cpu"):
-            raise BackendUnavailable("cupy", _told(error), "reinstall CuPy, or use --backend numpy") from None
-        return load("numpy", device, dtype, **options), f"no GPU to use ({_told(error)})"
+            raise BackendUnavailable("cupy", _one_line(error), "reinstall CuPy, or use --backend numpy") from None
+        return load("numpy", device, dtype, **options), f"no GPU to use ({_one_line(error)})"
 
 
 def states() -> list[State]:
@@ -84,13 +98,12 @@ def states() -> list[State]:
 def _state(name: str) -> State:
     try:
         backend = load(name)
-        details = backend.details() if hasattr(backend, "details") else ""
-        return State(name, True, backend.version, backend.device, details=details)
+        return State(name, True, backend.version, backend.device, details=backend.details())
     except BackendUnavailable as error:
         return State(name, False, "", "", error.reason, error.remedy)
     except Exception as error:  # a backend of another package, or a broken library: say so, and list the rest
-        return State(name, False, "", "", _told(error), "reinstall the library it needs")
+        return State(name, False, "", "", _one_line(error), "reinstall the library it needs")
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

@@ -5,9 +5,13 @@ keys joined by dots, "blocks.0.attention.qkv.weight": the name under which it is
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
+
+from baby_xp.arrays.namespace import Array
 
 Tree = dict[str, Any]
 
@@ -21,7 +25,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def tree_map(function: Callable, tree: Tree, *others: Tree) -> Tree:
+def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Apply `function` to the leaves at the same path of one or several trees. Raises KeyError if they differ."""
     if any(other.keys() != tree.keys() for other in others):
         raise KeyError(f"trees differ: {[sorted(t) for t in (tree, *others)]}")
@@ -33,7 +37,7 @@ def tree_map(function: Callable, tree: Tree, *others: Tree) -> Tree:
     }
 
 
-def from_leaves(pairs: Any) -> Tree:
+def from_leaves(pairs: Iterable[tuple[str, Any]]) -> Tree:
     """Build the nested dict back from (path, leaf) pairs."""
     tree: Tree = {}
     for path, leaf in pairs:
@@ -60,6 +64,7 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each parameter."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
@@ -67,17 +72,20 @@ class Layout:
         """Number of parameters, P."""
         return sum(self.sizes)
 
-    def pack(self, xp, tree: Tree):
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """The part of the flat buffer that each parameter takes, by path."""
+        bounds = pairwise(accumulate(self.sizes, initial=0))
+        return {path: slice(*ends) for path, ends in zip(self.paths, bounds, strict=True)}
+
+    def pack(self, xp: Any, tree: Tree) -> Array:
         """Lay the leaves one after the other: a tree of arrays -> (P,)."""
         by_path = dict(leaves(tree))
         if by_path.keys() != set(self.paths):
             raise KeyError(f"tree does not fit the layout: {sorted(by_path.keys() ^ set(self.paths))}")
         return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths])
 
-    def unpack(self, xp, flat) -> Tree:
+    def unpack(self, xp: Any, flat: Array) -> Tree:
         """The tree of arrays that `flat` (P,) holds; views of it where the library has views."""
-        pairs, start = [], 0
-        for path, shape, size in zip(self.paths, self.shapes, self.sizes, strict=True):
-            pairs.append((path, xp.reshape(flat[start : start + size], shape)))
-            start += size
-        return from_leaves(pairs)
+        shapes = zip(self.slices.items(), self.shapes, strict=True)
+        return from_leaves((path, xp.reshape(flat[at], shape)) for (path, at), shape in shapes)

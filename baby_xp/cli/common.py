@@ -58,11 +58,10 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
 def load(name: str, given: dict[str, Any]) -> "Run":
     """A run where it is asked for, to generate or to be measured."""
     from baby_xp import api
-    from baby_xp.arrays.backend import first_use
 
     where = {option: given[option] for option in ("path", "weights", *LOADING) if option in given}
     run = api.load(name, **where)
-    if note := first_use(run.backend):
+    if note := run.backend.first_use():
         print(note, file=sys.stderr, flush=True)
     return run
 

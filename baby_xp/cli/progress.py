@@ -23,8 +23,6 @@ class Screen:
         """Say what will be done, and where."""
         from tqdm import tqdm
 
-        from baby_xp.arrays.backend import first_use
-
         setup = session.setup
         why, backend, dataset = "", setup.backend, setup.dataset
         if self.asked == "auto":
@@ -44,7 +42,7 @@ class Screen:
             lines.append(f"finetuned from run {session.base}")
         if step:
             lines.append(f"going on with run {session.files.guid} after step {step}")
-        if note := first_use(backend):
+        if note := backend.first_use():
             lines.append(note)
         self.guid = session.files.guid
         with self._anyhow():

@@ -8,7 +8,7 @@ trial.py.
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from baby_xp import layout, presets
 from baby_xp.compute import Compute
@@ -94,6 +94,7 @@ def estimate(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
+    kernels: Literal["fast", "plain"] = "fast",
     measure: bool = True,
     **overrides: Unpack[Settings],
 ) -> Estimate:
@@ -103,7 +104,7 @@ def estimate(
     `measure`, a run that is too large for this machine is counted all the same.
     """
     config = presets.preset(preset).override(overrides)
-    compute = Compute(backend, device, tf32, memory_gib, workers)
+    compute = Compute(backend, device, tf32, memory_gib, kernels, workers)
     with _scratch_folder() as folder:
         if measure:
             facts, found = trial.run_apart(config, compute, folder)

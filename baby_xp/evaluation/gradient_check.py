@@ -31,7 +31,6 @@ from threadpoolctl import threadpool_limits
 
 from baby_xp import checks, layout
 from baby_xp.arrays import registry
-from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import limits
@@ -102,7 +101,7 @@ class Slopes:
         backend = registry.load("numpy", None, "float64")
         self.model, self.flat, self.fast = model, flat, backend.xp
         self.moving = flat.copy()
-        self.xp = backend.xp.with_kernels(REPLACEABLE)  # every function of ours in its plain form
+        self.xp = registry.load("numpy", None, "float64", kernels="plain").xp
         self.batch = Batch(*(backend.asarray(part) for part in host))
         at = backend.integers([seed]), backend.integers([0])
         self.noise = step_noise(self.xp, model, *at, self.batch)
@@ -116,7 +115,8 @@ class Slopes:
     def gradients(self) -> list[np.ndarray]:
         """What backward says (P,): with the plain functions, and with the fast kernels."""
         return [
-            loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1] for xp in (self.xp, self.fast)
+            self.model.layout.pack(np, loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1])
+            for xp in (self.xp, self.fast)
         ]
 
     def along(self, place: slice, direction: np.ndarray) -> float:

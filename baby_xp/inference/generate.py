@@ -7,14 +7,18 @@ tokens at the same positions: the logits are equal. A model of a fixed context s
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from baby_xp import checks
+from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.namespace import Array
+from baby_xp.arrays.tree import Tree
 from baby_xp.errors import BabyError
+from baby_xp.models import Model
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Sampling:
     greedy: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         plain = {
             "temperature": checks.number(
                 "temperature", self.temperature, above=0, hint="for the most likely token say --greedy"
@@ -61,7 +65,13 @@ def window_start(length: int, n_ctx: int) -> int:
 
 
 def generate(
-    backend, model, params, prompt, num_tokens: int, sampling: Sampling, use_cache: bool = True
+    backend: Backend,
+    model: Model,
+    params: Array,
+    prompt: Iterable[int],
+    num_tokens: int,
+    sampling: Sampling,
+    use_cache: bool = True,
 ) -> Iterator[int]:
     """Yield `num_tokens` ids, one by one. params (P,) on the backend; prompt: ids, at least one."""
     for ids in generate_several(backend, model, params, [prompt], num_tokens, sampling, use_cache):
@@ -69,16 +79,22 @@ def generate(
 
 
 def generate_several(
-    backend, model, params, prompts, num_tokens: int, sampling: Sampling, use_cache: bool = True
+    backend: Backend,
+    model: Model,
+    params: Array,
+    prompts: Iterable[Iterable[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    use_cache: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Yield `num_tokens` times the next id of every text, (B,), computed together.
+    """Yield the next id of every text, (B,), `num_tokens` times; the texts are computed together.
 
     prompts: B lists of ids, all of one length. Text i is what `generate` gives it with the seed sampling.seed + i.
     """
-    if len({len(prompt) for prompt in prompts}) != 1:
+    texts = [[int(token) for token in prompt] for prompt in prompts]
+    if len({len(text) for text in texts}) != 1:
         raise BabyError("prompts that are continued together must be of the same length")
     p = model.layout.unpack(backend.xp, params)
-    texts = [[int(token) for token in prompt] for prompt in prompts]
     logits_of = Logits(backend, model, p, use_cache)
     for _ in range(num_tokens):
         ids = draw(logits_of.next(texts), sampling, len(texts[0]))
@@ -93,7 +109,7 @@ class Logits:
     The cache holds keys and values of the tokens of the window that were computed so far.
     """
 
-    def __init__(self, backend, model, p, use_cache: bool = True):
+    def __init__(self, backend: Backend, model: Model, p: Tree, use_cache: bool = True):
         self.backend, self.model, self.p = backend, model, p
         self.fixed_context = not hasattr(model.module, "decode")
         self.use_cache = use_cache and not self.fixed_context
@@ -109,15 +125,15 @@ class Logits:
         if start != self.start or not self.use_cache:
             self.start, self.cache, self.cached = start, None, 0
         new = [text[start + self.cached :] for text in texts]
-        with np.errstate(all="ignore"):  # the check below speaks for it
-            logits = self.backend.to_numpy(self._forward(new)).astype(np.float64)
+        with np.errstate(all="ignore"):  # the check below reports them
+            logits: np.ndarray = self.backend.to_numpy(self._forward(new)).astype(np.float64)
         if not np.isfinite(logits).all():
             raise BabyError("the model computes numbers that are not finite: its weights are damaged or diverged")
         return logits
 
-    def _forward(self, new: list[list[int]]):
+    def _forward(self, new: list[list[int]]) -> Array:
         xp, config, length = self.backend.xp, self.model.config, len(new[0])
-        if self.fixed_context:  # filled up on the left
+        if self.fixed_context:  # padded on the left
             new = [[0] * (config.n_ctx - length) + ids for ids in new]
         ids = self.backend.asarray(np.array(new, dtype=np.int32))
         if self.use_cache:
@@ -128,17 +144,15 @@ class Logits:
         return xp.reshape(logits, (len(new), -1, logits.shape[-1]))[:, -1, :]
 
 
-def sample(logits: np.ndarray, sampling: Sampling, position: int) -> int:
-    """Draw an id from logits (V,). The random number depends on seed and position alone."""
-    return int(draw(logits[None, :], sampling, position)[0])
-
-
 def draw(logits: np.ndarray, sampling: Sampling, position: int) -> np.ndarray:
-    """Draw an id a row of logits (B, V), row i with the seed + i -> (B,)."""
+    """Draw an id for each row of logits (B, V), row i with the seed + i -> (B,).
+
+    The random numbers depend on seed and position alone.
+    """
     if sampling.greedy:
-        return logits.argmax(axis=-1)
+        return np.asarray(np.argmax(logits, axis=-1))
     u = [uniform(sampling.seed + row, position) for row in range(len(logits))]
-    rows = zip(_weights(logits, sampling).cumsum(axis=-1), u, strict=True)
+    rows = zip(weights(logits, sampling).cumsum(axis=-1), u, strict=True)
     return np.array([row.searchsorted(u * row[-1], side="right") for row, u in rows])
 
 
@@ -152,33 +166,27 @@ def uniform(seed: int, position: int) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _uniforms(seed: int, block: int) -> list[float]:
-    """Drawn together, as to set a generator up takes longer than all of them."""
-    key = np.array([seed, block], dtype=np.uint64)  # a list would go by way of float64
-    return np.random.Generator(np.random.Philox(key=key)).random(TOGETHER).tolist()
+    """Drawn together, because it takes longer to set up a generator than to draw them all."""
+    key = np.array([seed, block], dtype=np.uint64)  # a list would be converted to float64 first
+    drawn: list[float] = np.random.Generator(np.random.Philox(key=key)).random(TOGETHER).tolist()
+    return drawn
 
 
-def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The probabilities to draw from, of logits (V,) or (B, V): softmax(logits / temperature), cut to top_k, then
-    to top_p.
+def weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Unnormalised probabilities of logits (B, V): softmax(logits / temperature), cut to top_k, then to top_p.
 
-    top_p is nucleus sampling (Holtzman et al. 2020): the most likely token is always kept. Of equally likely
-    tokens at the cut, those with the smaller ids are kept.
+    The most likely token has weight 1. top_p is nucleus sampling (Holtzman et al. 2020): the most likely token is
+    always kept. Of equally likely tokens at the cut, those with the smaller ids are kept.
     """
-    weights = _weights(logits, sampling)
-    return weights / np.sum(weights, axis=-1, keepdims=True)
-
-
-def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution, but for a factor: the most likely token has weight 1."""
-    weights = logits - logits.max(axis=-1, keepdims=True)
+    found: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
     if sampling.temperature != 1:
-        with np.errstate(over="ignore"):  # a tiny one makes -inf of all but the largest: share 0
-            weights /= sampling.temperature
-    np.exp(weights, out=weights)
+        with np.errstate(over="ignore"):  # a tiny one makes -inf of all but the largest: weight 0
+            found /= sampling.temperature
+    np.exp(found, out=found)
     if sampling.top_k or sampling.top_p < 1:
-        for row in weights.reshape(-1, logits.shape[-1]):
+        for row in found:
             _cut(row, sampling)
-    return weights
+    return found
 
 
 def _cut(weights: np.ndarray, sampling: Sampling) -> None:

@@ -4,10 +4,21 @@ As in The Little Baby, queries, keys and values have no bias, and head_size (S),
 together, is free of n_emb (C).
 """
 
+from typing import Any, NamedTuple
+
 from baby_xp.arrays.params import scaled
 from baby_xp.layers import dropout, heads, linear
 
 DROPOUTS = 2  # places in one block: attention weights, output
+
+
+class Saved(NamedTuple):
+    """What backward needs: mostly what the layers within have saved."""
+
+    qkv: Any
+    heads: Any
+    out: Any
+    dropout: Any
 
 
 def spec(C: int, S: int, H: int, residual_scale: float = 1.0):
@@ -21,7 +32,7 @@ def forward(xp, p, x, shape, noise=(None, None), past=None):
     y, heads_saved = heads.forward(xp, {}, qkv, shape, noise[0], past)
     y, out_saved = linear.forward(xp, p["out"], y)                 # (N, C)
     y, dropout_saved = dropout.forward(xp, {}, y, noise[1])
-    return y, (qkv_saved, heads_saved, out_saved, dropout_saved)
+    return y, Saved(qkv_saved, heads_saved, out_saved, dropout_saved)
 
 
 def backward(xp, p, saved, dy):
@@ -36,4 +47,4 @@ def backward(xp, p, saved, dy):
 
 def keys_and_values(saved):
     """The cache for the tokens that follow: keys and values (B, H, t, D) of all tokens so far."""
-    return saved[1][1:3]
+    return saved.heads.k, saved.heads.v

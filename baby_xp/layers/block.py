@@ -12,7 +12,6 @@ from baby_xp.layers import attention, layernorm, mixture_of_experts, mixture_of_
 
 ATTENTIONS = {"mha": attention, "moh": mixture_of_heads}
 NETWORKS = {"mlp": mlp, "moe": mixture_of_experts}
-SEQUENCES = ("pre", "post")
 
 
 class Parts(NamedTuple):
@@ -29,8 +28,22 @@ class Parts(NamedTuple):
         return self.attention.DROPOUTS + self.network.DROPOUTS
 
 
+class Saved(NamedTuple):
+    """What the two halves have saved."""
+
+    attention: "SavedHalf"
+    network: "SavedHalf"
+
+
+class SavedHalf(NamedTuple):
+    """What the norm and the layer of a half have saved."""
+
+    norm: Any
+    layer: Any
+
+
 def spec(parts: Parts, C: int, S: int, H: int, residual_scale: float = 1.0):
-    """Parameters of one block; `residual_scale` as in params.scaled."""
+    """Parameters of one block; `residual_scale` is the factor of params.scaled."""
     return {
         "norm1": layernorm.spec(C),
         "attention": parts.attention.spec(C, S, H, residual_scale),
@@ -40,7 +53,7 @@ def spec(parts: Parts, C: int, S: int, H: int, residual_scale: float = 1.0):
 
 
 def forward(xp, p, x, parts: Parts, shape, noise=None, past=None):
-    """x (N, C) -> y (N, C). `noise` holds one entry a dropout place, or is None; `past` as in heads.forward."""
+    """x (N, C) -> y (N, C). `noise`: one entry for each dropout place, or None; `past` as in heads.forward."""
     noise = noise or [None] * parts.dropouts
     places = parts.attention.DROPOUTS
     attend = (parts.attention.forward, p["attention"], shape, noise[:places], past)
@@ -48,7 +61,7 @@ def forward(xp, p, x, parts: Parts, shape, noise=None, past=None):
     half = {"pre": pre_forward, "post": post_forward}[parts.sequence]
     x, attention_saved = half(xp, p["norm1"], x, *attend)
     y, network_saved = half(xp, p["norm2"], x, *feed)
-    return y, (attention_saved, network_saved)
+    return y, Saved(attention_saved, network_saved)
 
 
 def backward(xp, p, saved, dy, parts: Parts):
@@ -64,7 +77,7 @@ def pre_forward(xp, norm, x, layer, p, *arguments):
     """y = x + layer(norm(x))."""
     normed, norm_saved = layernorm.forward(xp, norm, x)
     y, layer_saved = layer(xp, p, normed, *arguments)
-    return x + y, (norm_saved, layer_saved)
+    return x + y, SavedHalf(norm_saved, layer_saved)
 
 
 def pre_backward(xp, norm, saved, dy, layer_backward, p):
@@ -79,7 +92,7 @@ def post_forward(xp, norm, x, layer, p, *arguments):
     """y = norm(x + layer(x))."""
     y, layer_saved = layer(xp, p, x, *arguments)
     y, norm_saved = layernorm.forward(xp, norm, x + y)
-    return y, (norm_saved, layer_saved)
+    return y, SavedHalf(norm_saved, layer_saved)
 
 
 def post_backward(xp, norm, saved, dy, layer_backward, p):

@@ -1,6 +1,6 @@
 """Cross-entropy of the next token, token by token, in nats: -log softmax(logits)[target].
 
-It stays a value per token: the mean over a batch, the sum over a text or the share of a worker are then
+It is one value per token: the mean over a batch, the sum over a text or the share of a worker are then
 plain sums, and `dy` carries their weights.
 """
 

@@ -1,7 +1,8 @@
-"""Dropout: in training, each element is zero with probability `rate`, and survivors grow by 1 / (1 - rate).
+"""Dropout: in training, each element is set to zero with probability `rate`, and the others are scaled by
+1 / (1 - rate).
 
-Srivastava et al. 2014, in the inverted form, which leaves evaluation without a trace of it. Which elements
-survive is decided by a hash of where and when they are (see rng.py), not by a generator with a state.
+Srivastava et al. 2014, in the inverted form, which needs nothing at evaluation. A hash of step, sample and place
+in the model decides which elements survive (see rng.py), not a generator with a state.
 """
 
 from baby_xp.arrays import rng

@@ -5,12 +5,12 @@ from baby_xp.arrays.params import normal
 
 
 def spec(V: int, C: int, std: float = 0.02):
-    """Weight (V, C): one row an id."""
+    """Weight (V, C): one row per id."""
     return {"weight": normal(V, C, std=std)}
 
 
 def forward(xp, p, ids):
-    """ids (N,) integers below V -> (N, C). Ids are checked on the host: a GPU would wrap them in silence."""
+    """ids (N,) integers below V -> (N, C). Ids are checked on the host: a GPU would wrap them silently."""
     return xp.take(p["weight"], ids, axis=0), (ids,)
 
 

@@ -1,7 +1,7 @@
 """GELU: x times the probability that a standard normal number lies below x (Hendrycks and Gimpel 2016).
 
 Two forms: `tanh`, the approximation that GPT-2 and The Little Baby use, and `erf`, the definition. Either
-makes the slope in the forward pass, where the tanh or the density is at hand; backward is one product.
+computes its derivative in the forward pass, where the tanh or the density is at hand; backward is one product.
 """
 
 import math
@@ -31,14 +31,14 @@ def spec():
 
 def forward(xp, p, x, form: str = "tanh"):
     """x, any shape -> y, of the same shape. `form` is "tanh" or "erf"."""
-    y, slope = FORMS[form](xp, x)
-    return y, (slope,)
+    y, derivative = FORMS[form](xp, x)
+    return y, (derivative,)
 
 
 def backward(xp, p, saved, dy):
     """dy, shaped as x -> dp, dx."""
-    (slope,) = saved
-    return {}, slope * dy
+    (derivative,) = saved
+    return {}, derivative * dy
 
 
 @replaceable
@@ -46,17 +46,17 @@ def tanh_form(xp, x):
     """y = x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and dy/dx."""
     square = x * x                                                 # `x ** 3` is slow
     tanh = xp.tanh(ROOT_2_OVER_PI * x * (1 + CUBIC * square))
-    below = 0.5 * (1 + tanh)
+    cdf = 0.5 * (1 + tanh)
     du = ROOT_2_OVER_PI * (1 + 3 * CUBIC * square)
-    return x * below, below + 0.5 * x * (1 - tanh * tanh) * du
+    return x * cdf, cdf + 0.5 * x * (1 - tanh * tanh) * du
 
 
 @replaceable
 def erf_form(xp, x):
     """y = x Phi(x), and dy/dx = Phi(x) + x phi(x)."""
-    below = 0.5 * (1 + erf(xp, x / math.sqrt(2)))
+    cdf = 0.5 * (1 + erf(xp, x / math.sqrt(2)))
     density = xp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return x * below, below + x * density
+    return x * cdf, cdf + x * density
 
 
 FORMS = {"tanh": tanh_form, "erf": erf_form}
@@ -66,8 +66,8 @@ FORMS = {"tanh": tanh_form, "erf": erf_form}
 def erf(xp, x):
     """Error function, which the Array API lacks, to 2e-16: 1 - exp(-z^2) * erfcx(z) for z = |x|.
 
-    erfcx(z) = exp(z^2) (1 - erf(z)) is smooth and slow, so a short Chebyshev series in
-    u = (z - 2) / (z + 2), which maps [0, inf) to [-1, 1), holds it.
+    erfcx(z) = exp(z^2) (1 - erf(z)) is smooth and varies slowly, so that a short Chebyshev series in
+    u = (z - 2) / (z + 2), which maps [0, inf) to [-1, 1), approximates it.
     """
     z = xp.abs(x)
     u = (z - 2) / (z + 2)

@@ -1,13 +1,25 @@
 """Causal scaled dot-product attention, all heads side by side (Vaswani et al. 2017, section 3.2.1).
 
 What multi-head attention and mixture-of-heads attention share: from queries, keys and values in one array,
-to one output a head. It has no parameters of its own.
+to one output for each head. It has no parameters of its own.
 """
 
 import math
+from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import dropout, softmax
+
+
+class Saved(NamedTuple):
+    """What backward needs. A backend's replacement may save other things, but always k and v: see forward."""
+
+    q: Any
+    k: Any
+    v: Any
+    weights: Any
+    dropped: Any
+    dropout: Any
 
 
 def spec():
@@ -19,8 +31,8 @@ def spec():
 def forward(xp, p, qkv, shape, noise=None, past=None):
     """qkv (N, 3 S): queries, keys and values side by side -> y (N, S): the heads' outputs side by side.
 
-    `past` is None, or the keys and values (B, H, t, D) of the t tokens before these ones; `saved[1:3]` are
-    the keys and values up to and including these tokens: the cache for the next call. `noise` is dropout's.
+    `past` is None, or the keys and values (B, H, t, D) of the t tokens before these ones; `saved.k` and `saved.v`
+    are those up to and including these tokens: the cache for the next call. `noise` is dropout's.
     """
     q, k, v = split(xp, qkv, shape)                                # (B, H, T, D) each
     if past is not None:
@@ -30,7 +42,7 @@ def forward(xp, p, qkv, shape, noise=None, past=None):
     weights, _ = softmax.forward(xp, {}, scores)
     dropped, dropout_saved = dropout.forward(xp, {}, weights, noise)
     y = dropped @ v                                                # (B, H, T, D)
-    return side_by_side(xp, y), (q, k, v, weights, dropped, dropout_saved)
+    return side_by_side(xp, y), Saved(q, k, v, weights, dropped, dropout_saved)
 
 
 @replaceable
@@ -63,7 +75,7 @@ def side_by_side(xp, y):
 
 
 def causal_mask(xp, T: int, total: int, dtype):
-    """(T, total): 0 where a token may look, -inf at the tokens after it. The T tokens are the last of total."""
+    """(T, total): 0 where a token sees another, -inf at those after it. The T tokens are the last of total."""
     at = xp.arange(total - T, total, device=xp.device)[:, None]
     seen = xp.arange(total, device=xp.device)[None, :] <= at
     zero = xp.zeros((T, total), dtype=dtype, device=xp.device)

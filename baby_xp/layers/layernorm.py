@@ -15,8 +15,8 @@ def spec(C: int):
 def forward(xp, p, x):
     """x (N, C) -> y (N, C)."""
     centred = x - xp.mean(x, axis=-1, keepdims=True)               # (N, C)
-    power = xp.mean(centred * centred, axis=-1, keepdims=True)     # (N, 1)
-    rstd = 1 / xp.sqrt(power + EPS)                                # (N, 1)
+    variance = xp.mean(centred * centred, axis=-1, keepdims=True)  # (N, 1)
+    rstd = 1 / xp.sqrt(variance + EPS)                             # (N, 1)
     xhat = centred * rstd                                          # (N, C)
     return p["gain"] * xhat + p["bias"], (xhat, rstd)
 
@@ -26,7 +26,7 @@ def backward(xp, p, saved, dy):
     """dy (N, C) -> dp, dx (N, C)."""
     xhat, rstd = saved
     dxhat = p["gain"] * dy                                         # (N, C)
-    # up to EPS, xhat keeps mean 0 and power 1: no gradient flows along 1 or xhat
+    # up to EPS, xhat keeps mean 0 and variance 1: no gradient flows along 1 or xhat
     along_one = xp.mean(dxhat, axis=-1, keepdims=True)             # (N, 1)
     along_xhat = xp.mean(dxhat * xhat, axis=-1, keepdims=True)     # (N, 1)
     dx = rstd * (dxhat - along_one - along_xhat * xhat)            # (N, C)

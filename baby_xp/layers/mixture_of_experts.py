@@ -13,7 +13,7 @@ EXPANSION, EXPERTS = 4, 4
 
 
 def spec(C: int, residual_scale: float = 1.0):
-    """gate (C, E); up (C, E F), the experts side by side; down (E F, C) and one bias (C,) an expert."""
+    """gate (C, E); up (C, E F), the experts side by side; down (E F, C) and one bias (C,) for each expert."""
     wide = EXPERTS * EXPANSION * C
     return {
         "gate": linear.spec(C, EXPERTS, bias=False),

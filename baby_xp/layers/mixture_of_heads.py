@@ -1,13 +1,27 @@
 """Mixture-of-heads attention: a softmax gate per token weighs the heads, then one projection from D.
 
 The Little Baby's `moh`: y = (sum over h of gate(x)_h head_h(x)) Wout + b. Where multi-head attention
-concatenates its heads, this adds them up, each token by weights of its own.
+concatenates its heads, this adds them up, with weights that depend on the token.
 """
+
+from typing import Any, NamedTuple
 
 from baby_xp.arrays.params import scaled
 from baby_xp.layers import dropout, heads, linear, softmax
 
 DROPOUTS = 2  # places in one block: attention weights, output
+
+
+class Saved(NamedTuple):
+    """What backward needs: mostly what the layers within have saved."""
+
+    qkv: Any
+    heads: Any
+    gate: Any
+    softmax: Any
+    y: Any
+    out: Any
+    dropout: Any
 
 
 def spec(C: int, S: int, H: int, residual_scale: float = 1.0):
@@ -29,7 +43,7 @@ def forward(xp, p, x, shape, noise=(None, None), past=None):
     mixed = xp.sum(gate[:, :, None] * y, axis=1)                   # (N, D)
     out, out_saved = linear.forward(xp, p["out"], mixed)           # (N, C)
     out, dropout_saved = dropout.forward(xp, {}, out, noise[1])
-    return out, (qkv_saved, heads_saved, gate_saved, softmax_saved, y, out_saved, dropout_saved)
+    return out, Saved(qkv_saved, heads_saved, gate_saved, softmax_saved, y, out_saved, dropout_saved)
 
 
 def backward(xp, p, saved, dy):
@@ -49,4 +63,4 @@ def backward(xp, p, saved, dy):
 
 def keys_and_values(saved):
     """The cache for the tokens that follow: keys and values (B, H, t, D) of all tokens so far."""
-    return saved[1][1:3]
+    return saved.heads.k, saved.heads.v

@@ -1,4 +1,4 @@
-"""The models, and one object that goes by the kind of config: `Model(config, vocab_size)`."""
+"""The models, and one object that chooses among them by the kind of config: `Model(config, vocab_size)`."""
 
 import math
 from dataclasses import dataclass, replace
@@ -35,10 +35,11 @@ class Model:
 
     @cached_property
     def shapes(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Path, shape and number of all parameters, where those of block 0 stand for those of every block: known
-        at once, however many blocks there are."""
-        config, blocks = self.config, getattr(self.config, "n_layers", 1)
-        one = replace(config, n_layers=1) if blocks > 1 else config
+        """Path, shape and number of all parameters, where those of block 0 stand for those of every block: found
+        quickly, however many blocks there are."""
+        one, blocks = self.config, 1
+        if isinstance(one, GPTConfig):
+            one, blocks = replace(one, n_layers=1), one.n_layers
         return [
             (path, tuple(spec.shape), blocks if path.startswith("blocks.") else 1)
             for path, spec in leaves(self.module.spec(one, self.vocab_size))
@@ -55,7 +56,7 @@ class Model:
         return self.module.dropouts(self.config)
 
     def forward(self, xp, p: Tree, ids, noise=None):
-        """ids (B, T) -> logits (rows, V) and saved: a row a token for the GPT, a row a context otherwise."""
+        """ids (B, T) -> logits (rows, V) and saved: one row per token for the GPT, one per context otherwise."""
         return self.module.forward(xp, p, ids, self.config, noise)
 
     def backward(self, xp, p: Tree, saved, dlogits) -> Tree:

@@ -5,10 +5,23 @@ dropout on the embeddings.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import Shape, block, embedding, layernorm, linear
 from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
+
+
+class Saved(NamedTuple):
+    """What backward needs, for one backward pass."""
+
+    shape: Shape
+    wte: Any
+    blocks: Iterator[block.Saved]
+    """What each block has saved, the last block first. Each is freed once its successor is asked for."""
+    ln_f: Any
+    head: Any
 
 
 def parts(config) -> Parts:
@@ -20,7 +33,7 @@ def parts(config) -> Parts:
 def spec(config, V: int):
     """Parameters of a GPT with V token ids."""
     C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
-    residual_scale = 1 / math.sqrt(2 * L)  # two projections a block write into the residual stream
+    residual_scale = 1 / math.sqrt(2 * L)  # two projections of each block write into the residual stream
     return {
         "wte": embedding.spec(V, C),
         "wpe": embedding.spec(config.n_ctx, C),
@@ -54,23 +67,29 @@ def forward(xp, p, ids, config, noise=None, cache=None):
         blocks_saved.append(saved)
     x, ln_f_saved = layernorm.forward(xp, p["ln_f"], x)
     logits, head_saved = linear.forward(xp, p["lm_head"], x)       # (N, V)
-    return logits, (shape, wte_saved, blocks_saved, ln_f_saved, head_saved)
+    return logits, Saved(shape, wte_saved, from_the_end(blocks_saved), ln_f_saved, head_saved)
 
 
 def backward(xp, p, saved, dlogits, config):
-    """dlogits (N, V) -> dp. Frees what each block saved as soon as it is used: `saved` serves once."""
+    """dlogits (N, V) -> dp. `saved` serves once, so that what each block saved is freed as soon as it is used."""
     shape, wte_saved, blocks_saved, ln_f_saved, head_saved = saved
     dlm_head, dx = linear.backward(xp, p["lm_head"], head_saved, dlogits)
     dln_f, dx = layernorm.backward(xp, p["ln_f"], ln_f_saved, dx)
     dblocks = {}
     for i in reversed(p["blocks"]):
-        dblocks[i], dx = block.backward(xp, p["blocks"][i], blocks_saved.pop(), dx, parts(config))
+        dblocks[i], dx = block.backward(xp, p["blocks"][i], next(blocks_saved), dx, parts(config))
     dwte = embedding.backward(xp, p["wte"], wte_saved, dx)
     dwpe = xp.sum(xp.reshape(dx, (shape.B, shape.T, -1)), axis=0)  # (T, C)
     unused = xp.zeros((config.n_ctx - shape.T, dwpe.shape[1]), dtype=dx.dtype, device=xp.device)
     dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
     dblocks = {i: dblocks[i] for i in p["blocks"]}
     return {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": dln_f, "lm_head": dlm_head}
+
+
+def from_the_end(values: list) -> Iterator:
+    """Yield the values, the last one first, and keep none of them."""
+    while values:
+        yield values.pop()
 
 
 @replaceable
@@ -91,7 +110,7 @@ def decode(xp, prepared, ids, config, cache=None):
 
 
 def block_noise(noise, config, i: int):
-    """The noise of block i: one (stream (B,), rate) a dropout place, or None."""
+    """The noise of block i: (stream (B,), rate) for each dropout place, or None."""
     if noise is None:
         return None
     n = parts(config).dropouts
@@ -99,6 +118,9 @@ def block_noise(noise, config, i: int):
 
 
 def cache_of(saved, config):
-    """Keys and values (B, H, t, D) of every block, from what forward saved: the cache for the next tokens."""
+    """Keys and values (B, H, t, D) of every block, from what forward saved: the cache for the next tokens.
+
+    Like backward, it uses `saved` up.
+    """
     attention = parts(config).attention
-    return [attention.keys_and_values(layer_saved) for (_, layer_saved), _ in saved[2]]
+    return [attention.keys_and_values(block_saved.attention.layer) for block_saved in saved.blocks][::-1]

@@ -5,10 +5,10 @@ Tests count each of them where it really happens.
 
 import math
 
+from baby_xp.arrays.tiles import number_of_tiles
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
 from baby_xp.models import Model
-from baby_xp.training.step import number_of_shards
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
@@ -130,7 +130,7 @@ def arrays(
     flat = itemsize * sum(parameters(config, vocab_size).values())
     least, more = divmod(batch_size, workers)  # sequences of a worker, and the number of workers with one more
     kept = sum(
-        number * saved_bytes(config, vocab_size, largest_tile(share, config.n_ctx, tokens_at_once), itemsize)
+        number * saved_bytes(config, vocab_size, _largest_tile(share, config.n_ctx, tokens_at_once), itemsize)
         for share, number in ((least, workers - more), (least + 1, more)) if number
     )  # fmt: skip
     exchange = {"exchange of workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
@@ -138,9 +138,9 @@ def arrays(
     return {**parts, **exchange}
 
 
-def largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
+def _largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
     """Sequences of the largest tile of a share."""
-    return -(-B // number_of_shards(B, T, tokens_at_once))
+    return -(-B // number_of_tiles(B, T, tokens_at_once))
 
 
 def batch_that_fits(

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from baby_xp import __version__, layout
-from baby_xp.arrays.backend import device_memory
 from baby_xp.config import RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.runs import report, state_file, store
@@ -46,11 +45,13 @@ def content(
     place = {"backend": backend.name, "device": setup.compute.device, "workers": setup.workers}
     if getattr(backend, "tf32", False):
         place["tf32"] = True
+    if backend.kernels == "plain":
+        place["kernels"] = "plain"
     machine = {
         "machine": report.machine(), "backend": backend.version, "device": backend.device,
         "workers": setup.workers,
     }  # fmt: skip
-    if (memory := device_memory(backend)) is not None:
+    if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks
     return {

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
-from baby_xp.arrays.tree import Layout
+from baby_xp.arrays.tree import Layout, leaves
 from baby_xp.config import ModelConfig, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import refusal, shown, write
@@ -26,11 +26,7 @@ from baby_xp.training.checkpoint import Checkpoint
 
 def save_weights(path: Path, layout: Layout, flat: np.ndarray, metadata: dict[str, str]) -> None:
     """Write the parameters (P,) as one named array each, "blocks.0.norm1.gain"."""
-    ends = np.cumsum(layout.sizes)
-    arrays = {
-        name: np.ascontiguousarray(flat[end - size : end].reshape(shape))
-        for name, shape, size, end in zip(layout.paths, layout.shapes, layout.sizes, ends, strict=True)
-    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in leaves(layout.unpack(np, flat))}
     _save(path, arrays, metadata)
 
 

@@ -1,4 +1,4 @@
-"""Why a run diverged: its last steps once more, looking at every parameter's gradient."""
+"""Why a run diverged: computes its last steps again and looks at every parameter's gradient."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from baby_xp.training import optimizers
 from baby_xp.training.checkpoint import Checkpoint, on_device
-from baby_xp.training.step import accumulated, noisy_loss_and_gradients
+from baby_xp.training.step import accumulated, loss_and_gradients_with_dropout
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The parameter whose gradient was largest, its norm, and the step it was in, counted from 1.
+    """The parameter whose gradient was largest, its norm, and the step, counted from 1.
 
     The norm is not finite where the gradients were the first to diverge.
     """
@@ -22,12 +22,12 @@ class Finding:
 
 
 def largest_gradient(backend, model, config, task, start: Checkpoint, last: int, workers=None) -> Finding | None:
-    """The largest gradient in the last step from `start` on whose loss was finite; `last`: the step that was not.
+    """The largest gradient in the last step with a finite loss; from `start` to `last`, the step that diverged.
 
-    The steps are computed again, which gives the same numbers: a run need not keep its past at hand.
+    Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
-    compute = noisy_loss_and_gradients if workers is None else workers.loss_and_gradients
+    compute = loss_and_gradients_with_dropout if workers is None else workers.loss_and_gradients
     if config.accumulate > 1:
         compute = accumulated(compute, config.batch_size)
     state = on_device(backend, model, config, start)
@@ -40,9 +40,9 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
             diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
-            if len(diverged) == len(norms) and finding is not None:  # it was over before: that tells more
+            if len(diverged) == len(norms) and finding is not None:  # the step before tells more
                 break
-            parameter = diverged[0] if diverged else max(norms, key=norms.get)
+            parameter = diverged[0] if diverged else max(norms, key=lambda path: norms[path])
             finding = Finding(parameter, norms[parameter], step + 1)
             if diverged:
                 break
@@ -52,8 +52,6 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
 
 def _norms(layout, gradients: np.ndarray) -> dict[str, float]:
     """Norm of each parameter's gradient, from the flat buffer (P,); in float64, where squares do not overflow."""
-    ends = np.cumsum(layout.sizes)
     return {
-        path: float(np.linalg.norm(gradients[end - size : end].astype(np.float64)))
-        for path, size, end in zip(layout.paths, layout.sizes, ends, strict=True)
+        path: float(np.linalg.norm(gradients[at].astype(np.float64))) for path, at in layout.slices.items()
     }

@@ -93,9 +93,10 @@ class Loop:
             step = make_step(backend.xp, model, config)
             total: Callable[..., Any] = functools.partial(total_loss, backend.xp, model)
         else:
-            step = make_step(self.workers.xp, model, config, self.workers.loss_and_gradients)
-            total = self.workers.total_loss
-        self._step, self._total = backend.compile(step), backend.compile(total)
+            shared = self.workers.loss_and_gradients, self.workers.adamw
+            step, total = make_step(backend.xp, model, config, *shared), self.workers.total_loss
+        self._step = backend.compile(step)
+        self._total = backend.compile(total)
         self.state = on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
         self._best = self._params() if start.best is None else backend.asarray(start.best)

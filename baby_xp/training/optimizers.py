@@ -1,8 +1,9 @@
-"""AdamW on the flat buffer, clipping by the global norm, and schedules of the learning rate."""
+"""AdamW on the flat buffer, and clipping by the global norm."""
 
 import math
 
 from baby_xp.arrays.namespace import replaceable
+from baby_xp.training import schedules
 
 EPS = 1e-8
 
@@ -12,7 +13,7 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: 
     """One step of AdamW with decoupled decay (Loshchilov and Hutter 2019), element by element.
 
     w, g, m, v (P,): parameters, gradients, first and second moments. decays (P,): 1 where weight decay
-    pulls, else 0. scale, lr, bias1, bias2 (1,): what clipping leaves of the gradients, learning rate,
+    applies, else 0. scale, lr, bias1, bias2 (1,): the factor that clips the gradients, the learning rate,
     1 - beta1^t, 1 - beta2^t. -> new w, m, v.
     """
     g = scale * g
@@ -22,18 +23,19 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: 
     return w - lr * (step + weight_decay * decays * w), m, v
 
 
-def update(xp, state, gradients, config):
-    """A new state after one step, and the metrics of it; the gradient norm is that before clipping.
+def update(xp, state, gradients, config, optimizer=adamw):
+    """The state after one step, and its metrics; the gradient norm is that before clipping.
 
-    state: params, m, v (P,), decays (P,), step (1,) int32. `config` is a TrainConfig.
+    state: params, m, v (P,), decays (P,), step (1,) int32. `config` is a TrainConfig, `optimizer` a function
+    with the signature of adamw.
     """
     norm = global_norm(xp, gradients)
     scale = clip_scale(xp, norm, config.clip)
-    lr = learning_rate(xp, state["step"], config, gradients.dtype)
+    lr = schedules.learning_rate(xp, state["step"], config, gradients.dtype)
     t = xp.astype(state["step"] + 1, gradients.dtype)
     # -expm1(t log(beta)) is 1 - beta^t without the cancellation that costs float32 its digits at small t
     bias1, bias2 = (-xp.expm1(t * math.log(beta)) for beta in (config.beta1, config.beta2))
-    w, m, v = adamw(
+    w, m, v = optimizer(
         xp, state["params"], gradients, state["m"], state["v"], state["decays"], scale, lr, bias1, bias2,
         config.beta1, config.beta2, config.weight_decay,
     )  # fmt: skip
@@ -42,7 +44,7 @@ def update(xp, state, gradients, config):
 
 
 def clip_scale(xp, norm, limit: float):
-    """What brings gradients of this global norm (1,) down to `limit` at most (0: no limit) -> (1,).
+    """The factor that brings gradients of this global norm (1,) down to at most `limit` (0: no limit) -> (1,).
 
     Pascanu et al. 2013.
     """
@@ -55,26 +57,3 @@ def clip_scale(xp, norm, limit: float):
 def global_norm(xp, gradients):
     """Root of the sum of squares: (P,) -> (1,)."""
     return xp.reshape(xp.sqrt(xp.sum(gradients * gradients)), (1,))
-
-
-def learning_rate(xp, step, config, dtype):
-    """The rate at step (1,) int32, counted from 0 -> (1,).
-
-    Linear warm-up over `warmup_steps`, then constant, or a half cosine that ends at `min_lr` after
-    `num_steps` (Loshchilov and Hutter 2017).
-    """
-    t = xp.astype(step, dtype)
-    peak = config.peak_lr
-    if config.schedule == "cosine":
-        span = max(1, config.num_steps - config.warmup_steps)
-        done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
-        lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))
-    else:
-        lr = xp.zeros_like(t) + peak
-    warm = peak * (t + 1) / (config.warmup_steps + 1)
-    return xp.where(t < config.warmup_steps, warm, lr)
-
-
-def scaled_rate(lr: float, base_batch_size: int, batch_size: int) -> float:
-    """The Little Baby's rule: the rate grows in proportion to the batch, LR_new = LR_old * (B_new / B_old)."""
-    return lr * (batch_size / base_batch_size)

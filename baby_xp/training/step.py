@@ -1,10 +1,18 @@
-"""One training step, as a pure function: step(state, batch) -> state, metrics."""
+"""One training step, as a pure function: step(state, batch) -> state, metrics.
 
-import itertools
+A batch is computed in parts whose losses and gradients are added up: batches of a larger one where gradients are
+accumulated, and tiles of each, as large as the processor's caches like them. Workers split it into shards, see
+workers.py.
+"""
+
+import functools
 import math
+import operator
+from collections.abc import Callable, Iterable
 
 from baby_xp.arrays import rng
 from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.tiles import samples, tiles
 from baby_xp.layers import cross_entropy
 from baby_xp.training import optimizers
 
@@ -26,18 +34,30 @@ def initial_state(backend, flat, decays, seed: int):
     }
 
 
+def make_step(xp, model, config, loss_and_gradients=None, optimizer=optimizers.adamw):
+    """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
+
+    loss_and_gradients has the signature of loss_and_gradients_with_dropout, the default; optimizer that of
+    optimizers.adamw. Workers have both.
+    """
+    compute = loss_and_gradients or loss_and_gradients_with_dropout
+    if config.accumulate > 1:
+        compute = accumulated(compute, config.batch_size)
+
+    def step(state, batch):
+        loss, gradients = compute(xp, model, state, batch)
+        state, metrics = optimizers.update(xp, state, gradients, config, optimizer)
+        return state, {"loss": loss, **metrics}
+
+    return step
+
+
 def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None):
-    """Mean loss (1,) in nats per token, and its gradients (P,), at params (P,); as loss_and_tree, but packed."""
-    loss, dp = loss_and_tree(xp, model, params, batch, noise, n_targets)
-    return loss, model.layout.pack(xp, dp)
-
-
-def loss_and_tree(xp, model, params, batch, noise=None, n_targets: int | None = None):
     """Mean loss (1,) in nats per token, and the tree of its gradients, at params (P,).
 
-    batch: inputs (B, T), targets (B, T) or (B,) for a model of one target a context, samples (B,). Where the
-    batch is a share of a larger one, `n_targets` is the number of targets of the whole: the shares' losses
-    and gradients then add up to those of the whole.
+    batch: inputs (B, T), targets (B, T) or (B,) for a model with one target per context, samples (B,). Where the
+    batch is a part of a larger one, `n_targets` is the number of targets of the whole: the parts' losses and
+    gradients then add up to those of the whole.
     """
     p = model.layout.unpack(xp, params)
     logits, saved = model.forward(xp, p, batch.inputs, noise)
@@ -48,15 +68,73 @@ def loss_and_tree(xp, model, params, batch, noise=None, n_targets: int | None = 
     return xp.reshape(xp.sum(losses * weight), (1,)), dp
 
 
+def over_parts(parts: Iterable, compute: Callable, add: Callable, begin: Callable = lambda gradients: gradients):
+    """Loss and gradients of a batch: those that `compute` gives for each of its parts, added up in their order.
+
+    begin(gradients of the first part) -> total; add(total, gradients of another) -> total, may reuse the old one.
+    """
+    loss = total = None
+    for part in parts:
+        more, gradients = compute(part)
+        loss, total = (more, begin(gradients)) if loss is None else (loss + more, add(total, gradients))
+        del gradients  # so that they take no memory while the next part is computed
+    return loss, total
+
+
+def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | None = None, pack=None):
+    """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`, tile by tile.
+
+    pack: lays the first tile's tree of gradients into the flat buffer to which the others' are added; None: a new
+    one.
+    """
+    n_targets = n_targets or math.prod(batch.targets.shape)
+    # not a closure: the frames of a step that ran out of memory would keep the state alive
+    of_tile = functools.partial(_of_tile, xp, model, state, n_targets)
+    begin = pack or functools.partial(model.layout.pack, xp)
+    return over_parts(tiles(xp, batch), of_tile, functools.partial(add_tree, xp, model.layout), begin)
+
+
+def _of_tile(xp, model, state, n_targets: int, tile):
+    noise = step_noise(xp, model, state["seed"], state["step"], tile)
+    return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
+
+
+def accumulated(compute, batch_size: int):
+    """A function like `compute`, which is loss_and_gradients_with_dropout or that of workers, but in parts.
+
+    Parts have `batch_size` samples. Loss and gradients are those of the whole, up to rounding; the memory is that
+    of a part.
+    """
+
+    def of_whole(xp, model, state, batch):
+        B, n_targets = batch.inputs.shape[0], math.prod(batch.targets.shape)
+        parts = (samples(batch, first, min(first + batch_size, B)) for first in range(0, B, batch_size))
+        of_part = functools.partial(compute, xp, model, state, n_targets=n_targets)
+        return over_parts(parts, of_part, operator.add)
+
+    return of_whole
+
+
 def total_loss(xp, model, params, batch):
     """Sum of the losses of all targets (1,) in nats, without dropout: for evaluation."""
-    p, total = model.layout.unpack(xp, params), None
-    for part in shards(xp, batch):
-        logits, _ = model.forward(xp, p, part.inputs)
-        losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(part.targets, (-1,)))
-        of_part = xp.reshape(xp.sum(losses), (1,))
-        total = of_part if total is None else total + of_part
-    return total
+    return functools.reduce(operator.add, (loss for loss, _ in _losses(xp, model, params, batch)))
+
+
+def loss_and_predictions(xp, model, params, batch):
+    """As total_loss, and the most likely token at each target (N,)."""
+    losses, predictions = zip(
+        *((loss, xp.argmax(logits, axis=-1)) for loss, logits in _losses(xp, model, params, batch)), strict=True
+    )
+    return functools.reduce(operator.add, losses), xp.concat(predictions)
+
+
+def _losses(xp, model, params, batch):
+    """Sum of the losses (1,) and logits (N, V) of each tile."""
+    p = model.layout.unpack(xp, params)
+    for tile in tiles(xp, batch):
+        logits, _ = model.forward(xp, p, tile.inputs)
+        losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(tile.targets, (-1,)))
+        yield xp.reshape(xp.sum(losses), (1,)), logits
 
 
 def step_noise(xp, model, seed, step, batch):
@@ -67,96 +145,7 @@ def step_noise(xp, model, seed, step, batch):
     return rng.Noise(rng.streams(xp, seed, step, batch.samples, model.dropouts), rate)
 
 
-def noisy_loss_and_gradients(xp, model, state, batch, n_targets: int | None = None):
-    """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`."""
-    loss, gradients = None, None
-    for more_loss, dp in shard_by_shard(xp, model, state, batch, n_targets):
-        if gradients is None:
-            loss, gradients = more_loss, model.layout.pack(xp, dp)
-        else:
-            loss, gradients = loss + more_loss, add_tree(xp, model.layout, gradients, dp)
-    return loss, gradients
-
-
-def shard_by_shard(xp, model, state, batch, n_targets: int | None = None):
-    """Yield loss and tree of gradients of each shard of the batch; together they are those of the batch."""
-    n_targets = n_targets or math.prod(batch.targets.shape)
-    for part in shards(xp, batch):
-        noise = step_noise(xp, model, state["seed"], state["step"], part)
-        yield loss_and_tree(xp, model, state["params"], part, noise, n_targets)
-
-
-def shards(xp, batch):
-    """The batch, or equal parts of it of about as many tokens as the backend computes best at once."""
-    sizes = shard_sizes(*batch.inputs.shape, xp.tokens_at_once)
-    bounds = [0, *itertools.accumulate(sizes)]
-    return [batch] if len(sizes) == 1 else [_part(batch, *ends) for ends in itertools.pairwise(bounds)]
-
-
-def shard_sizes(B: int, T: int, tokens_at_once: int | None) -> list[int]:
-    """Samples of each shard of B samples of T tokens."""
-    number = number_of_shards(B, T, tokens_at_once)
-    return [B * (i + 1) // number - B * i // number for i in range(number)]
-
-
-def number_of_shards(B: int, T: int, tokens_at_once: int | None) -> int:
-    """Into how many shards B samples of T tokens go."""
-    return max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
-
-
 @replaceable
 def add_tree(xp, layout, flat, tree):
     """The flat buffer (P,) plus a tree that is packed like it. The caller gives `flat` up."""
     return flat + layout.pack(xp, tree)
-
-
-def accumulated(loss_and_gradients, batch_size: int):
-    """A function like noisy_loss_and_gradients that takes a batch in parts of `batch_size` samples.
-
-    Loss and gradients are those of the whole, up to rounding; the memory is that of a part.
-    """
-
-    def of_whole(xp, model, state, batch):
-        B = batch.inputs.shape[0]
-        parts = [_part(batch, start, min(start + batch_size, B)) for start in range(0, B, batch_size)]
-        n_targets = math.prod(batch.targets.shape)
-        loss, gradients = loss_and_gradients(xp, model, state, parts[0], n_targets)
-        for part in parts[1:]:
-            more_loss, more_gradients = loss_and_gradients(xp, model, state, part, n_targets)
-            loss, gradients = loss + more_loss, gradients + more_gradients
-        return loss, gradients
-
-    return of_whole
-
-
-def _part(batch, first: int, last: int):
-    """Samples first to last."""
-    return type(batch)(*(array[first:last, ...] for array in batch))
-
-
-def make_step(xp, model, config, loss_and_gradients=noisy_loss_and_gradients):
-    """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
-
-    `loss_and_gradients` has the signature of noisy_loss_and_gradients: workers put theirs in its place.
-    """
-    if config.accumulate > 1:
-        loss_and_gradients = accumulated(loss_and_gradients, config.batch_size)
-
-    def step(state, batch):
-        loss, gradients = loss_and_gradients(xp, model, state, batch)
-        state, metrics = optimizers.update(xp, state, gradients, config)
-        return state, {"loss": loss, **metrics}
-
-    return step
-
-
-def loss_and_predictions(xp, model, params, batch):
-    """As total_loss, and the most likely token at each target (N,), in one forward pass: for evaluation."""
-    p, total, predictions = model.layout.unpack(xp, params), None, []
-    for part in shards(xp, batch):
-        logits, _ = model.forward(xp, p, part.inputs)
-        losses, _ = cross_entropy.forward(xp, {}, logits, xp.reshape(part.targets, (-1,)))
-        of_part = xp.reshape(xp.sum(losses), (1,))
-        total = of_part if total is None else total + of_part
-        predictions.append(xp.argmax(logits, axis=-1))
-    return total, xp.concat(predictions)

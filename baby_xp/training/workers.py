@@ -1,14 +1,14 @@
 """Worker processes that share a step: each computes the gradients of its samples and updates its parameters.
 
-NumPy holds Python's lock too often for threads to help. So the main process starts others and gives every one a
-share of the samples; it computes a share itself and adds up the gradients in the order of the workers: a run is
+NumPy holds Python's lock too often for threads to help. So the main process starts others and gives each a shard,
+a share of the samples; it computes a shard itself and adds up the gradients in the order of the workers: a run is
 the same bit for bit for the same number of workers. Dropout does not depend on the split (see rng.py). Then each
 process does AdamW for its part of the flat buffer.
 
 Arrays pass through one mapped piece of memory, commands through pipes. A worker whose main process is gone reads
-the end of its pipe and ends; a main process whose worker is gone reads the end of that pipe and raises. The memory
-has no name in the file system, or has lost it before the first worker starts, so nothing can be left behind. Only
-Windows cannot do that: there it is a file that is deleted at the end.
+the end of its pipe and exits; a main process whose worker is gone reads the end of that pipe and raises. The
+memory has no name in the file system, or has lost it before the first worker starts, so that nothing stays behind.
+Only Windows cannot do that: there it is a file that is deleted at the end.
 
 A worker is a Python process of its own, not a fork and not `multiprocessing`: it works the same on Linux,
 macOS and Windows, in notebooks, and in scripts without a guarded main.
@@ -27,20 +27,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from baby_xp import processes
 from baby_xp.arrays import registry
+from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import add_tree, shard_by_shard, total_loss
+from baby_xp.training import optimizers
+from baby_xp.training.step import loss_and_gradients_with_dropout, total_loss
 
 COMMAND = struct.Struct("<c10q")
 """What to do; the number of the command, and numbers that the command needs."""
@@ -56,9 +59,9 @@ serve()
 """
 GRADIENTS, TOTAL, UPDATE = b"g", b"t", b"u"
 ELSEWHERE = 2
-"""Where the parameters are: 0 or 1, one of the two states in the arena, or this: apart from them."""
+"""Where parameters lie: 0 or 1, one of the two states in the arena, or this: apart from them."""
 LINE = 16
-"""Parts of the flat buffer begin at multiples of so many elements: no two processes write to one cache line."""
+"""Parts of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
 WORTH_SPLITTING = 3e8
 """Floating-point operations of a step below which passing arrays around costs more than it gains."""
 INHERITED = os.name != "nt"
@@ -66,7 +69,7 @@ INHERITED = os.name != "nt"
 
 
 def suitable_number(backend, model: Model, batch_size: int) -> int:
-    """How many processes suit a run: one a core on NumPy, but one in all for small steps."""
+    """How many processes suit a run: one per core on NumPy, but one in all for small steps."""
     if backend.name != "numpy" or is_small(model, batch_size):
         return 1
     return min(
@@ -75,16 +78,16 @@ def suitable_number(backend, model: Model, batch_size: int) -> int:
 
 
 def is_small(model: Model, batch_size: int) -> bool:
-    """Whether a step has so little to compute that it is best done by one core alone."""
+    """Whether a step computes so little that one core alone is best."""
     return 6 * model.n_parameters * batch_size * model.config.n_ctx < WORTH_SPLITTING
 
 
 @contextmanager
 def alone(backend, model: Model, batch_size: int) -> Iterator[None]:
-    """What one process computes in, in place of Workers: a small step with one BLAS thread.
+    """The context in which a single process computes, in place of Workers: a small step has one BLAS thread.
 
-    Two gain nothing there, and where other programs have work too, each product waits for the slower one: a step
-    of 2 ms was seen to take 400.
+    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms was seen to
+    take 400.
     """
     small = backend.name == "numpy" and is_small(model, batch_size)
     with threadpool_limits(1) if small else nullcontext():
@@ -97,6 +100,16 @@ class Arena:
     The state of the optimizer is there twice. An update reads one and writes the other: a step that is cut short
     leaves the state before it as it was.
     """
+
+    states: np.ndarray
+    params: np.ndarray
+    gradients: np.ndarray
+    rates: np.ndarray
+    settings: np.ndarray
+    losses: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+    samples: np.ndarray
 
     def __init__(self, file: int, model: Model, dtype: str, batch_size: int, number: int, create: bool):
         n_ctx, size = model.config.n_ctx, model.n_parameters
@@ -119,6 +132,7 @@ class Arena:
         whole = np.frombuffer(mmap.mmap(file, begins[-1]), np.uint8)
         for (name, (shape, kind)), begin, length in zip(shapes.items(), begins[:-1], lengths, strict=True):
             setattr(self, name, whole[begin : begin + length].view(kind).reshape(shape))
+        self._addresses = [[address(array) for array in state] for state in self.states]
 
     def batch(self, first: int, last: int, T: int, per_sample: int) -> Batch:
         """Samples first to last of the batch that lies in the arena."""
@@ -126,13 +140,23 @@ class Arena:
         targets = self.targets[first * per_sample : last * per_sample].reshape(last - first, -1)
         return Batch(inputs, targets, self.samples[first:last])
 
+    def place_of(self, *arrays: np.ndarray) -> int:
+        """Which of the two states begins with these arrays (P,), by their place in memory; else ELSEWHERE."""
+        found = [address(array) for array in arrays]
+        return next((i for i, own in enumerate(self._addresses) if own[: len(found)] == found), ELSEWHERE)
+
     def params_at(self, place: int) -> np.ndarray:
         """The parameters (P,) of one of the two states, or those apart."""
         return self.params if place == ELSEWHERE else self.states[place, 0]
 
 
+def address(array: np.ndarray) -> int:
+    """Where an array begins in the memory of this process."""
+    return array.__array_interface__["data"][0]
+
+
 def _reserve(file: int, length: int) -> None:
-    """Make the file so long. Where the system can, it reserves the room: a write to a full disk would kill."""
+    """Give the file this length, reserving the space where the system can: a write to a full disk would kill."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, length)
     else:
@@ -142,19 +166,17 @@ def _reserve(file: int, length: int) -> None:
 class Workers:
     """`number` processes in all, this one included. A context manager: leaving it ends the others.
 
-    `xp` is the backend's namespace with an optimizer that all processes share. The state that it gives is valid
-    until the update after the next one.
-    Raises BabyError if a worker cannot be started or ends before its time.
+    loss_and_gradients and adamw are for make_step. The state that adamw gives lies in the arena and is valid until
+    the update after the next one. Raises BabyError if a worker cannot be started or ends before its time.
     """
 
-    def __init__(self, backend, model: Model, batch_size: int, number: int):
+    arena: Arena
+
+    def __init__(self, backend: Backend, model: Model, batch_size: int, number: int):
         self.backend, self.model, self.number, self.batch_size = backend, model, number, batch_size
-        self.children: list[subprocess.Popen] = []
-        self.xp = backend.xp.with_kernels({"optimizers.adamw": self._update})
+        self.children: list[subprocess.Popen[bytes]] = []
         self._path, self._file = "", -1
         self._number = 0  # of the last command
-        self._state: list[Any] = [None, None, None]  # the arrays of the present state in the arena
-        self._at = 0  # which of the two it is
         n = model.n_parameters
         self._bounds = [min(n, -(-n * rank // (number * LINE)) * LINE) for rank in range(number + 1)]
 
@@ -169,7 +191,7 @@ class Workers:
 
     def __exit__(self, *_) -> None:
         for child in self.children:
-            for pipe in (child.stdin, child.stdout):
+            for pipe in pipes(child):
                 with suppress(OSError):
                     pipe.close()
         for child in self.children:
@@ -180,7 +202,7 @@ class Workers:
                 child.wait()
         self.children = []
         self._limits.restore_original_limits()
-        self.arena, self._state = None, [None, None, None]
+        vars(self).pop("arena", None)  # its memory goes with it
         self._forget_file()
 
     def _start(self) -> None:
@@ -213,7 +235,7 @@ class Workers:
         setup = {
             "file": self._file if INHERITED else self._path, "rank": rank, "number": self.number,
             "batch_size": self.batch_size, "config": to_dict(self.model.config),
-            "vocab_size": self.model.vocab_size, "dtype": self.backend.dtype,
+            "vocab_size": self.model.vocab_size, "dtype": self.backend.dtype, "kernels": self.backend.kernels,
             "part": self._bounds[rank : rank + 2],
         }  # fmt: skip
         child = subprocess.Popen(
@@ -224,8 +246,9 @@ class Workers:
                 "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             },
         )  # fmt: skip
-        child.stdin.write(json.dumps(setup).encode() + b"\n")
-        child.stdin.flush()
+        commands, _ = pipes(child)
+        commands.write(json.dumps(setup).encode() + b"\n")
+        commands.flush()
         return child
 
     def _forget_file(self) -> None:
@@ -240,16 +263,15 @@ class Workers:
     def loss_and_gradients(
         self, xp, model: Model, state: dict[str, Any], batch: Batch, n_targets: int | None = None
     ):
-        """As step.noisy_loss_and_gradients, by all processes together.
+        """As step.loss_and_gradients_with_dropout, by all processes together.
 
         The gradients of a whole batch lie in the arena, and the next call overwrites them. Those of a part of a
         batch, for which n_targets is given, are a copy, as the next part's are added to them.
         """
         seed, step = int(state["seed"][0]), int(state["step"][0])
         targets = n_targets or batch.targets.size
-        first, last = self._hand_out(GRADIENTS, state["params"], batch, targets, seed, step)
-        share, total = Batch(*(part[first:last] for part in batch)), self.arena.gradients[0]
-        loss = _compute_share(self.backend, model, state, share, targets, total)
+        shard = self._hand_out(GRADIENTS, state["params"], batch, targets, seed, step)
+        loss, total = _gradients_of_shard(self.backend, model, state, shard, targets, self.arena.gradients[0])
         for rank in self._asked:
             self._wait(rank)
             loss = loss + loss.dtype.type(self.arena.losses[rank])
@@ -258,20 +280,21 @@ class Workers:
 
     def total_loss(self, params, batch: Batch):
         """As step.total_loss, by all processes together."""
-        first, last = self._hand_out(TOTAL, params, batch, 0, 0, 0)
-        total = total_loss(self.backend.xp, self.model, params, Batch(*(part[first:last] for part in batch)))
+        total = total_loss(self.backend.xp, self.model, params, self._hand_out(TOTAL, params, batch, 0, 0, 0))
         for rank in self._asked:
             self._wait(rank)
             total = total + total.dtype.type(self.arena.losses[rank])
         return total
 
-    def _update(self, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-        """As optimizers.adamw: every process updates its part."""
-        arena, old = self.arena, self._at
-        if any(given is not own for given, own in zip((w, m, v), self._state, strict=True)):
+    def adamw(self, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+        """As optimizers.adamw: each process updates its part. What is not in the arena is copied there first."""
+        arena = self.arena
+        old = arena.place_of(w, m, v)
+        if old == ELSEWHERE:
+            old = 0
             for own, given in zip(arena.states[old], (w, m, v), strict=True):
                 own[:] = given
-        if g is not arena.gradients[0]:
+        if address(g) != address(arena.gradients[0]):
             arena.gradients[0][:] = g
         for own, given in zip(arena.rates, (scale, lr, bias1, bias2), strict=True):
             own[:] = given
@@ -282,39 +305,40 @@ class Workers:
         _update_part(self.backend, arena, old, slice(0, self._bounds[1]), decays[: self._bounds[1]])
         for rank in range(1, self.number):
             self._wait(rank)
-        self._at, self._state = 1 - old, list(arena.states[1 - old])
-        return tuple(self._state)
+        return tuple(arena.states[1 - old])
 
-    def _hand_out(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int):
-        """Hand the batch and its shares out -> first and last sample of this process."""
+    def _hand_out(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int) -> Batch:
+        """Give the other processes their shards of the batch -> the shard of this one."""
         B, T = batch.inputs.shape
         self._number += 1
-        place = self._at
-        if params is not self._state[0]:
-            place, self.arena.params[:] = ELSEWHERE, params
+        place = self.arena.place_of(params)
+        if place == ELSEWHERE:
+            self.arena.params[:] = params
         self.arena.inputs[: B * T] = batch.inputs.reshape(-1)
         self.arena.targets[: batch.targets.size] = batch.targets.reshape(-1)
         self.arena.samples[:B] = batch.samples
-        # rounded such that the first share is never empty
+        # rounded such that the first shard is never empty
         bounds = [-(-B * rank // self.number) for rank in range(self.number + 1)]
         self._asked = [rank for rank in range(1, self.number) if bounds[rank] < bounds[rank + 1]]
         for rank in self._asked:
             shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
             self._send(rank, what, place, *shape, n_targets, seed, step)
-        return 0, bounds[1]
+        return Batch(*(part[: bounds[1]] for part in batch))
 
     def _send(self, rank: int, what: bytes, *numbers: int) -> None:
         numbers = (*numbers, *[0] * (9 - len(numbers)))
+        commands, _ = pipes(self.children[rank - 1])
         try:
-            self.children[rank - 1].stdin.write(COMMAND.pack(what, self._number, *numbers))
-            self.children[rank - 1].stdin.flush()
+            commands.write(COMMAND.pack(what, self._number, *numbers))
+            commands.flush()
         except OSError:
             raise self._lost(rank) from None
 
     def _wait(self, rank: int) -> None:
-        """Wait for the answer to the last command; those to commands that Ctrl-C cut short are passed over."""
+        """Wait for the answer to the last command; those to commands that Ctrl-C cut short are skipped."""
+        _, answers = pipes(self.children[rank - 1])
         while True:
-            answer = self.children[rank - 1].stdout.read(ANSWER.size)
+            answer = answers.read(ANSWER.size)
             if len(answer) < ANSWER.size:
                 raise self._lost(rank)
             if ANSWER.unpack(answer)[0] == self._number:
@@ -324,6 +348,13 @@ class Workers:
         code = self.children[rank - 1].wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return BabyError(f"worker {rank} of {self.number} {how}; train with fewer --workers, or --workers 1")
+
+
+def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Where a child's commands go, and where its answers come from."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    return child.stdin, child.stdout
 
 
 def _file_in_memory() -> tuple[int, str]:
@@ -340,26 +371,32 @@ def _temporary_file() -> tuple[int, str]:
     return file, ""
 
 
-def _compute_share(backend, model: Model, state: dict[str, Any], batch: Batch, n_targets: int, flat):
-    """The loss (1,) of a share of a batch; its gradients go to `flat` (P,)."""
-    total = None
-    for loss, dp in shard_by_shard(backend.xp, model, state, batch, n_targets):
-        if total is None:  # packed where they are wanted: one copy less
-            gradients, total = dict(leaves(dp)), loss
-            np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
-        else:
-            add_tree(backend.xp, model.layout, flat, dp)
-            total = total + loss
-    return total
+def _gradients_of_shard(backend, model: Model, state: dict[str, Any], shard: Batch, n_targets: int, flat):
+    """Loss (1,) and gradients (P,) of a shard of a batch; the gradients are `flat`, an array in the arena."""
+
+    def pack(dp):  # where they are wanted: one copy less
+        gradients = dict(leaves(dp))
+        return np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
+
+    loss, total = loss_and_gradients_with_dropout(backend.xp, model, state, shard, n_targets, pack)
+    if total is not flat:  # what adds up the tiles need not do so in place
+        flat[:] = total
+    return loss, flat
+
+
+@replaceable
+def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay) -> None:
+    """As optimizers.adamw, on NumPy alone; the new w, m, v (P,) go into the arrays of `new`, shared memory."""
+    arguments = w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
+    for array, values in zip(new, optimizers.adamw(xp, *arguments), strict=True):
+        array[:] = values
 
 
 def _update_part(backend, arena: Arena, old: int, part: slice, decays) -> None:
     """AdamW for a part of the flat buffer: from one state in the arena to the other."""
     w, m, v = arena.states[old][:, part]
-    backend.xp.kernels["optimizers.adamw"](
-        backend.xp, w, arena.gradients[0][part], m, v, decays, *arena.rates, *arena.settings.tolist(),
-        out=arena.states[1 - old][:, part],
-    )  # fmt: skip
+    new, g = arena.states[1 - old][:, part], arena.gradients[0][part]
+    adamw_into(backend.xp, new, w, g, m, v, decays, *arena.rates, *arena.settings.tolist())
 
 
 def serve() -> None:
@@ -372,7 +409,7 @@ def serve() -> None:
     setup = json.loads(line)
     rank, dtype = setup["rank"], setup["dtype"]
     model = Model(model_from_dict(setup["config"], "worker"), setup["vocab_size"])
-    backend = registry.load("numpy", dtype=dtype)
+    backend = registry.load("numpy", dtype=dtype, kernels=setup["kernels"])
     file = setup["file"] if isinstance(setup["file"], int) else os.open(setup["file"], os.O_RDWR)
     arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)
     os.close(file)
@@ -382,7 +419,7 @@ def serve() -> None:
         TOTAL: functools.partial(_obey_total, backend, model, arena, rank),
         UPDATE: functools.partial(_obey_update, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
     }
-    # numbers that are not finite show in the loss, and the main process says so
+    # numbers that are not finite show in the loss, which the main process checks
     with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):
         answers.write(ANSWER.pack(0))
         while len(command := commands.read(COMMAND.size)) == COMMAND.size:
@@ -396,7 +433,8 @@ def _obey_gradients(
 ) -> None:
     batch = arena.batch(first, last, T, per_sample)
     state = {"params": arena.params_at(place), "seed": backend.integers([seed]), "step": backend.integers([step])}
-    arena.losses[rank] = _compute_share(backend, model, state, batch, n_targets, arena.gradients[rank])[0]
+    loss, _ = _gradients_of_shard(backend, model, state, batch, n_targets, arena.gradients[rank])
+    arena.losses[rank] = loss[0]
 
 
 def _obey_total(backend, model, arena, rank, place, first, last, B, T, per_sample, *_) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import baby_xp
 from baby_xp import presets
 from baby_xp.arrays import params
-from baby_xp.arrays.backend import device_memory
 from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
 from baby_xp.inference.generate import Sampling, generate_several
@@ -51,9 +50,9 @@ def train(
     result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
     last = result.checkpoint.progress["records"][-1]
     about = {**_about(loaded), "workers": str(number)}
-    if hasattr(loaded, "details"):
-        about["details"] = loaded.details()
-    found = device_memory(loaded)
+    if details := loaded.details():
+        about["details"] = details
+    found = loaded.memory()
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
     return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)
 

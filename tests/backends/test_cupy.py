@@ -15,7 +15,7 @@ import baby_xp
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
-from baby_xp.arrays.backend import Memory, device_memory, first_use, translate_out_of_memory
+from baby_xp.arrays.backend import Memory, translate_out_of_memory
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
@@ -505,8 +505,8 @@ def test_backends_without_memory_of_their_own_are_left_alone():
     numpy = registry.load("numpy")
     with pytest.raises(MemoryError, match="too much"), translate_out_of_memory(numpy):
         raise MemoryError("too much")
-    assert device_memory(numpy) is None
-    assert first_use(numpy) is None
+    assert numpy.memory() is None
+    assert numpy.first_use() is None
 
 
 # what is told -------------------------------------------------------------------------------------------
@@ -554,7 +554,7 @@ def test_the_first_use_on_a_machine_is_announced(machine, call, tmp_path):
     assert "compiling GPU kernels, once a machine" in out
     assert "compiling GPU kernels" in call("generate", "--backend=cupy", "--num-tokens=3")[2]
     (tmp_path / "cache").mkdir()
-    assert first_use(registry.load("cupy")) is not None  # it is empty
+    assert registry.load("cupy").first_use() is not None  # it is empty
     (tmp_path / "cache" / "0123.cubin").write_bytes(b"")
     code, out, _ = call("train", *few)
     assert (code, "compiling" in out) == (0, False)

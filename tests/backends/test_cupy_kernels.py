@@ -14,7 +14,6 @@ from conftest import case_of
 from layer_table import TABLE, numbers_for
 
 from baby_xp.arrays import params, rng
-from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads, layernorm, linear, softmax
@@ -80,7 +79,7 @@ def attention(B, T, H, D, noise: bool, spread: float = 1.0):
     def run(xp, put):
         given = (put(stream(B)), RATE) if noise else None
         y, saved = heads.forward(xp, {}, put(spread * draw(0, B * T, 3 * H * D)), Shape(B, T, H), given)
-        return [y, heads.backward(xp, {}, saved, put(draw(1, B * T, H * D)))[1], *saved[1:3]]
+        return [y, heads.backward(xp, {}, saved, put(draw(1, B * T, H * D)))[1], saved.k, saved.v]
 
     return run
 
@@ -163,10 +162,6 @@ def test_a_kernel_is_the_plain_function_in_float32(cupy32, plain, name):
     compare(cupy32, plain, CASES[name])
 
 
-def test_every_kernel_replaces_a_function_that_exists():
-    assert set(cupy_kernels.KERNELS) <= set(REPLACEABLE)
-
-
 def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
     machine = fake_cupy.Machine()
     try:
@@ -235,7 +230,7 @@ def test_attention_drops_what_the_mask_says(cupy, plain):
     B, T, H, D = 2, 6, 3, 4
     _, saved = heads.forward(cupy.xp, {}, cupy.asarray(draw(0, B * T, 3 * H * D)), Shape(B, T, H),
                              (cupy.asarray(stream(B)), 0.5))  # fmt: skip
-    weights, dropped = cupy.to_numpy(saved[3]), cupy.to_numpy(saved[4])
+    weights, dropped = cupy.to_numpy(saved.weights), cupy.to_numpy(saved.dropped)
     keep = rng.keep_mask(plain.xp, stream(B), H * T * T, 0.5).reshape(B, H, T, T)
     assert np.array_equal(dropped != 0, keep & (weights != 0))
     assert (weights[:, :, ~np.tri(T, dtype=bool)] == 0).all()
@@ -274,9 +269,9 @@ def test_kernels_take_views_as_they_are_meant(cupy, plain):
     gain = {"gain": draw(1, 60), "bias": draw(2, 60)}
     found, _ = layernorm.forward(cupy.xp, {k: cupy.asarray(v) for k, v in gain.items()}, cupy.asarray(x).T)
     np.testing.assert_allclose(cupy.to_numpy(found), layernorm.forward(plain.xp, gain, x.T)[0], atol=1e-12)
-    y, slope = gelu.tanh_form(cupy.xp, cupy.asarray(x)[::2, 1:9])
+    y, derivative = gelu.tanh_form(cupy.xp, cupy.asarray(x)[::2, 1:9])
     np.testing.assert_allclose(cupy.to_numpy(y), gelu.tanh_form(plain.xp, x[::2, 1:9])[0], atol=1e-12)
-    np.testing.assert_allclose(cupy.to_numpy(slope), gelu.tanh_form(plain.xp, x[::2, 1:9])[1], atol=1e-12)
+    np.testing.assert_allclose(cupy.to_numpy(derivative), gelu.tanh_form(plain.xp, x[::2, 1:9])[1], atol=1e-12)
 
 
 # products -------------------------------------------------------------------------------------------------

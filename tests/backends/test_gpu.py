@@ -14,8 +14,6 @@ import baby_xp
 import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
-from baby_xp.arrays.backend import device_memory
-from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.errors import BackendUnavailable
@@ -75,7 +73,7 @@ class StopAt(baby_xp.Listener):
 def test_every_layer_with_kernels_is_the_layer_without_on_the_device(entry):
     """Both on the GPU: what differs is the kernels alone."""
     case, numbers = case_of("cupy"), numbers_for(entry)
-    plain, results = Namespace(case.xp.library, case.xp.device), []
+    plain, results = registry.load("cupy", None, case.dtype, "plain").xp, []
     for xp in (case.xp, plain):
         arrays = [case.asarray(array) for array in (numbers.flat, numbers.x, numbers.streams)]
         p = numbers.layout.unpack(xp, arrays[0])
@@ -226,7 +224,7 @@ def test_a_memory_limit_ends_in_one_line(text, capsys):
 
 def test_the_peaks_are_those_of_the_pool(text, cupy):
     run = train(text, backend="cupy")
-    memory = device_memory(run.backend)
+    memory = run.backend.memory()
     assert 0 < memory.used <= memory.peak_used <= memory.peak_held
     assert memory.peak_held >= cupy.get_default_memory_pool().total_bytes()
     assert "GPU memory, peak used/held" in run.files.report.read_text("utf-8")

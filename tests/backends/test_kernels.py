@@ -12,19 +12,16 @@ from conftest import case_of
 from layer_table import TABLE, numbers_for
 
 from baby_xp.arrays import params, rng
-from baby_xp.arrays.namespace import REPLACEABLE, Namespace
+from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.tiles import tile_sizes
 from baby_xp.config import GPTConfig
 from baby_xp.layers import Shape, dropout, gelu, heads, layernorm
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training import optimizers
-from baby_xp.training.step import initial_state, noisy_loss_and_gradients, shard_sizes, total_loss
+from baby_xp.training import optimizers, workers
+from baby_xp.training.step import initial_state, loss_and_gradients_with_dropout, total_loss
 
 FAST, PLAIN = case_of("numpy"), case_of("numpy plain")
-
-
-def test_every_faster_function_replaces_one_that_exists():
-    assert set(numpy_kernels.KERNELS) <= set(REPLACEABLE)
 
 
 def test_the_layer_table_and_this_file_reach_every_faster_function(monkeypatch):
@@ -41,13 +38,13 @@ def test_the_layer_table_and_this_file_reach_every_faster_function(monkeypatch):
         p = numbers.layout.unpack(FAST.xp, numbers.flat)
         y, saved = entry.forward(FAST.xp, p, numbers.x, numbers.streams)
         entry.backward(FAST.xp, p, saved, numbers.dy(y.shape))
-    elsewhere = {"optimizers.adamw", "optimizers.global_norm", "step.add_tree"}
+    elsewhere = {"optimizers.adamw", "workers.adamw_into", "optimizers.global_norm", "step.add_tree"}
     generation = {"gpt.prepare", "gpt.decode"}  # tests/inference/test_cache.py
     assert reached | elsewhere | generation == set(kernels)
 
 
-@pytest.mark.parametrize("size", [5, 1000, 3 * numpy_kernels.PIECE + 17])
-def test_adamw_in_pieces_is_adamw(size):
+@pytest.mark.parametrize("size", [5, 1000, 3 * numpy_kernels.TILE + 17])
+def test_adamw_in_tiles_is_adamw(size):
     rng_ = np.random.default_rng(0)
     w, g, m = (rng_.normal(size=size) for _ in range(3))
     v, decays = rng_.uniform(size=size), rng_.integers(0, 2, size).astype(float)
@@ -56,9 +53,13 @@ def test_adamw_in_pieces_is_adamw(size):
     fast, plain = (optimizers.adamw(backend.xp, *arguments) for backend in (FAST, PLAIN))
     for found, expected in zip(fast, plain, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
+    for backend, expected in ((FAST, fast), (PLAIN, plain)):
+        new = np.empty((3, size))
+        workers.adamw_into(backend.xp, new, *arguments)
+        assert new.tobytes() == np.stack(expected).tobytes()
 
 
-def test_gradients_of_shards_add_up():
+def test_gradients_of_tiles_add_up():
     """Those of a batch in parts, on NumPy, are those of the batch at once; parts are as equal as they can be."""
     config = GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_heads=2, n_layers=1, dropout=0.2)
     model, draw = Model(config, 11), np.random.default_rng(0)
@@ -69,7 +70,7 @@ def test_gradients_of_shards_add_up():
     results = []
     for tokens_at_once in (None, 24, 1):  # 1, 2 and 7 parts
         xp = Namespace(FAST.xp.library, device="cpu", kernels=FAST.xp.kernels, tokens_at_once=tokens_at_once)
-        loss, gradients = noisy_loss_and_gradients(xp, model, state, batch)
+        loss, gradients = loss_and_gradients_with_dropout(xp, model, state, batch)
         results.append([loss, gradients, total_loss(xp, model, state["params"], batch)])
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
@@ -81,8 +82,8 @@ def test_gradients_of_shards_add_up():
     [((7, 8), None, [7]), ((7, 8), 24, [3, 4]), ((7, 8), 1, [1] * 7), ((7, 8), 56, [7]), ((7, 8), 1000, [7]),
      ((16, 128), 1024, [8, 8]), ((32, 256), 1024, [4] * 8), ((1, 5000), 1024, [1]), ((0, 8), 16, [0])],
 )  # fmt: skip
-def test_shards_are_as_equal_as_they_can_be(shape, tokens_at_once, sizes):
-    assert shard_sizes(*shape, tokens_at_once) == sizes
+def test_tiles_are_as_equal_as_they_can_be(shape, tokens_at_once, sizes):
+    assert tile_sizes(*shape, tokens_at_once) == sizes
 
 
 def test_the_global_norm_is_the_global_norm():
@@ -91,14 +92,14 @@ def test_the_global_norm_is_the_global_norm():
     assert optimizers.global_norm(FAST.xp, g).shape == optimizers.global_norm(PLAIN.xp, g).shape == (1,)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 2 * numpy_kernels.PIECE + 33])
-def test_masks_in_pieces_are_the_masks(size):
+@pytest.mark.parametrize("size", [1, 2, 7, 2 * numpy_kernels.TILE + 33])
+def test_masks_in_tiles_are_the_masks(size):
     stream = np.array([0, 1, -1, 2**31 - 1], dtype=np.int32)
     assert np.array_equal(rng.keep_mask(FAST.xp, stream, size, 0.3), rng.keep_mask(PLAIN.xp, stream, size, 0.3))
 
 
 @pytest.mark.parametrize("rows", [1, 700])
-def test_layer_norm_in_pieces_is_layer_norm(rows):
+def test_layer_norm_in_tiles_is_layer_norm(rows):
     draw = np.random.default_rng(0).normal
     x, dy, p = draw(3, 2, (rows, 200)), draw(size=(rows, 200)), {"gain": draw(size=200), "bias": draw(size=200)}
     results = []

@@ -86,8 +86,14 @@ def test_jax_gets_its_precision():
 @pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("tf32", {"tf32": True})])
 def test_baby_xp_gets_its_precision_and_reports_its_memory(monkeypatch, kind, options):
     asked, load = [], ours.load
-    monkeypatch.setattr(ours, "load", lambda *some, **extra: asked.append((*some, extra)) or load("numpy"))
-    monkeypatch.setattr(ours, "device_memory", lambda loaded: SimpleNamespace(peak_used=3, peak_held=5))
+
+    def fake(*arguments, **extra):
+        asked.append((*arguments, extra))
+        loaded = load("numpy")
+        loaded.memory = lambda: SimpleNamespace(peak_used=3, peak_held=5)
+        return loaded
+
+    monkeypatch.setattr(ours, "load", fake)
     clock = peers.Clock(TINY.batches(2))
     found = ours.train(TINY, 0.0, clock, "cupy", kind, workers=1)
     assert asked == [("cupy", None, "float32", options)]

@@ -19,6 +19,7 @@ import small_runs
 from baby_xp import api, processes
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.tiles import tile_sizes
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.estimation import estimate, trial
@@ -28,7 +29,7 @@ from baby_xp.models import Model
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.text.batches import Batch, EpochWindows, RandomWindows
-from baby_xp.training.step import initial_state, make_step, shard_sizes, step_noise
+from baby_xp.training.step import initial_state, make_step, step_noise
 
 V, BATCH = 11, 3
 SWITCHES = [
@@ -179,8 +180,8 @@ def test_arrays_of_workers_are_those_of_their_shares():
     alone, three = counts.arrays(config, V, 7), counts.arrays(config, V, 7, workers=3)
     assert three["activations"] == sum(counts.saved_bytes(config, V, share) for share in (3, 2, 2))
     assert three["activations"] == alone["activations"]
-    in_shards = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
-    assert in_shards["activations"] == 3 * counts.saved_bytes(config, V, 1)
+    in_tiles = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
+    assert in_tiles["activations"] == 3 * counts.saved_bytes(config, V, 1)
     assert three["exchange of workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
 
 
@@ -195,9 +196,9 @@ def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
 
 
 @pytest.mark.parametrize(("B", "at_once"), [(1, None), (7, None), (7, 100), (50, 1024), (3, 8)])
-def test_the_arrays_of_a_step_are_those_of_its_largest_shard(B, at_once):
+def test_the_arrays_of_a_step_are_those_of_its_largest_tile(B, at_once):
     config = GPTS[0]
-    largest = max(shard_sizes(B, config.n_ctx, at_once))
+    largest = max(tile_sizes(B, config.n_ctx, at_once))
     found = counts.arrays(config, V, B, tokens_at_once=at_once)
     assert found["activations"] == counts.saved_bytes(config, V, largest)
 

@@ -8,13 +8,14 @@ import pytest
 from baby_xp_data import nursery
 
 from baby_xp import api
+from baby_xp.arrays.tiles import number_of_tiles
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
 from baby_xp.layers import cross_entropy
 from baby_xp.run import Run
 from baby_xp.text import dataset, text_metrics
 from baby_xp.text.batches import Batch
-from baby_xp.training.step import loss_and_predictions, number_of_shards, total_loss
+from baby_xp.training.step import loss_and_predictions, total_loss
 
 TEXT = "the cat sat on the mat.\nit sat and sat, and só did the hät. " * 40
 TINY = {
@@ -60,7 +61,7 @@ def test_a_batch_is_measured_in_tiles(run, monkeypatch, tokens_at_once):
     monkeypatch.setattr(type(run.model), "forward", seen)
     loss, predictions = loss_and_predictions(xp, run.model, run.params, batch)
     assert sum(sizes) == inputs.size  # each token once
-    assert len(sizes) == number_of_shards(7, 8, tokens_at_once)
+    assert len(sizes) == number_of_tiles(7, 8, tokens_at_once)
     assert np.array_equal(loss, total_loss(xp, run.model, run.params, batch))
     assert np.array_equal(predictions, np.argmax(logits, axis=-1))
 

@@ -14,10 +14,10 @@ from baby_xp.errors import BabyError
 from baby_xp.inference.generate import (
     Logits,
     Sampling,
-    distribution,
+    draw,
     generate,
     generate_several,
-    sample,
+    weights,
     window_start,
 )
 from baby_xp.models import Model
@@ -25,6 +25,16 @@ from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer, decoded
 
 # Eighths: so far apart that math.exp and numpy.exp sort them alike, and with many ties.
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12)
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probabilities that a token is drawn with, of logits (V,)."""
+    found = weights(logits[None, :], sampling)[0]
+    return found / np.sum(found)
+
+
+def sample(logits: np.ndarray, sampling: Sampling, position: int) -> int:
+    return int(draw(logits[None, :], sampling, position)[0])
 
 
 def by_definition(logits, temperature, top_k, top_p) -> list[float]:

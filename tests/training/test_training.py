@@ -14,13 +14,13 @@ from baby_xp.arrays.tree import from_leaves, leaves
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
-from baby_xp.training import optimizers
+from baby_xp.training import optimizers, schedules
 from baby_xp.training.step import (
     accumulated,
     initial_state,
     loss_and_gradients,
+    loss_and_gradients_with_dropout,
     make_step,
-    noisy_loss_and_gradients,
     total_loss,
 )
 from baby_xp.training.workers import Workers
@@ -111,13 +111,13 @@ def test_first_weights_predict_almost_nothing(switches):
 def test_shares_of_a_batch_add_up_to_the_batch(plain):
     model, batch = Model(GPTConfig(**SMALL), 17), RandomWindows(TEXT, 8, 5, 0).batch(0)
     flat = params.draw(model.spec, 0, "float64")
-    whole = loss_and_gradients(plain.xp, model, flat, batch)
-    shares = [
-        loss_and_gradients(plain.xp, model, flat, Batch(*(part[a:b] for part in batch)), n_targets=40)
-        for a, b in ((0, 2), (2, 5))
-    ]
-    for i in range(2):
-        np.testing.assert_allclose(sum(share[i] for share in shares), whole[i], rtol=1e-10, atol=1e-14)
+
+    def compute(first, last):
+        part = Batch(*(array[first:last] for array in batch))
+        loss, dp = loss_and_gradients(plain.xp, model, flat, part, n_targets=40)
+        return np.append(loss, model.layout.pack(np, dp))
+
+    np.testing.assert_allclose(compute(0, 2) + compute(2, 5), compute(0, 5), rtol=1e-10, atol=1e-14)
 
 
 # accumulated gradients ----------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def steps_in_parts(case, batch_size, accumulate, dropout=0.2, epochs=False, work
     # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
     batches = EpochWindows(TEXT[:155], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
-    more = {} if workers is None else {"loss_and_gradients": workers(model).loss_and_gradients}
-    step = case.compile(make_step(case.xp, model, config, **more))
+    more = () if workers is None else (workers.loss_and_gradients, workers.adamw)
+    step = case.compile(make_step(case.xp, model, config, *more))
     figures, sizes = [], []
     for i in range(steps):
         batch = batches.batch(i)
@@ -182,18 +182,18 @@ def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):
     case = case_of("numpy")
     expected = steps_in_parts(case, 12, 1, dropout, epochs)
     with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 3, 2) as pool:
-        how = {"dropout": dropout, "epochs": epochs, "workers": lambda model: pool}
+        how = {"dropout": dropout, "epochs": epochs, "workers": pool}
         check_parts(case, expected, batch_size=3, accumulate=4, **how)
     with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 12, 2) as pool:
-        check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": lambda model: pool})
+        check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": pool})
 
 
 def test_the_equation_model_in_parts_is_the_whole_too():
     case, model, draw = case_of("numpy"), Model(EquationConfig(n_hidden=8), 13), np.random.default_rng(0).integers
     batch = PairBatches(draw(0, 13, (40, 4)), draw(0, 13, 40), 12, 0).batch(0)
     state = initial_state(case, params.draw(model.spec, 0, "float64") * 3, params.decay_mask(model.spec), 0)
-    whole = noisy_loss_and_gradients(case.xp, model, state, batch)
-    parts = accumulated(noisy_loss_and_gradients, 5)(case.xp, model, state, batch)
+    whole = loss_and_gradients_with_dropout(case.xp, model, state, batch)
+    parts = accumulated(loss_and_gradients_with_dropout, 5)(case.xp, model, state, batch)
     for one, other in zip(parts, whole, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
 
@@ -204,7 +204,7 @@ def test_no_more_than_a_part_is_computed_at_a_time():
 
     def noted(xp, model, state, batch, n_targets=None):
         sizes.append((batch.inputs.shape, batch.targets.shape, batch.samples.tolist(), n_targets))
-        return noisy_loss_and_gradients(xp, model, state, batch, n_targets)
+        return loss_and_gradients_with_dropout(xp, model, state, batch, n_targets)
 
     config = TrainConfig(num_steps=1, batch_size=3, accumulate=3)
     state = initial_state(case, params.draw(model.spec, 0, "float64"), params.decay_mask(model.spec), 0)
@@ -242,7 +242,7 @@ def test_clipping_brings_the_global_norm_down_to_the_limit(plain):
 def rates(plain, **settings):
     config = TrainConfig(**{"num_steps": 100, "warmup_steps": 10, "lr": 1.0, "min_lr": 0.1, **settings})
     steps = (np.array([step], dtype=np.int32) for step in range(120))
-    return [float(optimizers.learning_rate(plain.xp, step, config, np.float64)[0]) for step in steps]
+    return [float(schedules.learning_rate(plain.xp, step, config, np.float64)[0]) for step in steps]
 
 
 def test_the_cosine_rises_falls_and_stays(plain):
@@ -288,7 +288,8 @@ def test_the_original_little_baby_is_reproduced(quick_backend, reference_folder,
 
     def compute(flat, batch):
         logits, _ = model.forward(quick_backend.xp, model.layout.unpack(quick_backend.xp, flat), batch.inputs)
-        return logits, *loss_and_gradients(quick_backend.xp, model, flat, batch)
+        loss, dp = loss_and_gradients(quick_backend.xp, model, flat, batch)
+        return logits, loss, model.layout.pack(quick_backend.xp, dp)
 
     logits, loss, gradients = quick_backend.compile(compute)(quick_backend.asarray(flat), batch)
     np.testing.assert_allclose(

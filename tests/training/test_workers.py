@@ -24,7 +24,7 @@ from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
 from baby_xp.training import workers as workers_module
-from baby_xp.training.step import accumulated, initial_state, noisy_loss_and_gradients, total_loss
+from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
 from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -56,7 +56,7 @@ class Setting:
         return self.backend.xp
 
     def alone(self, batch: Batch):
-        return noisy_loss_and_gradients(self.xp, self.model, self.state, batch)
+        return loss_and_gradients_with_dropout(self.xp, self.model, self.state, batch)
 
     def pool(self, number: int) -> Workers:
         return Workers(self.backend, self.model, BATCH, number)
@@ -101,6 +101,15 @@ def first(batch: Batch, n: int) -> Batch:
     return Batch(*(part[:n] for part in batch))
 
 
+def agree(setting: Setting, found, expected, factor: int = 1):
+    """Loss and gradients, up to some times the rounding of one sum."""
+    (loss, gradients), (expected_loss, expected) = found, expected
+    tolerance = factor * TOLERANCE[setting.backend.dtype]
+    assert loss.dtype == gradients.dtype == expected.dtype
+    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
+    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
 # what they compute --------------------------------------------------------------------------------------
 
 
@@ -109,12 +118,8 @@ def test_loss_and_gradients_are_those_of_one_process(together, size):
     """Also for a batch with fewer samples than there are workers."""
     setting, pool = together
     batch = first(setting.batch, size)
-    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
-    expected_loss, expected = setting.alone(batch)
-    tolerance = TOLERANCE[setting.backend.dtype]
-    assert loss.dtype == gradients.dtype == expected.dtype
-    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    found = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
+    agree(setting, found, setting.alone(batch))
 
 
 @pytest.mark.parametrize("bounds", [(0, 2, 3, BATCH), (0, 5, BATCH)], ids=str)
@@ -122,46 +127,32 @@ def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bound
     """As gradients are accumulated: a part's dropout is that which its samples have in the whole."""
     setting, pool = together
     n_targets, state = setting.batch.targets.size, setting.state
-    expected_loss, expected = setting.alone(setting.batch)
-    loss, gradients = 0, np.zeros_like(expected)
+    expected = setting.alone(setting.batch)
+    loss, gradients = expected[0] * 0, expected[1] * 0
     for first_sample, last in itertools.pairwise(bounds):
         part = Batch(*(array[first_sample:last] for array in setting.batch))
         more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
         loss, gradients = loss + more, gradients + of_part
-    tolerance = 3 * TOLERANCE[setting.backend.dtype]  # more sums, more roundings
-    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    agree(setting, (loss, gradients), expected, 3)  # more sums, more roundings
 
 
 def test_gradients_are_accumulated_as_in_one_process(together):
     """The gradients of a part must outlast the next part."""
     setting, pool = together
     arguments = setting.xp, setting.model, setting.state, setting.batch
-    loss, gradients = accumulated(pool.loss_and_gradients, 3)(*arguments)
-    expected_loss, expected = accumulated(noisy_loss_and_gradients, 3)(*arguments)
-    tolerance = 3 * TOLERANCE[setting.backend.dtype]
-    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    expected = accumulated(loss_and_gradients_with_dropout, 3)(*arguments)
+    agree(setting, accumulated(pool.loss_and_gradients, 3)(*arguments), expected, 3)
 
 
 def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
     setting, pool = together
     numbered = Batch(*setting.batch[:2], setting.batch.samples[::-1] + 5)
-    loss, gradients = pool.loss_and_gradients(setting.xp, setting.model, setting.state, numbered)
-    expected_loss, expected = setting.alone(numbered)
-    assert expected_loss != setting.alone(setting.batch)[0]
-    tolerance = TOLERANCE[setting.backend.dtype]
-    np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
-    np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def test_dropout_was_on_in_the_test_above(together):
-    setting, _ = together
+    found = pool.loss_and_gradients(setting.xp, setting.model, setting.state, numbered)
+    agree(setting, found, setting.alone(numbered))
+    usual = setting.alone(setting.batch)[0]
     other = {**setting.state, "step": setting.backend.integers([4])}
-    assert (
-        setting.alone(setting.batch)[0]
-        != noisy_loss_and_gradients(setting.xp, setting.model, other, setting.batch)[0]
-    )
+    later = loss_and_gradients_with_dropout(setting.xp, setting.model, other, setting.batch)[0]
+    assert setting.alone(numbered)[0] != usual != later  # dropout was on
 
 
 @pytest.mark.parametrize("size", [BATCH, 2, 1])
@@ -207,7 +198,7 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             shared = {name: array.copy() for name, array in shared.items()}
         alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config)
         before = {name: array.copy() for name, array in shared.items()}
-        given, (shared, _) = shared, optimizers.update(pool.xp, shared, gradients, config)
+        given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.adamw)
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it

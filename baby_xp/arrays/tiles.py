@@ -1,0 +1,26 @@
+"""Tiles: parts of a batch as large as the processor's caches like them."""
+
+import itertools
+
+
+def tiles(xp, batch):
+    """The batch, or equal parts of it of about as many tokens as the backend computes best at once."""
+    sizes = tile_sizes(*batch.inputs.shape, xp.tokens_at_once)
+    bounds = [0, *itertools.accumulate(sizes)]
+    return [batch] if len(sizes) == 1 else [samples(batch, *ends) for ends in itertools.pairwise(bounds)]
+
+
+def tile_sizes(B: int, T: int, tokens_at_once: int | None) -> list[int]:
+    """Samples of each tile of B samples of T tokens."""
+    number = number_of_tiles(B, T, tokens_at_once)
+    return [B * (i + 1) // number - B * i // number for i in range(number)]
+
+
+def number_of_tiles(B: int, T: int, tokens_at_once: int | None) -> int:
+    """The number of tiles of B samples of T tokens."""
+    return max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
+
+
+def samples(batch, first: int, last: int):
+    """Samples first to last of a batch."""
+    return type(batch)(*(array[first:last, ...] for array in batch))

@@ -1,0 +1,21 @@
+"""Schedules of the learning rate."""
+
+import math
+
+
+def learning_rate(xp, step, config, dtype):
+    """The rate at step (1,) int32, counted from 0 -> (1,). `config` is a TrainConfig.
+
+    Linear warm-up over `warmup_steps`, then constant, or a half cosine that ends at `min_lr` after
+    `num_steps` (Loshchilov and Hutter 2017).
+    """
+    t = xp.astype(step, dtype)
+    peak = config.peak_lr
+    if config.schedule == "cosine":
+        span = max(1, config.num_steps - config.warmup_steps)
+        done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
+        lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))
+    else:
+        lr = xp.zeros_like(t) + peak
+    warm = peak * (t + 1) / (config.warmup_steps + 1)
+    return xp.where(t < config.warmup_steps, warm, lr)
