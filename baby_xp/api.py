@@ -133,7 +133,7 @@ def resume(
     """Go on with a run from its last checkpoint, as if it had never stopped.
 
     On the same backend, with the same tf32, kernels and number of workers, as it does unless others are given, the
-    end is the same bit for bit. data: where the text lies now; it must be the same text. overrides: RESUMABLE ones.
+    end is the same bit for bit. data: where the text lies now; it must be the same text. overrides: see RESUMABLE.
     Raises BabyError if there is nothing to go on with, or the text is another one.
     """
     listener = listening(listener)

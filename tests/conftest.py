@@ -16,7 +16,7 @@ from small_runs import call, copied, refused, trained, work  # noqa: F401  (fixt
 from baby_xp.arrays import registry
 from baby_xp.errors import BackendUnavailable
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training import optimizers
+from baby_xp.training import schedules
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
@@ -160,9 +160,9 @@ def rate_times(monkeypatch):
     one makes them NaN."""
 
     def multiply(at: int, factor: float) -> None:
-        usual = optimizers.learning_rate
+        usual = schedules.learning_rate
         rate = lambda xp, step, *more: usual(xp, step, *more) * (factor if step[0] == at else 1)  # noqa: E731
-        monkeypatch.setattr(optimizers, "learning_rate", rate)
+        monkeypatch.setattr(schedules, "learning_rate", rate)
 
     return multiply
 

@@ -24,13 +24,13 @@ from bench_cases import (
 from threadpoolctl import threadpool_info
 
 import baby_xp
-from baby_xp import session
 from baby_xp.arrays.registry import load
 from baby_xp.inference.generate import Sampling
 from baby_xp.inference.generate import generate as generated
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.training import workers
+from baby_xp.training.loop import Loop
 from bench import generate, gpu, growth, harness, memory, parameters, peers, results, train, workloads
 from bench.peers import ours
 
@@ -231,20 +231,14 @@ def test_a_busy_machine_is_reported(on_cpu, rate, busy):
 
 @pytest.mark.parametrize(("number", "small"), [(1, True), (1, False), (2, False)])
 def test_steps_are_measured_in_the_setting_that_train_runs_them_in(monkeypatch, tmp_path, number, small):
-    seen = {}
+    seen, run = [], Loop.run
 
-    def watch(name, module):
-        fit = module.fit
+    def watched(*arguments):
+        threads = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
+        seen.append((threads, len(process_memory.children())))
+        return run(*arguments)
 
-        def watched(*arguments, **options):
-            threads = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
-            seen[name] = threads, len(process_memory.children())
-            return fit(*arguments, **options)
-
-        monkeypatch.setattr(module, "fit", watched)
-
-    watch("train", session)
-    watch("bench", ours)
+    monkeypatch.setattr(Loop, "run", watched)
     if not small:
         monkeypatch.setattr(workers, "WORTH_SPLITTING", 0.0)
     (tmp_path / "text.txt").write_text("A small red hen sings. " * 40, "utf-8")
@@ -252,10 +246,11 @@ def test_steps_are_measured_in_the_setting_that_train_runs_them_in(monkeypatch, 
     text = {"data": str(tmp_path / "text.txt"), "num_steps": 2, "eval_every": 2, "sample_tokens": 0}
     baby_xp.train("baby", path=tmp_path / "runs", backend="numpy", workers=number, **sizes, **text)
     found = ours.train(TINY, 0.0, peers.Clock(TINY.batches(2)), workers=number)
-    assert seen["bench"] == seen["train"]
+    by_train, by_bench = seen
+    assert by_bench == by_train
     assert found.about["workers"] == str(number)
     if small or number > 1:
-        assert set(seen["bench"][0]) <= {1}
+        assert set(by_bench[0]) <= {1}
 
 
 def test_the_device_is_waited_for_at_readings_alone(monkeypatch):

@@ -24,6 +24,7 @@ from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
 from baby_xp.training import workers as workers_module
+from baby_xp.training.setup import number_of_workers
 from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
 from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
 
@@ -276,7 +277,7 @@ def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypat
 def test_there_are_no_more_workers_than_samples():
     setting = Setting("float32")
     for asked, given in ((1, 1), (4, 4), (30, BATCH)):
-        assert baby_xp.api.number_of_workers(asked, setting.backend, setting.model, BATCH) == given
+        assert number_of_workers(asked, setting.backend, setting.model, BATCH) == given
 
 
 # what stays behind --------------------------------------------------------------------------------------
