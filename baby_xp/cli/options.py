@@ -100,7 +100,9 @@ def fields_of(part: Any) -> list[tuple[str, Any, Any]]:
     """Name, type and default of each field."""
     if isinstance(part, Subset):
         found = [field for field in fields_of(part.part) if field[0] in part.names]
-        return found if part.defaults else [(name, kind | None, None) for name, kind, _ in found]
+        if part.defaults:
+            return found
+        return [(name, kind if kind is bool else kind | None, None) for name, kind, _ in found]
     kinds = get_type_hints(type(part))
     return [(name, kinds[name], getattr(part, name)) for name in names_of(part)]
 

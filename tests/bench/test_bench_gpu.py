@@ -271,7 +271,8 @@ def test_the_programs_take_what_a_session_gives_them(monkeypatch, tmp_path, back
     trained, known = [], set()
 
     def refuse(chosen, **asked):
-        trained.append((chosen.name, asked["num_steps"], asked.get("tf32", False), asked["path"], asked["backend"]))
+        tf32 = asked.get("tf32", False)
+        trained.append((chosen.name, asked["num_steps"], tf32, asked["path"], asked["backend"]))
         raise BabyError("it is not trained")
 
     monkeypatch.setattr(api, "train", refuse)
