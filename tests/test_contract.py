@@ -44,6 +44,56 @@ def test_each_backend_file_imports_its_own_library_alone():
         assert found <= libraries | {"array_api_compat"}, name
 
 
+def test_imports_run_one_way():
+    """The contracts of pyproject.toml: every module has a rank, and there is no circle."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed")
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+PRODUCT = [path for folder in ("baby_xp", "backends", "data") for path in (ROOT / folder).rglob("*.py")]
+BENCH = [*(ROOT / "bench").rglob("*.py")]
+OURS = [*PRODUCT, *BENCH, *(ROOT / "tests").rglob("*.py")]
+PACKAGES = ("baby_xp", "baby_xp_backends", "baby_xp_data", "bench")
+
+
+def modules_used(tree: ast.AST) -> dict[str, str]:
+    """The modules and names of ours that a file imports, by the name that they have there."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_name_one_thing(path):
+    """No module or name of ours goes by another one, and none that is private is used elsewhere."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            for alias in node.names:
+                assert alias.asname in (None, alias.name), f"{alias.name} goes by {alias.asname}"
+                assert not alias.name.startswith("_") or alias.name.startswith("__"), alias.name
+    known = modules_used(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.value.id}.{node.attr}"
+
+
+def test_no_two_modules_share_a_name():
+    names = [path.stem for path in PRODUCT if not path.stem.startswith("__")]
+    names += [path.parent.name for path in PRODUCT if path.stem == "__init__"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_module_is_too_long_and_the_root_not_too_full():
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in [*PRODUCT, *BENCH]}
+    assert [name for name, number in lengths.items() if number > 450] in ([], ["cupy_kernels.py"])
+    assert len(list((ROOT / "baby_xp").glob("*.py"))) <= 13
+
+
 def test_import_needs_nothing_but_the_standard_library():
     code = "import sys, baby_xp; print([m for m in ('numpy', 'torch', 'argparse', 'tqdm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

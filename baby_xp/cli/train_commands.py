@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import baby_xp
 from baby_xp.cli import options
 from baby_xp.cli.common import COMPUTE, Folder, path_flag, positional, short
 from baby_xp.cli.progress import Screen
@@ -41,9 +42,9 @@ def estimate(arguments: list[str]) -> None:
     """
     preset, given = _parse_preset(estimate, arguments, ("", EstimateOptions()))
     given.pop("path", None)  # nothing is written there
-    from baby_xp.estimation import estimate as estimation
+    from baby_xp.estimation.estimate import lines
 
-    print("\n".join(estimation.lines(estimation.estimate(preset, **given))))
+    print("\n".join(lines(baby_xp.estimate(preset, **given))))
 
 
 def finetune(arguments: list[str]) -> None:
