@@ -44,5 +44,5 @@ class Compute:
         """The backend. Raises BabyError if it cannot work here."""
         from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
 
-        options = {"tf32": self.tf32, "memory_gib": self.memory_gib, "kernels": self.kernels}
-        return registry.load(self.backend, self.device, dtype, **options)
+        options = {"tf32": self.tf32, "memory_gib": self.memory_gib}
+        return registry.load(self.backend, self.device, dtype, kernels=self.kernels, **options)

@@ -12,7 +12,7 @@ from baby_xp.models import Model
 from baby_xp.resources import limits
 from baby_xp.text import dataset
 from baby_xp.text.corpus import Making
-from baby_xp.text.dataset import Dataset
+from baby_xp.text.dataset import EquationDataset, TextDataset
 from baby_xp.text.tokenizer import Tokenizer
 from baby_xp.training.workers import suitable_number
 
@@ -26,7 +26,7 @@ class Setup:
     compute: Compute
     """As it was asked for."""
     backend: Backend
-    dataset: Dataset
+    dataset: TextDataset | EquationDataset
     model: Model
     workers: int
     """Processes that share a step."""
