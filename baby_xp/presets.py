@@ -132,6 +132,21 @@ ABOUT = {config.name: about for about, config in _ALL}
 """What each preset is, in a few words."""
 
 
+TOKENS = {"nursery": 50, "shakespeare": 65}
+VOCABULARIES = {
+    name: len(config.data.table.vocabulary) if isinstance(config.data, EquationData) else TOKENS[config.data.data]
+    for name, config in PRESETS.items()
+}
+"""Different tokens in the text of each preset."""
+MEASURED_ON = "two cores of an AMD EPYC with AVX2, NumPy 2.4.6; those in hours are projected"
+TIMES = {
+    "baby": "53 s", "equations": "1 s", "equations-table": "1 s", "equations-2": "24 s", "equations-gpt": "55 s",
+    "nanogpt-cpu": "1.4 min", "3-months": "1.1 h", "6-months": "1.5 h", "12-months": "2.7 h", "24-months": "4.6 h",
+    "48-months": "10.7 h",
+}  # fmt: skip
+"""How long the training of each takes there; docs/presets.md has the losses too."""
+
+
 def preset(name: str | RunConfig) -> RunConfig:
     """The preset of that name; one of your own is taken as it is. Raises BabyError for an unknown one."""
     if isinstance(name, RunConfig):

@@ -71,6 +71,8 @@ class Backend:
     """Where arrays live, in words."""
     kernels: str = "fast"
     """"fast", or "plain" if it replaces no function of ours: see namespace.py."""
+    chosen_because: str = ""
+    """Why `auto` took this backend, if it did."""
 
     def to_device(self, host: np.ndarray) -> Array:
         """Copy a host array to the device as it is."""

@@ -55,7 +55,8 @@ def load(
     dtype = checks.choice("dtype", dtype, ("float32", "float64"))
     kernels = checks.choice("kernels", kernels, ("fast", "plain"))
     if name == "auto":
-        return choose(device, dtype, kernels=kernels, **options)[0]
+        backend, backend.chosen_because = choose(device, dtype, kernels=kernels, **options)
+        return backend
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")

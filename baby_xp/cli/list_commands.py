@@ -32,12 +32,17 @@ def runs(arguments: list[str]) -> None:
 
 
 def presets(arguments: list[str]) -> None:
-    """List the presets."""
+    """List the presets: how large each model is, how long its training takes, and what it learns."""
     _no_arguments(presets, arguments)
-    from baby_xp.presets import ABOUT, PRESETS
+    from baby_xp.presets import ABOUT, MEASURED_ON, PRESETS, TIMES, VOCABULARIES
+    from baby_xp.resources import counts
 
+    rows = [("preset", "parameters", "time", "what it learns")]
     for name, config in PRESETS.items():
-        print(f"{name:<16} {ABOUT[name]}; data: {config.data.data}")
+        size = sum(counts.parameters(config.model, VOCABULARIES[name]).values())
+        rows.append((name, f"{size:,}", TIMES.get(name, "for a GPU"), f"{ABOUT[name]}; data: {config.data.data}"))
+    print("\n".join(layout.columns("{:<16} {:>10}  {:>9}  {}", rows)))
+    print(f"times: {MEASURED_ON}; `estimate PRESET` measures them on your machine")
 
 
 def backends(arguments: list[str]) -> None:

@@ -26,7 +26,7 @@ class Screen:
         setup = session.setup
         why, backend, dataset = "", setup.backend, setup.dataset
         if self.asked == "auto":
-            why = " (auto: a GPU works)" if backend.name == "cupy" else " (auto: no GPU to use)"
+            why = f"; auto: {backend.chosen_because}"
         processes = f", {setup.workers} processes" if setup.workers > 1 else ""
         size = f"{setup.model.n_parameters:,} parameters"
         lines = [f"{size} on {backend.version}, {backend.device}{processes}{why}"]
