@@ -1,4 +1,4 @@
-"""The program from Python: train a preset, load a run, finetune it, go on with it, measure it, generate.
+"""The program from Python: train a preset, load a run, finetune it, resume it, measure it, generate.
 
 import baby_xp
 
@@ -130,11 +130,11 @@ def resume(
     listener: Any = None,
     **overrides: Unpack[ResumeSettings],
 ) -> Run:
-    """Go on with a run from its last checkpoint, as if it had never stopped.
+    """Continue a run from its last checkpoint, as if it had never stopped.
 
     On the same backend, with the same tf32, kernels and number of workers, as it does unless others are given, the
-    end is the same bit for bit. data: where the text lies now; it must be the same text. overrides: see RESUMABLE.
-    Raises BabyError if there is nothing to go on with, or the text is another one.
+    end is the same bit for bit. data: where the text is now; it must be the same text. overrides: see RESUMABLE.
+    Raises BabyError if there is nothing to resume, or the text is another one.
     """
     listener = listening(listener)
     files = store.find(path, name)
@@ -170,7 +170,7 @@ def load(
 ) -> Run:
     """A run by its GUID, an unambiguous beginning of it, or "last".
 
-    weights: those with the best validation loss, or those of the last checkpoint. The others: as in `train`.
+    weights: those with the best validation loss, or those of the last checkpoint. The rest: as in `train`.
     Raises BabyError if the run cannot be loaded, or its files do not belong together.
     """
     compute = Compute(backend, device, tf32, memory_gib, kernels)
@@ -239,7 +239,7 @@ def list_runs(path: str | Path = "runs") -> list[Summary]:
 
 
 def finetuning(base: Run) -> RunConfig:
-    """The settings with which a run is finetuned where nothing else is said: its own, for fewer steps."""
+    """The default settings for finetuning a run: its own, for fewer steps."""
     config = base.settings
     if isinstance(config.model, EquationConfig):
         raise BabyError("the equation model cannot be finetuned: its vocabulary and data are fixed")
@@ -276,7 +276,7 @@ def _as_before(
     memory_gib: float | None,
     kernels: Literal["fast", "plain"] | None,
 ) -> Compute:
-    """Where a run goes on: where it has computed, but for what is asked for."""
+    """Where a resumed run computes: as before, except what is asked for."""
     if backend in (None, place["backend"]):
         device = place["device"] if device is None else device
         tf32 = place.get("tf32") if tf32 is None else tf32
@@ -291,17 +291,18 @@ def _check_resumable(stored: StoredRun, overrides: ResumeSettings) -> None:
             raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")
     run, result, asked = f"run {stored.files.guid}", stored.content["result"], overrides.get("num_steps") or 0
     if result["state"] == "imported":
-        raise BabyError(f"{run} was imported, there is nothing to go on with; finetune it on a text")
+        raise BabyError(f"{run} was imported, there is nothing to resume; finetune it on a text")
     if result["state"] == "done" and result["reason"] == "patience" and "patience" not in overrides:
-        raise BabyError(f"{run} ended as its validation loss no longer fell; to go on give another --patience")
+        cause = "its validation loss no longer fell"
+        raise BabyError(f"{run} ended because {cause}; to continue, give another --patience")
     if result["state"] == "done" and result["reason"] == "steps" and asked <= result["steps"]:
-        raise BabyError(f"{run} is done with all its {result['steps']} steps; to go on give more --num-steps")
+        raise BabyError(f"{run} is done with all its {result['steps']} steps; to continue, give more --num-steps")
     if 0 < asked < result["steps"]:
         raise BabyError(f"{run} has done {result['steps']} steps already; num_steps {asked} is too few")
 
 
 def _extending(tokenizer: Tokenizer) -> Any:
-    """Makes of a text's chunks the tokenizer that knows its characters too."""
+    """What makes a tokenizer from the chunks of a text: this one, with the text's new characters appended."""
     if not isinstance(tokenizer, CharTokenizer):
         return tokenizer
     return lambda chunks: tokenizer.extended(CharTokenizer.from_text(chunks).vocab)

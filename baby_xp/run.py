@@ -66,10 +66,10 @@ class Run(TrainedModel):
         backward: bool = False,
         patch: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> "Inspection":
-        """Let the model read a prompt and see every array on the way, under its name in the source.
+        """Run the model on a prompt and record every array, under its name in the source.
 
         backward: the gradients of the prompt's mean loss too. patch: for names of arrays, gradients or
-        parameters a function each, which gets a copy of the array (of the backend) and returns what shall go on
+        parameters a function each, which gets a copy of the array (of the backend) and returns what to use
         in its place, of the same shape and type. A gradient is computed as if what was put in place had always
         been there. There is no dropout. Without a prompt, the model sees what generation begins with; of a
         prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the

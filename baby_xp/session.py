@@ -3,7 +3,7 @@ resuming all come down to it.
 
 The order of writing is what makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
 follow it; the config file says last how it ended. A run whose config file says "running" while no process holds
-its lock was killed, and goes on from its checkpoint.
+its lock was killed, and can be resumed from its checkpoint.
 """
 
 import json
@@ -40,7 +40,7 @@ SAMPLE_TOKENS = 500
 
 @dataclass
 class TrainingSession(Listener):
-    """One training session. The loop tells it what happens: it keeps that in files and passes it on."""
+    """One training session. It listens to the loop, writes the files, and informs the listener of the user."""
 
     new: NewRun
     setup: Setup
@@ -55,7 +55,7 @@ class TrainingSession(Listener):
     _model_step: int | None = field(init=False, default=None)
     """The step whose weights this session has written."""
     _before: dict[Path, bytes] = field(init=False, default_factory=dict)
-    """What the files are to be again if the run goes on to nothing."""
+    """The files to restore if a resumed run fails before its first checkpoint."""
 
     def run(self, start: Checkpoint) -> Run:
         """Train from `start` to an end. Raises BabyError if the run diverges or a file cannot be written: what
@@ -85,22 +85,22 @@ class TrainingSession(Listener):
 
     @property
     def files(self) -> RunFiles:
-        """Those of the run."""
+        """The files of the run."""
         return self.new.files
 
     # what the loop calls -------------------------------------------------------------------------------
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Pass it on."""
+        """Inform the listener."""
         self.listener.progress(step, loss, tokens_per_second)
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """Keep a line in the metrics, and pass it on."""
+        """Append a line to the metrics, and inform the listener."""
         append_line(self.files.metrics, record)
         self.listener.evaluated(record)
 
     def keep(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, and the best weights so far where they are others than before."""
+        """Write a checkpoint, and the best weights so far if they have changed."""
         steps = {"step": str(checkpoint.step), "num_steps": str(self.setup.dataset.num_steps)}
         state_file.save_state(self.files.state, checkpoint, {**self._belonging(), **steps})
         self._last, self._before = _without_arrays(checkpoint), {}
@@ -131,13 +131,13 @@ class TrainingSession(Listener):
             self._model_step = step
 
     def _begin(self, start: Checkpoint) -> None:
-        """The files as of the start: from now on the run can be found, and goes on from there."""
+        """Write the files as of the start: from now on the run can be found and resumed."""
         store.sweep(self.files)
         self._last = _without_arrays(start)
         for path in (self.files.metrics, self.files.config):
             with suppress(OSError):
                 self._before[path] = path.read_bytes()
-        self._write_metrics()  # it may be gone, or have lines of after the checkpoint
+        self._write_metrics()  # the file may be missing, or have lines from after the checkpoint
         if not os.path.lexists(self.files.state):
             write_json(self.files.tokenizer, self.setup.dataset.tokenizer.to_dict())
             self.keep(start)
@@ -150,7 +150,7 @@ class TrainingSession(Listener):
             write(self.files.metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     def _result(self, state: str, **more: Any) -> dict[str, Any]:
-        """How the run stands, as of its last checkpoint."""
+        """The result so far, as of the last checkpoint."""
         progress = self._last.progress
         records, best = progress["records"], progress["best"]
         trained = [record["train_loss"] for record in records if record["train_loss"] is not None]
@@ -170,13 +170,13 @@ class TrainingSession(Listener):
         return config_file.content(self.files, self.setup, self.base, self.began, result)
 
     def _finish(self, result: Result) -> Run:
-        """Write the files of a training session that ended well."""
+        """Write the files at the end of a training session."""
         checkpoint, final = result.checkpoint, result.final
         if result.reason == "interrupted" and checkpoint.step == 0:
             raise NothingTrained("interrupted before the first step was done; nothing was trained")
         self._last = _without_arrays(checkpoint)
-        self._write_model(checkpoint)  # a kill may have come between the last checkpoint and its weights
-        if result.reason == "interrupted":  # at once, perhaps, and between an evaluation and its line
+        self._write_model(checkpoint)  # a process may be killed between a checkpoint and its weights
+        if result.reason == "interrupted":  # perhaps between an evaluation and its line in the metrics
             self._write_metrics()
         state = "done" if result.reason in ("steps", "patience") else "stopped"
         outcome = self._result(state, reason=result.reason)
@@ -199,22 +199,23 @@ class TrainingSession(Listener):
     # trouble -------------------------------------------------------------------------------------------
 
     def _memory_advice(self, shortage: Shortage) -> str:
-        """A batch that would fit, by what is counted and by what was held; or that none would."""
+        """A batch size that would fit, estimated from counts and from the memory in use, or that none would."""
         train, model, memory = self.plan.train, self.setup.model, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
         fits = counts.batch_that_fits(
             model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize
         )
         if not fits:
-            return "by a rough count not even one sequence would fit: choose a smaller model or a shorter --n-ctx"
-        found = f"by a rough count about {fits:,} sequences at once would fit, not {train.batch_size:,}"
+            return "by a rough estimate not one sequence would fit: choose a smaller model or a shorter --n-ctx"
+        found = f"by a rough estimate about {fits:,} sequences at once would fit, not {train.batch_size:,}"
         if self._last.step:
-            return f"{found}, but a run that goes on keeps its batch: take --backend numpy or a larger GPU"
+            return f"{found}, but a resumed run keeps its batch size: use --backend numpy or a larger GPU"
         part = max(size for size in range(1, fits + 1) if train.batch_size % size == 0)
-        return f"{found}: --batch-size {part} --accumulate {train.step_size // part} takes the same steps in parts"
+        parts = train.step_size // part
+        return f"{found}: --batch-size {part} --accumulate {parts} computes the same steps in parts"
 
     def _kept(self) -> str:
-        """What there is to go on with."""
+        """What can be resumed, for a message."""
         step = self._last.step
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
@@ -222,7 +223,7 @@ class TrainingSession(Listener):
         self.listener.note("stopping after this step, with a checkpoint; once more: at once")
 
     def _divergence(self, diverged: Diverged, workers: Workers | None) -> BabyError:
-        """What the user is told of a loss that is NaN or infinite."""
+        """The message for a loss that is NaN or infinite."""
         setup, train, what = self.setup, self.plan.train, f"the {diverged.what} at step {diverged.step}"
         self.listener.note(f"{what}; looking for its cause from step {self._last.step} on")
         good, _ = state_file.load_state(self.files.state, setup.model.n_parameters, train.dtype)
@@ -244,9 +245,9 @@ class TrainingSession(Listener):
         return BabyError("; ".join([*parts, f"what usually causes it: {', '.join(causes)}"]))
 
     def _failed(self, error: Exception) -> None:
-        """Say in the files that the run failed, where that can still be written.
+        """Write to the files that the run failed, if they can still be written.
 
-        A run that went on to nothing, not even one checkpoint, is left as it was: with the settings of before.
+        A resumed run that has not written a checkpoint is left as it was, with its old settings.
         """
         with suppress(BabyError, OSError):
             if self._before:

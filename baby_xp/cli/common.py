@@ -56,7 +56,7 @@ def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
 
 
 def load(name: str, given: dict[str, Any]) -> "Run":
-    """A run where it is asked for, to generate or to be measured."""
+    """The run, on the backend that was asked for."""
     from baby_xp import api
 
     where = {option: given[option] for option in ("path", "weights", *LOADING) if option in given}
@@ -67,11 +67,11 @@ def load(name: str, given: dict[str, Any]) -> "Run":
 
 
 def short(guid: str) -> str:
-    """Enough of a GUID to find its run, as a rule."""
+    """The beginning of a GUID, which is usually enough to find its run."""
     return guid[:8] + guid[36:]
 
 
 def path_flag(given: dict[str, Any]) -> str:
-    """What names the folder of the runs in a command that a message tells, if it was given."""
+    """The flag for the folder of the runs in a command that a message suggests, if it was given."""
     path = given.get("path", "runs")
     return "" if path == "runs" else f" --path {shlex.quote(path)}"

@@ -40,8 +40,8 @@ class GenerateOptions:
 
 
 WHERE = Trained(), Subset(Compute(), LOADING)
-WAYS_TO_DRAW = ("temperature", "top_k", "top_p")
-"""Settings that have no effect where nothing is drawn."""
+OF_SAMPLING = ("temperature", "top_k", "top_p")
+"""Settings without effect if nothing is sampled."""
 
 
 def generate(arguments: list[str]) -> None:
@@ -52,7 +52,7 @@ def generate(arguments: list[str]) -> None:
     """
     name, rest = positional(arguments, "last")
     asked, given = parsed(GenerateOptions(), generate, "[RUN]", rest, *WHERE)
-    if asked.greedy and (ways := [name for name in WAYS_TO_DRAW if name in given]):
+    if asked.greedy and (ways := [name for name in OF_SAMPLING if name in given]):
         flags = " and ".join("--" + name.replace("_", "-") for name in ways)
         raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
     run = load(name, given)
@@ -68,14 +68,14 @@ def generate(arguments: list[str]) -> None:
         text += piece
     print()
     when = datetime.now()
-    while os.path.lexists(completion := run.files.completion(when)):  # two in one second: the first one stays
+    while os.path.lexists(completion := run.files.completion(when)):  # two in the same second: keep the first one
         when += timedelta(seconds=1)
     write(completion, text + "\n", other=None)
     print(f"kept in {completion}", file=sys.stderr)
 
 
 def _note_on_equations(data: "DataConfig", prompt: str) -> None:
-    """Say so if a run that learned equations is given something else to go on from."""
+    """Print a note if a run that learned equations gets a prompt of another kind."""
     from baby_xp.config import EquationData
 
     if prompt and isinstance(data, EquationData) and not data.table.begins_answer(prompt):

@@ -83,9 +83,10 @@ def _parser(
     groups = {title: parser.add_argument_group(title) if title else parser for title, _ in parts}
     for title, part in parts:
         group = groups[title]
-        told = _docstrings(part) if helping else {}
+        docstrings = _docstrings(part) if helping else {}
         for name, kind, default in fields_of(part):
-            group.add_argument(_flag(name), dest=name, help=_help(told.get(name, ""), default), **_reading(kind))
+            about = _help(docstrings.get(name, ""), default)
+            group.add_argument(_flag(name), dest=name, help=about, **_reading(kind))
     return parser
 
 
@@ -113,11 +114,11 @@ def _reading(kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is tuple:
         return {"type": _value(get_args(kind)[0]), "metavar": METAVARS[get_args(kind)[0]], "nargs": "*"}
-    shown = [
+    names = [
         "{" + ",".join(get_args(one)) + "}" if get_origin(one) is Literal else METAVARS[one]
         for one in _choices(kind) if one is not type(None)
     ]  # fmt: skip
-    return {"type": _value(kind), "metavar": "|".join(shown)}
+    return {"type": _value(kind), "metavar": "|".join(names)}
 
 
 def _value(kind: Any) -> Callable[[str], Any]:
@@ -161,9 +162,9 @@ def _docstrings(part: Any) -> dict[str, str]:
     }
 
 
-def _help(told: str, default: Any) -> str:
-    shown = f" (default: {default})" if default not in (None, False, "", ()) else ""
-    return " ".join(f"{told}{shown}".split()).replace("%", "%%")
+def _help(docstring: str, default: Any) -> str:
+    suffix = f" (default: {default})" if default not in (None, False, "", ()) else ""
+    return " ".join(f"{docstring}{suffix}".split()).replace("%", "%%")
 
 
 def _flag(name: str) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """A bar on a terminal, a line an evaluation everywhere. What cannot be shown does not end a training."""
+    """A progress bar on a terminal, and a line per evaluation. Training survives output that cannot be written."""
 
     def __init__(self, asked_backend: str):
         self.asked = asked_backend
@@ -20,7 +20,7 @@ class Screen:
         """tqdm's, once training has started."""
 
     def started(self, session: "TrainingSession", step: int) -> None:
-        """Say what will be done, and where."""
+        """Print what will be trained, and where."""
         from tqdm import tqdm
 
         setup = session.setup
@@ -35,17 +35,17 @@ class Screen:
             "validation tokens": "validation",
             "training contexts": "contexts",
         }
-        shown = [f"{dataset.facts[name]:,} {short}" for name, short in facts.items() if name in dataset.facts]
+        counts = [f"{dataset.facts[name]:,} {short}" for name, short in facts.items() if name in dataset.facts]
         vocabulary = dataset.tokenizer.vocab_size
-        lines.append(f"{dataset.name}: {vocabulary} different tokens, {' and '.join(shown)}")
+        lines.append(f"{dataset.name}: {vocabulary} different tokens, {' and '.join(counts)}")
         if session.base:
             lines.append(f"finetuned from run {session.base}")
         if step:
-            lines.append(f"going on with run {session.files.guid} after step {step}")
+            lines.append(f"continuing run {session.files.guid} after step {step}")
         if note := backend.first_use():
             lines.append(note)
         self.guid = session.files.guid
-        with self._anyhow():
+        with self._surviving():
             print("\n".join(lines), flush=True)
         self.entropy = dataset.entropy
         self.bar = tqdm(
@@ -58,7 +58,7 @@ class Screen:
         self.bar.update(step - self.bar.n)
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        """A line for an evaluation, and what the baby says by then."""
+        """Print a line for an evaluation, with its sample."""
         line = f"step {record['step']:>6}: "
         if record["train_loss"] is not None:
             line += f"train {record['train_loss']:.4f}, "
@@ -70,7 +70,7 @@ class Screen:
                 line = f"{line[:-1]}; no model can go below {self.entropy:.4f})"
         if sample := " ".join(record.get("sample", "").split()):
             line += f"  {printable(sample)}"
-        with self._anyhow():
+        with self._surviving():
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
@@ -82,23 +82,23 @@ class Screen:
             self.bar.write(text, file=sys.stderr)
 
     @contextlib.contextmanager
-    def _anyhow(self) -> Iterator[None]:
-        """Training goes on where its progress cannot be shown; who still sees stderr is told, once."""
+    def _surviving(self) -> Iterator[None]:
+        """Training continues if its progress cannot be printed; a line on stderr says so, once."""
         try:
             yield
         except OutputLost as lost:
-            self.note(f"{lost.problem}: the training goes on, it is run {self.guid}")
+            self.note(f"{lost.problem}: training continues as run {self.guid}")
 
 
 @contextlib.contextmanager
 def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, of things that are done one by one: told(done, of) moves it."""
+    """A progress bar on a terminal, for a number of like tasks: progress(done, of) moves it."""
     from tqdm import tqdm
 
     with tqdm(unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False) as bar:
 
-        def told(done: int, of: int) -> None:
+        def progress(done: int, of: int) -> None:
             bar.total = of
             bar.update(done - bar.n)
 
-        yield told
+        yield progress

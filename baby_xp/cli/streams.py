@@ -32,7 +32,7 @@ class OutputLost(BabyError):
 class Output:
     """Standard output. The first failure to write it raises OutputLost; what is written after that goes nowhere.
 
-    So whoever can do without it, such as a training, goes on; `lost` remembers it to the end.
+    So whoever can do without it, such as training, continues; `lost` keeps the error until the end.
     """
 
     def __init__(self, stream: Any):

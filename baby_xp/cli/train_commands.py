@@ -114,15 +114,15 @@ def _parse_preset(
 
 
 def _show_end(run: "Run", given: dict[str, Any]) -> None:
-    """Tell how a training session ended. Raises KeyboardInterrupt if a signal ended it: it has an exit code."""
+    """Print how a training session ended. Raises KeyboardInterrupt if a signal ended it: it has an exit code."""
     result, path = run.config["result"], path_flag(given)
     resuming = f"python -m baby_xp resume {short(run.guid)}{path}"
     if result["reason"] == "interrupted":
-        print(f"stopped after step {result['steps']}, with a checkpoint; to go on: {resuming}")
+        print(f"stopped after step {result['steps']}, with a checkpoint; to continue: {resuming}")
         raise interruption()
     print(f"\n{printable(_sample(run))}\n")
     if result["reason"] == "time":
-        print(f"the time is up: stopped after step {result['steps']}; to go on: {resuming}")
+        print(f"the time is up: stopped after step {result['steps']}; to continue: {resuming}")
     if result["reason"] == "patience":
         print(f"ended after step {result['steps']}: the validation loss no longer falls")
     if result["best_step"] not in (None, result["steps"]):

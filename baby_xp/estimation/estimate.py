@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: counts that are exact, and a trial that is measured.
+"""What a run will take, before it starts: exact counts, and measurements of a short trial.
 
 Sizes, floating-point operations and the bytes of arrays follow from shapes alone, see counts.py. Time and the
 memory of whole processes do not: libraries, copies of arrays, what the allocator keeps. They are measured, see
@@ -28,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take. Counts are exact; what comes of `trial`, None if nothing was measured, is about."""
+    """What a run will take. Counts are exact; what follows from `trial` is approximate; None: not measured."""
 
     config: RunConfig
     facts: Facts
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run trains on, each as often as it comes."""
+        """Tokens that the whole run trains on, repetitions included."""
         return self.facts.sequences * self.config.model.n_ctx
 
     @property

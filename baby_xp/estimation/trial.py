@@ -26,7 +26,7 @@ from baby_xp.training.plan import Plan, Position
 from baby_xp.training.setup import Setup, prepare
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
-"""How long the trial trains when it is warm, and in all at most; and how often it reads the loss at least."""
+"""Seconds of training once it is warm, and in all at most; and the least number of readings of the loss."""
 CHECKPOINT_SECONDS = 1.0
 """Between the checkpoints of the trial. Where freed memory is reused is partly chance: it takes several of them
 to see what the many of a long run come to."""
@@ -57,7 +57,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run with the same settings took."""
+    """Measurements of a short run with the same settings."""
 
     ms_a_step: float
     """Median over the readings after the first."""
