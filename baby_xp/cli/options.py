@@ -85,8 +85,8 @@ def _parser(
         group = groups[title]
         docstrings = _docstrings(part) if helping else {}
         for name, kind, default in fields_of(part):
-            about = _help(docstrings.get(name, ""), default)
-            group.add_argument(_flag(name), dest=name, help=about, **_reading(kind))
+            text = _help(docstrings.get(name, ""), default)
+            group.add_argument(_flag(name), dest=name, help=text, **_reading(kind))
     return parser
 
 
