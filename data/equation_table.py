@@ -65,7 +65,7 @@ class EquationTable:
     digits: int = 1
     operators: str = "+"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         largest = 2 * (10**self.digits - 1)
         if self.max_sum != 0 and self.max_sum not in range(9, largest + 1):
             raise BabyError(

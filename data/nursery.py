@@ -14,11 +14,17 @@ an endless text is the one divided by the other. No model can have a lower expec
 
 import random
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from baby_xp_data.grammar import Choice, Grammar, Part, innermost_first, make_grammar
 
 from baby_xp.errors import BabyError
+
+Memory = dict[str, tuple[str, ...]]
+"""By role, the row drawn last."""
+Read = tuple[float, int, Memory] | None
+"""Log-probability in nats, the index reached, what is remembered; None if the text does not fit."""
 
 # Rows that two roles share, so that a story can have two such things at once.
 ANIMALS = (
@@ -143,7 +149,9 @@ def generate(n_chars: int, seed: int, grammar: Grammar | None = None) -> str:
     return "".join(whole)
 
 
-def _write(grammar: Grammar, rule: str, memory: dict, uniform, words: list[str]) -> None:
+def _write(
+    grammar: Grammar, rule: str, memory: Memory, uniform: Callable[[], float], words: list[str]
+) -> None:
     for part in _draw(grammar.rules[rule], uniform):
         if part.kind == "text":
             words.append(part.name)
@@ -155,7 +163,7 @@ def _write(grammar: Grammar, rule: str, memory: dict, uniform, words: list[str])
             words.append(part.word(memory[part.name]))
 
 
-def _draw(choice: Choice, uniform):
+def _draw(choice: Choice, uniform: Callable[[], float]) -> Any:
     return choice.options[bisect(choice.cumulative, uniform() * choice.cumulative[-1])]
 
 
@@ -181,7 +189,9 @@ def story_expectations(grammar: Grammar | None = None) -> tuple[float, float]:
     return known[grammar.start]
 
 
-def _part_expectations(grammar: Grammar, part: Part, known: dict) -> tuple[float, float]:
+def _part_expectations(
+    grammar: Grammar, part: Part, known: dict[str, tuple[float, float]]
+) -> tuple[float, float]:
     if part.kind == "text":
         return 0.0, len(part.name)
     if part.kind == "rule":
@@ -212,8 +222,7 @@ def log_probability(text: str, grammar: Grammar | None = None) -> float:
     return total
 
 
-def _read_rule(grammar: Grammar, rule: str, text: str, place: int, memory: dict):
-    """(log-probability in nats, the place reached, what is remembered) of `rule` at `place`, or None."""
+def _read_rule(grammar: Grammar, rule: str, text: str, place: int, memory: Memory) -> Read:
     choice = grammar.rules[rule]
     for template, log_p in zip(choice.options, choice.log_p, strict=True):
         read = _read_template(grammar, template, text, place, memory)
@@ -223,7 +232,9 @@ def _read_rule(grammar: Grammar, rule: str, text: str, place: int, memory: dict)
     return None
 
 
-def _read_template(grammar: Grammar, template: tuple[Part, ...], text: str, place: int, memory: dict):
+def _read_template(
+    grammar: Grammar, template: tuple[Part, ...], text: str, place: int, memory: Memory
+) -> Read:
     total = 0.0
     for part in template:
         if part.kind == "rule":
@@ -240,7 +251,7 @@ def _read_template(grammar: Grammar, template: tuple[Part, ...], text: str, plac
     return total, place, memory
 
 
-def _read_draw(rows: Choice, part: Part, text: str, place: int, memory: dict):
+def _read_draw(rows: Choice, part: Part, text: str, place: int, memory: Memory) -> Read:
     for row, log_p in zip(rows.options, rows.log_p, strict=True):
         word = part.word(row)
         if text.startswith(word, place):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp import files
-from baby_xp.arrays.tree import Layout
+from baby_xp.arrays.tree import Layout, Tree
 from baby_xp.config import GPTConfig, ModelConfig, TrainConfig, from_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import shown
@@ -139,36 +139,36 @@ def named(config: GPTConfig, layout: Layout, flat: np.ndarray) -> dict[str, Any]
     return weights
 
 
-def _norm(name, p):
+def _norm(name: str, p: Tree) -> dict[str, Any]:
     return {f"{name}_gamma": p["gain"], f"{name}_beta": p["bias"]}
 
 
-def _linear(name, p):
+def _linear(name: str, p: Tree) -> dict[str, Any]:
     return {f"{name}_{part}": view for part, view in p.items()}
 
 
-def _gate(name, p):
+def _gate(name: str, p: Tree) -> dict[str, Any]:
     return {**_linear(name, p), f"{name}_bias": None}
 
 
-def _qkv(name, p):
+def _qkv(name: str, p: Tree) -> dict[str, Any]:
     parts = np.split(p["weight"], 3, axis=1)
     return {f"{name}_{letter}_weight": part for letter, part in zip("qkv", parts, strict=True)}
 
 
-def _mha(p):
+def _mha(p: Tree) -> dict[str, Any]:
     return {**_qkv("mha", p["qkv"]), **_linear("mha_c", p["out"])}
 
 
-def _moh(p):
+def _moh(p: Tree) -> dict[str, Any]:
     return {**_qkv("moh", p["qkv"]), **_gate("moh_g", p["gate"]), **_linear("moh_m", p["out"])}
 
 
-def _mlp(p):
+def _mlp(p: Tree) -> dict[str, Any]:
     return {**_linear("mlp_proj_up", p["up"]), **_linear("mlp_proj_dn", p["down"])}
 
 
-def _moe(p):
+def _moe(p: Tree) -> dict[str, Any]:
     parts = {**_gate("moe_g", p["gate"]), "moe_expansion": EXPANSION, "moe_n_experts": EXPERTS}
     up = np.split(p["up"]["weight"], EXPERTS, axis=1), np.split(p["up"]["bias"], EXPERTS)
     down = np.split(p["down"]["weight"], EXPERTS), p["down"]["bias"]

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from baby_xp.inference.trained_model import TrainedModel
 from baby_xp.text.batches import Batch
-from baby_xp.text.dataset import EquationDataset, TextDataset
+from baby_xp.text.dataset import Dataset
 from baby_xp.text.text_metrics import NGRAM
 from baby_xp.training.step import loss_and_predictions
 from baby_xp.training.validation import mean_loss
@@ -63,19 +63,16 @@ class Evaluation:
         return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
 
 
-def evaluate(model: Any, dataset: TextDataset | EquationDataset, num_tokens: int, seed: int) -> Evaluation:
-    """Measure a trained model on the whole validation part of a dataset.
-
-    model: its model, params and backend, and what `dataset.score` needs. num_tokens are generated, with `seed`.
-    """
-    loss, accuracy = _measure(model, dataset.validation())
-    perplexity, more = math.exp(min(loss, 700)), dataset.score(model, loss, num_tokens, seed)
+def evaluate(trained: TrainedModel, dataset: Dataset, num_tokens: int, seed: int) -> Evaluation:
+    """Measure a trained model on the whole validation part of a dataset. num_tokens are generated, with `seed`."""
+    loss, accuracy = _measure(trained, dataset.validation())
+    perplexity, more = math.exp(min(loss, 700)), dataset.score(trained, loss, num_tokens, seed)
     return Evaluation(
         dataset.name, dataset.n_validation, loss, perplexity, accuracy, entropy=dataset.entropy, **more
     )
 
 
-def _measure(trained: Any, batches: Iterator[Batch]) -> tuple[float, float]:
+def _measure(trained: TrainedModel, batches: Iterator[Batch]) -> tuple[float, float]:
     """Mean loss in nats per target, and the share of targets that are the most likely token."""
     backend, model, right, n_targets = trained.backend, trained.model, 0, 0
     xp, params = backend.xp, backend.asarray(trained.params)

@@ -24,7 +24,7 @@ import numpy as np
 from baby_xp import layout
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import from_leaves, leaves
-from baby_xp.config import EquationConfig
+from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.inspection.render import (
     bar,
@@ -359,9 +359,11 @@ def _broken(arrays: dict[str, np.ndarray]) -> list[str]:
 
 def ablate(trained: "TrainedModel", heads: Sequence[tuple[int, int]]) -> Patch:
     """A patch for `inspect` that ablates heads, (layer, head) each: they look nowhere and add nothing."""
-    on: dict[int, np.ndarray] = {}
+    config, on = trained.model.config, dict[int, np.ndarray]()
+    if not isinstance(config, GPTConfig):  # it has no heads
+        return {}
     for layer, head in heads:
-        on.setdefault(layer, np.ones((1, trained.model.config.n_heads, 1, 1)))[:, head] = 0
+        on.setdefault(layer, np.ones((1, config.n_heads, 1, 1)))[:, head] = 0
 
     def masked(mask: Any) -> Callable[[Any], Any]:
         return lambda weights: weights * mask

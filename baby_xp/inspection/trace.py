@@ -238,7 +238,7 @@ class _Shown(ast.NodeTransformer):
     def __init__(self, result: tuple[str, int] | None):
         self.result, self.loops = result, 0
 
-    def visit_Return(self, node):
+    def visit_Return(self, node: ast.Return) -> ast.Return:
         if self.result is None or node.value is None:
             return node
         name, place = self.result
@@ -248,12 +248,12 @@ class _Shown(ast.NodeTransformer):
             node.value = _seen(name, node.value)
         return node
 
-    def _assignment(self, node):
+    def _assignment(self, node: Any) -> Any:
         if self.loops or node.value is None or isinstance(node.value, ast.Name):
             return node
         return [node, *(_sight(name, node) for name in _bound(_targets(node)))]
 
-    def _loop(self, node):
+    def _loop(self, node: Any) -> Any:
         """What is assigned in a loop is shown once, after it."""
         self.loops += 1
         self.generic_visit(node)
@@ -264,11 +264,11 @@ class _Shown(ast.NodeTransformer):
         targets = [target for part in parts if isinstance(part, ASSIGNMENTS) for target in _targets(part)]
         # a loop that ran over nothing has bound nothing
         bound = ast.Call(ast.Name("locals", ast.Load()), [], [])
-        tests = [ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)]
-        sights = [ast.copy_location(ast.If(test, [_sight(test.left.value, node)], []), node) for test in tests]
-        return [node, *sights]
+        tests = {name: ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)}
+        ifs = [ast.If(test, [_sight(name, node)], []) for name, test in tests.items()]
+        return [node, *(ast.copy_location(one, node) for one in ifs)]
 
-    def _inner(self, node):
+    def _inner(self, node: ast.AST) -> ast.AST:
         """A function in a function computes for it, and what it returns is named there."""
         return node
 

@@ -101,7 +101,7 @@ class Corpus:
     ) -> "Corpus":
         """The corpus of a text; its ids stay in memory unless there is a folder. Otherwise as `from_file`."""
 
-        def chunks():
+        def chunks() -> Iterator[str]:
             return _normalised((text[i : i + CHUNK] for i in range(0, len(text), CHUNK)), name)
 
         return _build(chunks, name, tokenizer, cache_folder, sha256)

@@ -16,6 +16,7 @@ from baby_xp_data.equation_table import EquationTable
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.files import absolute, shown
+from baby_xp.models import Model
 from baby_xp.text import text_metrics
 from baby_xp.text.answers import answers
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
@@ -38,6 +39,20 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
+
+
+class Trained(Protocol):
+    """What a dataset asks of a trained model: see inference.trained_model.TrainedModel."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def params(self) -> np.ndarray: ...
+
+    def stream(self, *, num_tokens: int, seed: int) -> Iterator[str]: ...
+
+    def ask(self, question: str, table: EquationTable) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,23 @@ class Dataset:
     def discard(self) -> None:
         """Remove from the disk what was not there before."""
 
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """What a trained model writes, piece by piece."""
+        raise NotImplementedError
+
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
+
+        loss is in nats per token. num_tokens are generated, with `seed`, where the data is a text.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataset(Dataset):
     """Windows of a text."""
 
+    batches: RandomWindows | EpochWindows
     corpus: Corpus
 
     def check(self) -> None:
@@ -79,18 +106,15 @@ class TextDataset(Dataset):
         """Remove the ids from the disk if they were not there before."""
         self.corpus.discard()
 
-    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
-        """What a trained model writes, piece by piece; it needs a method `stream`."""
-        return model.stream(num_tokens=num_tokens, seed=seed)
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """What a trained model generates without a prompt."""
+        return trained.stream(num_tokens=num_tokens, seed=seed)
 
-    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
-        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
-
-        loss is in nats per token. num_tokens are generated, with `seed`, and compared with the training part.
-        """
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """Bits per character, and the generated tokens compared with the training part."""
         train, validation = self.corpus.train, self.corpus.validation
         per_character = len(validation) / max(1, sum(map(len, self._decoded(validation))))
-        text = "".join(self.sample(model, seed, num_tokens))
+        text = "".join(self.sample(trained, seed, num_tokens))
         return {
             "bits_per_character": loss * per_character / math.log(2),
             "num_tokens": num_tokens,
@@ -115,16 +139,16 @@ class EquationDataset(Dataset):
     held_out: list[str]
     """The cases that training never sees, nor their mirrors."""
 
-    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
-        """A trained model's answers to some of the held-out equations; it needs a method `ask`."""
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """A trained model's answers to some of the held-out equations."""
         some = self.held_out[:: -(-len(self.held_out) // SAMPLE_ANSWERS)]
-        return iter([", ".join(model.ask(f"{case}=", self.table) for case in some)])
+        return iter([", ".join(trained.ask(f"{case}=", self.table) for case in some)])
 
-    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
-        """The share of held-out equations that a trained model answers correctly; it needs model and params."""
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """The share of held-out equations that a trained model answers correctly."""
         asked = self.table.held_out_equations(self.held_out)
-        weights = model.model.layout.unpack(np, model.params)
-        return {"answered": float(np.mean(answers(weights, asked, model.model.config, self.table)[0]))}
+        weights = trained.model.layout.unpack(np, trained.params)
+        return {"answered": float(np.mean(answers(weights, asked, trained.model.config, self.table)[0]))}
 
 
 def prepare(

@@ -34,7 +34,7 @@ class Statistics:
 class Counter:
     """Counts a text chunk by chunk, in the memory of one chunk; how it is cut changes nothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.paragraphs = self.sentences = self.words = self.length = self.newlines = 0
         # What the text so far ends in. It is counted already, though the next chunk may continue it.
         self.in_paragraph = self.in_end = self.in_word = False

@@ -63,7 +63,7 @@ class CharTokenizer:
     vocab: Sequence[str]
     kind: ClassVar[str] = "char"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "vocab", _checked_vocab(self.vocab, "the vocabulary"))
 
     @classmethod

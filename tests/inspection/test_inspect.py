@@ -2,11 +2,11 @@
 
 import ast
 import dataclasses
-import inspect as python_inspect
 import itertools
 import re
 import sys
 import types
+from inspect import getsource
 from pathlib import Path
 
 import numpy as np
@@ -355,7 +355,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         run.inspect("the cat", patch={"blocks.0.attention.heads.scores": fail})
     frames = [(str(entry.path), entry.lineno) for entry in caught.traceback]
-    lines = python_inspect.getsource(heads).splitlines()
+    lines = getsource(heads).splitlines()
     at = next(line for path, line in frames if path.endswith("heads.py"))
     assert "scores = q @" in lines[at]
 
