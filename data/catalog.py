@@ -26,18 +26,15 @@ class Entry:
     url: str
     sha256: str
     file_name: str
-    about: str
-    licence: str
 
 
 TEXTS: dict[str, Entry] = {
+    # 40,000 lines from the plays, which are in the public domain; the selection is that of Andrej Karpathy's char-rnn
     "shakespeare": Entry(
         name="shakespeare",
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         file_name="shakespeare.txt",
-        about="tiny Shakespeare: 40,000 lines from the plays, 1,115,394 characters, 65 distinct",
-        licence="the plays are in the public domain; the selection is Andrej Karpathy's, from char-rnn",
     ),
 }
 

@@ -1,8 +1,8 @@
 """Nursery: an endless text of little stories, whose entropy per character is known exactly.
 
 The stories are drawn from a probabilistic grammar, independently of one another, and each ends with a blank
-line. The grammar is the two tables below, ROLES and RULES; writing a story, scoring a text and computing the
-entropy all walk these same tables, so editing the words cannot make the entropy wrong.
+line. The grammar is the two tables below, ROLES and RULES; writing a story and computing the entropy walk these
+same tables, so editing the words cannot make the entropy wrong.
 
 What a template may hold is in grammar.py, with the check that a text shows every choice that was made.
 
@@ -23,8 +23,6 @@ from baby_xp.errors import BabyError
 
 Memory = dict[str, tuple[str, ...]]
 """By role, the row drawn last."""
-Read = tuple[float, int, Memory] | None
-"""Log-probability in nats, the index reached, what is remembered; None if the text does not fit."""
 
 # Rows that two roles share, so that a story can have two such things at once.
 ANIMALS = (
@@ -200,61 +198,3 @@ def _part_expectations(
     # What is written never depends on which row was drawn, so a recalled word has the mean length of all rows'.
     characters = rows.mean([len(part.word(row)) for row in rows.options])
     return (rows.entropy() if part.kind == "draw" else 0.0), characters
-
-
-# --- reading -------------------------------------------------------------------------------------------
-
-def log_probability(text: str, grammar: Grammar | None = None) -> float:
-    """The log-probability, in nats, that the first stories are exactly `text`, which is whole stories.
-
-    The empty text is no story at all: 0. BabyError if the text is not of the grammar.
-    """
-    grammar = grammar or NURSERY
-    place, total, count = 0, 0.0, 0
-    while place < len(text):
-        count += 1
-        read = _read_rule(grammar, grammar.start, text, place, {})
-        if read is None:
-            beginning = text[place:place + 40]
-            raise BabyError(f"story {count} is not of the grammar, or not whole; it begins {beginning!r}")
-        log_p, place, _ = read
-        total += log_p
-    return total
-
-
-def _read_rule(grammar: Grammar, rule: str, text: str, place: int, memory: Memory) -> Read:
-    choice = grammar.rules[rule]
-    for template, log_p in zip(choice.options, choice.log_p, strict=True):
-        read = _read_template(grammar, template, text, place, memory)
-        if read is not None:
-            # The first alternative that fits is the one: in a checked grammar no other fits.
-            return read[0] + log_p, *read[1:]
-    return None
-
-
-def _read_template(
-    grammar: Grammar, template: tuple[Part, ...], text: str, place: int, memory: Memory
-) -> Read:
-    total = 0.0
-    for part in template:
-        if part.kind == "rule":
-            read = _read_rule(grammar, part.name, text, place, memory)
-        elif part.kind == "draw":
-            read = _read_draw(grammar.roles[part.name], part, text, place, memory)
-        else:
-            word = part.name if part.kind == "text" else part.word(memory[part.name])
-            read = (0.0, place + len(word), memory) if text.startswith(word, place) else None
-        if read is None:
-            return None
-        log_p, place, memory = read
-        total += log_p
-    return total, place, memory
-
-
-def _read_draw(rows: Choice, part: Part, text: str, place: int, memory: Memory) -> Read:
-    for row, log_p in zip(rows.options, rows.log_p, strict=True):
-        word = part.word(row)
-        if text.startswith(word, place):
-            # a new dict, because the alternative that is being tried may yet turn out wrong
-            return log_p, place + len(word), {**memory, part.name: row}
-    return None

@@ -18,7 +18,7 @@ from baby_xp_data import equation_table
 from baby_xp_data.equation_table import EquationTable
 from threadpoolctl import threadpool_limits
 
-from baby_xp import checks, equations, processes
+from baby_xp import checks, equations, layout, processes
 from baby_xp.arrays import registry
 from baby_xp.config import EquationConfig, EquationData, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
@@ -119,7 +119,7 @@ class Results:
         seeds, n = self.of_seeds(), len({answer.equation for answer in self.answers})
         answers = f"{len(self.answers):,} answers of {self.models} model{'s' * (self.models > 1)}"
         rows = [
-            ("held out", f"{n:,} equation{'s' * (n > 1)}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+            ("held out", f"{layout.counted(n, 'equation')}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
             ("answered correctly", f"{self.share:.1%}"),
         ]
         if self.share_without_zeros is not None:
@@ -134,8 +134,7 @@ class Results:
             ("last training loss", f"{np.mean(self.losses):.4f} nats per target, mean of the models"),
             ("time", f"{self.seconds:.0f} s in {self.processes} process{'es' * (self.processes > 1)}"),
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines = layout.pairs(rows)
         if n > 1:
             for operator in self.table.operators:
                 lines += ["", *self._map_lines(operator)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from baby_xp import layout
 from baby_xp.inference.trained_model import TrainedModel
 from baby_xp.text.batches import Batch
 from baby_xp.text.dataset import Dataset
@@ -35,7 +36,6 @@ class Evaluation:
     num_tokens: int = 0
     known_words: float | None = None
     copied_ngrams: float | None = None
-    ngram: int = NGRAM
     answered: float | None = None
 
     def lines(self) -> list[str]:
@@ -55,12 +55,11 @@ class Evaluation:
             rows.append(("distance to the best possible", above))
         shares = {
             "words that occur in the training text": self.known_words,
-            f"{self.ngram}-character sequences copied from it": self.copied_ngrams,
+            f"{NGRAM}-character sequences copied from it": self.copied_ngrams,
         }
         rows += [(f"of {self.num_tokens:,} generated tokens:", "")] if self.num_tokens else []
         rows += [(f"  {name}", f"{share:.1%}") for name, share in shares.items() if share is not None]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
+        return layout.pairs([("text", self.data), *rows])
 
 
 def evaluate(trained: TrainedModel, dataset: Dataset, num_tokens: int, seed: int) -> Evaluation:

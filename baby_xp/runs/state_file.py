@@ -26,8 +26,7 @@ from baby_xp.training.checkpoint import Checkpoint
 
 def save_weights(path: Path, layout: Layout, flat: np.ndarray, metadata: dict[str, str]) -> None:
     """Write the parameters (P,) as one named array each, "blocks.0.norm1.gain"."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in leaves(layout.unpack(np, flat))}
-    _save(path, arrays, metadata)
+    _save(path, dict(leaves(layout.unpack(np, flat))), metadata)
 
 
 def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]]:

@@ -12,8 +12,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from baby_xp.errors import BabyError
-
 NGRAM = 8
 
 
@@ -37,10 +35,8 @@ def copied_ngrams(generated: str, training: Iterable[str], n: int = NGRAM) -> fl
     """The share of the generated text's sequences of n characters that the training text holds literally.
 
     There is one sequence for each place where n characters follow, so repeats count; None if there is none
-    because the text is shorter than n. Raises BabyError unless n is at least 1.
+    because the text is shorter than n.
     """
-    if n < 1:
-        raise BabyError(f"there are no sequences of {n} characters; give n of at least 1")
     return _share_seen(Counter(_ngrams_in(generated, n)), _ngrams(training, n))
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from small_runs import all_of
 
 from baby_xp import api
 from baby_xp.cli import main
@@ -85,11 +86,11 @@ def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
 
 def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):
     _, run, _ = imported
-    before = {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+    before = all_of(run.files.folder)
     model = tmp_path / "original" / "models" / f"model_{run.guid}.json"
     with pytest.raises(BabyError, match=r"there is a run .* already"):
         api.import_littlebaby(model, path=run.files.folder)
-    assert before == {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+    assert before == all_of(run.files.folder)
 
 
 def test_an_export_that_fails_half_way_leaves_nothing_and_names_its_own_flag(imported, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from small_runs import all_of
 
 import baby_xp.files
 import baby_xp
@@ -135,10 +136,6 @@ def kept(stopped) -> dict[str, np.ndarray]:
     """The parameters (P,) that each file of arrays holds."""
     last = api.load(stopped.guid, path=stopped.files.folder, backend="numpy", weights="last")
     return {"best": stopped.params, "last": last.params}
-
-
-def all_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("command", ["generate", "resume", "evaluate", "finetune", "export", "runs"])

@@ -1,7 +1,6 @@
 """The table of runs: each is in it, whatever became of it, and the state is that of this moment."""
 
 import io
-import json
 import os
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_runs import metrics_of
 
 import baby_xp.api
 import baby_xp.files
@@ -179,7 +179,7 @@ def test_real_runs_are_in_the_table(tmp_path):
         "baby", path=tmp_path / "runs", backend="numpy", listener=Onlooker(), data=str(tmp_path / "text.txt"),
         sample_tokens=0, eval_every=1, checkpoint_every=1, **sizes,
     )  # fmt: skip
-    records = [json.loads(line) for line in run.files.metrics.read_text().splitlines()]
+    records = metrics_of(run.files)
     assert [(one.state, one.steps, one.num_steps) for one in seen] == [
         ("running", 0, 2), ("running", 1, 2), ("running", 2, 2),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """A run and its text: found wherever the run is called from, its ids checked, and never another one in silence."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import all_of, metrics_of
 
 import baby_xp.session
 import baby_xp
@@ -310,7 +310,7 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
     run = api.train("baby", data="input.txt", **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     shutil.rmtree("runs/corpora")
-    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    before = all_of(Path("runs"))
 
     def read_only(self, *how, **more):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -319,7 +319,7 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
         monkeypatch.setattr(Path, name, read_only)
     assert run.evaluate(num_tokens=5).loss == loss
     assert run.check(tokens=4, elements=1, directions=1) == rows
-    assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert before == all_of(Path("runs"))
 
 
 def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
@@ -361,5 +361,4 @@ def test_an_interrupt_before_an_evaluation_has_its_line_leaves_the_line(home, mo
     monkeypatch.setattr(baby_xp.session, "append_line", interrupted)
     run = api.train("baby", data="input.txt", **TINY)
     assert run.config["result"]["state"] == "stopped"
-    lines = run.files.metrics.read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [4, 8]
+    assert [record["step"] for record in metrics_of(run.files)] == [4, 8]
