@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line prints them as one line and ends with exit code 2."""
+"""Errors that a user can fix: the command line prints them as one line and ends with exit code 2."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class NothingTrained(BabyError):
 
 
 class BackendUnavailable(BabyError):
-    """A backend cannot work on this machine. `reason` says why, `remedy` what would mend it."""
+    """A backend cannot work on this machine. `reason` says why, `remedy` how to fix it."""
 
     def __init__(self, name: str, reason: str, remedy: str):
         super().__init__(f"backend {name!r} cannot work here: {reason}; {remedy}")

@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The tables made ready: rule -> Choice of templates (tuples of Part), role -> Choice of rows."""
+    """The compiled tables: rule -> Choice of templates (tuples of Part), role -> Choice of rows."""
 
     rules: dict[str, Choice]
     roles: dict[str, Choice]

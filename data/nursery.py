@@ -22,7 +22,7 @@ from baby_xp_data.grammar import Choice, Grammar, Part, innermost_first, make_gr
 from baby_xp.errors import BabyError
 
 Memory = dict[str, tuple[str, ...]]
-"""By role, the row drawn last."""
+"""The row drawn last, by role."""
 
 # Rows that two roles share, so that a story can have two such things at once.
 ANIMALS = (
@@ -33,7 +33,7 @@ THINGS = (
     ("hat",), ("box",), ("bed",), ("bag",), ("tub",), ("pot",), ("cup",), ("bus",), ("log",), ("cart",),
     ("boat",), ("drum",), ("tent",), ("sock",))
 
-# What a story remembers: a role is (its fields, its rows).
+# What a story remembers: a role is (fields, rows).
 ROLES = {
     "child": (("name", "she"), (
         ("Mia", "she"), ("Zoe", "she"), ("Lily", "she"), ("Anna", "she"), ("Nora", "she"),

@@ -1,4 +1,4 @@
-"""What can be measured of a trained model, each figure named for what it measures: no marks out of a hundred."""
+"""Evaluating a trained model: figures that are named for what they measure, and no overall score."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The config file of a run: what was asked for, where it computed, and how it ended."""
+"""The config file of a run: its settings, where it computed, and how it ended."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,22 +19,22 @@ KEYS = {"guid", "preset", "base", "started", "model", "train", "data", "place", 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The files of a run that are no arrays, read once."""
+    """A run's config and tokenizer, read once."""
 
     files: RunFiles
     content: dict[str, Any]
-    """The config file as it is."""
+    """The JSON of the config file."""
     config: RunConfig
     tokenizer: Tokenizer
 
     @property
     def belonging(self) -> dict[str, str]:
-        """What the metadata of the run's arrays must say."""
+        """What the metadata of the run's arrays must hold."""
         return state_file.belonging(self.files.guid, self.config.model, self.tokenizer)
 
 
 def now() -> str:
-    """The time as the files have it: UTC, ISO 8601, whole seconds."""
+    """The current time as files store it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -1,4 +1,4 @@
-"""What a run learns from and is measured on: a tokenizer, batches, a validation part. A text, or equations."""
+"""Datasets, texts or equations: the tokenizer, batches and validation part that a run trains on."""
 
 import codecs
 import functools
@@ -67,7 +67,7 @@ class Dataset:
     n_validation: int
     """Number of targets in all validation batches."""
     facts: dict[str, Any]
-    """What a report says about the data: numbers of tokens, hash."""
+    """For the report: numbers of tokens, hash and so on."""
     file: str | None = None
     """The absolute path of the text, if it was named by a path."""
     entropy: float | None = None
@@ -77,7 +77,7 @@ class Dataset:
         """Raises BabyError if the data on disk changed since it was opened. Costs little."""
 
     def discard(self) -> None:
-        """Remove from the disk what was not there before."""
+        """Remove the files that opening the data wrote."""
 
     def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
         """What a trained model writes, piece by piece."""
@@ -103,7 +103,7 @@ class TextDataset(Dataset):
         self.corpus.check()
 
     def discard(self) -> None:
-        """Remove the ids from the disk if they were not there before."""
+        """Remove the file of the ids if opening the text wrote it."""
         self.corpus.discard()
 
     def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
@@ -159,9 +159,9 @@ def prepare(
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
 ) -> TextDataset | EquationDataset:
-    """Find the text, turn it into ids and lay out its batches. tokenizer, sha256: as for `read_corpus`.
+    """Find the text, encode it and lay out its batches. tokenizer, sha256: as for `read_corpus`.
 
-    Raises BabyError if the text cannot serve.
+    Raises BabyError if the text cannot be used.
     """
     if isinstance(data, EquationData):
         return prepare_equations(data, model, train)
@@ -194,7 +194,7 @@ def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig
 
 
 def _may_exist(path: str) -> bool:
-    """Whether there is such a file, also if that cannot be found out: reading it then says why."""
+    """Whether there is such a file; also true if that is unknown: reading it then says why."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -272,7 +272,7 @@ def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Te
 
 
 def prepare_equations(data: EquationData, model: ModelConfig, train: TrainConfig) -> EquationDataset:
-    """Write out the equations of a table and lay out their batches. Raises BabyError if they cannot serve."""
+    """Write out the equations of a table and lay out their batches. Raises BabyError if they cannot be used."""
     table = data.table
     held_out = table.choose(data.held_out, train.seed)
     known, unseen = table.equations(held_out), table.held_out_equations(held_out)

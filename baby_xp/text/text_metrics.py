@@ -3,9 +3,9 @@
 Few known words: the model does not spell yet. Many copied sequences: it recites. A good baby model knows its
 words and copies little.
 
-The training text comes in chunks of any size, as `read_text` gives them, and is never held as a whole: what is
-kept is what the generated text holds and the training text has not shown so far. Reading stops when nothing of
-that is left. An iterator of chunks is used up by one measure; give the next one a new iterator.
+The training text comes in chunks of any size, as `read_text` gives them, and is never held as a whole. Reading
+stops when everything that the generated text holds was found. A measure uses up an iterator of chunks; give the
+next one a new iterator.
 """
 
 import unicodedata

@@ -120,7 +120,7 @@ def test_with_dropout_too(one):
     logits, plain_saved = model.forward(xp, p, ids, rng.Noise(streams, 0.3))
     assert same(found, logits)
     dlogits = draw.normal(0, 1, logits.shape)
-    recorder.turn()
+    recorder.begin_backward()
     gradients = dict(leaves(copy.backward(xp, p, saved, dlogits, model.config)))
     for path, gradient in leaves(model.backward(xp, p, plain_saved, dlogits)):
         assert same(gradients[path], gradient), path
@@ -310,7 +310,7 @@ def test_every_way_to_bind_a_name_is_seen(monkeypatch):
     assert recorder.arrays.keys() == {f"tanh.{name}" for name in expected}
     for name, array in expected.items():
         assert same(recorder.arrays[f"tanh.{name}"], array), name
-    recorder.turn()
+    recorder.begin_backward()
     toy.backward(np, {}, saved, x)
     assert list(recorder.gradients) == ["tanh.dx"]
     assert same(recorder.gradients["tanh.dx"], x * saved[0])
@@ -322,7 +322,7 @@ def test_what_backward_takes_from_saved_is_no_gradient(monkeypatch):
     recorder, x = Recorder(np, np.asarray, {}), np.arange(3.0)
     toy = Copies(recorder).named("baby_xp.layers.tanh")
     _, saved = toy.forward(np, {}, x)
-    recorder.turn()
+    recorder.begin_backward()
     toy.backward(np, {}, saved, x)
     assert list(recorder.gradients) == ["tanh.dx"]
 

@@ -101,9 +101,8 @@ def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
     kinds = [kind.strip(" .") for kind in str(caught.value).split("one of")[1].split(",")]
     assert {"png", "svg", "pdf"} <= set(kinds)
     assert "pgf" not in kinds
-    figure = plots.attention_figure(seen, (0, 0))
     for kind in kinds:
-        assert plots.save(figure, tmp_path / f"a.{kind}").stat().st_size
+        assert plots.attention(seen, tmp_path / f"a.{kind}", (0, 0)).stat().st_size
 
 
 def test_whatever_fails_while_a_picture_is_drawn_is_one_line(drawing, seen, tmp_path, monkeypatch):
