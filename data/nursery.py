@@ -114,17 +114,13 @@ NURSERY = make_grammar(RULES, ROLES)
 
 # --- writing -------------------------------------------------------------------------------------------
 
-def stories(seed: int, grammar: Grammar | None = None) -> Iterator[str]:
+def stories(seed: int, grammar: Grammar = NURSERY) -> Iterator[str]:
     """Stories without end, each with the blank line that ends it; the same for a seed on every machine.
 
     BabyError if seed is not a whole number from 0 on.
     """
     if not isinstance(seed, int) or seed < 0:
         raise BabyError(f"the seed of the stories is a whole number from 0 on, not {seed!r}")
-    return _stories(seed, grammar or NURSERY)
-
-
-def _stories(seed: int, grammar: Grammar) -> Iterator[str]:
     # random.Random.random is the one generator of Python whose numbers are promised to stay the same from
     # version to version (choice, shuffle and NumPy's Generator methods are not); the rest is whole numbers.
     uniform = random.Random(seed).random
@@ -134,12 +130,12 @@ def _stories(seed: int, grammar: Grammar) -> Iterator[str]:
         yield "".join(words)
 
 
-def generate(n_chars: int, seed: int, grammar: Grammar | None = None) -> str:
+def generate(n_chars: int, seed: int) -> str:
     """Whole stories, until there are at least n_chars characters of them. BabyError if n_chars is below 1."""
     if n_chars < 1:
         raise BabyError(f"the number of characters to generate is at least 1, not {n_chars}")
     whole, length = [], 0
-    for story in stories(seed, grammar):
+    for story in stories(seed):
         whole.append(story)
         length += len(story)
         if length >= n_chars:
@@ -167,15 +163,14 @@ def _draw(choice: Choice, uniform: Callable[[], float]) -> Any:
 
 # --- entropy -------------------------------------------------------------------------------------------
 
-def entropy_per_character(grammar: Grammar | None = None) -> float:
+def entropy_per_character(grammar: Grammar = NURSERY) -> float:
     """The entropy of the text in nats per character: the least expected loss that a model can have."""
     nats, characters = story_expectations(grammar)
     return nats / characters
 
 
-def story_expectations(grammar: Grammar | None = None) -> tuple[float, float]:
+def story_expectations(grammar: Grammar = NURSERY) -> tuple[float, float]:
     """Of one story with its blank line: (entropy in nats, expected number of characters), both exact."""
-    grammar = grammar or NURSERY
     known: dict[str, tuple[float, float]] = {}
     for rule in innermost_first(grammar):
         choice, nats, characters = grammar.rules[rule], [], []

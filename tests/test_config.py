@@ -120,7 +120,7 @@ def test_the_table_above_has_every_field():
     (TrainConfig, {"max_minutes": 1e-3, "checkpoint_minutes": 0.5}),
     (TrainConfig, {"batch_size": 2**16, "accumulate": 2**15 - 1}),
 ])  # fmt: skip
-def test_values_at_the_edge_are_taken(kind, values):
+def test_values_at_the_limits_are_accepted(kind, values):
     config = made(kind, **values)
     assert {name: getattr(config, name) for name in values} == values
 

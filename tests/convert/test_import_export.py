@@ -125,7 +125,7 @@ def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
     (["export", "onnx"], "export littlebaby"),
     (["export", "littlebaby", "--path=nowhere"], "there are no runs in nowhere"),
 ])  # fmt: skip
-def test_what_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_arguments_of_import_and_export_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pkl").write_bytes(b"\x80\x04N.")
     assert main(arguments) == 2

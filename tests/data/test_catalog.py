@@ -135,7 +135,7 @@ def test_a_refused_connection(cache, add, no_proxy):
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made(server, cache, add):
+def test_a_cache_folder_that_cannot_be_made_is_an_error(server, cache, add):
     cache.parent.parent.mkdir(exist_ok=True)
     cache.parent.write_text("a file where the folder should be")
     add(url(server))

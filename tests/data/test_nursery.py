@@ -179,7 +179,7 @@ def test_one_changed_character_shows(sample):
     lambda text: text[:-1], lambda text: text[1:], lambda text: text + "x", lambda text: " " + text,
     lambda text: text.replace("Good night", "Good day"),
 ])
-def test_what_is_not_whole_stories_has_no_probability(broken):
+def test_anything_but_whole_stories_has_no_probability(broken):
     assert log_probability(broken(nursery.generate(1000, 3))) == -math.inf
 
 

@@ -200,13 +200,13 @@ def test_finetuned_runs_are_runs(tuned):
 
 @pytest.mark.parametrize("beginning", ["c", "cccccccc", "cccccccc-33", GUIDS[2]])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_beginning_and_what_finetuning_put_behind_find_their_run(tuned, beginning, suffix):
+def test_a_beginning_with_a_suffix_of_finetuning_finds_its_run(tuned, beginning, suffix):
     assert store.find(tuned, beginning + suffix) == RunFiles(tuned, GUIDS[2] + suffix)
 
 
 @pytest.mark.parametrize("name", ["c_finetuned-3", "c_finetuned-1", "a_finetuned", "aaaab_finetuned",
                                   "c_finetuned_finetuned_finetuned"])  # fmt: skip
-def test_what_finetuning_put_behind_must_fit_wholly(tuned, name):
+def test_a_suffix_of_finetuning_must_match_completely(tuned, name):
     with pytest.raises(BabyError, match=f"no run in .* begins with '{name}'"):
         store.find(tuned, name)
 
@@ -249,7 +249,7 @@ def test_a_run_is_held_by_one_at_a_time(runs):
 
 
 @pytest.mark.parametrize("error", [BabyError, KeyboardInterrupt])
-def test_a_run_is_let_go_whatever_happens(runs, error):
+def test_a_run_is_released_after_any_error(runs, error):
     files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
     with pytest.raises(error), store.hold(files):
         raise error

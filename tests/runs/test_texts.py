@@ -87,7 +87,7 @@ def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from
     assert_same(api.resume(path=runs), whole)
 
 
-def test_a_folder_that_was_moved_as_a_whole_is_at_home_where_it_is(home, monkeypatch):
+def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     home.rename(home.parent / "moved")
@@ -104,7 +104,7 @@ def test_a_folder_that_was_moved_as_a_whole_is_at_home_where_it_is(home, monkeyp
     assert api.resume(path="moved/runs", num_steps=13, data="moved/input.txt").config["result"]["steps"] == 13
 
 
-def test_of_two_texts_of_one_name_the_one_with_the_hash_is_taken(home, monkeypatch):
+def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     shutil.copy("input.txt", home.parent / "copy.txt")
@@ -133,7 +133,7 @@ def test_a_file_named_like_a_built_in_text_is_not_it(home):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ELOOP])
-def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
+def test_a_text_that_cannot_be_read_is_an_error_with_advice(home, monkeypatch, code):
     run, stat = api.train("baby", data="input.txt", **TINY), os.stat
 
     def refuse(path, **how):
@@ -149,7 +149,7 @@ def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, every file name is text")
-def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home, whole):
+def test_the_name_of_a_text_need_not_be_utf_8(home, whole):
     name = os.fsdecode(b"caf\xe9\n.txt")
     try:
         os.rename("input.txt", name)
@@ -221,7 +221,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
     assert_same(api.resume(), whole)
 
 
-def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypatch, whole):
+def test_mapped_ids_that_only_look_changed_or_were_removed_do_no_harm(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     touched = api.train(
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
@@ -232,7 +232,7 @@ def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypa
         assert_same(api.train("baby", data="input.txt", path="b", listener=gone, **TINY), whole)
 
 
-def test_a_kill_while_ids_are_written_leaves_nothing_for_long(home):
+def test_half_written_ids_of_killed_processes_are_removed(home):
     folder = Path("runs/corpora")
     folder.mkdir(parents=True)
     for name in ("0a.17.0b.tmp", ".0a.ids.1a2b3c4d.tmp"):  # as earlier versions called it, and as this one does
@@ -255,7 +255,7 @@ BAD = {
 @pytest.mark.first_case
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("keep_text", [False, True])
-def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep_text, whole):
+def test_a_run_that_fails_removes_nothing_of_one_that_trains(home, content, keep_text, whole):
     """Whose folder of outputs is still empty, and which shares the folder of ids."""
     Path("bad.txt").write_bytes(content)
 
@@ -272,7 +272,7 @@ def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep
     assert len(list(Path("runs/configs").iterdir())) == 1
 
 
-def test_a_text_that_was_read_in_vain_leaves_no_ids_but_those_of_others(home):
+def test_a_text_that_cannot_be_used_leaves_no_ids_and_keeps_those_of_others(home):
     with pytest.raises(BabyError, match="too short"):
         api.train("baby", data="input.txt", **{**TINY, "n_ctx": 100_000})
     assert not Path("runs").exists()
@@ -338,7 +338,7 @@ def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
     assert os.listdir("runs/corpora")
 
 
-def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
+def test_a_removed_current_folder_does_no_harm(home, monkeypatch):
     run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
     loss = run.evaluate(num_tokens=5).loss
 
