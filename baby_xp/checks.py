@@ -96,7 +96,7 @@ def number(name: str, value: Any, hint: str = "", **limits: float | None) -> int
 
 
 def _finite(value: Any) -> int | float | None:
-    """A finite number as Python's own int or float; None if it is none, or one that no float can hold."""
+    """A finite number as Python's int or float; None for anything else, and for ints too large for a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     found = int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class BabyError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 class NothingTrained(BabyError):

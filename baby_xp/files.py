@@ -160,7 +160,7 @@ def open_in_folder(path: Path, mode: str) -> Any:
 
 
 def try_to_lock(file: Any, shared: bool = False) -> bool:
-    """Lock an open file until it is closed -> whether no other process had locked it. Raises OSError if the file
+    """Lock an open file until it is closed -> False if another process has locked it. Raises OSError if the file
     system cannot lock files.
 
     shared: together with other shared locks, to find out whether a process is writing the file.
@@ -226,7 +226,7 @@ def _save(temporary: Path, save: Callable[[Path], None]) -> None:
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, and rename. A folder that another process removes meanwhile is made again."""
+    """Save under a temporary name, and rename. If another process removes the folder, it is made again."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     for attempt in range(ATTEMPTS):
         try:

@@ -276,7 +276,7 @@ def written(case: Case) -> str:
 
 
 def parsed(text: str) -> Case | None:
-    """The case that a text such as "4+4" or "12-34" names; None if it is none, of any table."""
+    """The case that a text such as "4+4" or "12-34" names; None if it is not a case of any table."""
     number = "(0|[1-9][0-9]{0,9})"  # longer ones are in no table
     parts = re.fullmatch(f"{number}([+-]){number}", text)
     return (int(parts[1]), parts[2], int(parts[3])) if parts else None

@@ -31,7 +31,7 @@ class Choice:
     log_p: tuple[float, ...]
 
     def entropy(self) -> float:
-        """The entropy of this draw alone, in nats."""
+        """The entropy of this draw, in nats."""
         return -self.mean(self.log_p)
 
     def mean(self, values: Iterable[float]) -> float:
@@ -204,7 +204,7 @@ def _shared_beginning(grammar: Grammar, left: tuple, right: tuple) -> str | None
 
 
 def _letters(grammar: Grammar, parts: tuple) -> tuple[bool, dict[str, set]]:
-    """Whether `parts` can be over already, and letter -> the parts that can be left after reading it."""
+    """Whether `parts` can be empty, and letter -> the parts that can remain after reading it."""
     if not parts:
         return True, {}
     first, rest = parts[0], parts[1:]

@@ -45,7 +45,7 @@ class Converted:
     params: np.ndarray
     """(P,) float64, in the order of the layout of Model(config, vocab_size)."""
     guid: str | None
-    """The tag in the model's file name, where it is a GUID."""
+    """The tag in the model's file name, if it is a GUID."""
     train: dict[str, Any]
     """The settings of its training, all of which TrainConfig has; empty where the config has none."""
 

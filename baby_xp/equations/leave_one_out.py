@@ -237,7 +237,7 @@ def jobs_of(run_config: RunConfig, seeds: int) -> list[RunConfig]:
 
 
 def _check_first(job: RunConfig) -> None:
-    """Raises BabyError for what is wrong with a model, or its data, before the first one is trained."""
+    """Raises BabyError if a model or its data cannot be used, before the first one is trained."""
     limits.check_context(job)
     pairs = dataset.prepare_equations(data_of(job), job.model, job.train)
     model, backend = Model(job.model, pairs.tokenizer.vocab_size), registry.load("numpy", dtype=job.train.dtype)
@@ -294,7 +294,7 @@ def _aligned(equation: str, width: int) -> str:
 
 
 def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], float, list[float]]]:
-    """The results of all jobs as they arrive. A model is small: a process trains it alone, then the next one."""
+    """The results of all jobs as they arrive. Models are small: each process trains one after the other."""
     if number == 1:
         yield from map(run_job, jobs)
         return

@@ -106,7 +106,7 @@ class Slopes:
         self.noise = step_noise(self.xp, model, *at, self.batch)
 
     def loss(self, flat: np.ndarray) -> float:
-        """Forward alone, with the plain functions."""
+        """Forward only, with the plain functions."""
         p = self.model.layout.unpack(np, flat)
         logits, _ = self.model.forward(self.xp, p, self.batch.inputs, self.noise)
         return float(np.mean(cross_entropy.forward(self.xp, {}, logits, self.batch.targets.reshape(-1))[0]))
@@ -172,7 +172,7 @@ def _batch(
 ) -> Batch:
     """A batch of the training text, or of the equations."""
     n_ctx = model.config.n_ctx
-    if isinstance(batches, PairBatches):  # as many rows as have this many targets
+    if isinstance(batches, PairBatches):  # enough rows for this many targets
         whole = batches.batch(0)
         number = batch * tokens if whole.targets.ndim == 1 else batch
         rows = np.random.default_rng(seed).permutation(len(whole.samples))[:number]

@@ -182,7 +182,7 @@ def found() -> frozenset[str]:
 
 
 def source_of(name: str) -> str:
-    """The source of a module. Raises BabyError where there is none."""
+    """The source of a module. Raises BabyError if it is missing."""
     try:
         return inspect.getsource(importlib.import_module(name))
     except OSError:

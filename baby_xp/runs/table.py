@@ -31,7 +31,7 @@ class Summary:
 def summaries(folder: str | Path) -> list[Summary]:
     """The runs under `folder`, the one last trained first. A damaged one is in the list like any other.
 
-    Raises BabyError for what is no path.
+    Raises BabyError if `folder` is not a path.
     """
     folder = as_path(folder, "path")
     return [_summary(RunFiles(folder, guid)) for guid in store.guids(folder)]

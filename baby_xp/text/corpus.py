@@ -21,7 +21,7 @@ from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
 Making = Callable[[Iterator[str]], Tokenizer]
 """Makes a tokenizer from the chunks of a text."""
-CHUNK = 1 << 18  # a chunk and what is made of it stay in cache: faster than 1 MiB, in a quarter of the memory
+CHUNK = 1 << 18  # small enough for the cache: faster than 1 MiB, in a quarter of the memory
 TRAIN_SHARE = 0.9
 HASH_SIZE = hashlib.sha256().digest_size
 IN_MEMORY = 1 << 27
@@ -236,7 +236,7 @@ class KeptIds:
         try:
             make_folder(self.path.parent, made)
             for _ in range(ATTEMPTS):
-                with suppress(FileNotFoundError):  # another process may clear the folder at any moment
+                with suppress(FileNotFoundError):  # another process may empty the folder at any time
                     if (ids := self._opened()) is not None:
                         return ids
                     self._write(encoded)
@@ -274,7 +274,7 @@ class KeptIds:
             seen = _identity(self.path)
             if seen != self._seen and not self._is_whole():
                 change = f"{shown(self.path)} was changed while it was in use"
-                raise BabyError(f"{change}; it is made anew from the text the next time")
+                raise BabyError(f"{change}; it will be rewritten from the text the next time")
             self._seen = seen
         except FileNotFoundError:
             return
@@ -347,7 +347,7 @@ def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
             yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        # The decoder saw the chunk with the bytes of a character that the chunk before had begun.
+        # error.object also holds the bytes of a character that began in the chunk before.
         offset = end - len(error.object) + error.start
         raise BabyError(
             f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset} "

@@ -31,7 +31,7 @@ CHUNK = 1 << 16
 
 
 class Batches(Protocol):
-    """Batches as a function of the step alone, so that a run can continue where another one stopped."""
+    """Batches as a function of the step only, so that a resumed run continues exactly."""
 
     @property
     def batch_size(self) -> int:
@@ -71,7 +71,7 @@ class Dataset:
     file: str | None = None
     """The absolute path of the text, if it was named by a path."""
     entropy: float | None = None
-    """Exact entropy in nats per character, where it is known: no model can have a lower expected loss."""
+    """Exact entropy in nats per character, if it is known: no model can have a lower expected loss."""
 
     def check(self) -> None:
         """Raises BabyError if the data on disk changed since it was opened. Costs little."""

@@ -10,7 +10,7 @@ END = re.compile(r"[.!?]+")
 
 @dataclass(frozen=True)
 class Statistics:
-    """The counts of a text. A line ends at \\n alone, whitespace is what `str.isspace` says.
+    """The counts of a text. A line ends only at \\n; whitespace is what `str.isspace` says.
 
     paragraphs  lines that hold something other than whitespace.
     sentences   ends of sentences: runs of the marks . ! ? with nothing between them, so that "What?!" and

@@ -83,7 +83,7 @@ def _shortened(begun: str, longest: int) -> str:
     A text without whitespace is one word. Without this, every chunk would be added to the ones before it.
     """
     core = _core(begun)
-    if len(core) > longest:  # however it goes on, it is too long
+    if len(core) > longest:  # however it continues, it is too long
         return "x" * (longest + 1)
     # Past `longest` characters there is only punctuation: if a letter follows, the word is too long anyway.
     return begun[begun.find(core) :][:longest]

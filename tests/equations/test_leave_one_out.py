@@ -29,7 +29,7 @@ OF_EQUATIONS = [name for name, run_config in PRESETS.items() if isinstance(run_c
 
 
 def shortened(name, **overrides):
-    """A preset that trains in a moment, and learns little."""
+    """A preset that trains quickly, and learns little."""
     return preset(name).override({"num_steps": 3, "batch_size": 64, **overrides})
 
 

@@ -44,7 +44,7 @@ def wrong(rows) -> list[str]:
         {},
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "dropout": 0.2, "gelu": "erf"},
         {"dropout": 0.3, "dtype": "float64"},
-        # the gate of an untrained model has hardly a gradient: less than rounding lets slopes be told by
+        # the gate of an untrained model has hardly a gradient: slopes below what rounding resolves
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "num_steps": 1},
     ],
     ids=["baby", "other switches", "dropout", "untrained"],

@@ -1,5 +1,5 @@
-"""What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is wrong in
-silence."""
+"""What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is silently
+wrong."""
 
 import json
 import math
@@ -314,7 +314,7 @@ def test_a_full_disk_while_the_last_files_are_written_loses_no_step(text, tmp_pa
 
 @pytest.mark.parametrize("name", ["state_", ""], ids=["a checkpoint", "everything"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monkeypatch, name):
-    """And the first failure is told, not that the report of it could not be written either."""
+    """And the error is the first one, not that the report could not be written either."""
     full_where(monkeypatch, lambda path: name in path and bool(list(tmp_path.glob("outputs/metrics_*"))))
     with pytest.raises(BabyError, match=r"state_.* cannot be written \(No space left on device\)") as caught:
         api.train("baby", path=tmp_path, data=text, **TINY)

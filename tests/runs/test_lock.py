@@ -84,7 +84,7 @@ def test_acquire_waits_as_long_as_its_patience(path):
 
 
 def test_a_lock_that_is_released_while_waiting_is_acquired(path):
-    """As when somebody else asks whether it is held, and takes it for a moment."""
+    """As when another process calls is_held, and holds it for an instant."""
     first, second = Lock(path), Lock(path)
     first.acquire()
     later = threading.Timer(0.05, first.release)
@@ -154,7 +154,7 @@ def test_a_lock_on_a_file_that_was_removed_is_none(path, monkeypatch):
 
     monkeypatch.setattr("baby_xp.runs.lock.try_to_lock", removed_before)
     first = Lock(path)
-    assert first.acquire(patience=0)  # nobody held it
+    assert first.acquire(patience=0)  # no process held it
     assert path.exists()
     assert not Lock(path).acquire(patience=0)
     first.release()
@@ -191,7 +191,7 @@ def test_the_lock_of_an_ended_process_is_released(path, holder, how):
     holder.wait()
     if os.name != "nt":
         assert holder.returncode == -{"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[how]
-    assert path.exists()  # nobody was there to remove it
+    assert path.exists()  # a killed process cannot remove it
     assert not Lock(path).is_held()
     lock = Lock(path)
     assert lock.acquire()

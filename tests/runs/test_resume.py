@@ -271,7 +271,7 @@ def test_a_line_of_the_metrics_is_written_before_the_listener_gets_it(text, tmp_
 
     train(text, tmp_path, Reader(), workers=1, num_steps=10)
     assert len(lines) == 3
-    assert all(told == written for told, written in lines)
+    assert all(heard == written for heard, written in lines)
 
 
 def test_bad_settings_are_refused_and_the_run_resumes_without_them(text, tmp_path, alone):

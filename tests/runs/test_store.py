@@ -155,7 +155,7 @@ def test_a_folder_without_runs_says_so(tmp_path, kind):
 
 
 def test_a_config_is_all_that_makes_a_run(runs):
-    """What else of it is missing, reading it tells."""
+    """Reading a run reports its other missing files."""
     files = RunFiles(runs, GUIDS[2])
     files.model.unlink()
     assert store.guids(runs) == GUIDS[::-1]
@@ -292,7 +292,7 @@ def test_what_a_write_that_was_killed_leaves_is_swept(runs, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed_is_not_swept(runs, monkeypatch):
-    """A stale handle of a network file system, say: the first file to be written tells of it."""
+    """Such as a stale handle of a network file system: writing the first file reports it."""
 
     def refuse(*args):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -1,4 +1,4 @@
-"""The table of runs: each is in it, whatever became of it, and the state is that of this moment."""
+"""The table of runs: it has every run, whatever happened to it, with its current state."""
 
 import io
 import os
@@ -43,8 +43,8 @@ def a_run(folder: Path, guid: str, state: str, *, step: int = 3, val_loss=1.25, 
 
 
 def expected(guid: str, state: str, **more) -> Summary:
-    told = {"steps": 3, "val_loss": 1.25, **more}
-    return Summary(guid, state, "baby", "my text.txt", STARTED, num_steps=1200, **told)
+    figures = {"steps": 3, "val_loss": 1.25, **more}
+    return Summary(guid, state, "baby", "my text.txt", STARTED, num_steps=1200, **figures)
 
 
 def listed(folder: Path) -> list[str]:

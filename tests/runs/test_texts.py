@@ -1,4 +1,4 @@
-"""A run and its text: found wherever the run is called from, its ids checked, and never another one in silence."""
+"""A run and its text: found from any current folder, its ids checked, and never silently replaced by another one."""
 
 import errno
 import os
@@ -56,7 +56,7 @@ def stop() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Run:
-    """A run that nothing comes in the way of, which no test changes."""
+    """A run without interruptions, which no test changes."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "input.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     return api.train("baby", data=str(folder / "input.txt"), path=folder / "runs", **TINY)
@@ -108,7 +108,7 @@ def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     shutil.copy("input.txt", home.parent / "copy.txt")
-    Path("input.txt").write_text("another text by now, " * 50)
+    Path("input.txt").write_text("another text, now, " * 50)
     monkeypatch.chdir(home.parent / "other")
     Path("input.txt").write_text(TEXT.upper())
     with pytest.raises(BabyError, match=r"home/input\.txt is no longer the text"):
@@ -213,7 +213,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
         with path.open("r+b") as file:  # in place: the training has it mapped
             file.write(bytes(200))
 
-    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it is made anew from the text"):
+    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten from the text"):
         api.train("baby", data="input.txt", listener=Meddler(damage, at=8), **TINY)
     (files,) = (store.RunFiles(Path("runs"), guid) for guid in store.guids(Path("runs")))
     config = store.read_sealed(files.config)
