@@ -184,7 +184,7 @@ def test_anything_but_whole_stories_has_no_probability(broken):
 
 
 def test_a_memory_is_kept():
-    """A story that forgets who it is about, or which sound the animal makes, is not of the grammar."""
+    """A story that forgets who it is about, or which sound the animal makes, is not in the grammar."""
     story = next(story for story in nursery.stories(0) if story.count("Max") > 1 and "She" not in story)
     sounds = "Woof|Meow|Quack|Oink|Cluck|Moo|Buzz|Croak|Grr|Roar|Honk|Squeak|Baa|Coo"
     assert -math.inf < log_probability(story) < 0
