@@ -37,7 +37,6 @@ from baby_xp.runs.creation import NewRun, new_run
 from baby_xp.runs.table import Summary
 from baby_xp.session import TrainingSession
 from baby_xp.text import dataset
-from baby_xp.text.dataset import Dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
 from baby_xp.training import checkpoint
 from baby_xp.training.checkpoint import Checkpoint
@@ -209,19 +208,17 @@ def import_littlebaby(
     settings = {"num_epochs": 1, "schedule": "constant", "warmup_steps": 0, "beta2": 0.999, "weight_decay": 0.01}
     train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
     run_config = RunConfig("littlebaby", found.config, train_config, DataConfig(str(model)))
-    own, compute = Model(found.config, found.tokenizer.vocab_size), Compute("numpy", workers=1)
-    flat = found.params.astype(dtype)
-    no_text = Dataset(str(model), found.tokenizer, None, 0, lambda: iter(()), 0, {})
-    setup = Setup(run_config, compute, compute.load(dtype), no_text, own, 1)
+    own, flat = Model(found.config, found.tokenizer.vocab_size), found.params.astype(dtype)
+    backend = Compute("numpy").load(dtype)
     result = {"state": "imported", "reason": "", "steps": 0, "val_loss": None}
     with new_run(path, guid=found.guid) as new:
         files = new.files
         write_json(files.tokenizer, found.tokenizer.to_dict())
         belongs = state_file.belonging(files.guid, found.config, found.tokenizer)
         state_file.save_weights(files.model, own.layout, flat, {**belongs, "step": "0"})
-        content = config_file.content(files, setup, None, config_file.now(), result)
+        content = config_file.content(files, run_config, own, backend, config_file.now(), result)
         store.write_sealed(files.config, content)
-        return Run(own, found.tokenizer, flat, setup.backend, files, content, run_config)
+        return Run(own, found.tokenizer, flat, backend, files, content, run_config)
 
 
 def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:

@@ -1,7 +1,6 @@
-"""What a caller gave, as plain Python values: NumPy's numbers and flags count as Python's, paths may be objects.
+"""Checks of arguments. Each takes NumPy's numbers and flags, and path-like objects, and returns a plain value.
 
-Each check returns the value to go on with. What cannot be used raises a BabyError that names the argument and says
-what it must be.
+A value that cannot be used raises a BabyError that names the argument and says what it must be.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from baby_xp.files import as_path
 LARGEST = 2**31 - 1
 """The largest whole number of a config: sizes and steps are counted in int32."""
 MOST_PROCESSES = 32
-"""On a machine with fewer cores: more are in each other's way, and take their memory and seconds to start."""
+"""On a machine with fewer cores: more would only compete, take memory and seconds to start."""
 LONGEST = 60
 """Characters of a value in a message."""
 
@@ -97,7 +96,7 @@ def number(name: str, value: Any, hint: str = "", **limits: float | None) -> int
 
 
 def _finite(value: Any) -> int | float | None:
-    """A finite number as Python's own int or float; None if it is none, or one that no float can hold."""
+    """A finite number as Python's int or float; None for anything else, and for ints too large for a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     found = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -120,7 +119,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """True or False, NumPy's too; 1 and 0 stand for them."""
-    with contextlib.suppress(Exception):  # whatever an object does when it is compared: it is not a flag
+    with contextlib.suppress(Exception):  # an object whose comparison fails is no flag
         if value in (True, False):
             return bool(value)
     raise BabyError(f"{name} must be True or False, not {shown_value(value)}")

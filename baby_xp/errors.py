@@ -1,8 +1,10 @@
-"""Errors that a user can mend: the command line prints them as one line and ends with exit code 2."""
+"""Errors that a user can fix: the command line prints them as one line and ends with exit code 2."""
+
+from typing import Any
 
 
 class BabyError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what is wrong, and what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 class NothingTrained(BabyError):
@@ -10,13 +12,13 @@ class NothingTrained(BabyError):
 
 
 class BackendUnavailable(BabyError):
-    """A backend cannot work on this machine. `reason` says why, `remedy` what would mend it."""
+    """A backend cannot work on this machine. `reason` says why, `remedy` how to fix it."""
 
     def __init__(self, name: str, reason: str, remedy: str):
         super().__init__(f"backend {name!r} cannot work here: {reason}; {remedy}")
         self.name, self.reason, self.remedy = name, reason, remedy
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.reason, self.remedy)
 
 
@@ -28,5 +30,5 @@ class OutOfMemory(BabyError):
         super().__init__("; ".join(filter(None, (shortage, advice, kept))))
         self.shortage, self.advice, self.kept = shortage, advice, kept
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.shortage, self.advice, self.kept)

@@ -1,4 +1,4 @@
-"""Files and folders: written whole, made where they are missing, and one sentence for what the system refuses.
+"""Files and folders: atomic writes, folders made on demand, and one-line errors for what the system refuses.
 
 Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`, the one
 place that decides what to advise.
@@ -19,16 +19,16 @@ from baby_xp.errors import BabyError
 TEMPORARY = ".tmp"
 """How the temporary name of a file ends while it is being written."""
 ATTEMPTS = 100
-"""How often a folder is made again that another process has removed in the meantime."""
+"""How often to make a folder again that another process has removed in the meantime."""
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EDEADLK)}
-"""What the system answers where another process has locked a file; EDEADLOCK is that of Windows."""
+"""The error codes if another process has locked a file; EDEADLOCK is that of Windows."""
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM}
 NO_LOCKS = {
     getattr(errno, name, errno.ENOLCK) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
 }
-"""What a file system answers that cannot lock files at all."""
+"""The error codes of a file system that cannot lock files at all."""
 
 
 def shown(path: str | Path) -> str:
@@ -38,7 +38,7 @@ def shown(path: str | Path) -> str:
 
 
 def as_path(value: Any, what: str) -> Path:
-    """A path that was given as text or as an object that stands for one. Raises BabyError for anything else.
+    """The Path of a text or a path-like object. Raises BabyError for anything else.
 
     what: what to call it when talking to the user, such as "path".
     """
@@ -54,7 +54,7 @@ def as_path(value: Any, what: str) -> Path:
 
 
 def absolute(path: str | Path) -> str:
-    """Where a path leads from the current folder, links followed; as it is, where that folder is gone."""
+    """The absolute path with links resolved; unchanged if the current folder no longer exists."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -62,9 +62,9 @@ def absolute(path: str | Path) -> str:
 
 
 def refusal(path: str | Path, error: OSError, doing: str = "written", other: str | None = None) -> BabyError:
-    """The one line for a file or folder that could not be read or written, with what helps against this error.
+    """The one-line error for a file or folder that could not be read or written, with advice.
 
-    doing: "written" or "read". other: what names another place, such as "--path"; None: nothing does.
+    doing: "written" or "read". other: the flag that names another place, such as "--path", if there is one.
     """
     return BabyError(f"{shown(path)} cannot be {doing} ({reason(error)}); {_advice(error, doing, other)}")
 
@@ -116,7 +116,7 @@ def make_folder(folder: Path, made: list[Path] | None = None) -> None:
 
 
 def make_writable_folder(folder: Path, made: list[Path], other: str | None = None) -> None:
-    """The same. Raises BabyError if it cannot be made, or if no file can be made in it."""
+    """Make a folder as `make_folder` does. Raises BabyError if it cannot be made, or no file in it."""
     # permission bits do not decide (file systems mounted read-only, root): only writing shows it
     trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
     try:
@@ -133,14 +133,14 @@ def make_writable_folder(folder: Path, made: list[Path], other: str | None = Non
 
 
 def remove_folders(made: list[Path]) -> None:
-    """Remove those of these folders that are empty, the last one first."""
+    """Remove the empty ones of these folders, the last one first."""
     for folder in reversed(made):
-        with suppress(OSError):  # something has come to lie in it
+        with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
 def listed(folder: Path) -> list[Path]:
-    """What lies in a folder; nothing where that cannot be found out."""
+    """The paths in a folder, sorted; none if it cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -148,9 +148,9 @@ def listed(folder: Path) -> list[Path]:
 
 
 def open_in_folder(path: Path, mode: str) -> Any:
-    """Open a binary file to write, and make its folder first where that is missing. Raises OSError.
+    """Open a binary file to write; make its folder first if it is missing. Raises OSError.
 
-    A process that ends may remove an empty folder between the making and the opening: then it is made again.
+    Another process that ends may remove the empty folder before the file is opened: then it is made again.
     """
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError):
@@ -160,10 +160,10 @@ def open_in_folder(path: Path, mode: str) -> Any:
 
 
 def try_to_lock(file: Any, shared: bool = False) -> bool:
-    """Lock an open file until it is closed -> whether no other process had locked it. Raises OSError if the file
+    """Lock an open file until it is closed -> False if another process has locked it. Raises OSError if the file
     system cannot lock files.
 
-    shared: beside others who lock it so, to find out whether somebody works with it.
+    shared: together with other shared locks, to find out whether a process is writing the file.
     """
     try:
         if sys.platform == "win32":
@@ -185,11 +185,11 @@ def try_to_lock(file: Any, shared: bool = False) -> bool:
 
 
 def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | None = None) -> None:
-    """Write a file so that it is whole or as before, whatever happens.
+    """Write a file atomically: it is complete or unchanged, whatever happens. Its folder is made if it is missing.
 
-    data: what the file holds, or a library's function that writes it to the path it is given. Its folder is made
-    if it is missing. A lone surrogate in a text, which UTF-8 does not have (a file name may), is written as an
-    escape. Raises BabyError if it cannot be written, which advises to name another place with `other`.
+    data: the content, or a function that writes it to a path. A lone surrogate in a text, which UTF-8 does not
+    have (a file name may), is written as an escape. other: the flag that names another place, for the advice.
+    Raises BabyError if the file cannot be written.
     """
     try:
         if callable(data):
@@ -202,11 +202,11 @@ def write(path: Path, data: bytes | str | Callable[[Path], None], other: str | N
 
 
 def write_pieces(path: Path, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
-    """The same for a file in pieces, which are made again where its folder goes meanwhile. Raises OSError."""
+    """Write a file in pieces, as `write` does; they are made again if its folder vanishes. Raises OSError."""
 
     def save(temporary: Path) -> None:
         with open_in_folder(temporary, "xb") as file:
-            with suppress(OSError):  # locked while it grows: see remove_unless_locked
+            with suppress(OSError):  # locked while it is written: see remove_unless_locked
                 try_to_lock(file)
             for piece in pieces():
                 file.write(piece)
@@ -218,7 +218,7 @@ def write_pieces(path: Path, pieces: Callable[[], Iterable[bytes | memoryview]])
 
 def _save(temporary: Path, save: Callable[[Path], None]) -> None:
     with open_in_folder(temporary, "xb") as file:
-        mode = os.fstat(file.fileno()).st_mode  # that of every new file; some libraries choose another
+        mode = os.fstat(file.fileno()).st_mode  # the default mode; some libraries choose another
     save(temporary)
     os.chmod(temporary, mode & 0o777)
     with open(temporary, "ab") as file:
@@ -226,13 +226,13 @@ def _save(temporary: Path, save: Callable[[Path], None]) -> None:
 
 
 def _replace(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under a temporary name, and rename. A folder that another process removes meanwhile is made again."""
+    """Save under a temporary name, and rename. If another process removes the folder, it is made again."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     for attempt in range(ATTEMPTS):
         try:
             save(temporary)
             return os.replace(temporary, path)
-        except FileNotFoundError:  # another process has tidied up: see open_in_folder, and creation.py
+        except FileNotFoundError:  # another process removed the folder: see open_in_folder, and creation.py
             if attempt == ATTEMPTS - 1:
                 raise
         finally:
@@ -240,14 +240,13 @@ def _replace(path: Path, save: Callable[[Path], None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file where that is possible."""
+    """Remove a file if possible."""
     with suppress(OSError):
         path.unlink()
 
 
 def remove_unless_locked(path: Path) -> None:
-    """Remove a file that was left half written. While somebody writes it, or where files cannot be locked, it
-    stays."""
+    """Remove a half-written file, unless a process is writing it or the file system cannot lock files."""
     with suppress(OSError), open(path, "rb") as file:
         if try_to_lock(file, shared=True):
             path.unlink()

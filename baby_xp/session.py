@@ -167,7 +167,11 @@ class TrainingSession(Listener):
 
     def _content(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the config file holds."""
-        return config_file.content(self.files, self.setup, self.base, self.began, result)
+        setup = self.setup
+        return config_file.content(
+            self.files, setup.config, setup.model, setup.backend, self.began, result,
+            setup.compute.device, setup.workers, setup.dataset, self.base,
+        )  # fmt: skip
 
     def _finish(self, result: Result) -> Run:
         """Write the files at the end of a training session."""
@@ -192,8 +196,7 @@ class TrainingSession(Listener):
     def _write_report(self, content: dict[str, Any], more: list[dict[str, Any]], sample: str) -> None:
         """Write the report and, last of all, the config file."""
         records = [*self._last.progress["records"], *more]
-        dataset = self.setup.dataset
-        write(self.files.report, report.text(content, records, dataset.facts, dataset.entropy, sample))
+        write(self.files.report, report.text(content, records, self.setup.dataset, sample))
         store.write_sealed(self.files.config, content)
 
     # trouble -------------------------------------------------------------------------------------------

@@ -26,24 +26,21 @@ class Entry:
     url: str
     sha256: str
     file_name: str
-    about: str
-    licence: str
 
 
 TEXTS: dict[str, Entry] = {
+    # 40,000 lines from the plays, which are in the public domain; the selection is Karpathy's, from char-rnn
     "shakespeare": Entry(
         name="shakespeare",
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         file_name="shakespeare.txt",
-        about="tiny Shakespeare: 40,000 lines from the plays, 1,115,394 characters, 65 distinct",
-        licence="the plays are in the public domain; the selection is Andrej Karpathy's, from char-rnn",
     ),
 }
 
 
 def names() -> list[str]:
-    """Every name that stands for a text: the generated ones, then those that are files."""
+    """All names of texts: the generated ones, then those that are files."""
     return [*BUILT_IN, *TEXTS]
 
 
@@ -90,14 +87,14 @@ def _sha256(path: Path) -> str:
 
 
 def _download(entry: Entry) -> Path:
-    import pooch  # here alone, so that nothing else waits for it
+    import pooch  # here, so that nothing else waits for it
 
     folder = Path(pooch.os_cache("baby_xp"))
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel("ERROR")  # pooch announces each download on stderr
     try:
-        # whole at once, not streamed: so the connection is closed where a download breaks off
+        # not streamed: the connection is closed if a download breaks off
         fetch = pooch.HTTPDownloader(stream=False)
         # pooch writes to a temporary file, which becomes the real one only if the checksum is right
         return Path(pooch.retrieve(entry.url, f"sha256:{entry.sha256}", entry.file_name, folder,

@@ -2,8 +2,8 @@
 
 There are 13 tokens, one per character; an id is the index in VOCABULARY: "1+1=2 " is [3, 1, 3, 12, 4, 0]. Minus,
 where a table has it, is the 14th. The equation model sees CONTEXT = 4 tokens and predicts the next one. An
-equation gives every window of 4 tokens inside it, with the token that follows; no window crosses from one
-equation to the next:
+equation gives every window of 4 tokens inside it, with the token that follows; no window spans two
+equations:
 
     "1+1=2 "    "1+1=" -> "2",   "+1=2" -> " "
     "8+9=17 "   "8+9=" -> "1",   "+9=1" -> "7",   "9=17" -> " "
@@ -14,9 +14,9 @@ What is left out of training for a held-out case a+b:
 No other equation gives a window with the same context and the same target: in each of the three kinds of
 window, the two together show the second digit and the sum, hence the first digit too.
 
-What stays is what a model can generalise from: the other pairs with the same sum (for 4+4: 3+5=8, 8+0=8 and
-so on) and the neighbours (4+3=7, 5+4=9). Some cases no model can answer: 0+0, since no other answer begins with
-its digit, and with sums up to 9 also 0+1, for the same reason, and 0+9, since no other equation has the operand 9.
+A model can generalise from what stays: the other pairs with the same sum (for 4+4: 3+5=8, 8+0=8 and so on) and
+the neighbours (4+3=7, 5+4=9). No model can answer some cases: 0+0, since no other answer begins with its digit,
+and with sums up to 9 also 0+1, for the same reason, and 0+9, since no other equation has the operand 9.
 
 Contexts that do not determine the target: above a sum of 9, "+9=1" is followed by any digit from 0 to 8, as
 the first digit lies outside the window. A context is undetermined if, in the whole table, held-out equations
@@ -65,7 +65,7 @@ class EquationTable:
     digits: int = 1
     operators: str = "+"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         largest = 2 * (10**self.digits - 1)
         if self.max_sum != 0 and self.max_sum not in range(9, largest + 1):
             raise BabyError(
@@ -161,9 +161,7 @@ class EquationTable:
         return [known[i] for i in sorted(order[: max(1, round(share * len(known)))])]
 
     def suitable(self, held_out: str) -> str:
-        """`held_out`, or a case of this table if it names cases that only other tables have.
-
-        For what was chosen with another table in mind: a share suits every table.
+        """`held_out`, or a case of this table if it names cases of other tables only; a share suits every table.
         """
         named = [parsed(case) for case in _split(held_out)]
         return held_out if None in named or all(case in self for case in named) else self.example
@@ -278,7 +276,7 @@ def written(case: Case) -> str:
 
 
 def parsed(text: str) -> Case | None:
-    """The case that a text such as "4+4" or "12-34" names; None if it is none, of any table."""
+    """The case that a text such as "4+4" or "12-34" names; None if it is not a case of any table."""
     number = "(0|[1-9][0-9]{0,9})"  # longer ones are in no table
     parts = re.fullmatch(f"{number}([+-]){number}", text)
     return (int(parts[1]), parts[2], int(parts[3])) if parts else None

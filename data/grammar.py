@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, pairwise
+from typing import Any
 
 from baby_xp.errors import BabyError
 
@@ -30,10 +31,10 @@ class Choice:
     log_p: tuple[float, ...]
 
     def entropy(self) -> float:
-        """The entropy of this draw alone, in nats."""
+        """The entropy of this draw, in nats."""
         return -self.mean(self.log_p)
 
-    def mean(self, values) -> float:
+    def mean(self, values: Iterable[float]) -> float:
         """The expected value, where option i is worth values[i]."""
         weights = (end - start for start, end in pairwise((0, *self.cumulative)))
         return sum(w * v for w, v in zip(weights, values, strict=True)) / self.cumulative[-1]
@@ -59,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The tables made ready: rule -> Choice of templates (tuples of Part), role -> Choice of rows."""
+    """The compiled tables: rule -> Choice of templates (tuples of Part), role -> Choice of rows."""
 
     rules: dict[str, Choice]
     roles: dict[str, Choice]
@@ -86,7 +87,7 @@ def make_grammar(rules: dict, roles: dict, start: str = "story") -> Grammar:
     return ready
 
 
-def _choice(where: str, alternatives) -> Choice:
+def _choice(where: str, alternatives: Any) -> Choice:
     weights = list(alternatives.values()) if isinstance(alternatives, dict) else [1] * len(alternatives)
     if isinstance(alternatives, str) or not weights or any(not isinstance(w, int) or w < 1 for w in weights):
         raise BabyError(f"{where}: give a tuple of alternatives, or a dict with whole numbers above 0")
@@ -203,7 +204,7 @@ def _shared_beginning(grammar: Grammar, left: tuple, right: tuple) -> str | None
 
 
 def _letters(grammar: Grammar, parts: tuple) -> tuple[bool, dict[str, set]]:
-    """Whether `parts` can be over already, and letter -> the parts that can be left after reading it."""
+    """Whether `parts` can be empty, and letter -> the parts that can remain after reading it."""
     if not parts:
         return True, {}
     first, rest = parts[0], parts[1:]

@@ -1,8 +1,8 @@
 """Nursery: an endless text of little stories, whose entropy per character is known exactly.
 
 The stories are drawn from a probabilistic grammar, independently of one another, and each ends with a blank
-line. The grammar is the two tables below, ROLES and RULES; writing a story, scoring a text and computing the
-entropy all walk these same tables, so editing the words cannot make the entropy wrong.
+line. The grammar is the two tables below, ROLES and RULES; writing a story and computing the entropy walk these
+same tables, so editing the words cannot make the entropy wrong.
 
 What a template may hold is in grammar.py, with the check that a text shows every choice that was made.
 
@@ -14,11 +14,15 @@ an endless text is the one divided by the other. No model can have a lower expec
 
 import random
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from baby_xp_data.grammar import Choice, Grammar, Part, innermost_first, make_grammar
 
 from baby_xp.errors import BabyError
+
+Memory = dict[str, tuple[str, ...]]
+"""The row drawn last, by role."""
 
 # Rows that two roles share, so that a story can have two such things at once.
 ANIMALS = (
@@ -29,7 +33,7 @@ THINGS = (
     ("hat",), ("box",), ("bed",), ("bag",), ("tub",), ("pot",), ("cup",), ("bus",), ("log",), ("cart",),
     ("boat",), ("drum",), ("tent",), ("sock",))
 
-# What a story remembers: a role is (its fields, its rows).
+# What a story remembers: a role is (fields, rows).
 ROLES = {
     "child": (("name", "she"), (
         ("Mia", "she"), ("Zoe", "she"), ("Lily", "she"), ("Anna", "she"), ("Nora", "she"),
@@ -110,17 +114,13 @@ NURSERY = make_grammar(RULES, ROLES)
 
 # --- writing -------------------------------------------------------------------------------------------
 
-def stories(seed: int, grammar: Grammar | None = None) -> Iterator[str]:
+def stories(seed: int, grammar: Grammar = NURSERY) -> Iterator[str]:
     """Stories without end, each with the blank line that ends it; the same for a seed on every machine.
 
     BabyError if seed is not a whole number from 0 on.
     """
     if not isinstance(seed, int) or seed < 0:
         raise BabyError(f"the seed of the stories is a whole number from 0 on, not {seed!r}")
-    return _stories(seed, grammar or NURSERY)
-
-
-def _stories(seed: int, grammar: Grammar) -> Iterator[str]:
     # random.Random.random is the one generator of Python whose numbers are promised to stay the same from
     # version to version (choice, shuffle and NumPy's Generator methods are not); the rest is whole numbers.
     uniform = random.Random(seed).random
@@ -130,12 +130,12 @@ def _stories(seed: int, grammar: Grammar) -> Iterator[str]:
         yield "".join(words)
 
 
-def generate(n_chars: int, seed: int, grammar: Grammar | None = None) -> str:
+def generate(n_chars: int, seed: int) -> str:
     """Whole stories, until there are at least n_chars characters of them. BabyError if n_chars is below 1."""
     if n_chars < 1:
         raise BabyError(f"the number of characters to generate is at least 1, not {n_chars}")
     whole, length = [], 0
-    for story in stories(seed, grammar):
+    for story in stories(seed):
         whole.append(story)
         length += len(story)
         if length >= n_chars:
@@ -143,7 +143,9 @@ def generate(n_chars: int, seed: int, grammar: Grammar | None = None) -> str:
     return "".join(whole)
 
 
-def _write(grammar: Grammar, rule: str, memory: dict, uniform, words: list[str]) -> None:
+def _write(
+    grammar: Grammar, rule: str, memory: Memory, uniform: Callable[[], float], words: list[str]
+) -> None:
     for part in _draw(grammar.rules[rule], uniform):
         if part.kind == "text":
             words.append(part.name)
@@ -155,21 +157,20 @@ def _write(grammar: Grammar, rule: str, memory: dict, uniform, words: list[str])
             words.append(part.word(memory[part.name]))
 
 
-def _draw(choice: Choice, uniform):
+def _draw(choice: Choice, uniform: Callable[[], float]) -> Any:
     return choice.options[bisect(choice.cumulative, uniform() * choice.cumulative[-1])]
 
 
 # --- entropy -------------------------------------------------------------------------------------------
 
-def entropy_per_character(grammar: Grammar | None = None) -> float:
+def entropy_per_character(grammar: Grammar = NURSERY) -> float:
     """The entropy of the text in nats per character: the least expected loss that a model can have."""
     nats, characters = story_expectations(grammar)
     return nats / characters
 
 
-def story_expectations(grammar: Grammar | None = None) -> tuple[float, float]:
+def story_expectations(grammar: Grammar = NURSERY) -> tuple[float, float]:
     """Of one story with its blank line: (entropy in nats, expected number of characters), both exact."""
-    grammar = grammar or NURSERY
     known: dict[str, tuple[float, float]] = {}
     for rule in innermost_first(grammar):
         choice, nats, characters = grammar.rules[rule], [], []
@@ -181,7 +182,9 @@ def story_expectations(grammar: Grammar | None = None) -> tuple[float, float]:
     return known[grammar.start]
 
 
-def _part_expectations(grammar: Grammar, part: Part, known: dict) -> tuple[float, float]:
+def _part_expectations(
+    grammar: Grammar, part: Part, known: dict[str, tuple[float, float]]
+) -> tuple[float, float]:
     if part.kind == "text":
         return 0.0, len(part.name)
     if part.kind == "rule":
@@ -190,60 +193,3 @@ def _part_expectations(grammar: Grammar, part: Part, known: dict) -> tuple[float
     # What is written never depends on which row was drawn, so a recalled word has the mean length of all rows'.
     characters = rows.mean([len(part.word(row)) for row in rows.options])
     return (rows.entropy() if part.kind == "draw" else 0.0), characters
-
-
-# --- reading -------------------------------------------------------------------------------------------
-
-def log_probability(text: str, grammar: Grammar | None = None) -> float:
-    """The log-probability, in nats, that the first stories are exactly `text`, which is whole stories.
-
-    The empty text is no story at all: 0. BabyError if the text is not of the grammar.
-    """
-    grammar = grammar or NURSERY
-    place, total, count = 0, 0.0, 0
-    while place < len(text):
-        count += 1
-        read = _read_rule(grammar, grammar.start, text, place, {})
-        if read is None:
-            beginning = text[place:place + 40]
-            raise BabyError(f"story {count} is not of the grammar, or not whole; it begins {beginning!r}")
-        log_p, place, _ = read
-        total += log_p
-    return total
-
-
-def _read_rule(grammar: Grammar, rule: str, text: str, place: int, memory: dict):
-    """(log-probability in nats, the place reached, what is remembered) of `rule` at `place`, or None."""
-    choice = grammar.rules[rule]
-    for template, log_p in zip(choice.options, choice.log_p, strict=True):
-        read = _read_template(grammar, template, text, place, memory)
-        if read is not None:
-            # The first alternative that fits is the one: in a checked grammar no other fits.
-            return read[0] + log_p, *read[1:]
-    return None
-
-
-def _read_template(grammar: Grammar, template: tuple[Part, ...], text: str, place: int, memory: dict):
-    total = 0.0
-    for part in template:
-        if part.kind == "rule":
-            read = _read_rule(grammar, part.name, text, place, memory)
-        elif part.kind == "draw":
-            read = _read_draw(grammar.roles[part.name], part, text, place, memory)
-        else:
-            word = part.name if part.kind == "text" else part.word(memory[part.name])
-            read = (0.0, place + len(word), memory) if text.startswith(word, place) else None
-        if read is None:
-            return None
-        log_p, place, memory = read
-        total += log_p
-    return total, place, memory
-
-
-def _read_draw(rows: Choice, part: Part, text: str, place: int, memory: dict):
-    for row, log_p in zip(rows.options, rows.log_p, strict=True):
-        word = part.word(row)
-        if text.startswith(word, place):
-            # a new dict, because the alternative that is being tried may yet turn out wrong
-            return log_p, place + len(word), {**memory, part.name: row}
-    return None

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baby_xp import config as configs
 from baby_xp.arrays import rng
-from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, TrainConfig
+from baby_xp.config import (
+    LARGEST_DROPOUT,
+    MOST_LAYERS,
+    DataConfig,
+    EquationConfig,
+    EquationData,
+    GPTConfig,
+    TrainConfig,
+    data_from_dict,
+    from_dict,
+    model_from_dict,
+    to_dict,
+)
 from baby_xp.errors import BabyError
 from baby_xp.presets import PRESETS, preset
 
@@ -96,8 +107,8 @@ def test_the_table_above_has_every_field():
 
 @pytest.mark.parametrize(("kind", "values"), [
     (GPTConfig, {"dropout": 0}),
-    (GPTConfig, {"dropout": configs.LARGEST_DROPOUT}),
-    (GPTConfig, {"n_layers": configs.MOST_LAYERS}),
+    (GPTConfig, {"dropout": LARGEST_DROPOUT}),
+    (GPTConfig, {"n_layers": MOST_LAYERS}),
     (GPTConfig, {"n_ctx": 1, "n_emb": 1, "head_size": 1, "n_heads": 1, "n_layers": 1}),
     (TrainConfig, {"lr": 1, "min_lr": 1}),
     (TrainConfig, {"min_lr": 5.0, "schedule": "constant"}),
@@ -109,7 +120,7 @@ def test_the_table_above_has_every_field():
     (TrainConfig, {"max_minutes": 1e-3, "checkpoint_minutes": 0.5}),
     (TrainConfig, {"batch_size": 2**16, "accumulate": 2**15 - 1}),
 ])  # fmt: skip
-def test_values_at_the_edge_are_taken(kind, values):
+def test_values_at_the_limits_are_accepted(kind, values):
     config = made(kind, **values)
     assert {name: getattr(config, name) for name in values} == values
 
@@ -118,7 +129,7 @@ def test_a_dropout_that_drops_everything_names_one_that_does_not():
     for rate in (65535.5 / 65536, 0.999999, math.nextafter(1, 0)):
         with pytest.raises(BabyError, match=r"drops everything, as .* 1 / 65536: choose 0\.99999 at most"):
             GPTConfig(dropout=rate)
-    assert rng.drop_threshold(configs.LARGEST_DROPOUT) == rng.HALVES - 1
+    assert rng.drop_threshold(LARGEST_DROPOUT) == rng.HALVES - 1
 
 
 @pytest.mark.parametrize(("kind", "values", "plain"), [
@@ -134,7 +145,7 @@ def test_numbers_of_numpy_and_paths_are_kept_as_plain_values(kind, values, plain
     config = made(kind, **values)
     assert config == made(kind, **plain)
     assert all(type(getattr(config, name)) is type(value) for name, value in plain.items())
-    assert json.loads(json.dumps(configs.to_dict(config))) == configs.to_dict(made(kind, **plain))
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(made(kind, **plain))
 
 
 def test_training_ends_somewhere_and_the_cosine_does_not_rise():
@@ -177,31 +188,31 @@ def test_the_lowest_rate_is_compared_with_the_rate_after_the_rule():
 def test_a_preset_survives_json(name):
     chosen = preset(name)
     model, train, data = (
-        json.loads(json.dumps(configs.to_dict(part))) for part in (chosen.model, chosen.train, chosen.data)
+        json.loads(json.dumps(to_dict(part))) for part in (chosen.model, chosen.train, chosen.data)
     )
-    assert configs.model_from_dict(model, "here") == chosen.model
-    assert type(configs.model_from_dict(model, "here")) is type(chosen.model)
-    assert configs.from_dict(TrainConfig, train, "here") == chosen.train
-    assert configs.data_from_dict({**data, "file": None, "sha256": "1"}, "here") == chosen.data
+    assert model_from_dict(model, "here") == chosen.model
+    assert type(model_from_dict(model, "here")) is type(chosen.model)
+    assert from_dict(TrainConfig, train, "here") == chosen.train
+    assert data_from_dict({**data, "file": None, "sha256": "1"}, "here") == chosen.data
 
 
 def test_a_model_says_its_kind_and_a_training_has_none():
-    assert configs.to_dict(GPTConfig())["kind"] == "gpt"
-    assert configs.to_dict(EquationConfig())["kind"] == "equations"
-    assert "kind" not in configs.to_dict(TrainConfig(num_steps=1))
+    assert to_dict(GPTConfig())["kind"] == "gpt"
+    assert to_dict(EquationConfig())["kind"] == "equations"
+    assert "kind" not in to_dict(TrainConfig(num_steps=1))
 
 
 @pytest.mark.parametrize("values", [{"kind": "gpt", "n_ctxx": 8}, {"kind": "gpt", "n_hidden": 8}])
 def test_an_unknown_field_names_the_file_and_the_field(values):
     odd = next(name for name in values if name != "kind")
     with pytest.raises(BabyError, match=rf"some\.json: \['{odd}'\] is not part of a GPTConfig"):
-        configs.model_from_dict(values, "some.json")
+        model_from_dict(values, "some.json")
 
 
 @pytest.mark.parametrize("values", [None, [], "gpt", 3, {}, {"kind": "rnn"}, {"kind": ["gpt"]}, {"kind": {}}])
 def test_an_unknown_kind_of_model_names_the_file(values):
     with pytest.raises(BabyError, match=r"some\.json: kind of model is none of gpt, equations"):
-        configs.model_from_dict(values, "some.json")
+        model_from_dict(values, "some.json")
 
 
 @pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig, EquationData])
@@ -212,7 +223,7 @@ def test_damaged_json_raises_nothing_but_BabyError(kind, data):
     values = {**({"num_steps": 9} if kind is TrainConfig else {}), data.draw(names): data.draw(JSON)}
     message = ""
     try:
-        configs.from_dict(kind, values, "some.json")
+        from_dict(kind, values, "some.json")
     except BabyError as error:
         message = str(error)
     assert not message or message.startswith("some.json: ")
@@ -223,11 +234,11 @@ def test_damaged_json_raises_nothing_but_BabyError(kind, data):
 def test_json_that_is_no_config_raises_nothing_but_BabyError(value):
     for kind in (GPTConfig, TrainConfig):
         try:
-            assert configs.from_dict(kind, value, "some.json") == made(kind)
+            assert from_dict(kind, value, "some.json") == made(kind)
         except BabyError:
             continue
     with pytest.raises(BabyError):
-        configs.model_from_dict(value, "some.json")
+        model_from_dict(value, "some.json")
 
 
 # presets ------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_the_data_is_synced_before_the_rename(tmp_path, monkeypatch, write):
     assert order == [5, "replace"]
 
 
-def test_what_others_write_gets_the_mode_of_every_new_file(tmp_path):
+def test_files_that_libraries_write_have_the_default_mode(tmp_path):
     def private(path: Path) -> None:
         path.unlink()
         path.touch(0o600)
@@ -127,13 +127,13 @@ def test_a_file_is_locked_while_it_grows_and_only_one_that_was_left_is_removed(t
     assert all_of(tmp_path) == ({"a"} if locked else set())
 
 
-def test_a_folder_that_is_gone_is_made_again(tmp_path):
+def test_a_missing_folder_is_made(tmp_path):
     files.write(tmp_path / "gone" / "b" / "a", "b")
     files.append_line(tmp_path / "lines" / "a.jsonl", {})
     assert all_of(tmp_path) == {"gone", "gone/b", "gone/b/a", "lines", "lines/a.jsonl"}
 
 
-def test_a_folder_that_others_take_away_again_and_again_is_made_as_often(tmp_path, monkeypatch):
+def test_a_folder_that_others_remove_again_and_again_is_made_again(tmp_path, monkeypatch):
     """As a run that fails does with a folder that it made and that is still empty."""
     opened, replace, left = open, os.replace, {"open": 3, "replace": 2}
 
@@ -158,7 +158,7 @@ def test_a_folder_that_others_take_away_again_and_again_is_made_as_often(tmp_pat
     assert all_of(tmp_path) == {"a", "a/b.jsonl", "b", "b/c"}
 
 
-def test_a_file_in_the_way_of_a_folder_is_said(tmp_path):
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
         with pytest.raises(BabyError, match=r"cannot be written .*; something that is no folder stands"):
@@ -178,7 +178,7 @@ ADVICE = {
 
 
 @pytest.mark.parametrize("code", ADVICE, ids=errno.errorcode.get)
-def test_what_the_system_refuses_comes_with_what_helps_against_it(tmp_path, monkeypatch, code):
+def test_an_error_of_the_system_comes_with_advice(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "replace", refuse(code))
     with pytest.raises(BabyError) as caught:
         files.write(tmp_path / "a", "b", other="--path")

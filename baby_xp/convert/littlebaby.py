@@ -4,8 +4,8 @@
     tokenizers/tokenizer_<guid>.json      characters in id order
     models/model_<guid>.json              weights by name, as nested lists
 
-`named` gives each of the original's weights as a view of our flat buffer. Reading writes into these views and
-writing reads from them, so that names and shapes are listed once. A linear's weight is (in, out) in both.
+`named` gives each of the original's weights as a view of the flat buffer. Reading a model writes into these views,
+writing one reads from them, so that names and shapes are listed once. A linear's weight is (in, out) in both.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp import files
-from baby_xp.arrays.tree import Layout
+from baby_xp.arrays.tree import Layout, Tree
 from baby_xp.config import GPTConfig, ModelConfig, TrainConfig, from_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import shown
@@ -38,23 +38,23 @@ REMEDY = "get the original's files again, all three of one model"
 
 @dataclass(frozen=True)
 class Converted:
-    """A model of the original's, as ours."""
+    """A model of the original, converted."""
 
     config: GPTConfig
     tokenizer: CharTokenizer
     params: np.ndarray
     """(P,) float64, in the order of the layout of Model(config, vocab_size)."""
     guid: str | None
-    """The tag in the model's file name, where it is a GUID."""
+    """The tag in the model's file name, if it is a GUID."""
     train: dict[str, Any]
     """The settings of its training, all of which TrainConfig has; empty where the config has none."""
 
 
 def read(model: Path, config: Path | None = None, tokenizer: Path | None = None) -> Converted:
-    """Read a model of the original's. A file that is not given is looked for beside the model's, and in the
-    folder where the original keeps it.
+    """Read a model of the original. A file that is not given is looked for beside the model's, and in the folder
+    where the original keeps it.
 
-    Raises BabyError unless the three files hold one whole model, of a kind that we have as well.
+    Raises BabyError unless the three files hold one whole model of a supported kind.
     """
     model = files.as_path(model, "model")
     weights, tag = _load(model), model.stem.removeprefix("model_")
@@ -77,7 +77,7 @@ def write(
     params: np.ndarray,
     train: TrainConfig | None = None,
 ) -> list[Path]:
-    """Write a model to where the original's notebook finds it, if `folder` is its path. Returns the files.
+    """Write a model for the original's notebook, which reads it with `folder` as its path. Returns the files.
 
     They hold every digit; the notebook rounds the weights to float32 when it loads them. Raises BabyError for a
     model that the original cannot hold, and if one of the files is there already.
@@ -109,9 +109,9 @@ def write(
                 raise files.refusal(Path(folder) / name, error, "written", "--to") from None
         for path, value in contents.items():
             written.append(path)
-            # everything in ASCII, as json does it: the notebook reads in the encoding of the system
+            # json writes ASCII: the notebook reads in the encoding of the system
             files.write(path, json.dumps(value, default=np.ndarray.tolist), other="--to")
-    except BaseException:  # all three or none, and no folder without them
+    except BaseException:  # all three files or none, and no empty folders
         for path in written:
             files.remove(path)
         files.remove_folders(made)
@@ -127,7 +127,7 @@ def _cannot_hold(what: str) -> BabyError:
 
 
 def named(config: GPTConfig, layout: Layout, flat: np.ndarray) -> dict[str, Any]:
-    """What the original's model file holds: views of the parameters (P,) by its names, and its constants."""
+    """The content of the original's model file: views of the parameters (P,) by name, and constants."""
     p = layout.unpack(np, flat)
     weights = {"wte_weight": p["wte"]["weight"], "wpe_weight": p["wpe"]["weight"]}
     weights |= {**_norm("ln_f", p["ln_f"]), **_linear("lm_head", p["lm_head"])}
@@ -139,36 +139,36 @@ def named(config: GPTConfig, layout: Layout, flat: np.ndarray) -> dict[str, Any]
     return weights
 
 
-def _norm(name, p):
+def _norm(name: str, p: Tree) -> dict[str, Any]:
     return {f"{name}_gamma": p["gain"], f"{name}_beta": p["bias"]}
 
 
-def _linear(name, p):
+def _linear(name: str, p: Tree) -> dict[str, Any]:
     return {f"{name}_{part}": view for part, view in p.items()}
 
 
-def _gate(name, p):
+def _gate(name: str, p: Tree) -> dict[str, Any]:
     return {**_linear(name, p), f"{name}_bias": None}
 
 
-def _qkv(name, p):
+def _qkv(name: str, p: Tree) -> dict[str, Any]:
     parts = np.split(p["weight"], 3, axis=1)
     return {f"{name}_{letter}_weight": part for letter, part in zip("qkv", parts, strict=True)}
 
 
-def _mha(p):
+def _mha(p: Tree) -> dict[str, Any]:
     return {**_qkv("mha", p["qkv"]), **_linear("mha_c", p["out"])}
 
 
-def _moh(p):
+def _moh(p: Tree) -> dict[str, Any]:
     return {**_qkv("moh", p["qkv"]), **_gate("moh_g", p["gate"]), **_linear("moh_m", p["out"])}
 
 
-def _mlp(p):
+def _mlp(p: Tree) -> dict[str, Any]:
     return {**_linear("mlp_proj_up", p["up"]), **_linear("mlp_proj_dn", p["down"])}
 
 
-def _moe(p):
+def _moe(p: Tree) -> dict[str, Any]:
     parts = {**_gate("moe_g", p["gate"]), "moe_expansion": EXPANSION, "moe_n_experts": EXPERTS}
     up = np.split(p["up"]["weight"], EXPERTS, axis=1), np.split(p["up"]["bias"], EXPERTS)
     down = np.split(p["down"]["weight"], EXPERTS), p["down"]["bias"]
@@ -179,11 +179,11 @@ def _moe(p):
 
 
 def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
-    """The parameters (P,) from what a model file held."""
+    """The parameters (P,) from the content of a model file."""
     where, model = shown(path), Model(config, V)
     if not isinstance(weights, dict):
         raise BabyError(f"{where} is not a JSON object of weights by name; {REMEDY}")
-    # first what needs no memory, because a config may claim any size
+    # first the checks that need no memory, because a config may claim any size
     n_layers = len({name.split("_")[1] for name in weights if name.startswith("block_")})
     if n_layers != config.n_layers:
         raise BabyError(f"{where} has {n_layers} blocks, its config n_layers {config.n_layers}; {REMEDY}")
@@ -193,7 +193,7 @@ def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
         raise BabyError(f"{where} is too small for the {model.n_parameters} weights of its config; {REMEDY}")
     flat = np.full(model.n_parameters, np.nan)
     parts = {_name_in(weights, name): part for name, part in named(config, model.layout, flat).items()}
-    # constants before views: where the number of experts is another, so are the names
+    # constants before views: the names depend on the number of experts
     for name, part in sorted(parts.items(), key=lambda pair: isinstance(pair[1], np.ndarray)):
         if name not in weights:
             raise BabyError(f"{where} lacks {name}, which a model of its config has; {REMEDY}")
@@ -217,7 +217,7 @@ def _take(part: Any, value: Any, what: str) -> None:
         return
     if not _fits(value, part.shape):
         raise BabyError(f"{what} is {_in_words(value, part.shape)}, not numbers of shape {part.shape}; {REMEDY}")
-    with suppress(OverflowError):  # a whole number that no float can hold: the view stays NaN
+    with suppress(OverflowError):  # an int too large for a float: the view stays NaN
         part[...] = np.array(value, dtype=np.float64)
     if not np.isfinite(part).all():
         raise BabyError(f"{what} holds a number that is not finite; its training has failed, take another model")
@@ -245,7 +245,7 @@ def _in_words(value: Any, expected: tuple[int, ...] | None = None) -> str:
 
 
 def _load(path: Path) -> Any:
-    """The value in a JSON file. Raises BabyError for a pickle, and makes nothing of what it holds."""
+    """The value in a JSON file. Raises BabyError for a pickle, without loading it."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -270,7 +270,7 @@ def _find(model: Path, kind: str, *tags: str) -> Path:
 
 
 def _configs(values: Any, where: str) -> tuple[GPTConfig, dict[str, Any]]:
-    """The model's config and the settings of its training, from what a config file held."""
+    """The model's config and its training settings, from the content of a config file."""
     if not isinstance(values, dict):
         raise BabyError(f"{where} is not a JSON object of settings; {REMEDY}")
     if missing := [name for name in SIZES if name not in values]:
@@ -283,7 +283,7 @@ def _configs(values: Any, where: str) -> tuple[GPTConfig, dict[str, Any]]:
 
 
 def _described(config: GPTConfig, train: TrainConfig | None) -> dict[str, Any]:
-    """What the original's config file holds. It counts in epochs, and its rate is constant."""
+    """The content of the original's config file. It counts in epochs, at a constant learning rate."""
     train = train or TrainConfig(num_epochs=1)
     settings = {"num_epochs": train.num_epochs or 1, "batch_size": train.step_size, "lr": train.peak_lr}
     return {name: getattr(config, name) for name in (*SWITCHES, *SIZES)} | settings

@@ -1,4 +1,4 @@
-"""The equation lab: hold out each sum in turn, train a model without it, ask for it. Over several seeds.
+"""The equation lab: hold out each sum in turn, train a model without it and ask it for the sum, for several seeds.
 
 A good fit to the training data says nothing about unseen cases. Here each case of the table is left out of the
 training data, together with its mirror, and a model that never saw it is asked for its answer.
@@ -7,7 +7,7 @@ training data, together with its mirror, and a model that never saw it is asked 
 import queue
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from baby_xp_data import equation_table
 from baby_xp_data.equation_table import EquationTable
 from threadpoolctl import threadpool_limits
 
-from baby_xp import checks, equations, processes
+from baby_xp import checks, equations, layout, processes
 from baby_xp.arrays import registry
 from baby_xp.config import EquationConfig, EquationData, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
@@ -35,7 +35,7 @@ EACH = "each"
 IGNORED = (
     "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
 )  # fmt: skip
-"""Settings of training that mean nothing here: a model is asked once it is trained, and not kept."""
+"""Training settings without effect here: each model is trained to its end, asked, and not kept."""
 TASK = "baby_xp.equations.leave_one_out:answer_job"
 
 
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Results:
-    """The answers of all models, and what they took.
+    """The answers of all models, and what training took.
 
     copied: the share answered correctly by copying the answer of the nearest training equation.
     losses: the last training loss of each model, in nats per target.
@@ -88,18 +88,11 @@ class Results:
 
     def of_seeds(self) -> dict[int, float]:
         """Share answered correctly, seed by seed."""
-        return {
-            seed: float(np.mean([answer.right for answer in self.answers if answer.seed == seed]))
-            for seed in sorted({answer.seed for answer in self.answers})
-        }
+        return _shares((answer.seed, answer.right) for answer in self.answers)
 
     def of_operators(self) -> dict[str, float]:
         """Share answered correctly, operator by operator."""
-        asked: dict[str, list[bool]] = {operator: [] for operator in self.table.operators}
-        for answer in self.answers:
-            _, operator, _ = equation_table.case_of(answer.equation)
-            asked[operator].append(answer.right)
-        return {operator: float(np.mean(right)) for operator, right in asked.items() if right}
+        return _shares((equation_table.case_of(answer.equation)[1], answer.right) for answer in self.answers)
 
     def map(self, operator: str = "+") -> np.ndarray:
         """Share answered correctly (10, 10), by first and second operand, or by their tens; NaN where nothing was
@@ -119,7 +112,7 @@ class Results:
         seeds, n = self.of_seeds(), len({answer.equation for answer in self.answers})
         answers = f"{len(self.answers):,} answers of {self.models} model{'s' * (self.models > 1)}"
         rows = [
-            ("held out", f"{n:,} equation{'s' * (n > 1)}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
+            ("held out", f"{layout.counted(n, 'equation')}, {answers}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"),
             ("answered correctly", f"{self.share:.1%}"),
         ]
         if self.share_without_zeros is not None:
@@ -134,8 +127,7 @@ class Results:
             ("last training loss", f"{np.mean(self.losses):.4f} nats per target, mean of the models"),
             ("time", f"{self.seconds:.0f} s in {self.processes} process{'es' * (self.processes > 1)}"),
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines = layout.pairs(rows)
         if n > 1:
             for operator in self.table.operators:
                 lines += ["", *self._map_lines(operator)]
@@ -153,8 +145,16 @@ class Results:
         return lines
 
 
+def _shares(answers: Iterable[tuple[Any, bool]]) -> dict[Any, float]:
+    """The share of right answers for each key, sorted by key."""
+    groups: dict[Any, list[bool]] = {}
+    for key, right in answers:
+        groups.setdefault(key, []).append(right)
+    return {key: float(np.mean(groups[key])) for key in sorted(groups)}
+
+
 def suitable(kind: str, digits: Any = None, max_sum: Any = None, operators: Any = None) -> RunConfig:
-    """The preset that an experiment begins with: kind is "mlp", the equation model, or "gpt".
+    """The preset that an experiment starts from: kind is "mlp", the equation model, or "gpt".
 
     digits, max_sum, operators: the requested table, as numbers or text; None: not requested.
     """
@@ -190,7 +190,7 @@ def experiment(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Train the models of an experiment and ask them.
+    """Train the models of an experiment and ask them for what was held out.
 
     run_config: a preset of equations; if its data's held_out is "each", there is a model for every case of the
     table (one for a+b and b+a), else one for what it names, with `seeds` seeds each. workers: processes, None
@@ -237,7 +237,7 @@ def jobs_of(run_config: RunConfig, seeds: int) -> list[RunConfig]:
 
 
 def _check_first(job: RunConfig) -> None:
-    """Raises BabyError for what is wrong with a model, or its data, before the first one is trained."""
+    """Raises BabyError if a model or its data cannot be used, before the first one is trained."""
     limits.check_context(job)
     pairs = dataset.prepare_equations(data_of(job), job.model, job.train)
     model, backend = Model(job.model, pairs.tokenizer.vocab_size), registry.load("numpy", dtype=job.train.dtype)
@@ -294,13 +294,13 @@ def _aligned(equation: str, width: int) -> str:
 
 
 def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], float, list[float]]]:
-    """The results of all jobs as they arrive. A model is small: a process trains it alone, then the next one."""
+    """The results of all jobs as they arrive. Models are small: each process trains one after the other."""
     if number == 1:
         yield from map(run_job, jobs)
         return
     idle: queue.SimpleQueue = queue.SimpleQueue()
     with ExitStack() as stack:
-        # left last: its threads wait for the processes, which are ended before
+        # closed last: its threads wait for the processes, which end first
         pool = stack.enter_context(ThreadPoolExecutor(number))
         for _ in range(number):
             idle.put(stack.enter_context(processes.started(TASK, "processes of the lab")))
@@ -311,7 +311,7 @@ def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], flo
 
 
 def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
-    """Let one of the idle processes do a job."""
+    """Run a job in one of the idle processes."""
     child = idle.get()
     try:
         return processes.ask(child, job.to_dict())
@@ -322,8 +322,8 @@ def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
 
 
 def answer_job(**job: Any) -> dict[str, Any]:
-    """What a process of the lab does with a job, a preset as JSON values."""
-    for number in SIGNALS[1:]:  # these are for the parent, which then ends this process
+    """The task of a process of the lab: run a job, a preset as JSON values."""
+    for number in SIGNALS[1:]:  # the parent handles these and ends this process
         signal.signal(number, signal.SIG_IGN)
     found, loss, copied = run_job(RunConfig.from_dict(job, "lab"))
     return {"answers": [vars(answer) for answer in found], "loss": loss, "copied": copied}

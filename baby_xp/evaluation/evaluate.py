@@ -1,14 +1,15 @@
-"""What can be measured of a trained model, each figure named for what it measures: no marks out of a hundred."""
+"""Evaluating a trained model: figures that are named for what they measure, and no overall score."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from baby_xp import layout
+from baby_xp.inference.trained_model import TrainedModel
 from baby_xp.text.batches import Batch
-from baby_xp.text.dataset import EquationDataset, TextDataset
+from baby_xp.text.dataset import Dataset
 from baby_xp.text.text_metrics import NGRAM
 from baby_xp.training.step import loss_and_predictions
 from baby_xp.training.validation import mean_loss
@@ -35,7 +36,6 @@ class Evaluation:
     num_tokens: int = 0
     known_words: float | None = None
     copied_ngrams: float | None = None
-    ngram: int = NGRAM
     answered: float | None = None
 
     def lines(self) -> list[str]:
@@ -55,27 +55,23 @@ class Evaluation:
             rows.append(("distance to the best possible", above))
         shares = {
             "words that occur in the training text": self.known_words,
-            f"{self.ngram}-character sequences copied from it": self.copied_ngrams,
+            f"{NGRAM}-character sequences copied from it": self.copied_ngrams,
         }
         rows += [(f"of {self.num_tokens:,} generated tokens:", "")] if self.num_tokens else []
         rows += [(f"  {name}", f"{share:.1%}") for name, share in shares.items() if share is not None]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {value}".rstrip() for name, value in (("text", self.data), *rows)]
+        return layout.pairs([("text", self.data), *rows])
 
 
-def evaluate(model: Any, dataset: TextDataset | EquationDataset, num_tokens: int, seed: int) -> Evaluation:
-    """Measure a trained model on the whole validation part of a dataset.
-
-    model: its model, params and backend, and what `dataset.score` needs. num_tokens are generated, with `seed`.
-    """
-    loss, accuracy = _measure(model, dataset.validation())
-    perplexity, more = math.exp(min(loss, 700)), dataset.score(model, loss, num_tokens, seed)
+def evaluate(trained: TrainedModel, dataset: Dataset, num_tokens: int, seed: int) -> Evaluation:
+    """Measure a trained model on the whole validation part of a dataset. num_tokens are generated, with `seed`."""
+    loss, accuracy = _measure(trained, dataset.validation())
+    perplexity, more = math.exp(min(loss, 700)), dataset.score(trained, loss, num_tokens, seed)
     return Evaluation(
         dataset.name, dataset.n_validation, loss, perplexity, accuracy, entropy=dataset.entropy, **more
     )
 
 
-def _measure(trained: Any, batches: Iterator[Batch]) -> tuple[float, float]:
+def _measure(trained: TrainedModel, batches: Iterator[Batch]) -> tuple[float, float]:
     """Mean loss in nats per target, and the share of targets that are the most likely token."""
     backend, model, right, n_targets = trained.backend, trained.model, 0, 0
     xp, params = backend.xp, backend.asarray(trained.params)

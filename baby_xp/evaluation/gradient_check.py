@@ -1,24 +1,23 @@
 """Every gradient of a real model on a real batch, compared with finite differences of its loss.
 
-A gradient g says how steeply the loss L rises: along a direction d of length 1, by g . d. The loss itself says
-the same without any formula of ours for a derivative. With D(h) = (L(w + h d) - L(w - h d)) / 2h, the central
+A gradient g says how steeply the loss L rises: along a direction d of length 1, by g . d. The loss itself gives
+this slope without any formula for a derivative. With D(h) = (L(w + h d) - L(w - h d)) / 2h, the central
 difference, whose error falls as h^2,
 
     slope = (4 D(h) - D(2h)) / 3
 
-is left with an error that falls as h^4 (Richardson's extrapolation).
+has an error that falls as h^4 (Richardson's extrapolation).
 
-STEP, the h of it, is 2e-4, in float64. A longer one costs where the loss curves strongly: an embedding's numbers
-are some 0.02, and the error of the formula grows with (h / 0.02)^4. With a shorter one, rounding shows: it does
-1e-16 or so to a loss, and some 1e-16 / h = 1e-12 to a slope. An error is relative to the slope, or to the root
-mean square of the array's gradient, or to FLOOR, 1e-5, whichever is largest: of a slope much smaller than that,
-rounding leaves too little. Among all arrays of the runs that were tried, trained and untrained, of all switches,
-the worst error lay between 1e-10 and 2e-7, and TOLERANCE, 1e-5, is far above these and far below what a fault in a
-formula does.
+The step h is STEP, 2e-4, in float64. A longer one is less accurate where the loss curves strongly: an embedding's
+numbers are about 0.02, and the error of the formula grows with (h / 0.02)^4. With a shorter one, rounding shows:
+it changes a loss by about 1e-16 and a slope by about 1e-16 / h = 1e-12. An error is relative to the slope, to the
+root mean square of the array's gradient, or to FLOOR, 1e-5, whichever is largest: much smaller slopes are lost in
+rounding. Over all arrays of trained and untrained runs with all switches, the worst error lay between 1e-10 and
+2e-7. TOLERANCE, 1e-5, is far above these and far below the effect of a fault in a formula.
 
-For each parameter array, d is drawn at random several times, then is single elements: half of them those with the
-largest gradients, the other half drawn at random. A fault in few elements shows in these, one in all of them in
-the random directions. Where the run has dropout, the same mask holds for all losses, as it is a hash of the step.
+For each parameter array, d is first a few random directions, then single elements: half of them those with the
+largest gradients, the other half drawn at random. A fault in few elements shows in the latter, a fault in all of
+them in the former. If the run has dropout, all losses use the same mask, as it is a hash of the step.
 """
 
 import itertools
@@ -85,7 +84,7 @@ def check(
     directions, model = checks.whole("directions", directions), trained.model
     host, parts = _batch(model, batches, tokens, batch, seed), model.layout
     ends = itertools.accumulate(parts.sizes)
-    with threadpool_limits(1):  # products this small only wait for each other's threads
+    with threadpool_limits(1):  # threads only slow down products this small
         slopes = Slopes(model, trained.params.astype(np.float64), host, seed)
         gradients = slopes.gradients()
         return [
@@ -107,13 +106,13 @@ class Slopes:
         self.noise = step_noise(self.xp, model, *at, self.batch)
 
     def loss(self, flat: np.ndarray) -> float:
-        """Forward alone, with the plain functions."""
+        """Forward only, with the plain functions."""
         p = self.model.layout.unpack(np, flat)
         logits, _ = self.model.forward(self.xp, p, self.batch.inputs, self.noise)
         return float(np.mean(cross_entropy.forward(self.xp, {}, logits, self.batch.targets.reshape(-1))[0]))
 
     def gradients(self) -> list[np.ndarray]:
-        """What backward says (P,): with the plain functions, and with the fast kernels."""
+        """Backward's gradients (P,): with the plain functions, and with the fast kernels."""
         return [
             self.model.layout.pack(np, loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1])
             for xp in (self.xp, self.fast)
@@ -173,7 +172,7 @@ def _batch(
 ) -> Batch:
     """A batch of the training text, or of the equations."""
     n_ctx = model.config.n_ctx
-    if isinstance(batches, PairBatches):  # as many rows as have this many targets
+    if isinstance(batches, PairBatches):  # enough rows for this many targets
         whole = batches.batch(0)
         number = batch * tokens if whole.targets.ndim == 1 else batch
         rows = np.random.default_rng(seed).permutation(len(whole.samples))[:number]
@@ -184,7 +183,7 @@ def _batch(
     return RandomWindows(batches.ids, tokens, batch, seed).batch(0)
 
 
-# in words -------------------------------------------------------------------------------------------------
+# as text --------------------------------------------------------------------------------------------------
 
 
 def lines(rows: list[GradientCheck]) -> list[str]:
@@ -211,7 +210,7 @@ def summary(rows: list[GradientCheck]) -> str:
 
 
 def about(model: Model) -> list[str]:
-    """What the table holds, for a reader who has not seen it before."""
+    """An introduction to the table."""
     dropout = f", with its dropout of {model.config.dropout}" if model.config.dropout else ""
     return [
         f"Backward's gradients on a batch of its training data{dropout}, in float64, against finite",

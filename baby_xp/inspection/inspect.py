@@ -1,4 +1,4 @@
-"""Looking into a model: every array between a prompt and the next token, and every gradient on the way back.
+"""Inspecting a model: every array from the prompt to the next token, and every gradient of the backward pass.
 
     seen = run.inspect("Here comes", backward=True)
     seen.arrays["blocks.0.attention.heads.weights"]     # (1, H, T, T)
@@ -6,13 +6,13 @@
     seen.next_tokens()                                  # [(" ", 0.93), ("s", 0.02), ...]
 
     def without_head_1(weights):
-        weights[:, 1] = 0                               # it no longer looks anywhere
+        weights[:, 1] = 0                               # head 1 attends to nothing
         return weights
 
     run.inspect("Here comes", patch={"blocks.0.attention.heads.weights": without_head_1}).loss
 
-The maths that runs is that of layers/ and models/, with the plain functions of every backend (no fast kernels), so
-that all arrays exist; trace.py explains how they are recorded and named.
+It runs the maths of layers/ and models/ with the plain functions (no fast kernels), so that all arrays exist;
+trace.py explains how they are recorded and named.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ import numpy as np
 from baby_xp import layout
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tree import from_leaves, leaves
-from baby_xp.config import EquationConfig
+from baby_xp.config import EquationConfig, GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.inspection.render import (
     bar,
@@ -52,11 +52,11 @@ LEVELS = (0.03, 0.15, 0.35, 0.65)
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """All that was seen while a model read a prompt of T tokens. Arrays are on the host, copies of their own.
+    """Everything recorded while a model read a prompt of T tokens. Arrays are copies on the host.
 
     An equation model reads a window of n_ctx tokens and answers with the next one, from "=" on: where a GPT has T
     rows of logits, it has one for each window, for "4+4=8" those that end with "=" and with "8". (A prompt without
-    "=" has one answer, at its end.) What a window lacks is filled up with id 0 on the left, as in generation.
+    "=" has one answer, at its end.) A window is padded with id 0 on the left, as in generation.
     """
 
     tokens: list[str]
@@ -70,7 +70,7 @@ class Inspection:
     logits: np.ndarray
     """(T, V), after each token."""
     probabilities: np.ndarray
-    """(T, V) float64, the softmax of the logits: what the model expects after each token."""
+    """(T, V) float64, the softmax of the logits: the prediction after each token."""
     loss: float | None
     """Mean loss in nats per token of the prompt's own next tokens; None if it has none."""
     names: list[list[str]]
@@ -87,7 +87,7 @@ class Inspection:
         return f"<Inspection of {''.join(self.tokens)!r}: {len(self.names)} arrays{loss}>"
 
     def attention(self, layer: int, head: int) -> np.ndarray:
-        """How much each token (row) looks at each token (column): weights (T, T), each row adds up to 1.
+        """How much each token (row) attends to each token (column): weights (T, T), each row adds up to 1.
 
         Raises BabyError if there is no such head, or the model has no attention.
         """
@@ -135,7 +135,7 @@ class Inspection:
             raise BabyError(f"no answer at position {position}: there are answers at {ends}")
         return at - self.positions[0]
 
-    # in words ---------------------------------------------------------------------------------------------
+    # as text ----------------------------------------------------------------------------------------------
 
     def table(self, layer: int | None = None, stream: bool = False) -> list[str]:
         """A line of text for each array: name, shape, mean, standard deviation, least and largest number.
@@ -173,7 +173,7 @@ class Inspection:
         return layout.fitted(["name", "shape", "mean", "std", "min", "max", "also"], rows, "<<>>>><", blocks)
 
     def next_lines(self, k: int = 5, plain: bool = False) -> list[str]:
-        """What the model expects at each position, with bars. plain: ASCII alone."""
+        """The model's predictions at each position, with bars. plain: ASCII only."""
         lines, at_end = [], self.positions[-1]
         if len(self.positions) > 1:
             lines.append("what comes next, as the prompt has it, and what the model finds most likely:")
@@ -191,7 +191,7 @@ class Inspection:
         return lines
 
     def attention_lines(self, layer: int, head: int, plain: bool = False) -> list[str]:
-        """One head's attention, drawn with characters: a row a token, which looks at the tokens of the columns."""
+        """One head's attention, drawn with characters: each token (row) attends to those of the columns."""
         weights, shades = self.attention(layer, head), SHADES[plain]
         wide = 2 if len(self.tokens) <= 40 else 1
         header = "".join(f"{glyph(token, plain):<{wide}}" for token in self.tokens)
@@ -209,9 +209,9 @@ class Inspection:
         return lines
 
     def heads(self) -> np.ndarray:
-        """For each layer and head, how far back it looks in tokens and its largest weight, means over the tokens.
+        """Per layer and head, how far back it attends in tokens and its largest weight, means over the tokens.
 
-        (L, H, 2). The first token, which can look nowhere but at itself, does not count. Raises BabyError for a
+        (L, H, 2). The first token, which can attend only to itself, does not count. Raises BabyError for a
         model without attention, or a prompt of one token.
         """
         layers, heads = self.attention_size
@@ -230,7 +230,7 @@ class Inspection:
         return int(layer), int(head)
 
     def heads_lines(self) -> list[str]:
-        """How far back each head looks, and how sharply, as a table."""
+        """How far back each head attends, and how sharply, as a table."""
         found = self.heads()
         lines = ["how far back each head looks, in tokens, and its largest weight (means over the prompt):"]
         lines.append(f"{'':>9}" + "".join(f"{f'head {head}':>14}" for head in range(found.shape[1])))
@@ -245,7 +245,7 @@ WEIGHTS = "attention.heads.weights"
 def inspect(
     trained: "TrainedModel", prompt: str = "", backward: bool = False, patch: Patch | None = None
 ) -> Inspection:
-    """Let a model read a prompt and keep every array on the way; as Run.inspect, which has the details."""
+    """Run a model on a prompt and record every array; Run.inspect has the details."""
     ids, windows, notes = _read(trained, prompt)
     answers = len(windows) if is_equation(trained) else len(ids)
     targets = ids[len(ids) - answers + 1 :]
@@ -256,7 +256,7 @@ def inspect(
     xp = backend.xp
     p = model.layout.unpack(xp, backend.asarray(trained.params))
     recorder = Recorder(xp, backend.to_numpy, p, patches)
-    with np.errstate(all="ignore"):  # a note tells of numbers that are not finite
+    with np.errstate(all="ignore"):  # a note reports NaN
         if patched := {path for path, _ in leaves(p) if path in patches}:
             p = from_leaves((path, recorder.patched(path, one)) for path, one in leaves(p))
             recorder = Recorder(xp, backend.to_numpy, p, patches)
@@ -289,7 +289,7 @@ def neighbours(trained: "TrainedModel", token: str, k: int = 5) -> list[tuple[st
     lengths = np.linalg.norm(table, axis=1)
     cosines = table @ table[ids[0]] / np.maximum(lengths * lengths[ids[0]], np.finfo(np.float64).tiny)
     distances = np.linalg.norm(table - table[ids[0]], axis=1)
-    # rows of one number point to one of two sides; among them, the nearer ones come first
+    # embeddings of one number have a cosine of 1 or -1: the nearer ones come first
     order = np.lexsort((distances, -cosines.round(12)))
     found = [int(i) for i in order if i != ids[0]][: max(k, 0)]
     return [(token_text(trained.tokenizer, i), float(cosines[i])) for i in found]
@@ -328,13 +328,13 @@ def _computed(
     logits, saved = maths.forward(xp, p, backend.asarray(windows), model.config)
     if not len(targets):
         return logits, None, {}
-    # what follows the last token is not known: it has no loss, and no gradient comes from it
+    # the last token has no target: no loss, and no gradient
     losses, loss_saved = entropy.forward(xp, {}, logits[: len(targets), :], backend.asarray(targets))
     weight = xp.full_like(losses, 1 / len(targets))
     loss = float(backend.to_numpy(xp.reshape(xp.sum(losses * weight), (1,)))[0])
     if not backward:
         return logits, loss, {}
-    recorder.turn()
+    recorder.begin_backward()
     _, dlogits = entropy.backward(xp, {}, loss_saved, weight)
     dlogits = recorder.see("dlogits", xp.concat([dlogits, xp.zeros_like(logits[len(targets) :, :])]))
     return logits, loss, maths.backward(xp, p, saved, dlogits, model.config)
@@ -350,7 +350,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _broken(arrays: dict[str, np.ndarray]) -> list[str]:
-    """A note on the first array with a NaN, if there is one. (Minus infinity is what masked scores are.)"""
+    """A note on the first array with a NaN, if there is one. (Masked scores are minus infinity.)"""
     for name, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             return [f"NaN first appears in {name}"]
@@ -358,10 +358,12 @@ def _broken(arrays: dict[str, np.ndarray]) -> list[str]:
 
 
 def ablate(trained: "TrainedModel", heads: Sequence[tuple[int, int]]) -> Patch:
-    """A patch for `inspect` that ablates heads, (layer, head) each: they look nowhere and add nothing."""
-    on: dict[int, np.ndarray] = {}
+    """A patch for `inspect` that ablates heads, given as (layer, head): they attend to nothing and add nothing."""
+    config, on = trained.model.config, dict[int, np.ndarray]()
+    if not isinstance(config, GPTConfig):  # it has no heads
+        return {}
     for layer, head in heads:
-        on.setdefault(layer, np.ones((1, trained.model.config.n_heads, 1, 1)))[:, head] = 0
+        on.setdefault(layer, np.ones((1, config.n_heads, 1, 1)))[:, head] = 0
 
     def masked(mask: Any) -> Callable[[Any], Any]:
         return lambda weights: weights * mask

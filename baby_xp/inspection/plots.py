@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from baby_xp.inspection.inspect import Inspection
 
 COLOURS, FUTURE = "magma_r", "0.9"
-"""Pale for no weight, dark for all of it, readable without colours too; grey where a token may not look."""
+"""Pale for no weight, dark for all of it, readable without colours too; grey for the masked future."""
 MOST_LABELS = 80
 OF_OTHERS = {"pgf"}
-"""Kinds of pictures that matplotlib writes with the help of other programs."""
+"""Kinds of pictures for which matplotlib needs other programs."""
 
 
 def check(file: str | Path) -> Path:
-    """Where a picture is to be written. Raises BabyError if that cannot be: said before the work, not after it."""
+    """The path of a picture. Raises BabyError if it cannot be written there; call this before the work."""
     path = as_path(file, "picture")
     known = _figure(1, 1).canvas.get_supported_filetypes().keys() - OF_OTHERS
     kind = path.suffix.lower().removeprefix(".")
@@ -35,21 +35,16 @@ def check(file: str | Path) -> Path:
 
 
 def attention(seen: "Inspection", file: str | Path, head: tuple[int, int] | None = None) -> Path:
-    """Draw the attention of one head (layer, head), or of all of them as a grid -> where the picture lies.
+    """Draw the attention of one head (layer, head), or of all heads as a grid -> the picture's path.
 
-    A row a token, from top to bottom, looks at the tokens of the columns. Raises BabyError if matplotlib is
+    Each row is a token, which attends to the tokens of the columns. Raises BabyError if matplotlib is
     missing, the model has no attention, or the file cannot be written.
     """
     path = check(file)
-    return save(attention_figure(seen, head), path)
-
-
-def attention_figure(seen: "Inspection", head: tuple[int, int] | None = None) -> Any:
-    """The same as a figure of matplotlib, to be shown in a notebook."""
     layers, heads = seen.attention_size
     maps = [head] if head else [(layer, head) for layer in range(layers) for head in range(heads)]
     rows, columns = (1, 1) if head else (layers, heads)
-    # large enough for the tokens of one map to be read; a grid gets by with less
+    # large enough to read the tokens of one map; a grid needs less
     side = max(3.5, 1.2 + 0.2 * len(seen.tokens)) if head else max(1.8, 0.6 + 0.09 * len(seen.tokens))
     figure = _figure(columns * side, rows * side)
     figure.suptitle("Attention: each token (row) looks back at those of the columns", fontsize=11)
@@ -57,7 +52,7 @@ def attention_figure(seen: "Inspection", head: tuple[int, int] | None = None) ->
     for one, (layer, number) in zip(axes, maps, strict=True):
         image = _map(one, seen, layer, number, 8 if head else 5)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="weight")
-    return figure
+    return save(figure, path)
 
 
 def _map(axes: Any, seen: "Inspection", layer: int, head: int, size: float) -> Any:
@@ -79,7 +74,7 @@ def _map(axes: Any, seen: "Inspection", layer: int, head: int, size: float) -> A
 
 
 def answers(results: "Results", file: str | Path) -> Path:
-    """Draw which held-out equations were answered correctly, a map an operator -> where the picture lies.
+    """Draw the share of held-out equations answered correctly, a map per operator -> the picture's path.
 
     Raises BabyError if matplotlib is missing or the file cannot be written.
     """
@@ -106,7 +101,7 @@ def answers(results: "Results", file: str | Path) -> Path:
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure of so many inches, with no window and no state shared with other figures."""
+    """A figure of this size in inches, without a window and without state shared with other figures."""
     try:
         from matplotlib.figure import Figure
     except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND names nothing that it knows
@@ -115,15 +110,15 @@ def _figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the picture, whole or not at all."""
+    """Write the picture, completely or not at all."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it draws a box in its place
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
         try:
             figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
         except MemoryError:
             raise
-        except Exception as error:  # of matplotlib, and of the libraries that write a kind of picture
+        except Exception as error:  # from matplotlib or a library that writes this kind of file
             advice = "try a name that ends in .png or .svg, or a picture of less"
             raise BabyError(f"{shown(path)} cannot be drawn ({reason(error)}); {advice}") from None
     write(path, buffer.getvalue(), other="--picture")

@@ -19,7 +19,7 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What `inspect` on the command line is asked to show."""
+    """The options of `inspect` on the command line."""
 
     prompt: str = ""
     """Text for the model to read."""
@@ -55,7 +55,7 @@ def report(trained: "TrainedModel", options: InspectOptions, plain: bool = False
     if options.picture:
         from baby_xp.inspection import plots
 
-        plots.check(options.picture)  # before the work, not after it
+        plots.check(options.picture)  # before the work
     near = None if options.neighbours is None else neighbours(trained, options.neighbours, options.top)
     seen = inspect(trained, options.prompt, options.backward, ablate(trained, ablated))
     lines = [*_head_lines(seen), ""]
@@ -139,7 +139,7 @@ def _neighbour_lines(
 
 
 def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
-    """The layer and head that "1.2" names. Raises BabyError if there is none such."""
+    """The layer and head that "1.2" names. Raises BabyError if there is none."""
     layer, _, head = text.partition(".")
     if not (_is_number(layer) and _is_number(head)):
         alternative = ", or all" if flag == "--attention" else ""
@@ -151,7 +151,7 @@ def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is a whole number of a few digits: Python reads none of more than some thousand."""
+    """Whether this is a whole number of a few digits: Python refuses to read thousands."""
     return text.isdecimal() and len(text) < 10
 
 

@@ -9,7 +9,7 @@ from baby_xp.text.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a string: its character; a byte that is none by itself as \\xe9."""
+    """A token as a string: its character; a byte that is not ASCII as \\xe9."""
     if tokenizer.kind == "byte" and int(token) > 127:
         return f"\\x{int(token):02x}"
     return tokenizer.decode([int(token)])
@@ -70,4 +70,4 @@ def less_common(first: str, name: str) -> str:
     ours, theirs = first.split(".")[:-1], name.split(".")
     pairs = zip(ours, theirs[:-1], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number alone says nothing
+    return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number by itself means nothing

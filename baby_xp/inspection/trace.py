@@ -1,22 +1,22 @@
 """Tracing: copies of the layers and models that record every array.
 
-The files in layers/ and models/ hold no hook, and nobody keeps a list of their arrays. Their own source is read,
-and `ast` puts a call after each assignment in a function:
+The files in layers/ and models/ contain no hooks and no list of their arrays. Tracing reads their source, and uses
+`ast` to insert a call after each assignment in a function:
 
     scores = q @ xp.matrix_transpose(k) / ...
     scores = __see__("scores", scores)
 
 and around each value that a `forward` or `backward` returns without a name. The copies are compiled from that,
-and refer to each other. What trains and generates is the plain text, and pays nothing.
+and refer to each other. Training and generation run the original modules, at no cost.
 
-The names are those of the source, after the place in the model: "blocks.0.attention.heads.scores".
+A name is that of the source, after the place in the model: "blocks.0.attention.heads.scores".
 
 - The place is the path of the layer's parameters. A layer without parameters (heads, softmax, gelu, dropout) has
   the place of its caller and its module's name. A helper function belongs to the layer that calls it.
 - An array that is returned without a name is "y" from forward and "dx" from backward.
-- A name that is given again is numbered in the order of computation: "scores", "scores:2".
-- An array that goes by several names (one layer's y is the next one's x) has all of them. Mere renaming, as in
-  `q, k, v = saved`, gives no new name; and a loop shows what it ends with.
+- A name that is assigned again is numbered in the order of computation: "scores", "scores:2".
+- An array with several names (one layer's y is the next one's x) has all of them. Mere renaming, as in
+  `q, k, v = saved`, gives no new name; and a loop records only its final values.
 """
 
 import ast
@@ -37,15 +37,15 @@ from baby_xp.errors import BabyError
 
 SEE, SCOPE, IMPORT = "__see__", "__scope__", "__import_copy__"
 DIRECTIONS = {"forward": ("y", 0), "backward": ("dx", -1)}
-"""What a result without a name is called, and which one of several results it is."""
+"""The name of a result without one, and its index among several results."""
 
 
 class Recorder:
-    """Names every array that it is shown, keeps a copy of it, and may put another one in its place.
+    """Names every array that it sees, keeps a copy of it, and may replace it.
 
     to_host: makes a host array of one of the backend's. p: the tree of parameters, which gives a layer's place.
     patches: name -> function of (array) -> array of the same shape and type. `arrays` and `gradients` are in the
-    order of computation; gradients are what is seen after `turn`.
+    order of computation; arrays seen after `begin_backward` are gradients.
     """
 
     def __init__(self, xp: Any, to_host: Callable, p: Tree, patches: Mapping[str, Callable] | None = None):
@@ -53,7 +53,7 @@ class Recorder:
         self.paths = dict(_subtrees(p))
         self.arrays: dict[str, Any] = {}
         self.gradients: dict[str, Any] = {}
-        self.now = self.arrays
+        self.current = self.arrays
         self.names: list[list[str]] = []
         """For each array in the order of computation, all its names, the first one first."""
         self._counts: Counter[str] = Counter()
@@ -61,12 +61,12 @@ class Recorder:
         self._known: dict[int, tuple[Any, int]] = {}  # by id; holding the array keeps the id its own
         self._scopes = [("", "")]
 
-    def turn(self) -> None:
-        """The forward pass is over: what comes now are gradients."""
-        self.now = self.gradients
+    def begin_backward(self) -> None:
+        """The forward pass is over: arrays seen from now on are gradients."""
+        self.current = self.gradients
 
     def see(self, name: str, value: Any) -> Any:
-        """The value, or what is put in its place. Everything but an array goes through unseen."""
+        """Record an array -> itself or its replacement. Any other value is returned as it is."""
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             return value
         full = _joined(self._scopes[-1][1], name)
@@ -78,37 +78,37 @@ class Recorder:
         if id(value) not in self._known:
             self._known[id(value)] = (value, len(self.names))
             self.names.append([])
-            self.now[unique] = self.host(value)
+            self.current[unique] = self.host(value)
         names = self.names[self._known[id(value)][1]]
         names.append(unique)
-        self.now[unique] = self.now[names[0]]
+        self.current[unique] = self.current[names[0]]
         return value
 
     def _is_of_forward(self, value: Any) -> bool:
-        """Whether the backward pass only takes up an array that the forward pass has made."""
+        """Whether the backward pass only reuses an array of the forward pass."""
         known = self._known.get(id(value))
-        return self.now is self.gradients and known is not None and self.names[known[1]][0] in self.arrays
+        return self.current is self.gradients and known is not None and self.names[known[1]][0] in self.arrays
 
     def host(self, value: Any) -> Any:
-        """A copy on the host, which nobody writes to later."""
+        """A copy on the host, which later writes do not change."""
         return self.to_host(value).copy()
 
     def patched(self, name: str, value: Any) -> Any:
-        """What the patch of that name makes of an array; BabyError if it is none of its shape and type."""
+        """The array after its patch, if it has one. Raises BabyError if the patch changes its shape or type."""
         if name not in self.patches:
             return value
-        new = self.patches[name](self.xp.asarray(value, copy=True))  # it may write into what it is given
+        new = self.patches[name](self.xp.asarray(value, copy=True))  # a copy, as the patch may write into it
         for what in ("shape", "dtype"):
             if getattr(new, what, None) != getattr(value, what):
                 raise BabyError(
                     f"the patch of {name} must return an array of shape {tuple(value.shape)} and type "
                     f"{value.dtype}, not {_in_words(new)}"
                 )
-        # what comes back as it was stays the very same, down to its layout in memory
+        # an unchanged array stays the same object, with its layout in memory
         return value if bool(self.xp.all(new == value)) else new
 
     def check_patches(self, others: Iterable[str] = ()) -> None:
-        """Raises BabyError if a patch has a name that no array had. others: names that exist besides."""
+        """Raises BabyError if a patch names no array. others: names that exist besides."""
         known = [*self.arrays, *self.gradients, *others]
         for name in self.patches:
             if name not in known:
@@ -117,7 +117,7 @@ class Recorder:
 
     @contextmanager
     def scope(self, module: str, function: str, p: Any) -> Iterator[None]:
-        """While a function of a module runs: what it names belongs to its place."""
+        """The place of the names that a function of a module gives while it runs."""
         caller, path = self._scopes[-1]
         if function in DIRECTIONS and isinstance(p, dict) and id(p) in self.paths:
             path = self.paths[id(p)]
@@ -131,7 +131,7 @@ class Recorder:
 
 
 class Copies:
-    """The modules of layers/ and models/ once more, rewritten so that a recorder sees their arrays."""
+    """Copies of the modules of layers/ and models/, rewritten so that a recorder sees their arrays."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
@@ -142,7 +142,7 @@ class Copies:
         return self.named(module.__name__)
 
     def named(self, name: str) -> types.ModuleType:
-        """The copy of the module of that name; it is made when it is first asked for."""
+        """The copy of the module of that name, made on first use."""
         if name not in self.modules:
             copy = self.modules[name] = types.ModuleType(name)
             vars(copy).update({SEE: self.recorder.see, SCOPE: self._scoped, IMPORT: self._imported})
@@ -161,7 +161,7 @@ class Copies:
         return getattr(importlib.import_module(module), name)
 
     def _scoped(self, function: Callable) -> Callable:
-        """The function, telling the recorder when it begins and ends."""
+        """The function, in a scope of the recorder."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ class Copies:
 
 @functools.cache
 def found() -> frozenset[str]:
-    """The names of all modules of maths: what lies in layers/ and models/."""
+    """The names of all modules in layers/ and models/."""
     parts = (layers, models)
     return frozenset(
         module.name for part in parts for module in pkgutil.iter_modules(part.__path__, f"{part.__name__}.")
@@ -182,7 +182,7 @@ def found() -> frozenset[str]:
 
 
 def source_of(name: str) -> str:
-    """The source of a module. Raises BabyError where there is none."""
+    """The source of a module. Raises BabyError if it is missing."""
     try:
         return inspect.getsource(importlib.import_module(name))
     except OSError:
@@ -191,19 +191,19 @@ def source_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def compiled(source: str, file: str) -> types.CodeType:
-    """The code of a module in which every function shows its arrays."""
+    """The compiled module, in which the recorder sees the arrays of every function."""
     return compile(rewritten(source), file, "exec")
 
 
 def rewritten(source: str) -> ast.Module:
-    """A module's source: its functions show their arrays, and it imports copies."""
+    """A module's syntax tree, in which the recorder sees the arrays of every function, and imports are copies."""
     tree = ast.parse(source)
     tree.body = [line for statement in tree.body for line in _rewritten(statement)]
     return ast.fix_missing_locations(tree)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the names that are most like this one."""
+    """A hint with the most similar names."""
     like = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f"nearest: {', '.join(like)}" if like else "`arrays` and `gradients` of an inspection hold all names"
 
@@ -238,7 +238,7 @@ class _Shown(ast.NodeTransformer):
     def __init__(self, result: tuple[str, int] | None):
         self.result, self.loops = result, 0
 
-    def visit_Return(self, node):
+    def visit_Return(self, node: ast.Return) -> ast.Return:
         if self.result is None or node.value is None:
             return node
         name, place = self.result
@@ -248,13 +248,13 @@ class _Shown(ast.NodeTransformer):
             node.value = _seen(name, node.value)
         return node
 
-    def _assignment(self, node):
+    def _assignment(self, node: Any) -> Any:
         if self.loops or node.value is None or isinstance(node.value, ast.Name):
             return node
         return [node, *(_sight(name, node) for name in _bound(_targets(node)))]
 
-    def _loop(self, node):
-        """What is assigned in a loop is shown once, after it."""
+    def _loop(self, node: Any) -> Any:
+        """Names assigned in a loop are recorded once, after it."""
         self.loops += 1
         self.generic_visit(node)
         self.loops -= 1
@@ -262,14 +262,14 @@ class _Shown(ast.NodeTransformer):
             return node
         parts = [part for line in node.body for part in ast.walk(line)]
         targets = [target for part in parts if isinstance(part, ASSIGNMENTS) for target in _targets(part)]
-        # a loop that ran over nothing has bound nothing
+        # a loop with no iterations binds nothing
         bound = ast.Call(ast.Name("locals", ast.Load()), [], [])
-        tests = [ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)]
-        sights = [ast.copy_location(ast.If(test, [_sight(test.left.value, node)], []), node) for test in tests]
-        return [node, *sights]
+        tests = {name: ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)}
+        ifs = [ast.If(test, [_sight(name, node)], []) for name, test in tests.items()]
+        return [node, *(ast.copy_location(one, node) for one in ifs)]
 
-    def _inner(self, node):
-        """A function in a function computes for it, and what it returns is named there."""
+    def _inner(self, node: ast.AST) -> ast.AST:
+        """An inner function is not rewritten: its result is named in the outer one."""
         return node
 
     visit_Assign = visit_AnnAssign = visit_AugAssign = _assignment
@@ -282,7 +282,7 @@ def _targets(assignment: Any) -> list[ast.expr]:
 
 
 def _bound(targets: list[ast.expr]) -> list[str]:
-    """The names that an assignment binds, in the order of the text, but for those that begin with `_`."""
+    """The names that an assignment binds, in the order of the source, except those that begin with `_`."""
     names = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
     names = [part for part in names if isinstance(part.ctx, ast.Store) and not part.id.startswith("_")]
     return list(dict.fromkeys(part.id for part in sorted(names, key=lambda part: (part.lineno, part.col_offset))))
@@ -295,7 +295,7 @@ def _sight(name: str, node: ast.stmt) -> ast.stmt:
 
 
 def _seen(name: str, value: ast.expr) -> ast.expr:
-    """__see__("name", value), but for a value that has a name already."""
+    """__see__("name", value), or the value itself if it has a name already."""
     return value if isinstance(value, ast.Name | ast.Dict) else ast.copy_location(_call(name, value), value)
 
 

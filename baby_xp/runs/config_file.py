@@ -1,69 +1,84 @@
-"""The config file of a run: what was asked for, where it computed, and how it ended."""
+"""The config file of a run: its settings, where it computed, and how it ended."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from baby_xp import __version__, layout
+from baby_xp.arrays.backend import Backend
 from baby_xp.config import RunConfig
 from baby_xp.errors import BabyError
+from baby_xp.models import Model
 from baby_xp.runs import report, state_file, store
 from baby_xp.runs.store import RunFiles
+from baby_xp.text.dataset import Dataset
 from baby_xp.text.tokenizer import Tokenizer, tokenizer_from_dict
-from baby_xp.training.setup import Setup
 
 KEYS = {"guid", "preset", "base", "started", "model", "train", "data", "place", "result", "vocab_size"}
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The files of a run that are no arrays, read once."""
+    """A run's config and tokenizer, read once."""
 
     files: RunFiles
     content: dict[str, Any]
-    """The config file as it is."""
+    """The JSON of the config file."""
     config: RunConfig
     tokenizer: Tokenizer
 
     @property
     def belonging(self) -> dict[str, str]:
-        """What the metadata of the run's arrays must say."""
+        """What the metadata of the run's arrays must hold."""
         return state_file.belonging(self.files.guid, self.config.model, self.tokenizer)
 
 
 def now() -> str:
-    """The time as the files have it: UTC, ISO 8601, whole seconds."""
+    """The current time as files store it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def content(
-    files: RunFiles, setup: Setup, base: str | None, started: str, result: dict[str, Any]
+    files: RunFiles,
+    config: RunConfig,
+    model: Model,
+    backend: Backend,
+    started: str,
+    result: dict[str, Any],
+    device: str | None = None,
+    workers: int = 1,
+    dataset: Dataset | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """What the config file holds. base: GUID of the run that this one is finetuned from; result: how it stands."""
-    backend, dataset, config = setup.backend, setup.dataset, setup.config.to_dict()
-    # what the numbers depend on, and how it was asked for: `resume` goes on with it
-    place = {"backend": backend.name, "device": setup.compute.device, "workers": setup.workers}
+    """What the config file holds.
+
+    result: the state of the run. device: as requested. dataset: None for an imported run, which has none.
+    base: GUID of the run that this one is finetuned from.
+    """
+    # what the numbers depend on, as it was requested: `resume` continues with it
+    place = {"backend": backend.name, "device": device, "workers": workers}
     if getattr(backend, "tf32", False):
         place["tf32"] = True
     if backend.kernels == "plain":
         place["kernels"] = "plain"
     machine = {
-        "machine": report.machine(), "backend": backend.version, "device": backend.device,
-        "workers": setup.workers,
+        "machine": report.machine(), "backend": backend.version, "device": backend.device, "workers": workers,
     }  # fmt: skip
     if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks
+    file, sha256 = (dataset.file, dataset.facts.get("sha256")) if dataset else (None, None)
+    parts = config.to_dict()
     return {
         "guid": files.guid,
         "baby_xp": __version__,
         "base": base,
         "started": started,
         "written": now(),
-        **config,
-        "vocab_size": setup.model.vocab_size,
-        "parameters": setup.model.n_parameters,
-        "data": {**config["data"], "file": dataset.file, "sha256": dataset.facts.get("sha256")},
+        **parts,
+        "vocab_size": model.vocab_size,
+        "parameters": model.n_parameters,
+        "data": {**parts["data"], "file": file, "sha256": sha256},
         "place": place,
         "machine": machine,
         "result": result,

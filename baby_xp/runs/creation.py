@@ -1,4 +1,4 @@
-"""Where runs are made: a new one with its folders, name and lock, and what runs that were killed left behind."""
+"""Creating a run with its folders, name and lock, and removing what killed runs left behind."""
 
 import itertools
 import os
@@ -30,9 +30,9 @@ OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 @dataclass
 class NewRun:
-    """A run that is being made. Set `keep` as soon as there is something worth keeping.
+    """A run that is being created. Set `keep` as soon as there is something worth keeping.
 
-    undo: what else is to be done if it comes to nothing.
+    undo: what else to undo if the run is given up.
     """
 
     files: RunFiles
@@ -42,10 +42,10 @@ class NewRun:
 
 @contextmanager
 def new_run(folder: str | Path, base: str | None = None, guid: str | None = None) -> Iterator[NewRun]:
-    """A new run, its folders made and its lock held. If the block fails before `keep` is set, all that it left
-    there goes again: no run, no file, and no folder that it made, unless another run trains there by then.
+    """Make the folders of a new run and hold its lock. If the block fails before `keep` is set, the run's files
+    are removed again, and the folders that it made, unless another run trains there by then.
 
-    base: the GUID of a run that this one is finetuned from. guid: one to use, instead of a new one.
+    base: the GUID of the run that this one is finetuned from. guid: the GUID to use; None: a new one.
     Raises BabyError if the folder cannot be written.
     """
     folder = as_path(folder, "path")
@@ -61,15 +61,15 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
             try:
                 yield new
             except BaseException:
-                if not new.keep:  # while the lock is held: its name may be another run's afterwards
+                if not new.keep:  # while the lock is held: later its name may be another run's
                     try:
                         _remove(new.files)
-                    except KeyboardInterrupt:  # another Ctrl-C does not leave the half of it
+                    except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it
                         _remove(new.files)
                     new.undo.close()
                 raise
     except BaseException:
-        if not (new and new.keep) and not _somebody_trains(folder):  # who trains there will write into them
+        if not (new and new.keep) and not _any_run_trains(folder):  # the other run will write into them
             remove_folders(made)
         raise
 
@@ -81,7 +81,7 @@ def _finetuned_names(base: str) -> Iterator[str]:
 
 
 def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles:
-    """The first of the names that no run has, held until `held` is left."""
+    """Hold the first of these names that no run has, until `held` is closed."""
     held_by_others = None
     for name in names:
         files = RunFiles(folder, name)
@@ -91,7 +91,7 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
             except Held as error:
                 held_by_others = error
                 continue
-            if _is_there(files):  # its process ended just now, perhaps; the lock that marks it goes with `attempt`
+            if _is_there(files):  # perhaps its process has just ended; `attempt` removes the lock that marks it
                 _remove_abandoned(files)
             if not _is_there(files):
                 held.push(attempt.pop_all())
@@ -100,41 +100,41 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
 
 
 def _is_there(files: RunFiles) -> bool:
-    """Whether a run has this name, or left something under it."""
+    """Whether a run has this name, or left files under it."""
     return any(os.path.lexists(path) for path in files.of_training)
 
 
 def _remove(files: RunFiles) -> None:
-    """Remove the files that training writes, the config first. Hold the run."""
+    """Remove the files that training writes, the config first. Hold the run first."""
     for path in files.of_training:
         remove(path)
 
 
-def _somebody_trains(folder: Path) -> bool:
+def _any_run_trains(folder: Path) -> bool:
     return any(path.suffix == ".lock" and Lock(path).is_held() for path in listed(folder / "configs"))
 
 
-# what was abandoned -------------------------------------------------------------------------------------
+# abandoned files ----------------------------------------------------------------------------------------
 
 
 def sweep_abandoned(folder: Path) -> None:
-    """Remove what killed processes left in a folder of runs: runs that had not begun, and files half written.
+    """Remove what killed processes left in a folder of runs: runs that never started, and half-written files.
 
-    A run that had not begun has a lock that no process holds, no config, and nothing but its first weights.
+    A run that never started has a lock that no process holds, no config, and only its initial weights.
     """
     for path in listed(folder / "configs"):
         named = re.fullmatch(r"\.config_(.*)\.lock", path.name)
         if named and GUID.fullmatch(named[1]):
             files = RunFiles(folder, named[1])
-            with suppress(BabyError), hold(files, patience=0):  # which removes the lock of a run that was killed
+            with suppress(BabyError), hold(files, patience=0):  # this removes a killed run's lock
                 _remove_abandoned(files)
     folders = folder, *(folder / name for name in FOLDERS)
     left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
-    somebody_trains = _somebody_trains(folder)  # asked after listing: who writes what is listed has a lock
+    any_trains = _any_run_trains(folder)  # checked after listing: whoever writes a listed file holds a lock
     for path in left:
         if path.suffix == TEMPORARY:
-            _sweep_half(folder, path)
-        elif OF_SAFETENSORS.fullmatch(path.name) and not somebody_trains:
+            _remove_half_written(folder, path)
+        elif OF_SAFETENSORS.fullmatch(path.name) and not any_trains:
             remove(path)
     for path in listed(folder / "corpora"):  # earlier versions wrote ids under names without a dot
         if path.suffix == TEMPORARY:
@@ -142,20 +142,20 @@ def sweep_abandoned(folder: Path) -> None:
 
 
 def _remove_abandoned(files: RunFiles) -> None:
-    """Remove the files of a run that was killed before it was one. Hold it."""
+    """Remove the files of a run that was killed before it started. Hold the run first."""
     if not os.path.lexists(files.config) and not _has_trained(files):
         sweep(files)
         _remove(files)
 
 
 def _has_trained(files: RunFiles) -> bool:
-    """Whether a run that has lost its config may hold work of its own, or may not be judged."""
+    """Whether a run without a config may have trained; also if that cannot be found out."""
     arrays = [path for path in (files.model, files.state) if os.path.lexists(path)]
     return os.path.lexists(files.metrics) or any(read_metadata(path).get("step") != "0" for path in arrays)
 
 
-def _sweep_half(folder: Path, path: Path) -> None:
-    """Remove a file that a process left half written, unless its run is being trained, or somebody writes it."""
+def _remove_half_written(folder: Path, path: Path) -> None:
+    """Remove a half-written file, unless its run is being trained or another process is writing it."""
     written = re.fullmatch(r"\.(.*)\.[0-9a-f]{8}\.tmp", path.name)
     of_run = written and GUID.search(written[1])
     files = RunFiles(folder, of_run[0]) if of_run else None

@@ -1,4 +1,4 @@
-"""A lock that the system gives back when its process ends, however it ends."""
+"""A lock that the system releases when its process ends, however it ends."""
 
 import os
 import time
@@ -8,11 +8,11 @@ from typing import BinaryIO
 from baby_xp.files import open_in_folder, remove, try_to_lock
 
 PATIENCE = 0.3
-"""Seconds to wait for a lock: `is_held`, and a new run that tidies up, take it for an instant."""
+"""Seconds to wait for a lock: `is_held`, and a new run that removes abandoned files, hold it for an instant."""
 
 
 class Lock:
-    """An advisory lock on a file that is there only while the lock is held, or if its process was killed."""
+    """An advisory lock on a file that exists only while the lock is held, or after its process was killed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -31,33 +31,33 @@ class Lock:
                     self._file = file
                     return True
             except OSError:
-                if not was_there:  # where there are no locks, nothing is left of one
+                if not was_there:  # a file system without locks: leave no file behind
                     remove(self.path)
                 raise
             finally:
                 if self._file is None:
                     file.close()
-            if not free:  # or its last holder has removed the file meanwhile, and another one is needed
+            if not free:  # otherwise its last holder has just removed the file: try again with a new one
                 if time.monotonic() > end:
                     return False
                 time.sleep(0.01)
 
     def release(self) -> None:
-        """Give the lock back and remove its file."""
+        """Release the lock and remove its file."""
         file, self._file = self._file, None
         if file is None:
             return
-        if os.name == "nt":  # which removes no file that is open
+        if os.name == "nt":  # Windows removes no open file
             file.close()
             remove(self.path)
-        elif self._is_mine(file):  # removed while it is held: later it may be another process's already
+        elif self._is_mine(file):  # removed while held: later it could be another process's
             remove(self.path)
         file.close()
 
     def is_held(self) -> bool:
         """Whether a process holds the lock. Changes nothing, and needs no permission to write.
 
-        Where the file may not be read, that it is there speaks for it.
+        A file that exists but may not be read counts as held.
         """
         try:
             with open(self.path, "rb") as file:

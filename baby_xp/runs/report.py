@@ -8,6 +8,7 @@ from typing import Any
 
 from baby_xp import layout
 from baby_xp.files import shown
+from baby_xp.text.dataset import Dataset
 
 REASONS = {
     "steps": "done: all {steps:,} steps",
@@ -22,21 +23,13 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
 
 
-def text(
-    config: dict[str, Any],
-    records: list[dict[str, Any]],
-    facts: dict[str, Any],
-    entropy: float | None,
-    sample: str,
-) -> str:
-    """The report of a run: its config, the records of its evaluations, facts of its text, its last sample.
-
-    entropy: the exact entropy of the text in nats per character, None if it is not known.
-    """
+def text(config: dict[str, Any], records: list[dict[str, Any]], dataset: Dataset, sample: str) -> str:
+    """The report of a run, from its config file, the records of its evaluations, its data and its last sample."""
+    entropy = dataset.entropy
     lines = [f"baby_xp {config['baby_xp']}, run {config['guid']}", *_origin(config), ""]
     lines += _table("Result", _result(config["result"], records, entropy))
     known = {} if entropy is None else {"entropy, nats per character": entropy}
-    lines += _table("Text", {"name": shown(config["data"]["data"]), **facts, **known})
+    lines += _table("Text", {"name": shown(config["data"]["data"]), **dataset.facts, **known})
     lines += _table("Model", {**config["model"], "parameters": config["parameters"]})
     lines += _table("Training", config["train"]) + _table("Machine", config["machine"])
     lines += _losses(records)

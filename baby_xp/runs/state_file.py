@@ -1,6 +1,6 @@
 """Weights and checkpoints as safetensors: named arrays, no code, readable everywhere.
 
-Each file carries a checksum over all that it holds, so that a flipped bit is an error and not a wrong model.
+Each file carries a checksum over all that it holds, so that a flipped bit is an error, not a wrong model.
 """
 
 import errno
@@ -26,8 +26,7 @@ from baby_xp.training.checkpoint import Checkpoint
 
 def save_weights(path: Path, layout: Layout, flat: np.ndarray, metadata: dict[str, str]) -> None:
     """Write the parameters (P,) as one named array each, "blocks.0.norm1.gain"."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in leaves(layout.unpack(np, flat))}
-    _save(path, arrays, metadata)
+    _save(path, dict(leaves(layout.unpack(np, flat))), metadata)
 
 
 def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]]:
@@ -47,7 +46,7 @@ def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]
 
 
 def save_state(path: Path, checkpoint: Checkpoint, metadata: dict[str, str]) -> None:
-    """Write a checkpoint: one file, so that it is whole or as before."""
+    """Write a checkpoint as one file, so that it is either complete or unchanged."""
     best = {} if checkpoint.best is None else {"best": checkpoint.best}
     metadata = {**metadata, "progress": json.dumps(checkpoint.progress)}
     _save(path, {**checkpoint.state, **best}, metadata)
@@ -102,7 +101,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     sealed = {**metadata, store.SEAL: _checksum(arrays, metadata)}
 
-    def written(temporary: Path) -> None:  # from the arrays themselves: bytes in memory would be two more copies
+    def written(temporary: Path) -> None:  # from the arrays: bytes in memory would be two more copies
         try:
             save_file(arrays, temporary, sealed)
         except SafetensorError as error:
@@ -124,7 +123,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise refusal(path, error, "read") from None
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise BabyError(f"{shown(path)} is damaged ({' '.join(str(error).split())})") from None
-    # load has checked the header, but does not give what we wrote into it
+    # load has checked the header, but does not return its metadata
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     seal = metadata.pop(store.SEAL, None)
     if seal is None:

@@ -44,7 +44,7 @@ FINETUNED = "(_finetuned(-[1-9][0-9]*)?)*"
 GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" + FINETUNED)
 """A run's GUID, with what finetuning added."""
 NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
-"""The beginning of one, with all that finetuning added."""
+"""The beginning of a GUID, with everything that finetuning added."""
 
 SEAL = "checksum"
 
@@ -91,21 +91,21 @@ class RunFiles:
         return self.config, self.tokenizer, self.model, self.state, self.report, metrics, self.completion()
 
     def completion(self, when: datetime | None = None) -> Path:
-        """The text from the end of training, or of the generation at `when`."""
+        """The text generated at the end of training, or at `when`."""
         stamp = f"_{when:%Y%m%d%H%M%S}" if when else ""
         return self.folder / "outputs" / f"completion_{self.guid}{stamp}.txt"
 
 
 class Held(BabyError):
-    """Another process trains the run."""
+    """Another process is training the run."""
 
 
 @contextmanager
 def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) -> Iterator[None]:
     """Keep other processes from training this run. Raises Held if one does already.
 
-    patience: seconds to wait for a process that is about to release the lock. other: what names another
-    place than this one, for the advice where it cannot be locked.
+    patience: seconds to wait for a process that is about to release the lock. other: the flag that names another
+    folder, for the message if this one cannot be locked.
     """
     lock = Lock(files.lock)
     try:
@@ -122,19 +122,19 @@ def hold(files: RunFiles, patience: float = PATIENCE, other: str | None = None) 
 
 
 def is_held(files: RunFiles) -> bool:
-    """Whether a process trains this run at present."""
+    """Whether a process is training this run."""
     return Lock(files.lock).is_held()
 
 
 def folder_for_ids(files: RunFiles) -> Path | None:
-    """Where to keep the ids of a text that a run is measured on; None, in memory, where nothing can be written."""
+    """Where to keep the ids of a text that a run is evaluated on; None, in memory, if nothing can be written."""
     made: list[Path] = []
     try:
         make_writable_folder(files.folder / "corpora", made)
     except BabyError:
         return None
     finally:
-        remove_folders(made)  # who writes there makes it, and removes it if that fails
+        remove_folders(made)  # writing the ids makes it again, and removes it on failure
     return files.folder / "corpora"
 
 
@@ -185,7 +185,7 @@ def guids(folder: Path) -> list[str]:
 
 
 def _changed(path: Path) -> int:
-    """When a config was last written; that of a link that leads nowhere is as old as can be."""
+    """When a config was last written, in ns; 0 for a broken link."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -193,7 +193,7 @@ def _changed(path: Path) -> int:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as `write_json` does, with a checksum: a file that was damaged or changed is noticed."""
+    """Write `value` as `write_json` does, with a checksum that shows damage and changes."""
     write_json(path, {**value, SEAL: digest(value)})
 
 
@@ -215,7 +215,7 @@ def read_json(path: Path) -> Any:
 
 
 def incomplete(path: Path) -> BabyError:
-    """What to say of a file of a run that is not there."""
+    """The error for a missing file of a run."""
     return BabyError(f"{shown(path)} is missing: the run is incomplete; bring the file back")
 
 

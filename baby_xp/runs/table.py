@@ -1,4 +1,4 @@
-"""All runs of a folder, each in a line."""
+"""The table of all runs in a folder."""
 
 import json
 from contextlib import suppress
@@ -13,7 +13,7 @@ from baby_xp.runs.store import RunFiles
 
 @dataclass(frozen=True)
 class Summary:
-    """A run at a glance. `state`: running, done, stopped, failed, imported; or damaged, with nothing else known.
+    """One row. `state`: running, done, stopped, failed, imported; or damaged, with nothing else known.
 
     steps: done so far, as of the last checkpoint; num_steps: of all. val_loss: nats per token.
     """
@@ -31,7 +31,7 @@ class Summary:
 def summaries(folder: str | Path) -> list[Summary]:
     """The runs under `folder`, the one last trained first. A damaged one is in the list like any other.
 
-    Raises BabyError for what is no path.
+    Raises BabyError if `folder` is not a path.
     """
     folder = as_path(folder, "path")
     return [_summary(RunFiles(folder, guid)) for guid in store.guids(folder)]
@@ -41,7 +41,7 @@ def _summary(files: RunFiles) -> Summary:
     try:
         config = store.read_sealed(files.config)
         result = config["result"]
-        kept = state_file.read_metadata(files.state)  # of a run that goes on, it knows more than the config
+        kept = state_file.read_metadata(files.state)  # newer than the config while a run trains
         steps, num_steps = (int(kept.get(name, 0)) for name in ("step", "num_steps"))
         val_loss = result["val_loss"]
         state = result["state"]
@@ -56,7 +56,7 @@ def _summary(files: RunFiles) -> Summary:
 
 
 def _last_loss(files: RunFiles) -> float | None:
-    """The validation loss of the last line of the metrics."""
+    """The validation loss in the last line of the metrics."""
     with suppress(OSError, ValueError, IndexError, KeyError, TypeError):
         return json.loads(files.metrics.read_bytes().splitlines()[-1])["val_loss"]
     return None

@@ -1,4 +1,4 @@
-"""Batches of ids on the host, each a function of (seed, step) alone: a resumed run goes on exactly.
+"""Batches of ids on the host, each a function of (seed, step) only: a run resumes exactly.
 
 Axes: B samples in a batch, T = n_ctx tokens in a window. All arrays of a batch are int32 and contiguous.
 Random bits come straight from Philox, keyed by (seed, step): NumPy promises that a bit generator's stream
@@ -15,7 +15,7 @@ from baby_xp.errors import BabyError
 
 # Sets these streams apart from others that are keyed by the same seed, such as that of the weights.
 STREAM = 0x6261746368  # "batch"
-# Sizes of 3 or 4 need that many until every order is about equally likely; large ones would do with half.
+# Sizes of 3 or 4 need this many to make every order about equally likely; half would do for large ones.
 ROUNDS = 10
 
 
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class RandomWindows:
-    """Windows that start anywhere in `ids` (n,), drawn anew for each step, every offset equally likely.
+    """Windows that start anywhere in `ids` (n,), drawn again for each step, every offset equally likely.
 
     Raises BabyError if `ids` is shorter than n_ctx + 1.
     """
@@ -81,7 +81,7 @@ class PairBatches:
 
     contexts (n, T) and targets (n,), or (n, T) for a model that predicts every next token. Without `batch_size`,
     or with one of n or more, every batch is the whole set in its own order; otherwise batch_size different
-    rows, drawn anew for each step.
+    rows, drawn again for each step.
     """
 
     def __init__(

@@ -20,13 +20,13 @@ from baby_xp.text.statistics import Counter, Statistics
 from baby_xp.text.tokenizer import START, Tokenizer, create, utf8
 
 Making = Callable[[Iterator[str]], Tokenizer]
-"""Makes a tokenizer of the chunks of a text."""
-CHUNK = 1 << 18  # a chunk and what is made of it stay in cache: faster than 1 MiB, in a quarter of the memory
+"""Makes a tokenizer from the chunks of a text."""
+CHUNK = 1 << 18  # small enough for the cache: faster than 1 MiB, in a quarter of the memory
 TRAIN_SHARE = 0.9
 HASH_SIZE = hashlib.sha256().digest_size
 IN_MEMORY = 1 << 27
-"""Bytes of ids up to which they are read whole. What is mapped instead takes no memory of its own, but what is
-changed in the file changes here, and the system ends a process (SIGBUS) that reads where it was cut."""
+"""Ids of up to this many bytes are read into memory, longer ones are memory-mapped. A mapped file takes no memory
+of its own, but changes to it show here, and reading behind its end, if it was cut, kills the process (SIGBUS)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,12 @@ class Corpus:
     """A text as ids.
 
     ids           (n,) read-only; uint8, uint16 or int32, the smallest that holds the vocabulary.
-    sha256        hex digest of the text in UTF-8, after newlines became \\n and a byte order mark went.
+    sha256        hex digest of the text in UTF-8, with newlines as \\n and no byte order mark.
     name          what to call the text when talking to the user.
     n_characters  length of the text; the ids may be more, as with bytes.
     statistics    paragraphs, sentences, words, characters.
-    file          where the text was read, None for one that came from elsewhere.
-    kept          the file of the ids, None for those that are only in memory.
+    file          the path that the text was read from, or None.
+    kept          the file of the ids, None if they are only in memory.
     """
 
     ids: np.ndarray
@@ -83,7 +83,7 @@ class Corpus:
 
         `tokenizer` is a kind to make from this text ("char", "byte"), a tokenizer to use, or a function that makes
         one from the text's chunks. The text is read twice, in chunks: for its characters, counts and hash, then
-        for its ids. A later call finds the ids there; a damaged file of ids is made anew.
+        for its ids. A later call reuses that file; a damaged one is rewritten.
         Raises BabyError if the file cannot be read, is not UTF-8, is empty, has another hash than `sha256`, holds
         a character that the tokenizer does not know, or if the folder cannot be written; then nothing is left.
         """
@@ -101,7 +101,7 @@ class Corpus:
     ) -> "Corpus":
         """The corpus of a text; its ids stay in memory unless there is a folder. Otherwise as `from_file`."""
 
-        def chunks():
+        def chunks() -> Iterator[str]:
             return _normalised((text[i : i + CHUNK] for i in range(0, len(text), CHUNK)), name)
 
         return _build(chunks, name, tokenizer, cache_folder, sha256)
@@ -171,7 +171,7 @@ def _build(
         tokenizer = create(tokenizer, chunks)
     elif callable(tokenizer):
         tokenizer = tokenizer(chunks)
-    for _ in chunks:  # those that making the tokenizer left: all of them, or none
+    for _ in chunks:  # those that making the tokenizer did not read: all of them, or none
         pass
     if sha256 not in (None, tally.sha256):
         raise BabyError(
@@ -216,8 +216,8 @@ def _file_name(sha256: str, tokenizer: Tokenizer) -> str:
 class KeptIds:
     """The ids (n,) of a text in a file, and after them the SHA-256 of their bytes.
 
-    The hash is checked when the file is opened. Those of a long text are mapped, and may be read for the first
-    time hours later: size and time of the file then show whether it must be checked again.
+    The hash is checked when the file is opened. The ids of a long text are mapped, and may be read for the first
+    time hours later: the size and time of the file then show whether to check it again.
     """
 
     def __init__(self, path: Path, n: int, dtype: np.dtype):
@@ -236,7 +236,7 @@ class KeptIds:
         try:
             make_folder(self.path.parent, made)
             for _ in range(ATTEMPTS):
-                with suppress(FileNotFoundError):  # another process may clear the folder at any moment
+                with suppress(FileNotFoundError):  # another process may empty the folder at any time
                     if (ids := self._opened()) is not None:
                         return ids
                     self._write(encoded)
@@ -257,7 +257,7 @@ class KeptIds:
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
         try:
             with open(self.path, "rb") as file:
-                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: it may be anything
+                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: the file may be anything
         except FileNotFoundError:
             return None
         ids, end = data[: self.size], data[self.size :]
@@ -266,7 +266,7 @@ class KeptIds:
     def check(self) -> None:
         """Raises BabyError if the file is mapped and was changed since; one that only looks changed is read again.
 
-        That the file was removed does no harm: what is mapped stays.
+        A removed file does no harm: the mapping stays.
         """
         if not self._seen:
             return
@@ -274,7 +274,7 @@ class KeptIds:
             seen = _identity(self.path)
             if seen != self._seen and not self._is_whole():
                 change = f"{shown(self.path)} was changed while it was in use"
-                raise BabyError(f"{change}; it is made anew from the text the next time")
+                raise BabyError(f"{change}; it will be rewritten from the text the next time")
             self._seen = seen
         except FileNotFoundError:
             return
@@ -347,7 +347,7 @@ def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
             yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        # The decoder saw the chunk with the bytes of a character that the chunk before had begun.
+        # error.object also holds the bytes of a character that began in the chunk before.
         offset = end - len(error.object) + error.start
         raise BabyError(
             f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset} "

@@ -1,4 +1,4 @@
-"""What a run learns from and is measured on: a tokenizer, batches, a validation part. A text, or equations."""
+"""Datasets, texts or equations: the tokenizer, batches and validation part that a run trains on."""
 
 import codecs
 import functools
@@ -16,6 +16,7 @@ from baby_xp_data.equation_table import EquationTable
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, ModelConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.files import absolute, shown
+from baby_xp.models import Model
 from baby_xp.text import text_metrics
 from baby_xp.text.answers import answers
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows, consecutive_windows
@@ -30,7 +31,7 @@ CHUNK = 1 << 16
 
 
 class Batches(Protocol):
-    """Batches as a function of the step alone, so that a run can continue where another one stopped."""
+    """Batches as a function of the step only, so that a resumed run continues exactly."""
 
     @property
     def batch_size(self) -> int:
@@ -38,6 +39,20 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
+
+
+class Trained(Protocol):
+    """What a dataset asks of a trained model: see inference.trained_model.TrainedModel."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def params(self) -> np.ndarray: ...
+
+    def stream(self, *, num_tokens: int, seed: int) -> Iterator[str]: ...
+
+    def ask(self, question: str, table: EquationTable) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -52,23 +67,35 @@ class Dataset:
     n_validation: int
     """Number of targets in all validation batches."""
     facts: dict[str, Any]
-    """What a report says about the data: numbers of tokens, hash."""
+    """For the report: numbers of tokens, hash and so on."""
     file: str | None = None
     """The absolute path of the text, if it was named by a path."""
     entropy: float | None = None
-    """Exact entropy in nats per character, where it is known: no model can have a lower expected loss."""
+    """Exact entropy in nats per character, if it is known: no model can have a lower expected loss."""
 
     def check(self) -> None:
         """Raises BabyError if the data on disk changed since it was opened. Costs little."""
 
     def discard(self) -> None:
-        """Remove from the disk what was not there before."""
+        """Remove the files that opening the data wrote."""
+
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """What a trained model writes, piece by piece."""
+        raise NotImplementedError
+
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
+
+        loss is in nats per token. num_tokens are generated, with `seed`, where the data is a text.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataset(Dataset):
     """Windows of a text."""
 
+    batches: RandomWindows | EpochWindows
     corpus: Corpus
 
     def check(self) -> None:
@@ -76,21 +103,18 @@ class TextDataset(Dataset):
         self.corpus.check()
 
     def discard(self) -> None:
-        """Remove the ids from the disk if they were not there before."""
+        """Remove the file of the ids if opening the text wrote it."""
         self.corpus.discard()
 
-    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
-        """What a trained model writes, piece by piece; it needs a method `stream`."""
-        return model.stream(num_tokens=num_tokens, seed=seed)
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """What a trained model generates without a prompt."""
+        return trained.stream(num_tokens=num_tokens, seed=seed)
 
-    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
-        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
-
-        loss is in nats per token. num_tokens are generated, with `seed`, and compared with the training part.
-        """
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """Bits per character, and the generated tokens compared with the training part."""
         train, validation = self.corpus.train, self.corpus.validation
         per_character = len(validation) / max(1, sum(map(len, self._decoded(validation))))
-        text = "".join(self.sample(model, seed, num_tokens))
+        text = "".join(self.sample(trained, seed, num_tokens))
         return {
             "bits_per_character": loss * per_character / math.log(2),
             "num_tokens": num_tokens,
@@ -115,16 +139,16 @@ class EquationDataset(Dataset):
     held_out: list[str]
     """The cases that training never sees, nor their mirrors."""
 
-    def sample(self, model: Any, seed: int, num_tokens: int) -> Iterator[str]:
-        """A trained model's answers to some of the held-out equations; it needs a method `ask`."""
+    def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
+        """A trained model's answers to some of the held-out equations."""
         some = self.held_out[:: -(-len(self.held_out) // SAMPLE_ANSWERS)]
-        return iter([", ".join(model.ask(f"{case}=", self.table) for case in some)])
+        return iter([", ".join(trained.ask(f"{case}=", self.table) for case in some)])
 
-    def score(self, model: Any, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
-        """The share of held-out equations that a trained model answers correctly; it needs model and params."""
+    def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
+        """The share of held-out equations that a trained model answers correctly."""
         asked = self.table.held_out_equations(self.held_out)
-        weights = model.model.layout.unpack(np, model.params)
-        return {"answered": float(np.mean(answers(weights, asked, model.model.config, self.table)[0]))}
+        weights = trained.model.layout.unpack(np, trained.params)
+        return {"answered": float(np.mean(answers(weights, asked, trained.model.config, self.table)[0]))}
 
 
 def prepare(
@@ -135,9 +159,9 @@ def prepare(
     tokenizer: Tokenizer | Making | None = None,
     sha256: str | None = None,
 ) -> TextDataset | EquationDataset:
-    """Find the text, turn it into ids and lay out its batches. tokenizer, sha256: as for `read_corpus`.
+    """Find the text, encode it and lay out its batches. tokenizer, sha256: as for `read_corpus`.
 
-    Raises BabyError if the text cannot serve.
+    Raises BabyError if the text cannot be used.
     """
     if isinstance(data, EquationData):
         return prepare_equations(data, model, train)
@@ -170,7 +194,7 @@ def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig
 
 
 def _may_exist(path: str) -> bool:
-    """Whether there is such a file, also if that cannot be found out: reading it then says why."""
+    """Whether there is such a file; also true if that is unknown: reading it then says why."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -248,7 +272,7 @@ def _text(name: str, corpus: Corpus, model: GPTConfig, train: TrainConfig) -> Te
 
 
 def prepare_equations(data: EquationData, model: ModelConfig, train: TrainConfig) -> EquationDataset:
-    """Write out the equations of a table and lay out their batches. Raises BabyError if they cannot serve."""
+    """Write out the equations of a table and lay out their batches. Raises BabyError if they cannot be used."""
     table = data.table
     held_out = table.choose(data.held_out, train.seed)
     known, unseen = table.equations(held_out), table.held_out_equations(held_out)

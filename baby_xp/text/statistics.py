@@ -10,7 +10,7 @@ END = re.compile(r"[.!?]+")
 
 @dataclass(frozen=True)
 class Statistics:
-    """The counts of a text. A line ends at \\n alone, whitespace is what `str.isspace` says.
+    """The counts of a text. A line ends only at \\n; whitespace is what `str.isspace` says.
 
     paragraphs  lines that hold something other than whitespace.
     sentences   ends of sentences: runs of the marks . ! ? with nothing between them, so that "What?!" and
@@ -34,7 +34,7 @@ class Statistics:
 class Counter:
     """Counts a text chunk by chunk, in the memory of one chunk; how it is cut changes nothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.paragraphs = self.sentences = self.words = self.length = self.newlines = 0
         # What the text so far ends in. It is counted already, though the next chunk may continue it.
         self.in_paragraph = self.in_end = self.in_word = False

@@ -3,16 +3,14 @@
 Few known words: the model does not spell yet. Many copied sequences: it recites. A good baby model knows its
 words and copies little.
 
-The training text comes in chunks of any size, as `read_text` gives them, and is never held as a whole: what is
-kept is what the generated text holds and the training text has not shown so far. Reading stops when nothing of
-that is left. An iterator of chunks is used up by one measure; give the next one a new iterator.
+The training text comes in chunks of any size, as `read_text` gives them, and is never held as a whole. Reading
+stops when everything that the generated text holds was found. A measure uses up an iterator of chunks; give the
+next one a new iterator.
 """
 
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-
-from baby_xp.errors import BabyError
 
 NGRAM = 8
 
@@ -37,10 +35,8 @@ def copied_ngrams(generated: str, training: Iterable[str], n: int = NGRAM) -> fl
     """The share of the generated text's sequences of n characters that the training text holds literally.
 
     There is one sequence for each place where n characters follow, so repeats count; None if there is none
-    because the text is shorter than n. Raises BabyError unless n is at least 1.
+    because the text is shorter than n.
     """
-    if n < 1:
-        raise BabyError(f"there are no sequences of {n} characters; give n of at least 1")
     return _share_seen(Counter(_ngrams_in(generated, n)), _ngrams(training, n))
 
 
@@ -87,7 +83,7 @@ def _shortened(begun: str, longest: int) -> str:
     A text without whitespace is one word. Without this, every chunk would be added to the ones before it.
     """
     core = _core(begun)
-    if len(core) > longest:  # however it goes on, it is too long
+    if len(core) > longest:  # however it continues, it is too long
         return "x" * (longest + 1)
     # Past `longest` characters there is only punctuation: if a letter follows, the word is too long anyway.
     return begun[begun.find(core) :][:longest]

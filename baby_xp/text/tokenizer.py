@@ -34,7 +34,7 @@ START = Place()
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer.
+    """What the library needs of a tokenizer.
 
     `encode` maps each character on its own, so a text may be encoded piece by piece; `start` is where the
     piece begins in the whole text, and only error messages use it.
@@ -63,7 +63,7 @@ class CharTokenizer:
     vocab: Sequence[str]
     kind: ClassVar[str] = "char"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "vocab", _checked_vocab(self.vocab, "the vocabulary"))
 
     @classmethod
@@ -167,7 +167,7 @@ def tokenizer_from_dict(d: Any, where: str) -> Tokenizer:
 
 
 def first_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """What generation starts from without a prompt: an end of line, as a text has it before a beginning."""
+    """The ids that generation starts from without a prompt: a newline, or id 0 if the tokenizer has none."""
     try:
         return tokenizer.encode("\n", "prompt")
     except BabyError:

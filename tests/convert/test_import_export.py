@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from small_runs import all_of
 
 from baby_xp import api
 from baby_xp.cli import main
@@ -85,11 +86,11 @@ def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
 
 def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):
     _, run, _ = imported
-    before = {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+    before = all_of(run.files.folder)
     model = tmp_path / "original" / "models" / f"model_{run.guid}.json"
     with pytest.raises(BabyError, match=r"there is a run .* already"):
         api.import_littlebaby(model, path=run.files.folder)
-    assert before == {path: path.read_bytes() for path in run.files.folder.rglob("*") if path.is_file()}
+    assert before == all_of(run.files.folder)
 
 
 def test_an_export_that_fails_half_way_leaves_nothing_and_names_its_own_flag(imported, tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
     (["export", "onnx"], "export littlebaby"),
     (["export", "littlebaby", "--path=nowhere"], "there are no runs in nowhere"),
 ])  # fmt: skip
-def test_what_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_arguments_of_import_and_export_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pkl").write_bytes(b"\x80\x04N.")
     assert main(arguments) == 2

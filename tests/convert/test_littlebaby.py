@@ -141,7 +141,7 @@ def test_files_are_found_beside_the_model_and_their_tag_is_kept_where_it_is_a_gu
         assert littlebaby.read(model).guid == (tag if tag == GUID else None)
 
 
-def test_files_that_are_named_are_taken(tmp_path, made):
+def test_files_that_are_named_are_used(tmp_path, made):
     documents(tmp_path, SWITCHES[0])
     paths = [tmp_path / name for name in ("a", "b", "c.weights")]
     for path, kind in zip(paths, KINDS, strict=True):
@@ -240,7 +240,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_in_one_line(tmp_path, made, fault):
+def test_a_fault_in_a_file_is_one_line(tmp_path, made, fault):
     kind, *change, message = FAULTS[fault]
     changed = copy.deepcopy(made)
     match change:

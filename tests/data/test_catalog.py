@@ -61,7 +61,7 @@ def cache(monkeypatch, tmp_path):
 @pytest.fixture
 def add(monkeypatch):
     def add(url, content=TEXT):
-        entry = catalog.Entry("moon", url, hashlib.sha256(content).hexdigest(), "moon.txt", "a test", "none")
+        entry = catalog.Entry("moon", url, hashlib.sha256(content).hexdigest(), "moon.txt")
         monkeypatch.setitem(catalog.TEXTS, "moon", entry)
     return add
 
@@ -84,8 +84,6 @@ def test_names():
         assert entry.name == name
         assert entry.url.startswith("https://")
         assert len(bytes.fromhex(entry.sha256)) == 32
-        assert entry.about
-        assert entry.licence
     assert failure("homer") == "no text is called 'homer'; the names are nursery, equations, shakespeare"
     for name in catalog.BUILT_IN:
         assert "is generated" in failure(name)
@@ -137,7 +135,7 @@ def test_a_refused_connection(cache, add, no_proxy):
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made(server, cache, add):
+def test_a_cache_folder_that_cannot_be_made_is_an_error(server, cache, add):
     cache.parent.parent.mkdir(exist_ok=True)
     cache.parent.write_text("a file where the folder should be")
     add(url(server))

@@ -124,7 +124,7 @@ def test_undetermined_contexts():
 # what is held out -----------------------------------------------------------------------------------------
 
 
-def test_nothing_gives_a_held_out_case_away():
+def test_no_training_window_shows_a_held_out_case():
     for max_sum in (9, 10, 18):
         table = EquationTable(max_sum)
         every, leave_out = set(windows(table.equations())), table.undetermined()
@@ -176,7 +176,7 @@ def test_a_context_that_holds_an_equation_shows_nothing_of_a_held_out_one(digits
 @pytest.mark.parametrize(("max_sum", "expected"), [
     (9, {"0+0", "0+1", "1+0", "0+9", "9+0"}), (18, {"0+0"}),
 ])  # fmt: skip
-def test_what_no_model_could_answer(max_sum, expected):
+def test_the_cases_that_no_model_could_answer(max_sum, expected):
     """Training has no answer with that first character, or one of the operands nowhere: see docs/equations.md."""
     table, found = EquationTable(max_sum), set()
     for a, _, b in table.cases():
@@ -200,7 +200,7 @@ def test_a_share_is_drawn_by_the_seed():
 
 
 @pytest.mark.parametrize("held_out", ["0%", "100%", "-5%", "x%", "%", "nan%", "", "4+4,", "12+3", "4-4", "4+04"])
-def test_held_out_that_names_nothing(held_out):
+def test_a_bad_held_out_setting_is_refused(held_out):
     with pytest.raises(BabyError, match="held-out"):
         BABYLLM.choose(held_out, 0)
 
@@ -220,7 +220,7 @@ def test_a_case_above_the_largest_sum():
 
 
 @pytest.mark.parametrize("max_sum", [8, 19, -1, 9.5])
-def test_a_largest_sum_that_cannot_be(max_sum):
+def test_a_bad_largest_sum_is_refused(max_sum):
     with pytest.raises(BabyError, match="from 9 to 18"):
         EquationTable(max_sum)
 

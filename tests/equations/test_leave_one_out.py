@@ -29,7 +29,7 @@ OF_EQUATIONS = [name for name, run_config in PRESETS.items() if isinstance(run_c
 
 
 def shortened(name, **overrides):
-    """A preset that trains in a moment, and learns little."""
+    """A preset that trains quickly, and learns little."""
     return preset(name).override({"num_steps": 3, "batch_size": 64, **overrides})
 
 
@@ -46,7 +46,7 @@ def shortened(name, **overrides):
     ("equations-gpt", {"n_ctx": 8}, "n_ctx 8 does not hold an equation"),
     ("equations", {"held_out": ",".join(BABYLLM.distinct())}, "leaves no equation to train on"),
 ])  # fmt: skip
-def test_settings_that_make_no_sense(name, overrides, match, tmp_path):
+def test_bad_settings_are_refused(name, overrides, match, tmp_path):
     with pytest.raises(BabyError, match=match):
         baby_xp.train(name, path=tmp_path / "runs", backend="numpy", num_steps=1, **overrides)
     assert not list(tmp_path.rglob("*.json"))
@@ -283,7 +283,7 @@ def test_the_map_of_larger_operands_goes_by_their_tens():
     (("mlp", "2", None, "+-"), "equations-2", "10%"),
     (("gpt", "2", None, None), "equations-gpt", "10%"),
 ])  # fmt: skip
-def test_what_an_experiment_begins_with(asked, name, held_out):
+def test_the_preset_that_an_experiment_starts_from(asked, name, held_out):
     found, named = leave_one_out.suitable(*asked), preset(name)
     assert found == replace(named, data=replace(named.data, held_out=held_out))
 

@@ -44,7 +44,7 @@ def wrong(rows) -> list[str]:
         {},
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "dropout": 0.2, "gelu": "erf"},
         {"dropout": 0.3, "dtype": "float64"},
-        # the gate of an untrained model has hardly a gradient: less than rounding lets slopes be told by
+        # the gate of an untrained model has hardly a gradient: slopes below what rounding resolves
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "num_steps": 1},
     ],
     ids=["baby", "other switches", "dropout", "untrained"],
@@ -149,7 +149,7 @@ def test_a_fault_in_a_fast_kernel_shows_in_its_column_alone(run, monkeypatch):
     assert rows["ln_f.gain"].fast == pytest.approx(0.01, rel=0.02)
 
 
-def test_numbers_that_are_none_do_not_agree(run):
+def test_nan_does_not_agree(run):
     broken = run.params.copy()
     broken[run.model.layout.sizes[0]] = np.nan  # of wpe
     rows = dataclasses.replace(run, params=broken).check(directions=1, elements=1)
@@ -225,7 +225,7 @@ def test_a_changed_text_is_noticed_and_another_one_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokens", "batch", "directions"])
-def test_sizes_that_make_no_sense(run, name):
+def test_bad_sizes_are_refused(run, name):
     for value in (0, -1, 1.5, True):
         with pytest.raises(BabyError, match=f"{name} must be a whole number of at least 1"):
             run.check(**{name: value})

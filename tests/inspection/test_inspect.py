@@ -2,11 +2,11 @@
 
 import ast
 import dataclasses
-import inspect as python_inspect
 import itertools
 import re
 import sys
 import types
+from inspect import getsource
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,7 @@ def test_with_dropout_too(one):
     logits, plain_saved = model.forward(xp, p, ids, rng.Noise(streams, 0.3))
     assert same(found, logits)
     dlogits = draw.normal(0, 1, logits.shape)
-    recorder.turn()
+    recorder.begin_backward()
     gradients = dict(leaves(copy.backward(xp, p, saved, dlogits, model.config)))
     for path, gradient in leaves(model.backward(xp, p, plain_saved, dlogits)):
         assert same(gradients[path], gradient), path
@@ -310,7 +310,7 @@ def test_every_way_to_bind_a_name_is_seen(monkeypatch):
     assert recorder.arrays.keys() == {f"tanh.{name}" for name in expected}
     for name, array in expected.items():
         assert same(recorder.arrays[f"tanh.{name}"], array), name
-    recorder.turn()
+    recorder.begin_backward()
     toy.backward(np, {}, saved, x)
     assert list(recorder.gradients) == ["tanh.dx"]
     assert same(recorder.gradients["tanh.dx"], x * saved[0])
@@ -322,7 +322,7 @@ def test_what_backward_takes_from_saved_is_no_gradient(monkeypatch):
     recorder, x = Recorder(np, np.asarray, {}), np.arange(3.0)
     toy = Copies(recorder).named("baby_xp.layers.tanh")
     _, saved = toy.forward(np, {}, x)
-    recorder.turn()
+    recorder.begin_backward()
     toy.backward(np, {}, saved, x)
     assert list(recorder.gradients) == ["tanh.dx"]
 
@@ -355,7 +355,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         run.inspect("the cat", patch={"blocks.0.attention.heads.scores": fail})
     frames = [(str(entry.path), entry.lineno) for entry in caught.traceback]
-    lines = python_inspect.getsource(heads).splitlines()
+    lines = getsource(heads).splitlines()
     at = next(line for path, line in frames if path.endswith("heads.py"))
     assert "scores = q @" in lines[at]
 
@@ -397,7 +397,7 @@ def test_an_array_replaced_by_itself_changes_nothing(config, tokenizer, prompt):
 
 @pytest.mark.parametrize("network", ["mlp", "moe"])
 @pytest.mark.parametrize("head", [0, 2])
-def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network, head):
+def test_ablating_a_head_zeroes_its_slice_of_the_out_projection(network, head):
     run, D = a_run(gpt_config(network=network)), 4
 
     def zero_slice(weight):
@@ -414,7 +414,7 @@ def test_a_head_switched_off_is_its_slice_of_the_out_projection_at_zero(network,
     assert same(run.inspect("the cat sat").logits, before.logits)  # nothing stays changed
 
 
-def test_a_head_of_a_mixture_switched_off_adds_nothing():
+def test_an_ablated_head_of_a_mixture_adds_nothing():
     run = a_run(gpt_config(attention="moh"))
     found = run.inspect("the cat", patch=inspect.ablate(run, [(0, 1), (0, 2), (1, 0)]))
     mixed = found.arrays["blocks.0.attention.mixed"]
@@ -423,7 +423,7 @@ def test_a_head_of_a_mixture_switched_off_adds_nothing():
     assert found.arrays["blocks.1.attention.y:2"][:, 0].any() == np.False_
 
 
-def test_what_a_patch_writes_into_is_its_own(run):
+def test_a_patch_gets_a_copy(run):
     plain, heads_of = run.inspect("the cat"), "blocks.0.attention.heads"
 
     def spoil(weights):
@@ -436,14 +436,14 @@ def test_what_a_patch_writes_into_is_its_own(run):
     assert not same(found.logits, plain.logits)
 
 
-def test_what_is_seen_are_copies(run):
+def test_recorded_arrays_are_copies(run):
     seen = run.inspect("the cat", backward=True)
     arrays = [(seen.arrays | seen.gradients)[names[0]] for names in seen.names]
     arrays += [seen.gradients[path] for path in run.model.layout.paths] + [seen.logits, run.params]
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
 
 
-def test_what_comes_back_as_it_was_stays_the_very_same():
+def test_an_unchanged_array_stays_the_same_object():
     """Its layout in memory too, on which the order of sums may depend."""
     value = np.arange(12.0).reshape(3, 4)[:, ::2].T
     recorder = Recorder(np, np.asarray, {}, {"a": lambda a: a + 0, "b": lambda a: a + 1})
@@ -474,7 +474,7 @@ def test_a_gradient_can_be_patched(run):
     ],
     ids=lambda value: str(list(value))[:40],
 )  # fmt: skip
-def test_a_patch_that_cannot_be(run, patch, words):
+def test_a_bad_patch_is_an_error(run, patch, words):
     with pytest.raises(BabyError) as caught:
         run.inspect("the cat", patch=patch)
     for word in words:
@@ -485,7 +485,7 @@ def test_a_patch_that_cannot_be(run, patch, words):
 # what is read off -----------------------------------------------------------------------------------------
 
 
-def test_attention_looks_back_alone_and_adds_up_to_one(run):
+def test_attention_is_causal_and_adds_up_to_one(run):
     seen = run.inspect("the cat sat")
     for layer, head in itertools.product(range(2), range(3)):
         weights = seen.attention(layer, head)
@@ -560,7 +560,7 @@ def test_bytes_are_tokens_that_can_be_read():
     assert "█" in "".join(printing.report(run, printing.InspectOptions("aé\n", neighbours="a")))
 
 
-def test_a_number_that_is_none_is_told_of(run):
+def test_a_note_names_the_first_array_with_a_nan(run):
     broken = run.params.copy()
     layout = run.model.layout
     broken[sum(layout.sizes[: layout.paths.index("blocks.1.network.up.weight")])] = np.nan
@@ -626,7 +626,7 @@ def test_neighbours_are_the_nearest_by_the_cosine(run):
             run.neighbours(token)
 
 
-def test_among_single_numbers_the_nearer_ones_come_first():
+def test_neighbours_among_single_numbers_are_sorted_by_distance():
     run = a_run(EquationConfig(n_emb=1, n_hidden=5), SUMS)
     table = run.model.layout.unpack(np, run.params)["embedding"]["weight"][:, 0]
     found = [float(table[SUMS.encode(token)[0]]) for token, _ in run.neighbours("4", 12)]
@@ -693,7 +693,7 @@ def test_the_map_of_a_head_is_drawn_by_its_weights(run):
     assert [line.split()[2] for line in plain[3:]] == ["##", "++##", "..****"]
 
 
-def test_small_words():
+def test_ordinals_bars_figures_and_glyphs():
     ordinals = ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th"]
     assert [render.ordinal(int(word[:-2])) for word in ordinals] == ordinals
     assert [render.bar(0.5, 4), render.bar(0.25, 1), render.bar(0.5, 4, plain=True)] == ["██", "▎", "##"]
@@ -725,7 +725,7 @@ def call(trained, capsys):
     return run
 
 
-def test_the_command_shows_it_all(call, trained):
+def test_the_command_shows_all_arrays_predictions_and_neighbours(call, trained):
     shown = "--layer=all", "--attention=1.2", "--neighbours=t", "--top=3"
     code, out, err = call("--prompt=the cat", "--backward", *shown)
     assert (code, err) == (0, "")
@@ -744,7 +744,7 @@ def test_the_command_shows_it_all(call, trained):
         assert re.search(rf"^     {re.escape(repr(token))} +{cosine:.3f}", out, re.MULTILINE)
 
 
-def test_a_short_look_by_default(call, trained):
+def test_the_output_is_short_by_default(call, trained):
     code, out, _ = call("--prompt=the cat")
     assert code == 0
     assert "gelu" not in out
@@ -759,7 +759,7 @@ def test_heads_compared(call):
     assert re.search(r"^layer 1( +[\d.]+ +\d+%){3}$", out, re.MULTILINE)
 
 
-def test_heads_switched_off(call, trained):
+def test_ablated_heads_change_the_loss_that_is_shown(call, trained):
     out = call("--prompt=the cat", "--off", "0.1", "1.0,1.2")[1]
     patch = inspect.ablate(trained, [(0, 1), (1, 0), (1, 2)])
     before, after = trained.inspect("the cat"), trained.inspect("the cat", patch=patch)
@@ -809,7 +809,7 @@ def test_the_encoding_of_the_terminal_decides(call, monkeypatch, encoding, plain
         (["--backend=tensorflow"], ("unknown backend",)),
     ],
 )
-def test_what_cannot_be_looked_at_ends_in_one_line(call, arguments, words):
+def test_bad_arguments_of_inspect_are_one_line(call, arguments, words):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
@@ -824,11 +824,9 @@ def test_a_prompt_is_needed_for_little(call):
     assert "attention of" not in out
 
 
-def test_the_equation_model_is_looked_into(tmp_path, capsys):
+def test_the_equation_model_is_inspected(tmp_path, capsys):
     api.train("equations", path=tmp_path, num_steps=30, backend="numpy")
     assert main(["inspect", f"--path={tmp_path}", "--prompt=4+4=8", "--backward", "--neighbours=4"]) == 0
     out = capsys.readouterr().out
     for word in ("hidden.weight", "tanh.y", "dlogits", "3 '='", "after 4 '8'"):
         assert word in out
-    assert main(["inspect", f"--path={tmp_path}", "--prompt=4+4=", "--attention=0.0"]) == 2
-    assert "the equation model has no attention" in capsys.readouterr().err

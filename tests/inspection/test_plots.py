@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_inspect import LETTERS, SUMS, a_run, gpt_config
+from test_inspect import LETTERS, a_run, gpt_config
 
-from baby_xp.config import EquationConfig
 from baby_xp.errors import BabyError
 from baby_xp.inspection import plots, printing
 from baby_xp.text.tokenizer import CharTokenizer
@@ -101,9 +100,8 @@ def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
     kinds = [kind.strip(" .") for kind in str(caught.value).split("one of")[1].split(",")]
     assert {"png", "svg", "pdf"} <= set(kinds)
     assert "pgf" not in kinds
-    figure = plots.attention_figure(seen, (0, 0))
     for kind in kinds:
-        assert plots.save(figure, tmp_path / f"a.{kind}").stat().st_size
+        assert plots.attention(seen, tmp_path / f"a.{kind}", (0, 0)).stat().st_size
 
 
 def test_whatever_fails_while_a_picture_is_drawn_is_one_line(drawing, seen, tmp_path, monkeypatch):
@@ -125,14 +123,7 @@ def test_a_picture_goes_to_a_path(drawing, seen, file):
         plots.attention(seen, file)
 
 
-def test_the_equation_model_has_nothing_to_draw_here(drawing, tmp_path):
-    seen = a_run(EquationConfig(n_emb=2, n_hidden=5), SUMS).inspect("4+4=")
-    with pytest.raises(BabyError, match="no attention"):
-        plots.attention(seen, tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_matplotlib_the_remedy_is_told(monkeypatch, tmp_path):
+def test_without_matplotlib_the_error_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BabyError, match=r"pip install -e '\.\[plots\]'") as caught:
@@ -141,7 +132,7 @@ def test_without_matplotlib_the_remedy_is_told(monkeypatch, tmp_path):
     assert printing.report(a_run(gpt_config()), printing.InspectOptions("the cat"))
 
 
-def test_looking_into_a_run_imports_no_matplotlib():
+def test_inspecting_a_run_imports_no_matplotlib():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "from test_inspect import *; from baby_xp.evaluation import gradient_check;"

@@ -1,5 +1,5 @@
-"""What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is wrong in
-silence."""
+"""What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is silently
+wrong."""
 
 import json
 import math
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from small_runs import all_of
 
 import baby_xp.files
 import baby_xp
@@ -135,10 +136,6 @@ def kept(stopped) -> dict[str, np.ndarray]:
     """The parameters (P,) that each file of arrays holds."""
     last = api.load(stopped.guid, path=stopped.files.folder, backend="numpy", weights="last")
     return {"best": stopped.params, "last": last.params}
-
-
-def all_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("command", ["generate", "resume", "evaluate", "finetune", "export", "runs"])
@@ -317,7 +314,7 @@ def test_a_full_disk_while_the_last_files_are_written_loses_no_step(text, tmp_pa
 
 @pytest.mark.parametrize("name", ["state_", ""], ids=["a checkpoint", "everything"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monkeypatch, name):
-    """And the first failure is told, not that the report of it could not be written either."""
+    """And the error is the first one, not that the report could not be written either."""
     full_where(monkeypatch, lambda path: name in path and bool(list(tmp_path.glob("outputs/metrics_*"))))
     with pytest.raises(BabyError, match=r"state_.* cannot be written \(No space left on device\)") as caught:
         api.train("baby", path=tmp_path, data=text, **TINY)

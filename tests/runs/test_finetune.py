@@ -193,7 +193,7 @@ def test_dropout_may_change_and_sizes_may_not(base, texts):
         finetune(base, texts["other"], n_emb=32)
 
 
-def test_what_fails_leaves_the_folder_as_it_was(base, texts, tmp_path):
+def test_failed_finetuning_leaves_the_folder_as_it_was(base, texts, tmp_path):
     before = all_of(base.files.folder)
     for text, lr in ((str(tmp_path / "nothing.txt"), 1e-3), (texts["other"], 1e30)):
         with pytest.raises(BabyError):

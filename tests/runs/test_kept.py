@@ -33,7 +33,7 @@ def kept(tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize("kept", [pytest.param(p.values, id=p.id) for p in RUNS], indirect=True)
-def test_a_kept_run_loads_generates_and_goes_on(kept):
+def test_a_kept_run_loads_generates_and_resumes(kept):
     expected, params = kept
     guid = expected["guid"]
     run = baby_xp.load(guid, path="stored", backend="numpy")

@@ -41,7 +41,7 @@ def holder(path, signals):
         process.communicate()
 
 
-def test_a_lock_has_one_holder_and_is_there_while_it_is_held(path):
+def test_a_lock_has_one_holder_and_its_file_exists_while_it_is_held(path):
     first, second, other = Lock(path), Lock(path), Lock(path.parent / "gone" / "b.lock")
     assert not first.is_held()
     assert first.acquire()
@@ -74,7 +74,7 @@ def test_the_file_of_a_lock_is_removed_while_it_is_held(path, monkeypatch):
     assert taken == [False]
 
 
-def test_who_cannot_have_it_waits_for_as_long_as_asked(path):
+def test_acquire_waits_as_long_as_its_patience(path):
     first = Lock(path)
     first.acquire()
     begin = time.monotonic()
@@ -83,8 +83,8 @@ def test_who_cannot_have_it_waits_for_as_long_as_asked(path):
     first.release()
 
 
-def test_a_lock_that_is_given_back_meanwhile_is_had(path):
-    """As when somebody else asks whether it is held, and takes it for a moment."""
+def test_a_lock_that_is_released_while_waiting_is_acquired(path):
+    """As when another process calls is_held, and holds it for an instant."""
     first, second = Lock(path), Lock(path)
     first.acquire()
     later = threading.Timer(0.05, first.release)
@@ -95,7 +95,7 @@ def test_a_lock_that_is_given_back_meanwhile_is_had(path):
     second.release()
 
 
-def test_asking_leaves_nothing(path):
+def test_is_held_changes_no_file(path):
     assert not Lock(path).is_held()
     assert not path.exists()
     path.write_bytes(b"")  # its holder was killed
@@ -115,7 +115,7 @@ def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="flock is of POSIX")
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_a_file_system_that_cannot_lock_is_not_a_lock_that_is_taken(path, monkeypatch, name):
+def test_a_file_system_without_locks_is_an_error_and_not_a_held_lock(path, monkeypatch, name):
     import fcntl
 
     def refuse(*args):
@@ -129,7 +129,7 @@ def test_a_file_system_that_cannot_lock_is_not_a_lock_that_is_taken(path, monkey
 
 
 @pytest.mark.parametrize("allowed", ["rb", None])
-def test_asking_needs_no_permission(path, holder, monkeypatch, allowed):
+def test_is_held_needs_no_permission(path, holder, monkeypatch, allowed):
     """As another user has none who may read the runs, or who may not even do that."""
     opened = open
 
@@ -154,13 +154,13 @@ def test_a_lock_on_a_file_that_was_removed_is_none(path, monkeypatch):
 
     monkeypatch.setattr("baby_xp.runs.lock.try_to_lock", removed_before)
     first = Lock(path)
-    assert first.acquire(patience=0)  # nobody held it
+    assert first.acquire(patience=0)  # no process held it
     assert path.exists()
     assert not Lock(path).acquire(patience=0)
     first.release()
 
 
-def test_of_many_that_want_it_one_has_it_at_a_time(path):
+def test_many_threads_hold_the_lock_one_at_a_time(path):
     inside, most, turns = [], [], []
 
     def take_turns(number):
@@ -184,14 +184,14 @@ def test_of_many_that_want_it_one_has_it_at_a_time(path):
 
 
 @pytest.mark.parametrize("how", ["kill", "terminate"])
-def test_a_process_that_is_ended_gives_its_lock_back(path, holder, how):
+def test_the_lock_of_an_ended_process_is_released(path, holder, how):
     assert Lock(path).is_held()
     assert not Lock(path).acquire(patience=0.05)
     getattr(holder, how)()
     holder.wait()
     if os.name != "nt":
         assert holder.returncode == -{"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[how]
-    assert path.exists()  # nobody was there to remove it
+    assert path.exists()  # a killed process cannot remove it
     assert not Lock(path).is_held()
     lock = Lock(path)
     assert lock.acquire()

@@ -140,7 +140,7 @@ def test_a_run_may_be_stopped_many_times(text, tmp_path, alone):
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
-def test_from_what_a_kill_leaves_a_run_goes_on_exactly(text, tmp_path, alone, at_step):
+def test_a_killed_run_resumes_exactly(text, tmp_path, alone, at_step):
     """test_machine.py kills at random moments."""
 
     copies = {step: tmp_path / f"killed before {step}" for step in (0, 4, 6, 23)}
@@ -169,7 +169,7 @@ def test_other_settings_resume_as_exactly(text, tmp_path, alone, more):
 
 
 @pytest.mark.parametrize("patience", [0, 3])
-def test_the_best_weights_come_back_with_a_checkpoint_that_is_worse(odd_end, tmp_path, patience):
+def test_the_best_weights_survive_a_later_checkpoint_that_is_worse(odd_end, tmp_path, patience):
     more = {"workers": 1, "lr": 0.1, "patience": patience, "num_steps": 40}
     whole = Ending.of(train(odd_end, tmp_path / "alone", **more))
     assert whole.result["reason"] == ("patience" if patience else "steps")
@@ -212,7 +212,7 @@ def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text
 # what can be changed, and what cannot -------------------------------------------------------------------
 
 
-def test_a_run_that_is_done_goes_on_with_more_steps(text, tmp_path, alone):
+def test_a_finished_run_continues_with_more_steps(text, tmp_path, alone):
     train(text, tmp_path, workers=1, schedule="constant", num_steps=12)
     for more in ({}, {"num_steps": 1}, {"num_steps": 12}):
         with pytest.raises(BabyError, match="is done with all its 12 steps; to go on give more --num-steps"):
@@ -221,7 +221,7 @@ def test_a_run_that_is_done_goes_on_with_more_steps(text, tmp_path, alone):
     assert load_file(longer.files.state)["params"].tobytes() == whole.arrays["params"]
 
 
-def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
+def test_a_run_that_ended_early_says_how_to_continue(odd_end, tmp_path):
     ended = train(odd_end, tmp_path, workers=1, patience=1, lr=0.1, num_steps=40)
     assert ended.config["result"]["reason"] == "patience"
     with pytest.raises(BabyError, match="another --patience"):
@@ -229,13 +229,13 @@ def test_a_run_that_ended_early_says_how_to_go_on(odd_end, tmp_path):
     assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
 
 
-def test_a_run_of_epochs_goes_on_for_as_many_steps_as_are_asked_for(text, tmp_path):
+def test_a_run_of_epochs_continues_for_a_number_of_steps(text, tmp_path):
     done = train(text, tmp_path, workers=1, num_steps=None, num_epochs=1, stride=100)
     more = done.config["result"]["steps"] + 2
     assert api.resume(path=tmp_path, num_steps=more).config["result"]["steps"] == more
 
 
-def test_a_run_that_goes_on_keeps_the_time_of_its_beginning(text, tmp_path):
+def test_a_resumed_run_keeps_its_start_time(text, tmp_path):
     files = train(text, tmp_path, Stopper(3), workers=1, num_steps=4).files
     then = "2001-02-03T04:05:06+00:00"
     store.write_sealed(files.config, {**store.read_sealed(files.config), "started": then, "written": then})
@@ -243,14 +243,14 @@ def test_a_run_that_goes_on_keeps_the_time_of_its_beginning(text, tmp_path):
     assert done.config["started"] == then < done.config["written"]
 
 
-def test_on_another_backend_a_run_goes_on_without_the_workers_of_the_first(text, tmp_path):
+def test_a_run_resumed_on_another_backend_drops_its_workers(text, tmp_path):
     case_of("strict")  # skips where it is absent
     train(text, tmp_path, Stopper(3), workers=2, num_steps=4)
     done = api.resume(path=tmp_path, backend="array-api-strict")
     assert (done.config["result"]["state"], done.config["place"]["workers"]) == ("done", 1)
 
 
-def test_a_run_goes_on_on_its_device(text, tmp_path):
+def test_a_run_resumes_on_its_device(text, tmp_path):
     case_of("strict device1")
     place = {"backend": "array-api-strict", "device": "device1"}
     stopped = train(text, tmp_path, Stopper(1), num_steps=2, **place)
@@ -260,7 +260,7 @@ def test_a_run_goes_on_on_its_device(text, tmp_path):
         assert "device1" in str(done.config[part]["device"]).lower()
 
 
-def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
+def test_a_line_of_the_metrics_is_written_before_the_listener_gets_it(text, tmp_path):
     """Whoever hears of a measurement may kill the run."""
     lines = []
 
@@ -271,10 +271,10 @@ def test_a_line_of_the_metrics_is_written_before_it_is_told(text, tmp_path):
 
     train(text, tmp_path, Reader(), workers=1, num_steps=10)
     assert len(lines) == 3
-    assert all(told == written for told, written in lines)
+    assert all(heard == written for heard, written in lines)
 
 
-def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp_path, alone):
+def test_bad_settings_are_refused_and_the_run_resumes_without_them(text, tmp_path, alone):
     train(text, tmp_path, Stopper(5), workers=1)
     for wrong in ({"num_steps": 2}, {"num_steps": "9"}, {"num_steps": None}, {"workers": 0}):
         with pytest.raises(BabyError, match=next(iter(wrong))):
@@ -284,7 +284,7 @@ def test_what_makes_no_sense_is_refused_and_the_run_goes_on_without_it(text, tmp
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
-def test_metrics_that_are_gone_come_back(text, tmp_path, alone):
+def test_missing_metrics_are_restored(text, tmp_path, alone):
     train(text, tmp_path, Stopper(12), workers=1).files.metrics.unlink()
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 

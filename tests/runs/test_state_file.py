@@ -175,11 +175,11 @@ def test_weights_are_no_checkpoint_and_a_checkpoint_no_weights(path, state_path)
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
     """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
-    for damaged, told in ((path, failure), (state_path, state_failure)):
+    for damaged, error_of in ((path, failure), (state_path, state_failure)):
         data = damaged.read_bytes()
         for place in range(0, len(data), 5):
             damaged.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-            assert told(damaged)
+            assert error_of(damaged)
             assert isinstance(state_file.read_metadata(damaged), dict)  # or nothing, but no error
 
 
@@ -217,17 +217,17 @@ def test_a_change_without_a_new_checksum_is_an_error(path, change):
 REST = {name: array for name, array in ARRAYS.items() if name != "scalar"}
 
 
-@pytest.mark.parametrize(("arrays", "told"), [
+@pytest.mark.parametrize(("arrays", "words"), [
     (REST, "1 arrays differ, first 'scalar'"),
     ({**ARRAYS, "zzz": FLAT}, "1 arrays differ, first 'zzz'"),
     ({**REST, "scalar2": ARRAYS["scalar"]}, "2 arrays differ, first 'scalar'"),
     ({}, "4 arrays differ"),
 ], ids=["missing", "extra", "renamed", "none"])  # fmt: skip
-def test_other_arrays_belong_to_another_model(path, arrays, told):
+def test_other_arrays_belong_to_another_model(path, arrays, words):
     path.write_bytes(sealed(arrays))
     message = failure(path)
     assert "does not belong to this model" in message
-    assert told in message
+    assert words in message
 
 
 def test_another_shape_or_type_belongs_to_another_model(path):

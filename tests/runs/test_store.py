@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from small_runs import all_of
 
 import baby_xp
 from baby_xp.errors import BabyError
@@ -33,10 +34,6 @@ def runs(tmp_path) -> Path:
             path.write_text("{}")
         os.utime(files.config, ns=(0, 10**18 + age))  # nanoseconds apart: the newest is still the newest
     return tmp_path
-
-
-def all_of(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b"9" * 5000, b"\xff"])
@@ -69,17 +66,14 @@ def test_a_sealed_file_comes_back_without_its_seal(sealed):
     assert store.read_sealed(sealed) == VALUE
     assert list(store.read_sealed(sealed)) == list(VALUE)  # people read it in this order
     assert json.loads(sealed.read_text()) == {**VALUE, "checksum": store.digest(VALUE)}
+    sealed.write_text(json.dumps(json.loads(sealed.read_text()), sort_keys=True))  # its layout does not matter
+    assert store.read_sealed(sealed) == VALUE
 
 
 def test_the_digest_asks_neither_order_nor_space():
     assert store.digest({"a": 1, "b": [2]}) == store.digest(json.loads('{ "b":[2],\n"a":1}'))
     assert len({store.digest(value) for value in (None, {}, [], "", 0, False, "0", 0.0, {"a": None})}) == 9
     assert re.fullmatch("[0-9a-f]{64}", store.digest(VALUE))
-
-
-def test_a_sealed_file_may_be_laid_out_anew(sealed):
-    sealed.write_text(json.dumps(json.loads(sealed.read_text()), sort_keys=True))
-    assert store.read_sealed(sealed) == VALUE
 
 
 def test_each_change_of_a_byte_is_noticed_or_changes_nothing(sealed):
@@ -161,7 +155,7 @@ def test_a_folder_without_runs_says_so(tmp_path, kind):
 
 
 def test_a_config_is_all_that_makes_a_run(runs):
-    """What else of it is missing, reading it tells."""
+    """Reading a run reports its other missing files."""
     files = RunFiles(runs, GUIDS[2])
     files.model.unlink()
     assert store.guids(runs) == GUIDS[::-1]
@@ -206,13 +200,13 @@ def test_finetuned_runs_are_runs(tuned):
 
 @pytest.mark.parametrize("beginning", ["c", "cccccccc", "cccccccc-33", GUIDS[2]])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_beginning_and_what_finetuning_put_behind_find_their_run(tuned, beginning, suffix):
+def test_a_beginning_with_a_suffix_of_finetuning_finds_its_run(tuned, beginning, suffix):
     assert store.find(tuned, beginning + suffix) == RunFiles(tuned, GUIDS[2] + suffix)
 
 
 @pytest.mark.parametrize("name", ["c_finetuned-3", "c_finetuned-1", "a_finetuned", "aaaab_finetuned",
                                   "c_finetuned_finetuned_finetuned"])  # fmt: skip
-def test_what_finetuning_put_behind_must_fit_wholly(tuned, name):
+def test_a_suffix_of_finetuning_must_match_completely(tuned, name):
     with pytest.raises(BabyError, match=f"no run in .* begins with '{name}'"):
         store.find(tuned, name)
 
@@ -235,13 +229,7 @@ def test_the_names_are_those_of_the_layout():
         pattern = name.replace(GUIDS[0], "<guid>").replace("20260102030405", "<yyyymmddhhmmss>")
         assert f"    {folder}/{pattern} " in store.__doc__
     assert len(set(files.of_training)) == 7
-
-
-def test_the_config_is_the_first_of_the_files_to_go():
-    """While it is there a run can be found, so that it goes first."""
-    files = RunFiles(Path("runs"), GUIDS[0])
-    assert files.of_training[0] == files.config
-    assert files.state in files.of_training
+    assert files.of_training[0] == files.config  # removed first: while it is there, the run can be found
     assert files.lock not in files.of_training
 
 
@@ -261,7 +249,7 @@ def test_a_run_is_held_by_one_at_a_time(runs):
 
 
 @pytest.mark.parametrize("error", [BabyError, KeyboardInterrupt])
-def test_a_run_is_let_go_whatever_happens(runs, error):
+def test_a_run_is_released_after_any_error(runs, error):
     files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
     with pytest.raises(error), store.hold(files):
         raise error
@@ -298,13 +286,13 @@ def test_what_a_write_that_was_killed_leaves_is_swept(runs, monkeypatch):
         patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the tidying took place
         patch.setattr(Path, "unlink", lambda path: None)
         write(files.model, b"x" * 100)
-    assert len(all_of(runs) - before) == 1
+    assert len(all_of(runs)) == len(before) + 1
     store.sweep(files)
     assert all_of(runs) == before
 
 
 def test_a_folder_that_cannot_be_listed_is_not_swept(runs, monkeypatch):
-    """A stale handle of a network file system, say: the first file to be written tells of it."""
+    """Such as a stale handle of a network file system: writing the first file reports it."""
 
     def refuse(*args):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

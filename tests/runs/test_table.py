@@ -1,7 +1,6 @@
-"""The table of runs: each is in it, whatever became of it, and the state is that of this moment."""
+"""The table of runs: it has every run, whatever happened to it, with its current state."""
 
 import io
-import json
 import os
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_runs import metrics_of
 
 import baby_xp.api
 import baby_xp.files
@@ -43,8 +43,8 @@ def a_run(folder: Path, guid: str, state: str, *, step: int = 3, val_loss=1.25, 
 
 
 def expected(guid: str, state: str, **more) -> Summary:
-    told = {"steps": 3, "val_loss": 1.25, **more}
-    return Summary(guid, state, "baby", "my text.txt", STARTED, num_steps=1200, **told)
+    figures = {"steps": 3, "val_loss": 1.25, **more}
+    return Summary(guid, state, "baby", "my text.txt", STARTED, num_steps=1200, **figures)
 
 
 def listed(folder: Path) -> list[str]:
@@ -179,7 +179,7 @@ def test_real_runs_are_in_the_table(tmp_path):
         "baby", path=tmp_path / "runs", backend="numpy", listener=Onlooker(), data=str(tmp_path / "text.txt"),
         sample_tokens=0, eval_every=1, checkpoint_every=1, **sizes,
     )  # fmt: skip
-    records = [json.loads(line) for line in run.files.metrics.read_text().splitlines()]
+    records = metrics_of(run.files)
     assert [(one.state, one.steps, one.num_steps) for one in seen] == [
         ("running", 0, 2), ("running", 1, 2), ("running", 2, 2),
     ]  # fmt: skip

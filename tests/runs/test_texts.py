@@ -1,7 +1,6 @@
-"""A run and its text: found wherever the run is called from, its ids checked, and never another one in silence."""
+"""A run and its text: found from any current folder, its ids checked, and never silently replaced by another one."""
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import all_of, metrics_of
 
 import baby_xp.session
 import baby_xp
@@ -56,7 +56,7 @@ def stop() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Run:
-    """A run that nothing comes in the way of, which no test changes."""
+    """A run without interruptions, which no test changes."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "input.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     return api.train("baby", data=str(folder / "input.txt"), path=folder / "runs", **TINY)
@@ -87,7 +87,7 @@ def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from
     assert_same(api.resume(path=runs), whole)
 
 
-def test_a_folder_that_was_moved_as_a_whole_is_at_home_where_it_is(home, monkeypatch):
+def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     home.rename(home.parent / "moved")
@@ -104,11 +104,11 @@ def test_a_folder_that_was_moved_as_a_whole_is_at_home_where_it_is(home, monkeyp
     assert api.resume(path="moved/runs", num_steps=13, data="moved/input.txt").config["result"]["steps"] == 13
 
 
-def test_of_two_texts_of_one_name_the_one_with_the_hash_is_taken(home, monkeypatch):
+def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     shutil.copy("input.txt", home.parent / "copy.txt")
-    Path("input.txt").write_text("another text by now, " * 50)
+    Path("input.txt").write_text("another text, now, " * 50)
     monkeypatch.chdir(home.parent / "other")
     Path("input.txt").write_text(TEXT.upper())
     with pytest.raises(BabyError, match=r"home/input\.txt is no longer the text"):
@@ -133,7 +133,7 @@ def test_a_file_named_like_a_built_in_text_is_not_it(home):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ELOOP])
-def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
+def test_a_text_that_cannot_be_read_is_an_error_with_advice(home, monkeypatch, code):
     run, stat = api.train("baby", data="input.txt", **TINY), os.stat
 
     def refuse(path, **how):
@@ -149,7 +149,7 @@ def test_a_text_that_may_not_be_looked_at_says_so(home, monkeypatch, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, every file name is text")
-def test_a_text_whose_name_is_not_utf_8_serves_like_any_other(home, whole):
+def test_the_name_of_a_text_need_not_be_utf_8(home, whole):
     name = os.fsdecode(b"caf\xe9\n.txt")
     try:
         os.rename("input.txt", name)
@@ -213,7 +213,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
         with path.open("r+b") as file:  # in place: the training has it mapped
             file.write(bytes(200))
 
-    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it is made anew from the text"):
+    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten from the text"):
         api.train("baby", data="input.txt", listener=Meddler(damage, at=8), **TINY)
     (files,) = (store.RunFiles(Path("runs"), guid) for guid in store.guids(Path("runs")))
     config = store.read_sealed(files.config)
@@ -221,7 +221,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
     assert_same(api.resume(), whole)
 
 
-def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypatch, whole):
+def test_mapped_ids_that_only_look_changed_or_were_removed_do_no_harm(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     touched = api.train(
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
@@ -232,7 +232,7 @@ def test_mapped_ids_that_only_look_changed_or_are_gone_do_no_harm(home, monkeypa
         assert_same(api.train("baby", data="input.txt", path="b", listener=gone, **TINY), whole)
 
 
-def test_a_kill_while_ids_are_written_leaves_nothing_for_long(home):
+def test_half_written_ids_of_killed_processes_are_removed(home):
     folder = Path("runs/corpora")
     folder.mkdir(parents=True)
     for name in ("0a.17.0b.tmp", ".0a.ids.1a2b3c4d.tmp"):  # as earlier versions called it, and as this one does
@@ -255,7 +255,7 @@ BAD = {
 @pytest.mark.first_case
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("keep_text", [False, True])
-def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep_text, whole):
+def test_a_run_that_fails_removes_nothing_of_one_that_trains(home, content, keep_text, whole):
     """Whose folder of outputs is still empty, and which shares the folder of ids."""
     Path("bad.txt").write_bytes(content)
 
@@ -272,7 +272,7 @@ def test_a_run_that_fails_takes_nothing_from_one_that_trains(home, content, keep
     assert len(list(Path("runs/configs").iterdir())) == 1
 
 
-def test_a_text_that_was_read_in_vain_leaves_no_ids_but_those_of_others(home):
+def test_a_text_that_cannot_be_used_leaves_no_ids_and_keeps_those_of_others(home):
     with pytest.raises(BabyError, match="too short"):
         api.train("baby", data="input.txt", **{**TINY, "n_ctx": 100_000})
     assert not Path("runs").exists()
@@ -310,7 +310,7 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
     run = api.train("baby", data="input.txt", **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     shutil.rmtree("runs/corpora")
-    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    before = all_of(Path("runs"))
 
     def read_only(self, *how, **more):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -319,7 +319,7 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
         monkeypatch.setattr(Path, name, read_only)
     assert run.evaluate(num_tokens=5).loss == loss
     assert run.check(tokens=4, elements=1, directions=1) == rows
-    assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert before == all_of(Path("runs"))
 
 
 def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
@@ -338,7 +338,7 @@ def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
     assert os.listdir("runs/corpora")
 
 
-def test_a_current_folder_that_is_gone_is_no_traceback(home, monkeypatch):
+def test_a_removed_current_folder_does_no_harm(home, monkeypatch):
     run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
     loss = run.evaluate(num_tokens=5).loss
 
@@ -361,5 +361,4 @@ def test_an_interrupt_before_an_evaluation_has_its_line_leaves_the_line(home, mo
     monkeypatch.setattr(baby_xp.session, "append_line", interrupted)
     run = api.train("baby", data="input.txt", **TINY)
     assert run.config["result"]["state"] == "stopped"
-    lines = run.files.metrics.read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [4, 8]
+    assert [record["step"] for record in metrics_of(run.files)] == [4, 8]
