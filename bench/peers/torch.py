@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from baby_xp import processes
 from baby_xp.arrays import tree
 from baby_xp.inference.generate import window_start
 from baby_xp.resources import process_memory
 from baby_xp.text.batches import Batch
 from baby_xp.training.loop import READ_EVERY
-from bench import harness, peers, workloads
+from bench import peers, workloads
 from bench.peers import SEED, Clock, Outcome
 from bench.workloads import Workload, on_gpu
 
@@ -37,7 +38,7 @@ def train(
     compiled: a mode of torch.compile, None for eager mode.
     """
     device = device_of(backend)
-    torch.set_num_threads(harness.cores())
+    torch.set_num_threads(processes.cores())
     set_precision(precision)
     if device.type == "cuda":
         clock.wait = torch.cuda.synchronize
@@ -73,7 +74,7 @@ def generate(
     workload: Workload, batch: int, num_tokens: int, backend: str = "numpy", threads: int | None = None
 ) -> tuple[Outcome, list[float]]:
     """Generate in eager mode; threads: None for one per core."""
-    torch.set_num_threads(threads or harness.cores())
+    torch.set_num_threads(threads or processes.cores())
     torch.manual_seed(SEED)
     with torch.inference_mode():
         decoder = Decoder.of(workload, batch, num_tokens, backend)
