@@ -18,8 +18,7 @@ def main() -> int:
     found = peers.present(asked.peers, asked.backend, "bench.generate")
     for workload in asked.workloads:
         for batch in asked.batches:
-            problem = disagreement(workload, batch, found, asked.backend)
-            if problem:
+            if problem := disagreement(workload, batch, found, asked.backend):
                 say(f"bench.generate: {problem}")
                 return 2
     result = measure(asked, found)

@@ -112,15 +112,9 @@ def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[s
     return names_in
 
 
-def backend(text: str) -> str:
-    """An argument that names a backend; not `auto`, as a result must say which one was measured."""
-    if text not in names():
-        raise ArgumentTypeError(f"unknown backend {text!r}: choose one of {', '.join(names())}")
-    return text
-
-
 OPTIONS: dict[str, dict] = {
-    "backend": {"type": backend, "help": "backend of baby_xp (%(default)s)"},
+    # not `auto`: a result must say which one was measured
+    "backend": {"choices": names(), "help": "backend of baby_xp (%(default)s)"},
     "steps": {"type": positive, "help": "measured steps of each run"},
     "rounds": {"type": positive, "help": "rounds in which all take turns (%(default)s)"},
     "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
@@ -131,8 +125,7 @@ OPTIONS: dict[str, dict] = {
 
 def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser:
     """A command line. about: the docstring of the module; defaults: those of the OPTIONS that it has."""
-    made = argparse.ArgumentParser(prog=program, description=about.partition("\n")[0])
-    return with_options(made, **defaults)
+    return with_options(argparse.ArgumentParser(prog=program, description=about.partition("\n")[0]), **defaults)
 
 
 def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:

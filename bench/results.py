@@ -237,9 +237,7 @@ def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> 
 # the goals on one H200 ----------------------------------------------------------------------------------
 
 STEP = {
-    "W1": {"torch.compile": 1.0, "torch": 0.5},
-    "W2": {"torch.compile": 1.0, "torch": 0.5},
-    "W3": {"torch.compile": 1.0, "torch": 0.5},
+    **{name: {"torch.compile": 1.0, "torch": 0.5} for name in ("W1", "W2", "W3")},
     "W4": {"torch.compile": 1.2},
 }
 """The largest share of a peer's median step, at the same precision, that baby_xp's may take."""
