@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -502,32 +501,6 @@ def metrics_of(files: RunFiles) -> list[dict[str, Any]]:
     return [{**json.loads(line), "seconds": 0} for line in files.metrics.read_text("ascii").splitlines()]
 
 
-# children -----------------------------------------------------------------------------------------------
-
-
-class Children:
-    """A clean process whose forks do what is asked of them, and are killed meanwhile."""
-
-    def __init__(self):
-        self.process = None
-
-    def ask(self, **job: Any) -> dict[str, Any]:
-        """Do `name` with `arguments` in a fork; see machine_child.py -> how it ended."""
-        if self.process is None:
-            command = [sys.executable, str(Path(__file__).with_name("machine_child.py"))]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process.stdin.write(json.dumps({**job, "folder": os.getcwd()}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def end(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
-            self.process = None
-
-
 # the world ----------------------------------------------------------------------------------------------
 
 
@@ -644,8 +617,8 @@ SEEN: dict[str, str] = {}
 class World:
     """A folder of runs, the texts that they learn from, and a record of all that is known of them."""
 
-    def __init__(self, twins: Twins, children: Children, failures: list[tuple[str, str]]):
-        self.twins, self.children, self.failures = twins, children, failures
+    def __init__(self, twins: Twins, in_fork: Callable[..., dict], failures: list[tuple[str, str]]):
+        self.twins, self.in_fork, self.failures = twins, in_fork, failures
         self.just_exported: list[str] = []
         self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="baby_xp_machine_")))
         self.before = os.getcwd()
@@ -785,7 +758,7 @@ class World:
     ) -> Outcome:
         """Do it, in trouble or without, and see that all holds.
 
-        trouble: a context manager that the call runs in, or a job for a child, as keywords of Children.ask.
+        trouble: a context manager that the call runs in, or a job for a child, as keywords of machine_child.done.
         harmless: whether, afterwards, the trouble turns out to be none.
         """
         frame = Frame(op, Tree.of(self.folder), set(self.known))
@@ -835,7 +808,7 @@ class World:
     def _in_child(self, op: Op, job: dict[str, Any]) -> Outcome:
         number = GUIDS.source.number
         GUIDS.source.number += 1
-        found = self.children.ask(name=op.name, arguments=op.arguments, root=str(self.root), guid=number, **job)
+        found = self.in_fork(name=op.name, arguments=op.arguments, root=str(self.root), guid=number, **job)
         if found["kind"] == "escaped":
             self.fail(f"{found['type']} escapes in a child", found["traceback"])
         if found["kind"] == "done":

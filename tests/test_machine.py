@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -33,10 +33,11 @@ import machine_world
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
 
 import baby_xp
+from baby_xp import processes
 from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 
@@ -50,7 +51,8 @@ class Machine(RuleBasedStateMachine):
     """The rules. What each step does is drawn by `chance`, whose every draw hypothesis can shrink."""
 
     twins: machine_world.Twins
-    children: machine_world.Children
+    in_fork: Callable[..., dict]
+    """Does a job in a fork: see machine_child.done."""
     real_time = False
     """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
     counts: ClassVar[Counter] = Counter()
@@ -58,7 +60,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.world = World(self.twins, self.children, self.failures)
+        self.world = World(self.twins, self.in_fork, self.failures)
         self.counts["sequences"] += 1
 
     def teardown(self):
@@ -284,25 +286,24 @@ class Machine(RuleBasedStateMachine):
 
     # calls -----------------------------------------------------------------------------------------------
 
-    def step(self):
+    @invariant()
+    def count(self):
+        """After each step."""
         self.counts["steps"] += 1
 
     @rule(chance=CHANCE)
     def call(self, chance):
-        self.step()
         self.world.do(self.an_op(chance))
 
     @precondition(has_room)
     @rule(chance=CHANCE)
     def train(self, chance):
-        self.step()
         self.world.do(self.train_of(chance))
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def go_on(self, chance):
         """With a run: train it on, use it, finetune or export it."""
-        self.step()
         self.world.do(self.op_on(chance, self.a_run(chance)))
 
     # with something going wrong --------------------------------------------------------------------------
@@ -310,7 +311,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def a_fault(self, chance):
         """The system refuses something meanwhile: the disk is full, broken, read-only, without locks."""
-        self.step()
         op, name = self.an_op(chance), chance.choice(sorted(FAULTS))
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
@@ -321,14 +321,12 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def no_file_may_grow(self, chance):
         """Real writes fail, wherever they are done."""
-        self.step()
         op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
         self.world.do(op, machine_world.file_size_limit(limit), f"files up to {limit} bytes")
 
     @rule(chance=CHANCE)
     def forbidden(self, chance):
         """A folder or file may not be read, or not be written."""
-        self.step()
         op = self.an_op(chance)
         target = chance.choice(sorted([self.world.folder, self.world.root / "texts", *self.paths()]))
         mode = chance.choice([0o000, 0o444, 0o555])
@@ -355,7 +353,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def killed(self, chance):
         """In a process that is ended meanwhile."""
-        self.step()
         op = self.an_op(chance)
         while op.name not in ("train", "finetune", "resume"):
             op = self.an_op(chance)
@@ -374,7 +371,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def meanwhile(self, chance):
         """Another step comes in between."""
-        self.step()
         outer, at = self.an_op(chance), chance.randrange(120)
         inner = [None]
 
@@ -419,7 +415,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def damage(self, chance):
         """A file of a run is no longer what it was."""
-        self.step()
         guid = self.a_run(chance)
         part = chance.choice([*PARTS, *PARTS, *machine_world.OUTPUTS])
         # a file of another run is noticed least where the two are alike
@@ -445,7 +440,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def heal(self, chance):
         """The old files of a run are brought back."""
-        self.step()
         hurt = [known for known in self.world.known.values() if known.hurt]
         self.heal_run(chance.choice(hurt))
         self.world.check_list(self.world.listed())
@@ -459,7 +453,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def an_older_checkpoint(self, chance):
         """The state of an earlier time is brought back: the run goes on from there."""
-        self.step()
         known = self.world.known[self.a_run(chance)]
         path = self.world.files(known.guid).state
         if known.is_sound and path.is_file():
@@ -473,7 +466,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def damaged_ids(self, chance):
         """The ids of a text, which all runs share, are damaged or deleted."""
-        self.step()
         self.damage_ids(chance)
         reading = [guid for guid, known in self.world.known.items() if known.text is not None]
         if reading and chance.random() < 0.8:
@@ -493,7 +485,6 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def delete_a_folder(self, chance):
-        self.step()
         self.delete_folder(chance.choice(["outputs", "outputs", "corpora", "corpora", "models", "tokenizers",
                                           "configs"]))  # fmt: skip
         self.world.check_list(self.world.listed())
@@ -509,7 +500,6 @@ class Machine(RuleBasedStateMachine):
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def delete_a_run(self, chance):
-        self.step()
         guid = self.a_run(chance)
         self.world.tell(f"delete all files of {guid[:4]}{guid[36:]}")
         self.world.delete(guid)
@@ -520,7 +510,6 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.folder.exists())
     @rule(chance=CHANCE)
     def move_the_folder(self, chance):
-        self.step()
         name = chance.choice(["runs", "moved", "mit Ümlaut und Leerzeichen"])
         if self.world.folder.name != name:
             self.world.tell(f"move the folder to {name}")
@@ -530,7 +519,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def go_elsewhere(self, chance):
         """Into another current folder, which has another text of the same name."""
-        self.step()
         folder = chance.choice(["", "elsewhere"])
         self.world.tell(f"cd ./{folder}")
         os.chdir(self.world.root / folder)
@@ -538,7 +526,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def a_text_goes(self, chance):
         """A text is renamed, altered, or brought back."""
-        self.step()
         name, how = chance.choice(sorted(TEXTS)), chance.choice(["rename", "alter", "back", "back"])
         home, place = self.world.root / f"texts/{name}.txt", self.world.places[name]
         if how == "rename" and place == home:
@@ -603,27 +590,28 @@ def with_another_digit(chance: Random, data: bytes) -> bytes:
 
 # tests --------------------------------------------------------------------------------------------------
 
-QUICK = settings(
-    max_examples=8, stateful_step_count=12, derandomize=True, deadline=None, database=None, print_blob=False,
-    phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+SEARCH = settings(
+    phases=[Phase.generate, Phase.shrink], deadline=None, database=None, print_blob=False,
+    suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """The class, with what all sequences share."""
-    children = machine_world.Children()
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
     quickly, twins_folder = machine_world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
-    with shrinking, quickly, twins_folder as folder:
-        twins = machine_world.Twins(Path(folder))
+    child = processes.started("machine_child:done", "the process that forks")
+    with shrinking, quickly, twins_folder as folder, child as forking:
+        in_fork = lambda **job: processes.ask(forking, {**job, "folder": os.getcwd()})  # noqa: E731
         machine_world.load_all()
-        yield type("Machine", (Machine,), {"twins": twins, "children": children, "counts": Counter()})
-    children.end()
+        parts = {"twins": machine_world.Twins(Path(folder)), "in_fork": staticmethod(in_fork), "counts": Counter()}
+        yield type("Machine", (Machine,), parts)
 
 
 def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
-    run_state_machine_as_test(machine, settings=QUICK)
+    quick = settings(SEARCH, max_examples=8, stateful_step_count=12, derandomize=True)
+    run_state_machine_as_test(machine, settings=quick)
 
 
 @pytest.mark.slow
@@ -643,7 +631,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
             job = {"name": "train", "arguments": {**settings, "path": str(folder)}}
         if number < kills:
             job["seconds"] = chance.uniform(*seconds)
-        ended = machine.children.ask(**job, root=str(tmp_path), guid=number)
+        ended = machine.in_fork(**job, root=str(tmp_path), guid=number)
         assert ended["kind"] == ("killed" if number < kills else "done")
         half_written += len(list(folder.glob("*/.*.tmp")))
     assert half_written or workers > 1
@@ -696,10 +684,7 @@ class Hour:
 
     def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> list[tuple[str, str]]:
         """Sequences of this seed -> the failures in the order in which they were found: kind and steps."""
-        chosen = settings(
-            max_examples=examples, stateful_step_count=25, phases=phases, derandomize=False, deadline=None,
-            database=None, print_blob=False, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        )  # fmt: skip
+        chosen = settings(SEARCH, max_examples=examples, stateful_step_count=25, phases=phases)
         failures: list[tuple[str, str]] = []
         parts = {"counts": counts, "failures": failures}
         try:

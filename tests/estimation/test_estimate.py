@@ -30,6 +30,7 @@ from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.text.batches import Batch, EpochWindows, RandomWindows
 from baby_xp.training.step import initial_state, make_step, step_noise
+from bench.memory import owners
 
 V, BATCH = 11, 3
 SWITCHES = [
@@ -134,19 +135,6 @@ def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
     assert counts.forward_flops(config, V, BATCH) == Counted.flops
 
 
-def owners(value) -> dict[int, int]:
-    """Bytes of each distinct array in nested tuples, lists and dicts, by the identity of what owns it."""
-    if isinstance(value, np.ndarray):
-        while isinstance(value.base, np.ndarray):
-            value = value.base
-        return {id(value): value.nbytes}
-    found: dict[int, int] = {}
-    if isinstance(value, tuple | list | dict):
-        for one in value.values() if isinstance(value, dict) else value:
-            found.update(owners(one))
-    return found
-
-
 @pytest.mark.parametrize(("n_ctx", "head_size", "dropout", "dtype"), [
     # one block of rows of scores; two; three, with a smaller last one; blocks as long as large heads have them
     (5, 9, 0.0, "float32"), (5, 9, 0.3, "float64"), (64, 9, 0.0, "float32"), (70, 9, 0.0, "float64"),
@@ -160,8 +148,6 @@ def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, h
     xp, state = backend.xp, state_of(model, backend)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
     logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
-    if isinstance(config, GPTConfig):
-        saved = saved._replace(blocks=list(saved.blocks))
     if isinstance(config, GPTConfig):
         saved = saved._replace(blocks=list(saved.blocks))
     _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
