@@ -1,4 +1,4 @@
-"""What every benchmark is built on: child processes, turn taking, command lines, and what the machine is."""
+"""What every benchmark is built on: child processes, turn taking, command lines, and facts about the machine."""
 
 import argparse
 import platform
@@ -31,7 +31,7 @@ REMOVED = (
 
 
 def say(text: str) -> None:
-    """Print a line for whoever waits. The output has the results alone."""
+    """Print a progress line to stderr; stdout has only the results."""
     print(text, file=sys.stderr, flush=True)
 
 

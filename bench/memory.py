@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser = harness.parser("bench.memory", __doc__)
     kinds = parser.add_subparsers(dest="what", required=True)
     needed = harness.with_options(kinds.add_parser("needed"), steps=4)
-    known = workloads.chosen
+    known = workloads.named
     needed.add_argument("--workloads", type=known, default="W1,W2,W3", help="such as W1,W2 (%(default)s)")
     estimated = kinds.add_parser("estimate")
     harness.with_options(estimated, backend="numpy", data="shakespeare", out=None)

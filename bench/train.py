@@ -6,7 +6,7 @@ from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
 from bench.harness import US, say
 from bench.results import mib
-from bench.workloads import TOLERANCES, WORKLOADS, Workload, chosen, on_gpu, usual
+from bench.workloads import TOLERANCES, WORKLOADS, Workload, named, on_gpu, usual
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.train", __doc__, backend="numpy", steps=None, rounds=3, out=None)
     known = ",".join(WORKLOADS)
-    parser.add_argument("--workloads", type=chosen, help=f"of {known} (all; on a CPU all but W5)")
+    parser.add_argument("--workloads", type=named, help=f"of {known} (all; on a CPU all but W5)")
     known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, default="float32", help="of products (%(default)s)")
     others = [name for name in peers.TRAINERS if name != US]

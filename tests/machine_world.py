@@ -149,7 +149,7 @@ class Fault:
 
 
 class Writing:
-    """Sees whether each file is written under another name, synced and renamed; but for metrics, which grow."""
+    """Sees whether each file is written under another name, synced and renamed; except metrics, which grow."""
 
     def __init__(self):
         self.wrong: list[str] = []
@@ -234,7 +234,7 @@ def guids_from(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """Writes beyond so many bytes of a file fail inside, those of compiled code too."""
+    """Inside, writes beyond this size of a file fail, those of compiled code too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -391,7 +391,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def without_times(progress: dict[str, Any]) -> dict[str, Any]:
-    """The progress of a checkpoint but for what a clock says."""
+    """The progress of a checkpoint except what depends on the clock."""
     kept = {name: value for name, value in progress.items() if name not in ("seconds", "training_seconds")}
     return {**kept, "records": [{**record, "seconds": 0} for record in progress["records"]]}
 
@@ -488,14 +488,14 @@ class Twins:
 
 
 def settings_key(config: dict[str, Any]) -> str:
-    """What the numbers of a run follow from, but for text and weights."""
+    """What the numbers of a run follow from, except text and weights."""
     train = {name: value for name, value in config["train"].items() if name not in OF_A_SESSION}
     data = {name: value for name, value in config["data"].items() if name not in ("data", "file")}
     return json.dumps([config["model"], train, data, config["vocab_size"]], sort_keys=True)
 
 
 def metrics_of(files: RunFiles) -> list[dict[str, Any]]:
-    """What the metrics tell but for the times; nothing before the first evaluation."""
+    """What the metrics hold except the times; nothing before the first evaluation."""
     if not files.metrics.is_file():
         return []
     return [{**json.loads(line), "seconds": 0} for line in files.metrics.read_text("ascii").splitlines()]
@@ -593,10 +593,10 @@ class Op:
     """False where its outputs are deleted meanwhile."""
 
     def __str__(self) -> str:
-        told = {name: value for name, value in self.arguments.items() if name not in {*SMALL, *GPT, "path"}}
+        given = {name: value for name, value in self.arguments.items() if name not in {*SMALL, *GPT, "path"}}
         return f"{self.name} " + ", ".join(
             f"{name}={os.path.basename(str(value)) if name in ('data', 'model') else value}"
-            for name, value in told.items()
+            for name, value in given.items()
         )
 
 
@@ -654,17 +654,17 @@ class World:
         os.chdir(self.before)
         shutil.rmtree(self.root)
 
-    def tell(self, line: str) -> None:
+    def note(self, line: str) -> None:
         self.journal.append(line)
 
     def fail(self, kind: str, text: str = "") -> None:
         """Something does not hold: raises Broken with all steps."""
-        self.tell(f"BROKEN: {kind}")
+        self.note(f"BROKEN: {kind}")
         steps = "\n".join(f"{number:>3}  {line}" for number, line in enumerate(self.journal, 1))
         if self.pending is None:
-            told = f"{kind}: {text}\n{steps}"
-            self.failures.append((kind, told))
-            self.pending = Broken.of(kind)(told)
+            report = f"{kind}: {text}\n{steps}"
+            self.failures.append((kind, report))
+            self.pending = Broken.of(kind)(report)
         raise self.pending
 
     def surroundings(self) -> Tree:
@@ -754,7 +754,7 @@ class World:
     # a step ----------------------------------------------------------------------------------------------
 
     def do(
-        self, op: Op, trouble: Any = None, told: str = "", harmless: Callable[[], bool] = lambda: False
+        self, op: Op, trouble: Any = None, how: str = "", harmless: Callable[[], bool] = lambda: False
     ) -> Outcome:
         """Do it, in trouble or without, and see that all holds.
 
@@ -765,7 +765,7 @@ class World:
         frame.active = set() if op.touches is None else {op.touches}
         self.frames.append(frame)
         indent = "    " * (len(self.frames) - 1)
-        self.tell(f"{indent}{op}{' | ' * bool(told)}{told} ...")
+        self.note(f"{indent}{op}{' | ' * bool(how)}{how} ...")
         line = len(self.journal) - 1
         try:
             if isinstance(trouble, dict):
@@ -802,8 +802,8 @@ class World:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "machine_world" not in f.filename]
         own = [f for f in frames if re.search(r"(baby_xp|backends)/[^/]*/?[^/]*\.py$", f.filename)]
         where = f"{own[-1].name} ({Path(own[-1].filename).name})" if own else "outside"
-        told = "".join(traceback.format_exception(error)[-12:])
-        self.fail(f"{type(error).__name__} escapes from {where}", told)
+        trace = "".join(traceback.format_exception(error)[-12:])
+        self.fail(f"{type(error).__name__} escapes from {where}", trace)
 
     def _in_child(self, op: Op, job: dict[str, Any]) -> Outcome:
         number = GUIDS.source.number
@@ -870,7 +870,7 @@ class World:
             self._check_surroundings()
 
     def _check_surroundings(self) -> None:
-        """Texts and exports are as before, but for what was exported just now."""
+        """Texts and exports are as before, except what was exported just now."""
         now, places = self.surroundings(), tuple(f"{place}/" for place in self.just_exported)
         odd = now.differences(self.others) | (now.folders ^ self.others.folders)
         odd = {name for name in odd if not f"{name}/".startswith(places)}
@@ -1053,7 +1053,7 @@ class World:
         if self.relative(files.config) not in known.hurt:
             state = {"running": "stopped"}.get(*[known.config["result"]["state"]] * 2)
             if summary.state != state:
-                self.fail("the list tells another state", f"{summary}, not {state}")
+                self.fail("the list has another state", f"{summary}, not {state}")
         paths = [getattr(files, part) for part in PARTS]
         now = digest([str(p.readlink()) if p.is_symlink() else digest(p.read_bytes()) if p.is_file() else None
                       for p in paths])  # fmt: skip
@@ -1090,6 +1090,6 @@ class World:
         result = {n: digest(np.asarray(a)) for n, a in result.arrays.items()} if op.name == "inspect" else result
         rest = {name: v for name, v in op.arguments.items() if name not in ("run", "path", "data")}
         of = digest([op.name, rest, text, digest(run.params), run.tokenizer.to_dict(), str(run.model.config)])
-        told = json.dumps(result, default=str, sort_keys=True)
-        if SEEN.setdefault(of, told) != told:
-            self.fail("another result than before", f"{op}: {told}, not {SEEN[of]}")
+        found = json.dumps(result, default=str, sort_keys=True)
+        if SEEN.setdefault(of, found) != found:
+            self.fail("another result than before", f"{op}: {found}, not {SEEN[of]}")

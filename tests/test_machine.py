@@ -6,7 +6,7 @@ of a twin that nothing disturbed. machine_world.py has what is done and what is 
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
 
-goes on with new sequences for so many minutes and tells each kind of failure once, with the steps that led to it.
+tries new sequences for that many minutes and reports each kind of failure once, with the steps that led to it.
 BABY_XP_HOUR_LOG names a file for the same to be followed.
 """
 
@@ -72,7 +72,7 @@ class Machine(RuleBasedStateMachine):
 
     def finish(self):
         """At the end, what was damaged is mended, and every run that was stopped goes on to its twin's end."""
-        self.world.tell("at the end:")
+        self.world.note("at the end:")
         self.bring_texts_back()
         for known in list(self.world.known.values()):
             self.heal_run(known)
@@ -314,9 +314,9 @@ class Machine(RuleBasedStateMachine):
         op, name = self.an_op(chance), chance.choice(sorted(FAULTS))
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
-        told = f"{name} from operation {fault.at}{' once' * fault.once}"
+        how = f"{name} from operation {fault.at}{' once' * fault.once}"
         trouble = machine_world.WATCH.doing(self.world.root, fault)
-        self.world.do(op, trouble, told, harmless=lambda: not fault.fired)
+        self.world.do(op, trouble, how, harmless=lambda: not fault.fired)
 
     @rule(chance=CHANCE)
     def no_file_may_grow(self, chance):
@@ -347,7 +347,7 @@ class Machine(RuleBasedStateMachine):
         self.world.do(op, trouble(), f"mode {mode:03o} of {target.relative_to(self.world.root)}")
 
     def paths(self) -> list[Path]:
-        """All that is in the folder of runs, but for what links lead to."""
+        """All that is in the folder of runs, except what links lead to."""
         return [path for path in self.world.folder.rglob("*") if not path.is_symlink()]
 
     @rule(chance=CHANCE)
@@ -426,7 +426,7 @@ class Machine(RuleBasedStateMachine):
         source = self.world.path_of(others[0], part) if kind == "mixed up" else None
         path = self.world.path_of(guid, part)
         if path.is_file() and not path.is_symlink() and (source is None or source.is_file()):
-            self.world.tell(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
+            self.world.note(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
             self.world.damage(guid, path, lambda: spoil(chance, path, kind, source))
             self.world.check_list(self.world.listed())
             if chance.random() < 0.6:
@@ -446,7 +446,7 @@ class Machine(RuleBasedStateMachine):
 
     def heal_run(self, known: machine_world.Known) -> None:
         if known.hurt:
-            self.world.tell(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
+            self.world.note(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
             self.world.heal(known)
 
     @precondition(has_runs)
@@ -457,7 +457,7 @@ class Machine(RuleBasedStateMachine):
         path = self.world.files(known.guid).state
         if known.is_sound and path.is_file():
             if known.old is not None and known.config["result"]["state"] != "done":
-                self.world.tell(f"an older state of {known.guid[:4]}{known.guid[36:]}")
+                self.world.note(f"an older state of {known.guid[:4]}{known.guid[36:]}")
                 path.write_bytes(known.old)
                 known.step = int(machine_world.read_arrays(path)[1]["step"])
             known.old = path.read_bytes()
@@ -478,7 +478,7 @@ class Machine(RuleBasedStateMachine):
         if paths:
             path = chance.choice(paths)
             kind = chance.choice(kinds)
-            self.world.tell(f"damage ids {path.name[:4]}: {kind}")
+            self.world.note(f"damage ids {path.name[:4]}: {kind}")
             spoil(chance, path, kind, None)
             if path.exists():
                 self.world.damaged_ids[path.name] = machine_world.digest(path.read_bytes())
@@ -492,16 +492,16 @@ class Machine(RuleBasedStateMachine):
     def delete_folder(self, name: str) -> None:
         folder = self.world.folder / name
         if folder.is_dir():
-            self.world.tell(f"delete the folder {name}")
+            self.world.note(f"delete the folder {name}")
             self.world.delete_folder(folder)
-            if name == "configs":  # with the locks that told what a kill has left
+            if name == "configs":  # with the locks that mark what a kill has left
                 self.world.unmarked |= self.world.orphans
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def delete_a_run(self, chance):
         guid = self.a_run(chance)
-        self.world.tell(f"delete all files of {guid[:4]}{guid[36:]}")
+        self.world.note(f"delete all files of {guid[:4]}{guid[36:]}")
         self.world.delete(guid)
         self.world.check_list(self.world.listed())
 
@@ -512,7 +512,7 @@ class Machine(RuleBasedStateMachine):
     def move_the_folder(self, chance):
         name = chance.choice(["runs", "moved", "mit Ümlaut und Leerzeichen"])
         if self.world.folder.name != name:
-            self.world.tell(f"move the folder to {name}")
+            self.world.note(f"move the folder to {name}")
             self.world.folder = self.world.folder.rename(self.world.root / name)
             self.world.check_list(self.world.listed())
 
@@ -520,7 +520,7 @@ class Machine(RuleBasedStateMachine):
     def go_elsewhere(self, chance):
         """Into another current folder, which has another text of the same name."""
         folder = chance.choice(["", "elsewhere"])
-        self.world.tell(f"cd ./{folder}")
+        self.world.note(f"cd ./{folder}")
         os.chdir(self.world.root / folder)
 
     @rule(chance=CHANCE)
@@ -535,7 +535,7 @@ class Machine(RuleBasedStateMachine):
             self.world.changed.add(name)
         elif how == "back":
             self.bring_text_back(name)
-        self.world.tell(f"text {name}: {how}")
+        self.world.note(f"text {name}: {how}")
         self.world.others = self.world.surroundings()
 
     def bring_text_back(self, name: str) -> None:
@@ -652,7 +652,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
 
 
 @pytest.mark.hour
-@pytest.mark.skipif(HOUR not in os.environ, reason=f"{HOUR} is not set: it tells for how long to look")
+@pytest.mark.skipif(HOUR not in os.environ, reason=f"{HOUR} is not set: it says how many minutes to search")
 def test_an_hour_of_random_sequences(machine, capsys):
     minutes = float(os.environ[HOUR] or 60)
     log = os.environ.get("BABY_XP_HOUR_LOG")
@@ -670,17 +670,17 @@ class Hour:
         self.found: dict[str, str] = {}
 
     def run(self) -> None:
-        self.tell(f"\nfrom seed {time.time_ns()} on")
-        told = time.monotonic()
+        self.say(f"\nfrom seed {time.time_ns()} on")
+        said = time.monotonic()
         while time.monotonic() < self.end:
             seed = time.time_ns()
             self.machine.real_time = seed % 3 == 0  # such a failure cannot be shortened: it may not come again
             for kind, steps in self.tried(seed, [Phase.generate], 10, self.machine.counts)[:1]:
                 self.failed(seed, kind, steps)
-            if time.monotonic() > told + 60:
-                told = time.monotonic()
-                self.tell(self.summary())
-        self.tell(self.summary())
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                self.say(self.summary())
+        self.say(self.summary())
 
     def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> list[tuple[str, str]]:
         """Sequences of this seed -> the failures in the order in which they were found: kind and steps."""
@@ -701,20 +701,20 @@ class Hour:
         return failures
 
     def failed(self, seed: int, kind: str, steps: str) -> None:
-        """Tell a failure of a new kind, in as few steps as can be found in short time."""
+        """Report a failure of a new kind, in as few steps as a short search finds."""
         if kind in self.found:
             return
         if not self.machine.real_time:
             again = self.tried(seed, [Phase.generate, Phase.shrink], 10, Counter())
             steps = min([steps, *(other for found, other in again if found == kind)], key=len)
         self.found[kind] = steps
-        self.tell(f"FAILURE {len(self.found)} (seed {seed}): {steps}\n")
+        self.say(f"FAILURE {len(self.found)} (seed {seed}): {steps}\n")
 
     def summary(self) -> str:
         counts = self.machine.counts
         return f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
 
-    def tell(self, text: str) -> None:
+    def say(self, text: str) -> None:
         print(text, flush=True)
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:

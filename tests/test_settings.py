@@ -314,7 +314,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), WRONG)
-def test_what_is_wrong_with_a_flag_is_said_in_one_sentence(monkeypatch, command, arguments, message):
+def test_what_is_wrong_with_a_flag_is_one_sentence(monkeypatch, command, arguments, message):
     check_sentence(monkeypatch, command, arguments, message, "ascii")
 
 
@@ -367,7 +367,7 @@ def test_a_value_may_be_negative_and_a_name_be_written_with_underscores(call):
         assert (code, out, err) == (2, "", "baby_xp: min_lr must be a number of at least 0, not -0.001\n")
 
 
-def test_what_is_given_is_told_from_what_results():
+def test_what_is_given_is_distinguished_from_what_results():
     def given(part, *arguments):
         return options.parse([("", part)], "", "baby_xp x", arguments)
 

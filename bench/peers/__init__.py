@@ -1,4 +1,4 @@
-"""Who is measured: baby_xp and its peers, a module for each library.
+"""What is measured: baby_xp and its peers, a module for each library.
 
 A trainer is a function (workload, dropout, clock, backend, precision, **options) -> Outcome. It asks the Clock for
 the batch of each step, which records the time. All train on the same batches, from the same first weights and by

@@ -205,7 +205,7 @@ def test_bytes_are_a_tokenizer_too(work, call):
 
 
 @pytest.mark.parametrize("number", [0, 7, 80])
-def test_a_sample_of_so_many_tokens_is_shown_with_each_measurement(work, call, number):
+def test_a_sample_of_this_length_is_shown_with_each_measurement(work, call, number):
     code, out, _ = call("train", *flags(sample_tokens=number))
     assert code == 0
     last = baby_xp.load(weights="last")
@@ -240,12 +240,12 @@ def test_gradients_that_are_accumulated_train_as_a_large_batch_does(work, worker
 # how it ends --------------------------------------------------------------------------------------------
 
 
-def test_training_tells_what_it_does_and_how_to_go_on(work, call):
+def test_training_says_what_it_does_and_how_to_go_on(work, call):
     code, out, err = call("train", "--path=my runs", *flags())
     assert (code, err) == (0, "")
     files = baby_xp.load(path="my runs").files
-    told = ["parameters on numpy", "text.txt: ", "step      2: train ", "step      3: train ", f"run {files.guid}"]
-    assert [one for one in told if one not in out] == []
+    expected = ["parameters on numpy", "text.txt: ", "step      2: train ", "step      3: train ", f"run {files.guid}"]
+    assert [one for one in expected if one not in out] == []
     assert files.completion().read_text().strip() in out
     assert suggestions(out) == [["generate", files.guid[:8], "--path", "my runs"]]
     assert call(*suggestions(out)[0], "--num-tokens=2")[0] == 0
@@ -310,7 +310,7 @@ INTERRUPTS = [
 def test_a_signal_ends_a_training_after_the_step_at_hand_and_an_interrupt_before_it(
     work, call, at_step, signals, step, numbers, steps, evaluations
 ):
-    """An evaluation that is due by then is left out: it can be made later. The end is that of so many steps."""
+    """An evaluation that is due by then is left out: it can be made later. The run ends as one with fewer steps does."""
     interrupts = [numbers]
 
     def interrupt(at, batch):
@@ -419,16 +419,16 @@ def test_a_run_that_diverges_ends_in_one_line_and_leaves_nothing(
     assert all_of(work) == before
 
 
-def test_only_what_may_be_the_cause_is_told(work):
+def test_only_what_may_be_the_cause_is_named(work):
     quiet = {"clip": 1, "warmup_steps": 100, "lr": 1e30, "num_steps": 30}
-    for settings, told in (
+    for settings, causes in (
         ({"clip": 0}, ["gradients that are not clipped (--clip 1)"]),
         ({"warmup_steps": 99}, ["too short a warm-up (raise --warmup-steps, 99)"]),
         ({}, []),
     ):
         with pytest.raises(BabyError) as caught:
             train(**{**quiet, **settings})
-        expected = ["too high a learning rate (lower --lr, which was 1e+30)", *told]
+        expected = ["too high a learning rate (lower --lr, which was 1e+30)", *causes]
         assert str(caught.value).partition("what usually causes it: ")[2] == ", ".join(expected)
 
 
@@ -494,7 +494,7 @@ def generated(call, *arguments: str) -> str:
     return out.removesuffix("\n")
 
 
-def test_a_prompt_goes_on_for_so_many_tokens_as_from_python(copied, call):
+def test_a_prompt_is_continued_by_as_many_tokens_as_from_python(copied, call):
     text = generated(call, "--prompt=the cat ", "--num-tokens=30", "--seed=4", "--top-k=5")
     assert text.startswith("the cat ")
     assert len(text) == len("the cat ") + 30

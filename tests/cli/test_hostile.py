@@ -60,7 +60,7 @@ BASE = {
 READING = {"estimate", "runs", "presets", "backends", "check", "evaluate", "equations"}
 """Commands that write nothing, unless a picture is asked for."""
 TRAINING = {"train", "finetune", "resume", "generate", "inference"}
-"""Commands that may take as long as one likes, and tell when they begin."""
+"""Commands that may take arbitrarily long, and print a line when they begin."""
 NOTES = (
     "stopping after this step, with a checkpoint; once more: at once",
     r"the .* at step \d+; looking for its cause from step \d+ on",
@@ -378,8 +378,8 @@ def _about_output(line: Line, ended: dict[str, Any]) -> Iterator[tuple[str, str]
     if re.search(r"\w+Warning: ", err):
         yield f"warning printed, {_place(err)}", err[:400]
     if code in (2, 130, 143):
-        told = [row for row in err.split("\n") if not any(re.fullmatch(note, row) for note in NOTES)]
-        yield from _about_message("\n".join(told))
+        rows = [row for row in err.split("\n") if not any(re.fullmatch(note, row) for note in NOTES)]
+        yield from _about_message("\n".join(rows))
 
 
 def _about_message(err: str) -> Iterator[tuple[str, str]]:
@@ -457,9 +457,9 @@ def smallest(watch: Watch, line: Line, kind: str) -> Line:
 
 
 def test_the_program_names_its_commands():
-    """What the tests below try is what the usage tells of; one command has a second name."""
-    told = set(re.findall(r"^  ([a-z]+) ", USAGE, re.M))
-    assert told == COMMANDS.keys() - {"inference"}
+    """The tests below try what the usage lists; one command has a second name."""
+    named = set(re.findall(r"^  ([a-z]+) ", USAGE, re.M))
+    assert named == COMMANDS.keys() - {"inference"}
     assert FORMS.keys() <= COMMANDS.keys()
 
 
@@ -581,7 +581,7 @@ def test_what_takes_long_can_be_stopped(watch, name):
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.skipif("BABY_XP_HOUR_MINUTES" not in os.environ, reason="BABY_XP_HOUR_MINUTES is not set")
 def test_hostile_values_for_an_hour(watch, capsys):
-    """New command lines all the time; each kind of fault is told once, with the smallest line that shows it."""
+    """New command lines all the time; each kind of fault is reported once, with the smallest line for it."""
     end = time.monotonic() + 60 * float(os.environ["BABY_XP_HOUR_MINUTES"])
     log = os.environ.get("BABY_XP_HOUR_LOG", os.devnull)
     found: dict[str, tuple[Line, str]] = {}
@@ -615,8 +615,8 @@ def test_hostile_values_for_an_hour(watch, capsys):
         seed(number)(a_hundred(given(strategy)(one)))()
         say(f"seed {number}: {sum(codes.values())} command lines, {len(found)} failures; exit codes {codes}")
     summary = f"{sum(codes.values())} command lines, {len(found)} failures"
-    told = "\n".join(f"{kind}\n    {line}\n    {details}" for kind, (line, details) in found.items())
-    say(f"{told}\n{summary}")
+    report = "\n".join(f"{kind}\n    {line}\n    {details}" for kind, (line, details) in found.items())
+    say(f"{report}\n{summary}")
     with capsys.disabled():
-        print("", told.encode("ascii", "backslashreplace").decode("ascii"), summary, sep="\n")
+        print("", report.encode("ascii", "backslashreplace").decode("ascii"), summary, sep="\n")
     assert not found, summary

@@ -248,7 +248,7 @@ def test_a_trial_of_the_equation_model(folder):
 
 
 def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, monkeypatch):
-    """And where no sizes are told, memory is None."""
+    """Where the system has no sizes, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
     found = estimate.estimate("baby", **{**TINY, **often, "max_minutes": 1e-9})
