@@ -244,7 +244,7 @@ def test_training_says_what_it_does_and_how_to_go_on(work, call):
     code, out, err = call("train", "--path=my runs", *flags())
     assert (code, err) == (0, "")
     files = baby_xp.load(path="my runs").files
-    expected = ["parameters on numpy", "text.txt: ", "step      2: train ", "step      3: train ", f"run {files.guid}"]
+    expected = ["parameters on numpy", "text.txt: ", "step      2: train ", "step      3: train ", files.guid]
     assert [one for one in expected if one not in out] == []
     assert files.completion().read_text().strip() in out
     assert suggestions(out) == [["generate", files.guid[:8], "--path", "my runs"]]
@@ -310,7 +310,7 @@ INTERRUPTS = [
 def test_a_signal_ends_a_training_after_the_step_at_hand_and_an_interrupt_before_it(
     work, call, at_step, signals, step, numbers, steps, evaluations
 ):
-    """An evaluation that is due by then is left out: it can be made later. The run ends as one with fewer steps does."""
+    """An evaluation that is due by then is left out: it can be made later. The state is that of a shorter run."""
     interrupts = [numbers]
 
     def interrupt(at, batch):
