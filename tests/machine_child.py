@@ -13,13 +13,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import machine_world
+import machine_faults
 
 import baby_xp
 
 ALWAYS = contextlib.ExitStack()  # for as long as this process lives
-ALWAYS.enter_context(machine_world.small_and_quick())
-machine_world.load_all()
+ALWAYS.enter_context(machine_faults.small_and_quick())
+machine_faults.load_all()
 
 
 def done(seconds: float | None = None, **job: Any) -> dict:
@@ -54,7 +54,7 @@ def in_child(job: dict, slow: bool) -> dict:
     signal.alarm(60)  # in case it never ends
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
-    machine_world.GUIDS.source = machine_world.Guids(job["guid"])
+    machine_faults.GUIDS.source = machine_faults.Guids(job["guid"])
     signals = [tuple(pair) for pair in job.get("signals", [])]
 
     def action(number: int, event: str, args: tuple) -> None:
@@ -65,8 +65,8 @@ def in_child(job: dict, slow: bool) -> dict:
             time.sleep(0.003)
 
     try:
-        with machine_world.WATCH.doing(Path(job["root"]), action):
-            run = machine_world.perform(job["name"], job["arguments"])
+        with machine_faults.WATCH.doing(Path(job["root"]), action):
+            run = machine_faults.perform(job["name"], job["arguments"])
         return {"kind": "done", "guid": run.guid}
     except baby_xp.BabyError as error:
         return {"kind": "error", "error": str(error)}

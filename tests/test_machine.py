@@ -2,7 +2,8 @@
 
 After each step, other runs are as they were, bit for bit; every error is one BabyError of one line; every run in
 the list loads or says why not; nothing is left over; and a run that was stopped and resumed ends with the numbers
-of a twin that nothing disturbed. machine_world.py has what is done and what is held, this file the rules.
+of a twin that nothing disturbed. machine_faults.py has what is done and what goes wrong, machine_twins.py the twins,
+machine_world.py what must hold, this file the rules.
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
 
@@ -29,12 +30,15 @@ import pytest
 pytest.importorskip("resource", reason="permissions, forks and limits are others on this system")
 
 import hypothesis
+import machine_faults
+import machine_twins
 import machine_world
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
+from machine_faults import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault
+from machine_world import Op, World
 
 import baby_xp
 from baby_xp import processes
@@ -50,7 +54,7 @@ HOUR = "BABY_XP_HOUR_MINUTES"
 class Machine(RuleBasedStateMachine):
     """The rules. What each step does is drawn by `chance`, whose every draw hypothesis can shrink."""
 
-    twins: machine_world.Twins
+    twins: machine_twins.Twins
     in_fork: Callable[..., dict]
     """Does a job in a fork: see machine_child.done."""
     real_time = False
@@ -131,7 +135,7 @@ class Machine(RuleBasedStateMachine):
         return Op("train", arguments, makes=True, must=must, text=name, may_stop=stops)
 
     def bad_text(self, chance: Random) -> Path:
-        return self.world.root / f"texts/{chance.choice(list(machine_world.BAD_TEXTS))}.txt"
+        return self.world.root / f"texts/{chance.choice(list(machine_faults.BAD_TEXTS))}.txt"
 
     def bad_train_of(self, chance: Random) -> Op:
         arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "baby"}
@@ -182,7 +186,7 @@ class Machine(RuleBasedStateMachine):
 
     def has_files_to_write(self, known: machine_world.Known) -> bool:
         """Whether no folder or link stands where a file of the run is to be written."""
-        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_world.OUTPUTS)]
+        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_faults.OUTPUTS)]
         return not any(path.is_symlink() or path.is_dir() for path in paths)
 
     def use_of(self, chance: Random, guid: str) -> Op:
@@ -231,7 +235,7 @@ class Machine(RuleBasedStateMachine):
 
         def check(value):
             run, paths = value
-            params = machine_world.digest(run.params.astype("float64"))
+            params = machine_twins.digest(run.params.astype("float64"))
             self.world.exports.append(machine_world.Export(str(paths[2]), guid, params, known))
 
         arguments = {"run": self.name_of(chance, guid), "path": str(self.world.folder), "folder": str(folder)}
@@ -250,7 +254,7 @@ class Machine(RuleBasedStateMachine):
             self.world.others = self.world.surroundings()
             return Op("import", {**arguments, "model": str(folder / "model_x.json")}, makes=True, must=True,
                       imported=export)  # fmt: skip
-        taken = any(machine_world.owner(name) == export.guid for name in self.world.tree().files)
+        taken = any(machine_twins.owner(name) == export.guid for name in self.world.tree().files)
         return Op("import", arguments, makes=True, must=not taken, imported=export)
 
     def an_op(self, chance: Random) -> Op:
@@ -315,14 +319,14 @@ class Machine(RuleBasedStateMachine):
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
         how = f"{name} from operation {fault.at}{' once' * fault.once}"
-        trouble = machine_world.WATCH.doing(self.world.root, fault)
+        trouble = machine_faults.WATCH.doing(self.world.root, fault)
         self.world.do(op, trouble, how, harmless=lambda: not fault.fired)
 
     @rule(chance=CHANCE)
     def no_file_may_grow(self, chance):
         """Real writes fail, wherever they are done."""
         op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
-        self.world.do(op, machine_world.file_size_limit(limit), f"files up to {limit} bytes")
+        self.world.do(op, machine_faults.file_size_limit(limit), f"files up to {limit} bytes")
 
     @rule(chance=CHANCE)
     def forbidden(self, chance):
@@ -333,7 +337,7 @@ class Machine(RuleBasedStateMachine):
 
         @contextlib.contextmanager
         def trouble():
-            with machine_world.plain_user(self.world.root):
+            with machine_faults.plain_user(self.world.root):
                 before = target.stat().st_mode & 0o777 if target.exists() else None
                 if before is not None:
                     target.chmod(mode)
@@ -378,7 +382,7 @@ class Machine(RuleBasedStateMachine):
             if number == at:
                 inner[0] = self.inner_step(chance, outer)
 
-        trouble = machine_world.WATCH.doing(self.world.root, action)
+        trouble = machine_faults.WATCH.doing(self.world.root, action)
         self.world.do(outer, trouble, f"at operation {at}:", harmless=lambda: inner[0] in (None, "harmless"))
 
     def inner_step(self, chance: Random, outer: Op) -> str:
@@ -416,7 +420,7 @@ class Machine(RuleBasedStateMachine):
     def damage(self, chance):
         """A file of a run is no longer what it was."""
         guid = self.a_run(chance)
-        part = chance.choice([*PARTS, *PARTS, *machine_world.OUTPUTS])
+        part = chance.choice([*PARTS, *PARTS, *machine_faults.OUTPUTS])
         # a file of another run is noticed least where the two are alike
         others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
         others.remove(guid)
@@ -459,7 +463,7 @@ class Machine(RuleBasedStateMachine):
             if known.old is not None and known.config["result"]["state"] != "done":
                 self.world.note(f"an older state of {known.guid[:4]}{known.guid[36:]}")
                 path.write_bytes(known.old)
-                known.step = int(machine_world.read_arrays(path)[1]["step"])
+                known.step = int(machine_twins.read_arrays(path)[1]["step"])
             known.old = path.read_bytes()
             self.world.check_list(self.world.listed())
 
@@ -481,7 +485,7 @@ class Machine(RuleBasedStateMachine):
             self.world.note(f"damage ids {path.name[:4]}: {kind}")
             spoil(chance, path, kind, None)
             if path.exists():
-                self.world.damaged_ids[path.name] = machine_world.digest(path.read_bytes())
+                self.world.damaged_ids[path.name] = machine_twins.digest(path.read_bytes())
 
     @rule(chance=CHANCE)
     def delete_a_folder(self, chance):
@@ -600,12 +604,12 @@ SEARCH = settings(
 def machine(tmp_path_factory):
     """The class, with what all sequences share."""
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
-    quickly, twins_folder = machine_world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
+    quickly, twins_folder = machine_faults.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
     child = processes.started("machine_child:done", "the process that forks")
     with shrinking, quickly, twins_folder as folder, child as forking:
         in_fork = lambda **job: processes.ask(forking, {**job, "folder": os.getcwd()})  # noqa: E731
-        machine_world.load_all()
-        parts = {"twins": machine_world.Twins(Path(folder)), "in_fork": staticmethod(in_fork), "counts": Counter()}
+        machine_faults.load_all()
+        parts = {"twins": machine_twins.Twins(Path(folder)), "in_fork": staticmethod(in_fork), "counts": Counter()}
         yield type("Machine", (Machine,), parts)
 
 
@@ -635,14 +639,14 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
         assert ended["kind"] == ("killed" if number < kills else "done")
         half_written += len(list(folder.glob("*/.*.tmp")))
     assert half_written or workers > 1
-    whole = machine_world.perform("train", {**settings, "path": str(tmp_path / "alone")})
+    whole = machine_faults.perform("train", {**settings, "path": str(tmp_path / "alone")})
     (run,) = baby_xp.list_runs(folder)
     files = RunFiles(folder, run.guid)
-    assert machine_world.metrics_of(files) == machine_world.metrics_of(whole.files)
+    assert machine_twins.metrics_of(files) == machine_twins.metrics_of(whole.files)
     for name in ("state", "model"):
-        arrays, others = (machine_world.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
-        assert {key: machine_world.digest(one) for key, one in arrays.items()} == {
-            key: machine_world.digest(one) for key, one in others.items()
+        arrays, others = (machine_twins.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
+        assert {key: machine_twins.digest(one) for key, one in arrays.items()} == {
+            key: machine_twins.digest(one) for key, one in others.items()
         }
     assert files.completion().read_text() == whole.files.completion().read_text()
     assert {path.name for path in folder.rglob(f"*{run.guid}*")} == {path.name for path in files.of_training}
