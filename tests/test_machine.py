@@ -2,8 +2,8 @@
 
 After each step, other runs are as they were, bit for bit; every error is one BabyError of one line; every run in
 the list loads or says why not; nothing is left over; and a run that was stopped and resumed ends with the numbers
-of a twin that nothing disturbed. machine_faults.py has what is done and what goes wrong, machine_twins.py the twins,
-machine_world.py what must hold, this file the rules.
+of a twin that nothing disturbed. machine_faults.py has what is done and what goes wrong, machine_twins.py the
+twins, machine_world.py what must hold, this file the rules.
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
 
