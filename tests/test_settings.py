@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from baby_xp_data.equation_table import EquationTable
-from small_runs import TEXT
+from small_runs import TEXT, needs_signals
 
 import baby_xp
 from baby_xp import api, config
@@ -27,7 +27,6 @@ from baby_xp.training.signals import SIGNALS
 from baby_xp.training.workers import PROGRAM
 
 pytestmark = pytest.mark.usefixtures("work")
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 TINY = {
     "n_layers": 1, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_ctx": 8, "batch_size": 4, "num_steps": 4,
     "sample_tokens": 0, "workers": 1, "backend": "numpy",

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from bench_cases import MACHINE, RATE, TINY, TINY_FIELDS, answering, numbers, parsed, result, run, says
+from small_runs import wait_until
 
 from baby_xp import api, cli
 from baby_xp.config import GPTConfig
@@ -331,24 +331,18 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_
         f"open({str(file)!r}, 'w').write(str(child.pid)); time.sleep(600)"
     )
 
-    def until(true) -> None:
-        end = time.monotonic() + 120
-        while not true():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
     class Begun(subprocess.Popen):
         """Its time begins once all is started, however long that takes on a busy machine."""
 
         def wait(self, timeout=None):
-            until(lambda: file.exists() and file.read_text())
+            wait_until(lambda: file.exists() and file.read_text())
             return super().wait(timeout)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", Begun)
     outcomes = gpu.run_stage("steps", [job("long", outer), job("later", "pass")], tmp_path, 0.1)
     assert [one.result for one in outcomes] == ["out of time", "not begun"]
     assert "begun" in (tmp_path / "steps-long.txt").read_text()
-    until(lambda: not alive(int(file.read_text())))  # init takes a while to collect it
+    wait_until(lambda: not alive(int(file.read_text())))  # init takes a while to collect it
 
 
 def alive(pid: int) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from quick import SAMPLE_TOKENS
 from safetensors.numpy import load_file
-from small_runs import TINY, all_of, flags, metrics_of
+from small_runs import TINY, all_of, flags, metrics_of, needs_signals
 
 import baby_xp
 from baby_xp.arrays import registry
@@ -21,7 +21,6 @@ from baby_xp.runs import state_file
 from baby_xp.training.signals import Stop
 
 STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
 def train(**more) -> Run:

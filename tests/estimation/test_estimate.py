@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import array_api_compat.numpy as library
 import numpy as np
 import pytest
 import small_runs
+from small_runs import needs_signals, wait_until
 
 from baby_xp import api, processes
 from baby_xp.arrays import params, registry
@@ -43,7 +42,6 @@ EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for acti
 MODELS = [*GPTS, *EQUATIONS]
 TINY = {**small_runs.TINY, "num_steps": 6, "checkpoint_every": 3}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
 def name_of(config) -> str:
@@ -303,17 +301,10 @@ def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
     call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
     program = f"from baby_xp.estimation import estimate, trial; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    waiting_for(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
+    wait_until(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
     child.send_signal(signal.SIGTERM)
     child.wait()
-    waiting_for(lambda: not list(folder.iterdir()))
-
-
-def waiting_for(what, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not list(folder.iterdir()))
 
 
 # memory -------------------------------------------------------------------------------------------------
