@@ -149,16 +149,13 @@ class Machine(RuleBasedStateMachine):
             **SMALL, **stop, "run": self.name_of(chance, guid), "path": str(self.world.folder),
             "data": str(self.world.places[name]), "num_steps": TUNED, "eval_every": 2,
         }  # fmt: skip
-        can = self.can_be_tuned(known)
+        can = known.config["model"]["kind"] == "gpt"
         must = None if "interrupt" in stop or not known.is_sound or name in self.world.changed else can
         base = self.world.twins.keep_base(self.world.files(guid)) if known.is_sound and can else None
         if base is None or name in self.world.changed:  # it may work all the same, and has no twin then
             arguments["data"] = str(self.bad_text(chance))
             must = False
         return Op("finetune", arguments, makes=True, must=must, text=name, base=base, may_stop=bool(stop))
-
-    def can_be_tuned(self, known: machine_world.Known) -> bool:
-        return known.config["model"]["kind"] == "gpt"
 
     def resume_of(self, guid: str, chance: Random | None = None) -> Op:
         known = self.world.known[guid]
