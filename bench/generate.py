@@ -6,7 +6,7 @@ import statistics
 from bench import harness, peers, results
 from bench.harness import US, say
 from bench.results import mib
-from bench.workloads import Workload, chosen
+from bench.workloads import Workload, named
 
 TOLERANCE = 1e-4
 """Largest distance of a logit from the largest one at which the two count as equally likely."""
@@ -18,8 +18,7 @@ def main() -> int:
     found = peers.present(asked.peers, asked.backend, "bench.generate")
     for workload in asked.workloads:
         for batch in asked.batches:
-            problem = disagreement(workload, batch, found, asked.backend)
-            if problem:
+            if problem := disagreement(workload, batch, found, asked.backend):
                 say(f"bench.generate: {problem}")
                 return 2
     result = measure(asked, found)
@@ -30,7 +29,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.generate", __doc__, backend="numpy", rounds=3, out=None)
-    parser.add_argument("--workloads", type=chosen, default="W1", help="such as W1,W2 (%(default)s)")
+    parser.add_argument("--workloads", type=named, default="W1", help="such as W1,W2 (%(default)s)")
     parser.add_argument("--batches", type=harness.positives, default="1,16", help="texts at once (%(default)s)")
     parser.add_argument("--tokens", type=harness.positive, default=1024, help="measured steps (%(default)s)")
     others = [name for name in peers.GENERATORS if name != US]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import baby_xp
 from bench import harness, results
-from bench.workloads import FOR_A_GPU, TOLERANCES, chosen, on_gpu, usual
+from bench.workloads import FOR_A_GPU, TOLERANCES, WORKLOADS, on_gpu
 
 STAGES = ("check", "steps", "w5", "train", "epoch", "crossover")
 PRESET = "nanogpt-gpu"
@@ -79,8 +79,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="limit of each stage (%(default)g)")
     known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, help="(float32,tf32; on a CPU float32)")
-    parser.add_argument("--workloads", type=chosen, help="of stage steps (W1,W2,W3,W4)")
-    parser.add_argument("--peers", help="as for bench.train (its own)")
     asked = parser.parse_args()
     if not asked.minutes > 0:
         parser.error("argument --minutes: it must be more than 0")
@@ -123,9 +121,7 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
         return [Job("family", ["-m", "bench.growth", "crossover", *backend, *out, *steps])]
     command = ["-m", "bench.train", *backend, "--rounds", "2", *out, *steps]
     command += ["--precision", ",".join(asked.precision)]
-    command += ["--peers", asked.peers] if asked.peers is not None else []
-    named = asked.workloads or [one for one in usual(asked.backend) if one.name not in FOR_A_GPU]
-    names = FOR_A_GPU if stage == "w5" else [workload.name for workload in named]
+    names = FOR_A_GPU if stage == "w5" else [name for name in WORKLOADS if name not in FOR_A_GPU]
     return [Job(name, [*command, "--workloads", name]) for name in names]
 
 

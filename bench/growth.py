@@ -1,7 +1,7 @@
 """How a training step of baby_xp grows with the sizes of the model. See bench/README.md.
 
-scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only.
-crossover: models grow in width and batch; from which size on a GPU is faster than the CPU. Plots need matplotlib.
+scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only; the
+plot needs matplotlib. crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
 """
 
 import argparse
@@ -40,18 +40,18 @@ GPU_STEPS = 200
 
 
 def main() -> int:
-    """Measure what the command line asks for, print the table and keep it under --out, with a plot."""
+    """Measure what the command line asks for, print the table and keep it under --out."""
     asked = parse()
-    parts = {"scaling": (measure_scaling, scaling_document, scaling_panels),
-             "crossover": (measure_crossover, crossover_document, crossover_panels)}  # fmt: skip
-    measure, document, panels = parts[asked.what]
+    parts = {"scaling": (measure_scaling, scaling_document), "crossover": (measure_crossover, crossover_document)}
+    measure, document = parts[asked.what]
     result = measure(asked)
     stem = results.show(result, document(result), asked.out, f"-{asked.what}")
-    if stem and importlib.util.find_spec("matplotlib") is None:
-        say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
-    elif stem:
-        plot(panels(result), f"{stem}.svg")
-        say(f"plot: {stem}.svg")
+    if stem and asked.what == "scaling":
+        if importlib.util.find_spec("matplotlib") is None:
+            say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
+        else:
+            plot(result, f"{stem}.svg")
+            say(f"plot: {stem}.svg")
     return 0
 
 
@@ -100,27 +100,6 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
         "name": US, "workload": asdict(workload), "steps": steps or suitable, "warmup": warmup,
         "dropout": workload.dropout, "backend": backend,
     }  # fmt: skip
-
-
-def plot(panels: dict[str, tuple[list[float], dict[str, list[float]]]], path: str) -> None:
-    """Write a panel for each label of an x-axis: its values, and milliseconds per step over them by line.
-
-    A line is dashed if its name begins with "as".
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (label, (values, lines)) in zip(axes, panels.items(), strict=True):
-        for name, ms in lines.items():
-            axis.loglog(values, ms, "--" if name.startswith("as") else "o-", label=name)
-        if all(isinstance(value, int) for value in values):
-            axis.set_xticks(values, [str(value) for value in values])
-            axis.xaxis.minorticks_off()
-        axis.set_xlabel(label)
-        axis.set_ylabel("ms per step")
-    axes[0].legend()
-    figure.savefig(path)
 
 
 # scaling ------------------------------------------------------------------------------------------------
@@ -209,19 +188,26 @@ def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
     }
 
 
-def scaling_panels(result: dict) -> dict:
-    """Time of a step over each size, and what it would be if it grew as the operations do.
+def plot(result: dict, path: str) -> None:
+    """Draw the time of a step over each size, and what it would be if it grew as the operations do.
 
     The two meet at the largest size, where the cost of calls weighs least.
     """
-    per_flop = {axis: points[-1]["ms"] / points[-1]["flops"] for axis, points in result["axes"].items()}
-    return {
-        axis: ([one["value"] for one in points], {
-            "measured": [one["ms"] for one in points],
-            "as counted operations": [per_flop[axis] * one["flops"] for one in points],
-        })
-        for axis, points in result["axes"].items()
-    }  # fmt: skip
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(result["axes"]), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(result["axes"]), squeeze=False)[0]
+    for panel, (axis, points) in zip(panels, result["axes"].items(), strict=True):
+        values, ms = [one["value"] for one in points], [one["ms"] for one in points]
+        per_flop = ms[-1] / points[-1]["flops"]
+        panel.loglog(values, ms, "o-", label="measured")
+        panel.loglog(values, [per_flop * one["flops"] for one in points], "--", label="as counted operations")
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.xaxis.minorticks_off()
+        panel.set_xlabel(axis)
+        panel.set_ylabel("ms per step")
+    panels[0].legend()
+    figure.savefig(path)
 
 
 # crossover ----------------------------------------------------------------------------------------------
@@ -280,13 +266,6 @@ def crossing(points: list[dict], backend: str) -> str:
         f"with batch {before['batch']} and n_emb {after['n_emb']} with batch {after['batch']}; "
         f"at the largest size it is {gains[-1]:.1f} times as fast"
     )
-
-
-def crossover_panels(result: dict) -> dict:
-    """Time of a step over its operations, on both."""
-    points = result["points"]
-    lines = {CPU: [point["cpu"] for point in points], result["backend"]: [point["gpu"] for point in points]}
-    return {"Gflop per step": ([1e-9 * point["flops"] for point in points], lines)}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""What every benchmark is built on: child processes, turn taking, command lines, and what the machine is."""
+"""What every benchmark is built on: child processes, turn taking, command lines, and facts about the machine."""
 
 import argparse
-import importlib
-import json
-import os
 import platform
 import shutil
 import statistics
@@ -34,7 +31,7 @@ REMOVED = (
 
 
 def say(text: str) -> None:
-    """Print a line for whoever waits. The output has the results alone."""
+    """Print a progress line to stderr; stdout has only the results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -42,49 +39,19 @@ def say(text: str) -> None:
 
 
 class Failed(SystemExit):
-    """A child process ended without an answer, and has printed why."""
-
-
-def function_of(task: str) -> Callable:
-    """The function that a text like "bench.peers:train" names."""
-    module, _, name = task.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def start(task: str, **request: Any) -> subprocess.Popen:
-    """Begin to call the function that `task` names, with these arguments, in a process of its own."""
-    environment = {name: value for name, value in processes.environment().items() if name not in REMOVED}
-    child = subprocess.Popen(
-        [sys.executable, "-c", "from bench.harness import serve; serve()"], cwd=ROOT, env=environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    child.stdin.write(json.dumps([task, request]))
-    child.stdin.close()
-    return child
-
-
-def answer(child: subprocess.Popen) -> Any:
-    """What the function returned, as JSON values. Raises Failed, which ends the program unless it is caught."""
-    with child:
-        text = child.stdout.read()
-    if child.returncode:
-        raise Failed(f"bench: a child process ended with exit code {child.returncode}")
-    return json.loads(text.splitlines()[-1])
+    """A child process has no result. It ends the program with the reason, unless it is caught."""
 
 
 def ask(task: str, **request: Any) -> Any:
-    """Call a function in a process of its own and wait for what it returns."""
-    return answer(start(task, **request))
-
-
-def serve() -> None:
-    """The child's part: read which function to call, and print what it returns as the last line of the output."""
-    task, request = json.load(sys.stdin)
+    """What the function that a text like "bench.peers:train" names returns, called in a process of its own."""
+    env = {name: value for name, value in processes.environment().items() if name not in REMOVED}
     try:
-        result = function_of(task)(**request)
+        with processes.started(task, "a child process", "try again", cwd=ROOT, env=env) as child:
+            return processes.ask(child, request)
+    except processes.Ended as how:
+        raise Failed(f"bench: a child process {how}") from None
     except BabyError as error:
-        raise SystemExit(f"bench: {error}") from None
-    print(json.dumps(result))
+        raise Failed(f"bench: {error}") from None
 
 
 # taking turns -------------------------------------------------------------------------------------------
@@ -145,15 +112,9 @@ def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[s
     return names_in
 
 
-def backend(text: str) -> str:
-    """An argument that names a backend; not `auto`, as a result must say which one was measured."""
-    if text not in names():
-        raise ArgumentTypeError(f"unknown backend {text!r}: choose one of {', '.join(names())}")
-    return text
-
-
 OPTIONS: dict[str, dict] = {
-    "backend": {"type": backend, "help": "backend of baby_xp (%(default)s)"},
+    # not `auto`: a result must say which one was measured
+    "backend": {"choices": names(), "help": "backend of baby_xp (%(default)s)"},
     "steps": {"type": positive, "help": "measured steps of each run"},
     "rounds": {"type": positive, "help": "rounds in which all take turns (%(default)s)"},
     "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
@@ -164,8 +125,7 @@ OPTIONS: dict[str, dict] = {
 
 def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser:
     """A command line. about: the docstring of the module; defaults: those of the OPTIONS that it has."""
-    made = argparse.ArgumentParser(prog=program, description=about.partition("\n")[0])
-    return with_options(made, **defaults)
+    return with_options(argparse.ArgumentParser(prog=program, description=about.partition("\n")[0]), **defaults)
 
 
 def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
@@ -188,7 +148,7 @@ def machine() -> dict[str, Any]:
     about = {
         "vendor": {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor),
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores(), "vectors": vectors(), "blas": blas(), "gpu": gpu(),
+        "cores": processes.cores(), "vectors": vectors(), "blas": blas(), "gpu": gpu(),
         "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
     return {name: value for name, value in about.items() if value is not None}
@@ -215,11 +175,6 @@ def vectors() -> str:
     found = {*groups.get("baseline", ()), *groups.get("found", ())}
     known = {"AVX-512": ("X86_V4", "AVX512F"), "AVX2": ("X86_V3", "AVX2"), "NEON": ("NEON",)}
     return next((width for width, marks in known.items() if found.intersection(marks)), "no known vectors")
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpu() -> str | None:

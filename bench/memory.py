@@ -18,6 +18,7 @@ import numpy as np
 
 from baby_xp.errors import BabyError
 from baby_xp.estimation.estimate import estimate
+from baby_xp.layout import duration
 from baby_xp.presets import PRESETS
 from baby_xp.resources import process_memory
 from bench import harness, results, workloads
@@ -28,6 +29,8 @@ from bench.workloads import Workload, on_gpu
 
 FACTOR, PRECISION = 2.0, 0.15
 """The promises: memory taken as a multiple of what is needed, and the relative error of an estimate."""
+LINES = 10
+"""How many lines of code are listed, those that hold most memory."""
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
@@ -57,9 +60,8 @@ def parse() -> argparse.Namespace:
     parser = harness.parser("bench.memory", __doc__)
     kinds = parser.add_subparsers(dest="what", required=True)
     needed = harness.with_options(kinds.add_parser("needed"), steps=4)
-    known = workloads.chosen
+    known = workloads.named
     needed.add_argument("--workloads", type=known, default="W1,W2,W3", help="such as W1,W2 (%(default)s)")
-    needed.add_argument("--top", type=harness.positive, default=10, help="lines of each workload (%(default)s)")
     estimated = kinds.add_parser("estimate")
     harness.with_options(estimated, backend="numpy", data="shakespeare", out=None)
     usual, known = "baby,nanogpt-cpu,3-months,24-months", harness.names_of(GPTS, "preset")
@@ -81,7 +83,7 @@ def needed_lines(asked: argparse.Namespace) -> list[str]:
     for workload in asked.workloads:
         needed = harness.ask("bench.memory:needed", workload=workload.name)
         rows += [needed_row(workload, asked.steps, workers, needed, baseline) for workers in (1, None)]
-        found = harness.ask("bench.memory:traced", workload=workload.name, steps=asked.steps, top=asked.top)
+        found = harness.ask("bench.memory:traced", workload=workload.name, steps=asked.steps)
         parts = ", ".join(f"{name} {mib(size, 1)}" for name, size in needed.items())
         details += ["", f"{workload.name}: {workload.about}", f"  needed, MiB: {parts}", *found]
     return [*results.markdown(rows), *details]
@@ -129,7 +131,7 @@ def owners(value) -> dict[int, int]:
     return found
 
 
-def traced(workload: str, steps: int, top: int) -> list[str]:
+def traced(workload: str, steps: int) -> list[str]:
     """What is allocated at the peak of a run in one process, and the lines of code that hold most then."""
     import memray
 
@@ -145,7 +147,7 @@ def traced(workload: str, steps: int, top: int) -> list[str]:
                 sizes[line] += record.size
                 blocks[line] += record.n_allocations
     lines = [f"  allocated at the peak, MiB: {mib(sizes.total(), 1)}; of these:"]
-    for (file, number), size in sizes.most_common(top):
+    for (file, number), size in sizes.most_common(LINES):
         code, name = linecache.getline(file, number).strip(), os.path.relpath(file, harness.ROOT)
         lines.append(f"  {size / MIB:8.1f} in {blocks[file, number]:4d}  {name}:{number}  {code}")
     return lines
@@ -183,7 +185,7 @@ def compare(asked: argparse.Namespace) -> dict:
                 "workers": found.facts.workers, "trial": asdict(found.trial), "seconds": found.seconds,
                 "real": real,
             })  # fmt: skip
-            say(f"{name}: {length_of(sum(found.seconds.values()))}")
+            say(f"{name}: {duration(sum(found.seconds.values()))}")
     return result
 
 
@@ -216,16 +218,11 @@ def row_of(one: dict) -> dict[str, str]:
         "steps": f"{one['steps']:,}",
         "processes": str(one["workers"]),
         **{f"{part}, s": f"{seconds:,.1f}" for part, seconds in one["seconds"].items()},
-        "whole run": length_of(sum(one["seconds"].values())),
+        "whole run": duration(sum(one["seconds"].values())),
         "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}",
         "memory, MiB": mib(memory, 1),
         **cells,
     }
-
-
-def length_of(seconds: float) -> str:
-    """A time in hours, or in minutes where it is short."""
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 if __name__ == "__main__":

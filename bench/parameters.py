@@ -243,7 +243,11 @@ def to_time() -> list[Variant]:
 
 def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
     """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
-    result = read(file) if file.exists() else beginning()
+    if file.exists():
+        result = read(file)
+    else:
+        machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
+        result = {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
     if result["base"] != base():
         raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
     wanted = {one.key for one in ALL if one.group in chosen} - result["trained"].keys()
@@ -258,12 +262,6 @@ def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
         except BaseException:  # Ctrl-C above all: do not begin with those that wait
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def beginning() -> dict:
-    """The head of a result: when and where."""
-    machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
-    return {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
 
 
 def base() -> dict:

@@ -6,7 +6,7 @@ from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
 from bench.harness import US, say
 from bench.results import mib
-from bench.workloads import TOLERANCES, WORKLOADS, Workload, chosen, on_gpu, usual
+from bench.workloads import TOLERANCES, WORKLOADS, Workload, named, on_gpu, usual
 
 
 def main() -> int:
@@ -18,8 +18,7 @@ def main() -> int:
     found = peers.present(asked.peers, asked.backend, "bench.train")
     lineup = {precision: able(found, precision) for precision in asked.precision}
     for workload in asked.workloads:
-        problem = disagreement(workload, lineup, asked.backend)
-        if problem:
+        if problem := disagreement(workload, lineup, asked.backend):
             say(f"bench.train: {problem}")
             return 2
     result = measure(asked, lineup)
@@ -31,7 +30,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.train", __doc__, backend="numpy", steps=None, rounds=3, out=None)
     known = ",".join(WORKLOADS)
-    parser.add_argument("--workloads", type=chosen, help=f"of {known} (all; on a CPU all but W5)")
+    parser.add_argument("--workloads", type=named, help=f"of {known} (all; on a CPU all but W5)")
     known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, default="float32", help="of products (%(default)s)")
     others = [name for name in peers.TRAINERS if name != US]
@@ -109,10 +108,8 @@ def roofline_of(backend: str, precision: str) -> dict | None:
 def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, list[str]]) -> list[dict]:
     """Runs of a workload and counts of its shapes, for each precision. All precisions take turns too."""
     warmup, steps = workload.pace(asked.backend)
-    request = {
-        "workload": workload.name, "steps": asked.steps or steps, "warmup": warmup, "dropout": workload.dropout,
-        "backend": asked.backend,
-    }  # fmt: skip
+    request = {"workload": workload.name, "steps": asked.steps or steps, "warmup": warmup}
+    request |= {"dropout": workload.dropout, "backend": asked.backend}
     requests = {
         (precision, name): {"name": name, "precision": precision, **request}
         for precision, names in lineup.items()
@@ -201,9 +198,9 @@ def verdict(result: dict, race: dict) -> list[str]:
     gpu, runs_of = on_gpu(result["backend"]), race["runs"]
     label = f"{race['workload']} {race['precision']}" if gpu else race["workload"]
     lines = [results.versus(f"{label}: time per step", runs_of)]
-    of, what = (gpu_used, "peak GPU memory in use") if gpu else (results.peak, "peak memory")
-    memory = results.against_best({name: of(runs) for name, runs in runs_of.items()})
-    if memory:
+    peak = (lambda runs: results.gpu_peak(runs).get("used")) if gpu else results.peak
+    if memory := results.against_best({name: peak(runs) for name, runs in runs_of.items()}):
+        what = "peak GPU memory in use" if gpu else "peak memory"
         lines.append(f"- {label}: {what}: {memory[0]:.2f} of the smallest peer's ({memory[1]})")
     lines += [f"- {label}: {name} failed: {why}" for name, why in race["failed"].items()]
     lines.append(floor_line(label, result, race))
@@ -212,11 +209,6 @@ def verdict(result: dict, race: dict) -> list[str]:
     elif gpu:
         lines.append(f"- {label}: baby_xp has no {race['precision']} precision yet")
     return [line for line in lines if line]
-
-
-def gpu_used(runs: list[dict]) -> int | None:
-    """Peak bytes of arrays on the GPU; None where they are not known."""
-    return results.gpu_peak(runs).get("used")
 
 
 def floor_line(label: str, result: dict, race: dict) -> str | None:

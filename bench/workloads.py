@@ -114,6 +114,6 @@ def of(workload: str | dict) -> Workload:
     return WORKLOADS[workload] if isinstance(workload, str) else Workload(**workload)
 
 
-def chosen(text: str) -> list[Workload]:
+def named(text: str) -> list[Workload]:
     """An argument that lists workloads, like "W1,W2"."""
     return [WORKLOADS[name] for name in harness.names_of(WORKLOADS, "workload")(text)]

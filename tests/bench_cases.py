@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # bench is not installed
-from bench import harness, peers, results, workloads  # noqa: E402
+from bench import harness, peers, results, workloads
 
+ROOT = Path(__file__).parents[1]
 FAILURE = "bench: a child process ended with exit code 1"
 MACHINE = {"vendor": "A", "processor": "A 1", "cores": 2, "vectors": "AVX2", "blas": "b 1 K", "system": "Linux x",
            "python": "3", "gpu": "NVIDIA H200, 139 GiB"}  # fmt: skip

@@ -242,7 +242,7 @@ def pytest_terminal_summary(terminalreporter):
     for variant in VARIANTS:
         counts = _outcomes.get(variant, Counter())
         reason = _reasons.get(variant, "")
-        told = ", ".join(
+        summary = ", ".join(
             f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome]
         )
-        terminalreporter.line(f"{variant:<16} {told or 'not run'}{'  ' + reason if reason else ''}")
+        terminalreporter.line(f"{variant:<16} {summary or 'not run'}{'  ' + reason if reason else ''}")

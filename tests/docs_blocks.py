@@ -325,10 +325,10 @@ def run_page(page: Path, results: Path) -> None:
                 printed = _run_python(page, block, namespace)
                 outcomes[block.place] = ("passed", "")
             elif block.commands:
-                told = [_run_command(command, block.line) for command in block.commands]
-                printed = told[-1][1]
-                reasons = sorted({reason for reason, _ in told if reason})
-                all_skipped = all(reason for reason, _ in told)
+                ran = [_run_command(command, block.line) for command in block.commands]
+                printed = ran[-1][1]
+                reasons = sorted({reason for reason, _ in ran if reason})
+                all_skipped = all(reason for reason, _ in ran)
                 outcomes[block.place] = ("skipped", "; ".join(reasons)) if all_skipped else ("passed", "")
         except Skipped as reason:
             outcomes[block.place] = ("skipped", str(reason))
@@ -347,8 +347,8 @@ class Skipped(Exception):
 def _compare(expected: str, printed: str | None) -> None:
     if printed is None:
         raise Failed("nothing was run that could print this")
-    if told := difference(expected, printed):
-        raise Failed(f"{told}\nall that is printed:\n{printed}")
+    if problem := difference(expected, printed):
+        raise Failed(f"{problem}\nall that is printed:\n{printed}")
 
 
 def _run_python(page: Path, block: Block, namespace: dict) -> str:

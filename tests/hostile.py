@@ -90,8 +90,8 @@ class Base:
                 importlib.import_module(module)
 
     def _train(self, name: str, *arguments: str) -> None:
-        told = _call(*arguments)
-        self.names[name] = next(line.split()[1] for line in told.splitlines() if line.startswith("run "))
+        printed = _call(*arguments)
+        self.names[name] = next(line.split()[1] for line in printed.splitlines() if line.startswith("run "))
 
     def furnish(self) -> None:
         """Bring the folder back to what it was."""
@@ -176,12 +176,12 @@ def run(base: Base, asked: dict) -> dict:
         os.close(writing)
         answer = stack.enter_context(open(reading, "rb"))
         ended = _watch(child, asked, begin, patience, out)
-        told = json.loads(answer.read() or b"{}") if not ended["hang"] else {}
+        answered = json.loads(answer.read() or b"{}") if not ended["hang"] else {}
         ended["left"] = _end_group(child)
         after = base.all()
         record = {
             **ended,
-            **told,
+            **answered,
             **{name: _text(file) for name, file in (("out", out), ("err", err), ("where", where))},
             "added": sorted(after.keys() - before.keys()),
             "removed": sorted(before.keys() - after.keys()),
@@ -194,7 +194,7 @@ def run(base: Base, asked: dict) -> dict:
 
 def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err, where) -> None:
     """What the fork does. It never returns."""
-    told = {"code": None, "error": "", "exit": False}
+    result = {"code": None, "error": "", "exit": False}
     try:
         os.setsid()
         os.environ[MARK] = str(os.getpid())
@@ -220,15 +220,15 @@ def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err,
             exec(asked["instead"], names)
             program = names["main"]
         try:
-            told["code"] = program([base.resolve(argument) for argument in asked["line"]])
+            result["code"] = program([base.resolve(argument) for argument in asked["line"]])
         except SystemExit as stop:
-            told.update(code=stop.code or 0, exit=True)
+            result.update(code=stop.code or 0, exit=True)
         except BaseException:
-            told["error"] = traceback.format_exc()[-10000:]
+            result["error"] = traceback.format_exc()[-10000:]
         with contextlib.suppress(OSError):
             sys.stdout.flush()
     finally:
-        os.write(answer, json.dumps(told).encode("ascii"))
+        os.write(answer, json.dumps(result).encode("ascii"))
         os._exit(0)
 
 
@@ -275,7 +275,7 @@ def _stop(child: int, name: str) -> None:
 
 
 def _processes(leader: int) -> list[tuple[int, list[bytes]]]:
-    """The processes of a command, each with what /proc tells of it; none where there is no /proc."""
+    """The processes of a command, each with what /proc says about it; none where there is no /proc."""
     found, mark = [], f"{MARK}={leader}".encode()
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if not entry.isdigit():

@@ -1,534 +1,35 @@
-"""A folder of small runs, what happens to it, and what must hold after each step. See test_machine.py.
+"""A folder of small runs, what happens to it, and what must hold after each step. See test_machine.py."""
 
-Nothing here is left to chance: GUIDs are counted, the clock of the loop ticks when it is read, and what goes wrong
-goes wrong at a counted file operation. So a sequence that fails fails again.
-"""
-
-import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import traceback
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
-from unittest import mock
 
 import numpy as np
-from quick import quick
-from safetensors import SafetensorError, safe_open
+from machine_faults import BAD_TEXTS, GPT, GUIDS, PARTS, SMALL, TEXTS, WATCH, Guids, Writing, perform
+from machine_twins import (
+    Tree,
+    Twin,
+    Twins,
+    digest,
+    is_leftover,
+    metrics_of,
+    owner,
+    read_arrays,
+    state_digest,
+    without_times,
+)
 
 import baby_xp
-from baby_xp.presets import PRESETS
-from baby_xp.runs import creation, lock, state_file
-from baby_xp.runs.creation import OF_SAFETENSORS
 from baby_xp.runs.store import GUID, RunFiles
-from baby_xp.training import loop
-
-SMALL = {"workers": 1, "backend": "numpy", "schedule": "constant", "warmup_steps": 0, "sample_tokens": 0}
-GPT = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 2, "lr": 1e-2}
-STEPS, MORE, TUNED = 6, 9, 4
-"""Steps of a run, of one that is prolonged, and of finetuning; evaluations fall on the last of each."""
-SENTENCES = "the cat sat on the mat.\nit sat and sat, and so did the hat. "
-TEXTS = {
-    "a": (SENTENCES * 9).encode(),
-    "b": ("die Mäuse saßen auf dem Öl.\nund süß war's. " * 12).encode(),
-    "c": (SENTENCES.replace("\n", "\r\n") * 7).encode(),
-}
-BAD_TEXTS = {"bad_end": TEXTS["a"] + b"\xff", "short": b"the cat", "empty": b"", "missing": None, "folder": None}
-PARTS = ("config", "tokenizer", "model", "state")
-OUTPUTS = ("report", "metrics", "completion")
-FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
-OF_A_SESSION = {"max_minutes", "checkpoint_every", "checkpoint_minutes", "sample_tokens"}
-"""Settings that change no number of a run."""
-NOBODY = 65534
-
-
-# what goes wrong ----------------------------------------------------------------------------------------
-
-WRITES = {"os.mkdir", "os.rename", "os.fsync", "save"}
-READS = {"os.listdir", "os.scandir"}
-REMOVES = {"os.remove", "os.rmdir", "os.chmod"}
-EVENTS = {"open", "fcntl.flock"} | WRITES | READS | REMOVES
-
-
-class Watch:
-    """Sees every file operation under one folder, before it is done: an audit hook, which cannot be removed."""
-
-    def __init__(self):
-        self.root, self.action, self.count, self.hooked = "", None, 0, False
-
-    def event(self, event: str, args: tuple) -> None:
-        """What Python calls for each event, of which there are many others."""
-        if self.action is None or event not in EVENTS or not self._is_here(event, args):
-            return
-        action, self.action = self.action, None  # what it does itself is not watched
-        try:
-            self.count += 1
-            action(self.count - 1, event, args)
-        finally:
-            self.action = action
-
-    def _is_here(self, event: str, args: tuple) -> bool:
-        if event in ("fcntl.flock", "os.fsync"):
-            return True
-        try:
-            name = os.fsdecode(args[0])
-        except TypeError:  # a descriptor
-            return False
-        return (name if os.path.isabs(name) else os.path.join(os.getcwd(), name)).startswith(self.root)
-
-    @contextlib.contextmanager
-    def doing(self, root: Path, action: Callable[[int, str, tuple], None] | None) -> Iterator[None]:
-        """Call `action` with the number of each operation under `root`, its name and its arguments."""
-        if not self.hooked:
-            sys.addaudithook(self.event)
-            self.hooked = True
-        before = self.root, self.action, self.count
-        self.root, self.action, self.count = str(root), action, 0
-        try:
-            yield
-        finally:
-            self.root, self.action, self.count = before
-
-
-WATCH = Watch()
-
-
-def group(event: str, args: tuple) -> str:
-    """write, read, remove or lock: what an operation does."""
-    if event == "open":
-        changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-        return "write" if isinstance(args[2], int) and args[2] & changes else "read"
-    groups = {"write": WRITES, "read": READS, "remove": REMOVES, "lock": {"fcntl.flock"}}
-    return next(name for name, events in groups.items() if event in events)
-
-
-FAULTS = {
-    "full disk": (errno.ENOSPC, {"write"}),
-    "quota": (errno.EDQUOT, {"write"}),
-    "broken disk": (errno.EIO, {"write"}),
-    "unreadable": (errno.EIO, {"read"}),
-    "stale": (errno.ESTALE, {"read"}),
-    "too many files": (errno.EMFILE, {"read", "write"}),
-    "read-only": (errno.EROFS, {"write", "remove"}),
-    "no locks": (errno.ENOSYS, {"lock"}),
-    "locks refused": (errno.ENOLCK, {"lock"}),
-}
-
-
-class Fault:
-    """The system refuses: the `at`-th operation of a kind, and all later ones unless `once`."""
-
-    def __init__(self, name: str, at: int = 0, once: bool = False):
-        self.code, self.groups = FAULTS[name]
-        self.at, self.once, self.seen, self.fired = at, once, 0, 0
-
-    def __call__(self, number: int, event: str, args: tuple) -> None:
-        if group(event, args) not in self.groups or (event == "os.fsync" and self.code == errno.EMFILE):
-            return
-        self.seen += 1
-        if self.seen <= self.at or (self.once and self.fired):
-            return
-        self.fired += 1
-        if event == "save":  # as the library says it
-            what = f"Error while serializing: I/O error: {os.strerror(self.code)} (os error {self.code})"
-            raise SafetensorError(what)
-        raise OSError(self.code, os.strerror(self.code), *(arg for arg in args[:1] if isinstance(arg, str)))
-
-
-class Writing:
-    """Sees whether each file is written under another name, synced and renamed; but for metrics, which grow."""
-
-    def __init__(self):
-        self.wrong: list[str] = []
-        self.dirty: set[str] = set()
-
-    def __call__(self, number: int, event: str, args: tuple) -> None:
-        if event == "os.fsync":
-            self.dirty.discard(os.path.realpath(f"/proc/self/fd/{args[0]}"))
-        if event == "open" and group(event, args) == "write":
-            name = os.fsdecode(args[0])
-            if name.endswith(".tmp"):
-                self.dirty.add(name)
-            elif not name.endswith(".lock") and not (name.endswith(".jsonl") and args[2] & os.O_APPEND):
-                self.wrong.append(f"{name} is written in place")
-        if event == "os.rename" and os.fsdecode(args[0]) in self.dirty:
-            self.wrong.append(f"{os.fsdecode(args[1])} is renamed before it is on disk")
-
-
-def fsync(file: Any) -> None:
-    """In the place of os.fsync: a power cut is not what is tried here."""
-    WATCH.event("os.fsync", (file,))
-
-
-def _save(arrays, path, metadata=None):
-    WATCH.event("save", (str(path),))
-    return _save_file(arrays, path, metadata)
-
-
-_save_file = state_file.save_file
-
-
-class Guids:
-    """The next GUIDs, known beforehand."""
-
-    def __init__(self, number: int = 0):
-        self.number = number
-
-    def uuid4(self) -> uuid.UUID:
-        self.number += 1
-        return uuid.UUID(bytes=hashlib.md5(b"%d" % self.number).digest(), version=4)
-
-
-class Clock:
-    """Some seconds go by whenever it is read."""
-
-    def __init__(self, seconds: float = 1.0):
-        self.now, self.seconds = 0.0, seconds
-
-    def perf_counter(self) -> float:
-        self.now += self.seconds
-        return self.now
-
-
-GUIDS = SimpleNamespace(source=Guids(), uuid4=lambda: GUIDS.source.uuid4())
-
-
-@contextlib.contextmanager
-def small_and_quick() -> Iterator[None]:
-    """baby_xp with short samples, a clock of its own, GUIDs that are known, and no waiting for the disk."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quick(sample_tokens=5))
-        for target, name, value in (
-            (loop, "time", Clock()),
-            (creation, "uuid", GUIDS),
-            (lock, "time", SimpleNamespace(monotonic=Clock(0.1).perf_counter, sleep=lambda seconds: None)),
-            (state_file, "save_file", _save),
-            (os, "fsync", fsync),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        yield
-
-
-@contextlib.contextmanager
-def guids_from(number: int) -> Iterator[None]:
-    """GUIDs of another series inside."""
-    before, GUIDS.source = GUIDS.source, Guids(number)
-    try:
-        yield
-    finally:
-        GUIDS.source = before
-
-
-@contextlib.contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Writes beyond so many bytes of a file fail inside, those of compiled code too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def plain_user(root: Path) -> Iterator[None]:
-    """Work as a user whom permissions hold back, and who owns all under `root`."""
-    if os.geteuid() != 0:
-        yield
-        return
-
-    def give_to(user: int) -> None:
-        for path in (root, *root.rglob("*")):
-            os.chown(path, user, -1, follow_symlinks=False)
-
-    give_to(NOBODY)
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        give_to(0)
-
-
-# what can be done, here or in a child -------------------------------------------------------------------
-
-
-class Interrupting:
-    """A listener that ends training at the `at`-th call: as Ctrl-C does, or as a second one."""
-
-    def __init__(self, at: int | None = None, at_once: bool = False):
-        self.at, self.at_once, self.calls = at, at_once, 0
-
-    def started(self, session, step):
-        pass
-
-    def note(self, text):
-        pass
-
-    def progress(self, step, loss, tokens_per_second):
-        self._called()
-
-    def evaluated(self, record):
-        self._called()
-
-    def _called(self):
-        self.calls += 1
-        if self.at is not None and self.calls == self.at + 1:
-            if self.at_once:
-                raise KeyboardInterrupt
-            signal.raise_signal(signal.SIGINT)
-
-
-def perform(name: str, arguments: dict[str, Any]) -> Any:
-    """Call one of the public functions. arguments: JSON values."""
-    given = dict(arguments)
-    if name in ("train", "finetune", "resume") and "interrupt" in given:
-        given["listener"] = Interrupting(*given.pop("interrupt"))
-    if name == "train":
-        return baby_xp.train(given.pop("preset"), **given)
-    if name in ("finetune", "resume"):
-        return getattr(baby_xp, name)(given.pop("run"), **given)
-    if name == "import":
-        return baby_xp.import_littlebaby(given.pop("model"), **given)
-    if name == "runs":
-        return baby_xp.list_runs(**given)
-    run = baby_xp.load(
-        given.pop("run"), path=given.pop("path"), backend="numpy", weights=given.pop("weights", "best")
-    )
-    if name == "load":
-        return run
-    if name == "export":
-        return run, baby_xp.export_littlebaby(run, **given)
-    return run, getattr(run, name)(**given)
-
-
-def load_all() -> None:
-    """Call everything once, while every file of Python can be read and before a fork."""
-    with tempfile.TemporaryDirectory() as folder:
-        text, path = os.path.join(folder, "text.txt"), os.path.join(folder, "runs")
-        Path(text).write_bytes(TEXTS["a"])
-        options = {**SMALL, "path": path, "num_steps": 2}
-        run = perform("train", {**options, **GPT, "preset": "baby", "data": text, "dropout": 0.1})
-        perform("train", {**options, "preset": "equations", "batch_size": 8})
-        perform("finetune", {**options, "run": run.guid, "data": text})
-        perform("resume", {"path": path, "num_steps": 4, "run": run.guid})
-        where = {"path": path, "run": run.guid}
-        perform("evaluate", {**where, "num_tokens": 3})
-        perform("check", {**where, "tokens": 4, "batch": 1, "elements": 1, "directions": 1})
-        perform("inspect", {**where, "prompt": "as", "backward": True})
-        _, paths = perform("export", {**where, "folder": os.path.join(folder, "out")})
-        perform("import", {"model": str(paths[2]), "path": os.path.join(folder, "others")})
-        perform("runs", {"path": path})
-
-
-# what is on disk ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tree:
-    """All below a folder: SHA-256 of each file by its relative path, and the folders."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, root: Path) -> "Tree":
-        tree = cls()
-        for folder, folders, files in os.walk(root):
-            below = os.path.relpath(folder, root)
-            tree.folders.add(below)
-            for name in (*files, *folders):
-                path = os.path.join(folder, name)
-                link = os.readlink(path) if os.path.islink(path) else None
-                if link is not None or name in files:
-                    held = digest(Path(path).read_bytes()) if link is None else f"link to {link}"
-                    tree.files[os.path.normpath(os.path.join(below, name))] = held
-        return tree
-
-    def differences(self, other: "Tree") -> set[str]:
-        names = self.files.keys() | other.files.keys()
-        return {name for name in names if self.files.get(name) != other.files.get(name)}
-
-
-def digest(data: Any) -> str:
-    """SHA-256 of bytes, or of an array or a JSON value."""
-    if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).tobytes()
-    elif not isinstance(data, bytes):
-        data = json.dumps(data, sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-_OWNED = re.compile(rf"(?:config|tokenizer|model|state|report|metrics|completion)_({GUID.pattern})")
-
-
-def owner(name: str) -> str | None:
-    """The GUID that a file's name holds."""
-    found = _OWNED.search(os.path.basename(name))
-    return found and found[1]
-
-
-def is_leftover(name: str) -> bool:
-    return name.endswith((".tmp", ".lock")) or OF_SAFETENSORS.fullmatch(os.path.basename(name)) is not None
-
-
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    with safe_open(path, "numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def without_times(progress: dict[str, Any]) -> dict[str, Any]:
-    """The progress of a checkpoint but for what a clock says."""
-    kept = {name: value for name, value in progress.items() if name not in ("seconds", "training_seconds")}
-    return {**kept, "records": [{**record, "seconds": 0} for record in progress["records"]]}
-
-
-# twins --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Twin:
-    """How a run goes that nothing disturbs: digests by step."""
-
-    params: dict[int, str] = field(default_factory=dict)
-    states: dict[int, str] = field(default_factory=dict)
-    progress: dict[str, Any] = field(default_factory=dict)
-    best_step: int = 0
-    val_loss: float | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-
-    def note(self, path: Path) -> None:
-        found, metadata = read_arrays(path)
-        step = int(metadata["step"])
-        self.params[step], self.states[step] = digest(found["params"]), state_digest(found)
-        self.progress = json.loads(metadata["progress"])
-
-
-def state_digest(found: dict[str, np.ndarray]) -> str:
-    return digest([digest(found[name]) for name in ("params", "m", "v", "step")])
-
-
-class Noting(Interrupting):
-    """A listener that notes each checkpoint of a twin."""
-
-    def __init__(self, twin: Twin, folder: Path):
-        super().__init__()
-        self.twin, self.folder = twin, folder
-
-    def _called(self):
-        for path in self.folder.glob("models/state_*.safetensors"):
-            self.twin.note(path)
-
-
-class Twins:
-    """The twins of all runs of all sequences, each trained once."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.known, self.bases, self.count = folder, {}, {}, itertools.count()
-        for name, data in TEXTS.items():
-            (folder / f"{name}.txt").write_bytes(data)
-
-    def keep_base(self, files: RunFiles) -> str:
-        """Remember the files of a run that is finetuned -> what to find them by."""
-        found = {part: getattr(files, part).read_bytes() for part in ("config", "tokenizer", "model")}
-        config = json.loads(found["config"])
-        params, _ = read_arrays(files.model)
-        learned = json.loads(found["tokenizer"])
-        key = digest([settings_key(config), {name: digest(array) for name, array in params.items()}, learned])
-        self.bases.setdefault(key, (files.guid, found))
-        return key
-
-    def of(self, config: dict[str, Any], base: str | None, text: str | None) -> Twin:
-        """The twin of the run with this config, finetuned from a base if there is one."""
-        key = digest([settings_key(config), base, text])
-        if key not in self.known:
-            with WATCH.doing(self.folder, None), guids_from(10**6):
-                self.known[key] = self._trained(config, base, text)
-        return self.known[key]
-
-    def _trained(self, config: dict[str, Any], base: str | None, text: str | None) -> Twin:
-        twin, folder = Twin(), self.folder / str(next(self.count))
-        options = {"path": folder, "backend": "numpy", "workers": 1, "listener": Noting(twin, folder)}
-        often = {"checkpoint_every": 1, "checkpoint_minutes": 0, "max_minutes": 0}
-        train = {name: value for name, value in {**config["train"], **often}.items() if name != "min_lr"}
-        if text is not None:
-            options["data"] = str(self.folder / f"{text}.txt")
-        if base is None:
-            preset = PRESETS[config["preset"]]
-            given = {**config["model"], **config["data"], **train}
-            usual = {**vars(preset.model), **vars(preset.data), **vars(preset.train)}
-            given = {name: value for name, value in given.items() if value != usual.get(name, value)}
-            run = baby_xp.train(preset, **{**given, **options})
-        else:
-            guid, files = self.bases[base]
-            for part, content in files.items():
-                path = getattr(RunFiles(folder, guid), part)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            run = baby_xp.finetune(guid, **options, **train, dropout=config["model"]["dropout"])
-        twin.note(run.files.state)
-        twin.best_step = run.config["result"]["best_step"]
-        twin.val_loss = run.config["result"]["val_loss"]
-        twin.metrics = metrics_of(run.files)
-        shutil.rmtree(folder)
-        return twin
-
-
-def settings_key(config: dict[str, Any]) -> str:
-    """What the numbers of a run follow from, but for text and weights."""
-    train = {name: value for name, value in config["train"].items() if name not in OF_A_SESSION}
-    data = {name: value for name, value in config["data"].items() if name not in ("data", "file")}
-    return json.dumps([config["model"], train, data, config["vocab_size"]], sort_keys=True)
-
-
-def metrics_of(files: RunFiles) -> list[dict[str, Any]]:
-    """What the metrics tell but for the times; nothing before the first evaluation."""
-    if not files.metrics.is_file():
-        return []
-    return [{**json.loads(line), "seconds": 0} for line in files.metrics.read_text("ascii").splitlines()]
-
-
-# children -----------------------------------------------------------------------------------------------
-
-
-class Children:
-    """A clean process whose forks do what is asked of them, and are killed meanwhile."""
-
-    def __init__(self):
-        self.process = None
-
-    def ask(self, **job: Any) -> dict[str, Any]:
-        """Do `name` with `arguments` in a fork; see machine_child.py -> how it ended."""
-        if self.process is None:
-            command = [sys.executable, str(Path(__file__).with_name("machine_child.py"))]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process.stdin.write(json.dumps({**job, "folder": os.getcwd()}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def end(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
-            self.process = None
-
-
-# the world ----------------------------------------------------------------------------------------------
 
 
 class Broken(AssertionError):
@@ -620,10 +121,10 @@ class Op:
     """False where its outputs are deleted meanwhile."""
 
     def __str__(self) -> str:
-        told = {name: value for name, value in self.arguments.items() if name not in {*SMALL, *GPT, "path"}}
+        given = {name: value for name, value in self.arguments.items() if name not in {*SMALL, *GPT, "path"}}
         return f"{self.name} " + ", ".join(
             f"{name}={os.path.basename(str(value)) if name in ('data', 'model') else value}"
-            for name, value in told.items()
+            for name, value in given.items()
         )
 
 
@@ -644,8 +145,8 @@ SEEN: dict[str, str] = {}
 class World:
     """A folder of runs, the texts that they learn from, and a record of all that is known of them."""
 
-    def __init__(self, twins: Twins, children: Children, failures: list[tuple[str, str]]):
-        self.twins, self.children, self.failures = twins, children, failures
+    def __init__(self, twins: Twins, in_fork: Callable[..., dict], failures: list[tuple[str, str]]):
+        self.twins, self.in_fork, self.failures = twins, in_fork, failures
         self.just_exported: list[str] = []
         self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="baby_xp_machine_")))
         self.before = os.getcwd()
@@ -681,17 +182,17 @@ class World:
         os.chdir(self.before)
         shutil.rmtree(self.root)
 
-    def tell(self, line: str) -> None:
+    def note(self, line: str) -> None:
         self.journal.append(line)
 
     def fail(self, kind: str, text: str = "") -> None:
         """Something does not hold: raises Broken with all steps."""
-        self.tell(f"BROKEN: {kind}")
+        self.note(f"BROKEN: {kind}")
         steps = "\n".join(f"{number:>3}  {line}" for number, line in enumerate(self.journal, 1))
         if self.pending is None:
-            told = f"{kind}: {text}\n{steps}"
-            self.failures.append((kind, told))
-            self.pending = Broken.of(kind)(told)
+            report = f"{kind}: {text}\n{steps}"
+            self.failures.append((kind, report))
+            self.pending = Broken.of(kind)(report)
         raise self.pending
 
     def surroundings(self) -> Tree:
@@ -781,18 +282,18 @@ class World:
     # a step ----------------------------------------------------------------------------------------------
 
     def do(
-        self, op: Op, trouble: Any = None, told: str = "", harmless: Callable[[], bool] = lambda: False
+        self, op: Op, trouble: Any = None, how: str = "", harmless: Callable[[], bool] = lambda: False
     ) -> Outcome:
         """Do it, in trouble or without, and see that all holds.
 
-        trouble: a context manager that the call runs in, or a job for a child, as keywords of Children.ask.
+        trouble: a context manager that the call runs in, or a job for a child, as keywords of machine_child.done.
         harmless: whether, afterwards, the trouble turns out to be none.
         """
         frame = Frame(op, Tree.of(self.folder), set(self.known))
         frame.active = set() if op.touches is None else {op.touches}
         self.frames.append(frame)
         indent = "    " * (len(self.frames) - 1)
-        self.tell(f"{indent}{op}{' | ' * bool(told)}{told} ...")
+        self.note(f"{indent}{op}{' | ' * bool(how)}{how} ...")
         line = len(self.journal) - 1
         try:
             if isinstance(trouble, dict):
@@ -826,16 +327,17 @@ class World:
             return Outcome(error=str(error))
 
     def _escaped(self, error: Exception) -> None:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "machine_world" not in f.filename]
+        frames = traceback.extract_tb(error.__traceback__)
+        frames = [one for one in frames if not Path(one.filename).name.startswith("machine_")]
         own = [f for f in frames if re.search(r"(baby_xp|backends)/[^/]*/?[^/]*\.py$", f.filename)]
         where = f"{own[-1].name} ({Path(own[-1].filename).name})" if own else "outside"
-        told = "".join(traceback.format_exception(error)[-12:])
-        self.fail(f"{type(error).__name__} escapes from {where}", told)
+        trace = "".join(traceback.format_exception(error)[-12:])
+        self.fail(f"{type(error).__name__} escapes from {where}", trace)
 
     def _in_child(self, op: Op, job: dict[str, Any]) -> Outcome:
         number = GUIDS.source.number
         GUIDS.source.number += 1
-        found = self.children.ask(name=op.name, arguments=op.arguments, root=str(self.root), guid=number, **job)
+        found = self.in_fork(name=op.name, arguments=op.arguments, root=str(self.root), guid=number, **job)
         if found["kind"] == "escaped":
             self.fail(f"{found['type']} escapes in a child", found["traceback"])
         if found["kind"] == "done":
@@ -897,7 +399,7 @@ class World:
             self._check_surroundings()
 
     def _check_surroundings(self) -> None:
-        """Texts and exports are as before, but for what was exported just now."""
+        """Texts and exports are as before, except what was exported just now."""
         now, places = self.surroundings(), tuple(f"{place}/" for place in self.just_exported)
         odd = now.differences(self.others) | (now.folders ^ self.others.folders)
         odd = {name for name in odd if not f"{name}/".startswith(places)}
@@ -1080,7 +582,7 @@ class World:
         if self.relative(files.config) not in known.hurt:
             state = {"running": "stopped"}.get(*[known.config["result"]["state"]] * 2)
             if summary.state != state:
-                self.fail("the list tells another state", f"{summary}, not {state}")
+                self.fail("the list has another state", f"{summary}, not {state}")
         paths = [getattr(files, part) for part in PARTS]
         now = digest([str(p.readlink()) if p.is_symlink() else digest(p.read_bytes()) if p.is_file() else None
                       for p in paths])  # fmt: skip
@@ -1117,6 +619,6 @@ class World:
         result = {n: digest(np.asarray(a)) for n, a in result.arrays.items()} if op.name == "inspect" else result
         rest = {name: v for name, v in op.arguments.items() if name not in ("run", "path", "data")}
         of = digest([op.name, rest, text, digest(run.params), run.tokenizer.to_dict(), str(run.model.config)])
-        told = json.dumps(result, default=str, sort_keys=True)
-        if SEEN.setdefault(of, told) != told:
-            self.fail("another result than before", f"{op}: {told}, not {SEEN[of]}")
+        found = json.dumps(result, default=str, sort_keys=True)
+        if SEEN.setdefault(of, found) != found:
+            self.fail("another result than before", f"{op}: {found}, not {SEEN[of]}")

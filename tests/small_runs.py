@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from quick import quick
 from baby_xp.cli import main
 from baby_xp.runs.store import RunFiles
 
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 LONGEST = 600
 """Characters of a message; it may repeat a name of the longest that a file can have."""
 TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
@@ -35,6 +39,13 @@ def metrics_of(files: RunFiles) -> list[dict]:
     data = files.metrics.read_bytes()
     assert data.endswith(b"\n")
     return [json.loads(line, parse_constant=no_constant) for line in data.splitlines()]
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def all_of(folder: Path) -> dict[str, bytes | None]:

@@ -81,10 +81,10 @@ def judge(page: Path, place: str) -> None:
     found = outcomes_of(page)
     if place not in found and any(outcome == "failed" for at, (outcome, _) in found.items() if at != "end"):
         pytest.skip("a block before it failed")
-    outcome, told = found.get(place, found["end"])
+    outcome, reason = found.get(place, found["end"])
     if outcome == "skipped":
-        pytest.skip(told)
-    assert outcome == "passed", f"{page.name}, the block of line {place}:\n{told}"
+        pytest.skip(reason)
+    assert outcome == "passed", f"{page.name}, the block of line {place}:\n{reason}"
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_an_error_names_the_line_of_the_page_and_ends_the_page(run):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("```python\nprint(1.25)\n```\n<!-- output -->\n```text\n1.23\n```\n", "what is printed is '1.25'"),
         ("```python\nraise SystemExit\n```\n", "SystemExit"),
@@ -317,10 +317,10 @@ def test_an_error_names_the_line_of_the_page_and_ends_the_page(run):
         ("```sh\npython -m bench.train --fast\n```\n", "does not know --fast"),
     ],
 )
-def test_what_fails(run, text, told):
+def test_what_fails(run, text, reason):
     outcome, said = next(reversed(run(text).values()))
     assert outcome == "failed"
-    assert told in said
+    assert reason in said
 
 
 def test_notebooks_run_and_fail(run_notebook, tmp_path):

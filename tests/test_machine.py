@@ -2,11 +2,12 @@
 
 After each step, other runs are as they were, bit for bit; every error is one BabyError of one line; every run in
 the list loads or says why not; nothing is left over; and a run that was stopped and resumed ends with the numbers
-of a twin that nothing disturbed. machine_world.py has what is done and what is held, this file the rules.
+of a twin that nothing disturbed. machine_faults.py has what is done and what goes wrong, machine_twins.py the
+twins, machine_world.py what must hold, this file the rules.
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
 
-goes on with new sequences for so many minutes and tells each kind of failure once, with the steps that led to it.
+tries new sequences for that many minutes and reports each kind of failure once, with the steps that led to it.
 BABY_XP_HOUR_LOG names a file for the same to be followed.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -29,14 +30,18 @@ import pytest
 pytest.importorskip("resource", reason="permissions, forks and limits are others on this system")
 
 import hypothesis
+import machine_faults
+import machine_twins
 import machine_world
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from machine_world import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault, Op, World
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from machine_faults import FAULTS, GPT, MORE, PARTS, SMALL, STEPS, TEXTS, TUNED, Fault
+from machine_world import Op, World
 
 import baby_xp
+from baby_xp import processes
 from baby_xp.runs import store
 from baby_xp.runs.store import RunFiles
 
@@ -49,8 +54,9 @@ HOUR = "BABY_XP_HOUR_MINUTES"
 class Machine(RuleBasedStateMachine):
     """The rules. What each step does is drawn by `chance`, whose every draw hypothesis can shrink."""
 
-    twins: machine_world.Twins
-    children: machine_world.Children
+    twins: machine_twins.Twins
+    in_fork: Callable[..., dict]
+    """Does a job in a fork: see machine_child.done."""
     real_time = False
     """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
     counts: ClassVar[Counter] = Counter()
@@ -58,7 +64,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.world = World(self.twins, self.children, self.failures)
+        self.world = World(self.twins, self.in_fork, self.failures)
         self.counts["sequences"] += 1
 
     def teardown(self):
@@ -70,7 +76,7 @@ class Machine(RuleBasedStateMachine):
 
     def finish(self):
         """At the end, what was damaged is mended, and every run that was stopped goes on to its twin's end."""
-        self.world.tell("at the end:")
+        self.world.note("at the end:")
         self.bring_texts_back()
         for known in list(self.world.known.values()):
             self.heal_run(known)
@@ -129,7 +135,7 @@ class Machine(RuleBasedStateMachine):
         return Op("train", arguments, makes=True, must=must, text=name, may_stop=stops)
 
     def bad_text(self, chance: Random) -> Path:
-        return self.world.root / f"texts/{chance.choice(list(machine_world.BAD_TEXTS))}.txt"
+        return self.world.root / f"texts/{chance.choice(list(machine_faults.BAD_TEXTS))}.txt"
 
     def bad_train_of(self, chance: Random) -> Op:
         arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "baby"}
@@ -143,16 +149,13 @@ class Machine(RuleBasedStateMachine):
             **SMALL, **stop, "run": self.name_of(chance, guid), "path": str(self.world.folder),
             "data": str(self.world.places[name]), "num_steps": TUNED, "eval_every": 2,
         }  # fmt: skip
-        can = self.can_be_tuned(known)
+        can = known.config["model"]["kind"] == "gpt"
         must = None if "interrupt" in stop or not known.is_sound or name in self.world.changed else can
         base = self.world.twins.keep_base(self.world.files(guid)) if known.is_sound and can else None
         if base is None or name in self.world.changed:  # it may work all the same, and has no twin then
             arguments["data"] = str(self.bad_text(chance))
             must = False
         return Op("finetune", arguments, makes=True, must=must, text=name, base=base, may_stop=bool(stop))
-
-    def can_be_tuned(self, known: machine_world.Known) -> bool:
-        return known.config["model"]["kind"] == "gpt"
 
     def resume_of(self, guid: str, chance: Random | None = None) -> Op:
         known = self.world.known[guid]
@@ -180,7 +183,7 @@ class Machine(RuleBasedStateMachine):
 
     def has_files_to_write(self, known: machine_world.Known) -> bool:
         """Whether no folder or link stands where a file of the run is to be written."""
-        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_world.OUTPUTS)]
+        paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_faults.OUTPUTS)]
         return not any(path.is_symlink() or path.is_dir() for path in paths)
 
     def use_of(self, chance: Random, guid: str) -> Op:
@@ -229,7 +232,7 @@ class Machine(RuleBasedStateMachine):
 
         def check(value):
             run, paths = value
-            params = machine_world.digest(run.params.astype("float64"))
+            params = machine_twins.digest(run.params.astype("float64"))
             self.world.exports.append(machine_world.Export(str(paths[2]), guid, params, known))
 
         arguments = {"run": self.name_of(chance, guid), "path": str(self.world.folder), "folder": str(folder)}
@@ -248,7 +251,7 @@ class Machine(RuleBasedStateMachine):
             self.world.others = self.world.surroundings()
             return Op("import", {**arguments, "model": str(folder / "model_x.json")}, makes=True, must=True,
                       imported=export)  # fmt: skip
-        taken = any(machine_world.owner(name) == export.guid for name in self.world.tree().files)
+        taken = any(machine_twins.owner(name) == export.guid for name in self.world.tree().files)
         return Op("import", arguments, makes=True, must=not taken, imported=export)
 
     def an_op(self, chance: Random) -> Op:
@@ -284,25 +287,24 @@ class Machine(RuleBasedStateMachine):
 
     # calls -----------------------------------------------------------------------------------------------
 
-    def step(self):
+    @invariant()
+    def count(self):
+        """After each step."""
         self.counts["steps"] += 1
 
     @rule(chance=CHANCE)
     def call(self, chance):
-        self.step()
         self.world.do(self.an_op(chance))
 
     @precondition(has_room)
     @rule(chance=CHANCE)
     def train(self, chance):
-        self.step()
         self.world.do(self.train_of(chance))
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def go_on(self, chance):
         """With a run: train it on, use it, finetune or export it."""
-        self.step()
         self.world.do(self.op_on(chance, self.a_run(chance)))
 
     # with something going wrong --------------------------------------------------------------------------
@@ -310,32 +312,29 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def a_fault(self, chance):
         """The system refuses something meanwhile: the disk is full, broken, read-only, without locks."""
-        self.step()
         op, name = self.an_op(chance), chance.choice(sorted(FAULTS))
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
-        told = f"{name} from operation {fault.at}{' once' * fault.once}"
-        trouble = machine_world.WATCH.doing(self.world.root, fault)
-        self.world.do(op, trouble, told, harmless=lambda: not fault.fired)
+        how = f"{name} from operation {fault.at}{' once' * fault.once}"
+        trouble = machine_faults.WATCH.doing(self.world.root, fault)
+        self.world.do(op, trouble, how, harmless=lambda: not fault.fired)
 
     @rule(chance=CHANCE)
     def no_file_may_grow(self, chance):
         """Real writes fail, wherever they are done."""
-        self.step()
         op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
-        self.world.do(op, machine_world.file_size_limit(limit), f"files up to {limit} bytes")
+        self.world.do(op, machine_faults.file_size_limit(limit), f"files up to {limit} bytes")
 
     @rule(chance=CHANCE)
     def forbidden(self, chance):
         """A folder or file may not be read, or not be written."""
-        self.step()
         op = self.an_op(chance)
         target = chance.choice(sorted([self.world.folder, self.world.root / "texts", *self.paths()]))
         mode = chance.choice([0o000, 0o444, 0o555])
 
         @contextlib.contextmanager
         def trouble():
-            with machine_world.plain_user(self.world.root):
+            with machine_faults.plain_user(self.world.root):
                 before = target.stat().st_mode & 0o777 if target.exists() else None
                 if before is not None:
                     target.chmod(mode)
@@ -349,13 +348,12 @@ class Machine(RuleBasedStateMachine):
         self.world.do(op, trouble(), f"mode {mode:03o} of {target.relative_to(self.world.root)}")
 
     def paths(self) -> list[Path]:
-        """All that is in the folder of runs, but for what links lead to."""
+        """All that is in the folder of runs, except what links lead to."""
         return [path for path in self.world.folder.rglob("*") if not path.is_symlink()]
 
     @rule(chance=CHANCE)
     def killed(self, chance):
         """In a process that is ended meanwhile."""
-        self.step()
         op = self.an_op(chance)
         while op.name not in ("train", "finetune", "resume"):
             op = self.an_op(chance)
@@ -374,7 +372,6 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def meanwhile(self, chance):
         """Another step comes in between."""
-        self.step()
         outer, at = self.an_op(chance), chance.randrange(120)
         inner = [None]
 
@@ -382,7 +379,7 @@ class Machine(RuleBasedStateMachine):
             if number == at:
                 inner[0] = self.inner_step(chance, outer)
 
-        trouble = machine_world.WATCH.doing(self.world.root, action)
+        trouble = machine_faults.WATCH.doing(self.world.root, action)
         self.world.do(outer, trouble, f"at operation {at}:", harmless=lambda: inner[0] in (None, "harmless"))
 
     def inner_step(self, chance: Random, outer: Op) -> str:
@@ -419,9 +416,8 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def damage(self, chance):
         """A file of a run is no longer what it was."""
-        self.step()
         guid = self.a_run(chance)
-        part = chance.choice([*PARTS, *PARTS, *machine_world.OUTPUTS])
+        part = chance.choice([*PARTS, *PARTS, *machine_faults.OUTPUTS])
         # a file of another run is noticed least where the two are alike
         others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
         others.remove(guid)
@@ -431,7 +427,7 @@ class Machine(RuleBasedStateMachine):
         source = self.world.path_of(others[0], part) if kind == "mixed up" else None
         path = self.world.path_of(guid, part)
         if path.is_file() and not path.is_symlink() and (source is None or source.is_file()):
-            self.world.tell(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
+            self.world.note(f"damage {part} of {guid[:4]}{guid[36:]}: {kind}")
             self.world.damage(guid, path, lambda: spoil(chance, path, kind, source))
             self.world.check_list(self.world.listed())
             if chance.random() < 0.6:
@@ -445,35 +441,32 @@ class Machine(RuleBasedStateMachine):
     @rule(chance=CHANCE)
     def heal(self, chance):
         """The old files of a run are brought back."""
-        self.step()
         hurt = [known for known in self.world.known.values() if known.hurt]
         self.heal_run(chance.choice(hurt))
         self.world.check_list(self.world.listed())
 
     def heal_run(self, known: machine_world.Known) -> None:
         if known.hurt:
-            self.world.tell(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
+            self.world.note(f"bring back the files of {known.guid[:4]}{known.guid[36:]}")
             self.world.heal(known)
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def an_older_checkpoint(self, chance):
         """The state of an earlier time is brought back: the run goes on from there."""
-        self.step()
         known = self.world.known[self.a_run(chance)]
         path = self.world.files(known.guid).state
         if known.is_sound and path.is_file():
             if known.old is not None and known.config["result"]["state"] != "done":
-                self.world.tell(f"an older state of {known.guid[:4]}{known.guid[36:]}")
+                self.world.note(f"an older state of {known.guid[:4]}{known.guid[36:]}")
                 path.write_bytes(known.old)
-                known.step = int(machine_world.read_arrays(path)[1]["step"])
+                known.step = int(machine_twins.read_arrays(path)[1]["step"])
             known.old = path.read_bytes()
             self.world.check_list(self.world.listed())
 
     @rule(chance=CHANCE)
     def damaged_ids(self, chance):
         """The ids of a text, which all runs share, are damaged or deleted."""
-        self.step()
         self.damage_ids(chance)
         reading = [guid for guid, known in self.world.known.items() if known.text is not None]
         if reading and chance.random() < 0.8:
@@ -486,14 +479,13 @@ class Machine(RuleBasedStateMachine):
         if paths:
             path = chance.choice(paths)
             kind = chance.choice(kinds)
-            self.world.tell(f"damage ids {path.name[:4]}: {kind}")
+            self.world.note(f"damage ids {path.name[:4]}: {kind}")
             spoil(chance, path, kind, None)
             if path.exists():
-                self.world.damaged_ids[path.name] = machine_world.digest(path.read_bytes())
+                self.world.damaged_ids[path.name] = machine_twins.digest(path.read_bytes())
 
     @rule(chance=CHANCE)
     def delete_a_folder(self, chance):
-        self.step()
         self.delete_folder(chance.choice(["outputs", "outputs", "corpora", "corpora", "models", "tokenizers",
                                           "configs"]))  # fmt: skip
         self.world.check_list(self.world.listed())
@@ -501,17 +493,16 @@ class Machine(RuleBasedStateMachine):
     def delete_folder(self, name: str) -> None:
         folder = self.world.folder / name
         if folder.is_dir():
-            self.world.tell(f"delete the folder {name}")
+            self.world.note(f"delete the folder {name}")
             self.world.delete_folder(folder)
-            if name == "configs":  # with the locks that told what a kill has left
+            if name == "configs":  # with the locks that mark what a kill has left
                 self.world.unmarked |= self.world.orphans
 
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def delete_a_run(self, chance):
-        self.step()
         guid = self.a_run(chance)
-        self.world.tell(f"delete all files of {guid[:4]}{guid[36:]}")
+        self.world.note(f"delete all files of {guid[:4]}{guid[36:]}")
         self.world.delete(guid)
         self.world.check_list(self.world.listed())
 
@@ -520,25 +511,22 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.folder.exists())
     @rule(chance=CHANCE)
     def move_the_folder(self, chance):
-        self.step()
         name = chance.choice(["runs", "moved", "mit Ümlaut und Leerzeichen"])
         if self.world.folder.name != name:
-            self.world.tell(f"move the folder to {name}")
+            self.world.note(f"move the folder to {name}")
             self.world.folder = self.world.folder.rename(self.world.root / name)
             self.world.check_list(self.world.listed())
 
     @rule(chance=CHANCE)
     def go_elsewhere(self, chance):
         """Into another current folder, which has another text of the same name."""
-        self.step()
         folder = chance.choice(["", "elsewhere"])
-        self.world.tell(f"cd ./{folder}")
+        self.world.note(f"cd ./{folder}")
         os.chdir(self.world.root / folder)
 
     @rule(chance=CHANCE)
     def a_text_goes(self, chance):
         """A text is renamed, altered, or brought back."""
-        self.step()
         name, how = chance.choice(sorted(TEXTS)), chance.choice(["rename", "alter", "back", "back"])
         home, place = self.world.root / f"texts/{name}.txt", self.world.places[name]
         if how == "rename" and place == home:
@@ -548,7 +536,7 @@ class Machine(RuleBasedStateMachine):
             self.world.changed.add(name)
         elif how == "back":
             self.bring_text_back(name)
-        self.world.tell(f"text {name}: {how}")
+        self.world.note(f"text {name}: {how}")
         self.world.others = self.world.surroundings()
 
     def bring_text_back(self, name: str) -> None:
@@ -603,27 +591,28 @@ def with_another_digit(chance: Random, data: bytes) -> bytes:
 
 # tests --------------------------------------------------------------------------------------------------
 
-QUICK = settings(
-    max_examples=8, stateful_step_count=12, derandomize=True, deadline=None, database=None, print_blob=False,
-    phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+SEARCH = settings(
+    phases=[Phase.generate, Phase.shrink], deadline=None, database=None, print_blob=False,
+    suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """The class, with what all sequences share."""
-    children = machine_world.Children()
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
-    quickly, twins_folder = machine_world.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
-    with shrinking, quickly, twins_folder as folder:
-        twins = machine_world.Twins(Path(folder))
-        machine_world.load_all()
-        yield type("Machine", (Machine,), {"twins": twins, "children": children, "counts": Counter()})
-    children.end()
+    quickly, twins_folder = machine_faults.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
+    child = processes.started("machine_child:done", "the process that forks")
+    with shrinking, quickly, twins_folder as folder, child as forking:
+        in_fork = lambda **job: processes.ask(forking, {**job, "folder": os.getcwd()})  # noqa: E731
+        machine_faults.load_all()
+        parts = {"twins": machine_twins.Twins(Path(folder)), "in_fork": staticmethod(in_fork), "counts": Counter()}
+        yield type("Machine", (Machine,), parts)
 
 
 def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
-    run_state_machine_as_test(machine, settings=QUICK)
+    quick = settings(SEARCH, max_examples=8, stateful_step_count=12, derandomize=True)
+    run_state_machine_as_test(machine, settings=quick)
 
 
 @pytest.mark.slow
@@ -643,18 +632,18 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
             job = {"name": "train", "arguments": {**settings, "path": str(folder)}}
         if number < kills:
             job["seconds"] = chance.uniform(*seconds)
-        ended = machine.children.ask(**job, root=str(tmp_path), guid=number)
+        ended = machine.in_fork(**job, root=str(tmp_path), guid=number)
         assert ended["kind"] == ("killed" if number < kills else "done")
         half_written += len(list(folder.glob("*/.*.tmp")))
     assert half_written or workers > 1
-    whole = machine_world.perform("train", {**settings, "path": str(tmp_path / "alone")})
+    whole = machine_faults.perform("train", {**settings, "path": str(tmp_path / "alone")})
     (run,) = baby_xp.list_runs(folder)
     files = RunFiles(folder, run.guid)
-    assert machine_world.metrics_of(files) == machine_world.metrics_of(whole.files)
+    assert machine_twins.metrics_of(files) == machine_twins.metrics_of(whole.files)
     for name in ("state", "model"):
-        arrays, others = (machine_world.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
-        assert {key: machine_world.digest(one) for key, one in arrays.items()} == {
-            key: machine_world.digest(one) for key, one in others.items()
+        arrays, others = (machine_twins.read_arrays(getattr(one, name))[0] for one in (files, whole.files))
+        assert {key: machine_twins.digest(one) for key, one in arrays.items()} == {
+            key: machine_twins.digest(one) for key, one in others.items()
         }
     assert files.completion().read_text() == whole.files.completion().read_text()
     assert {path.name for path in folder.rglob(f"*{run.guid}*")} == {path.name for path in files.of_training}
@@ -664,7 +653,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path
 
 
 @pytest.mark.hour
-@pytest.mark.skipif(HOUR not in os.environ, reason=f"{HOUR} is not set: it tells for how long to look")
+@pytest.mark.skipif(HOUR not in os.environ, reason=f"{HOUR} is not set: it says how many minutes to search")
 def test_an_hour_of_random_sequences(machine, capsys):
     minutes = float(os.environ[HOUR] or 60)
     log = os.environ.get("BABY_XP_HOUR_LOG")
@@ -682,24 +671,21 @@ class Hour:
         self.found: dict[str, str] = {}
 
     def run(self) -> None:
-        self.tell(f"\nfrom seed {time.time_ns()} on")
-        told = time.monotonic()
+        self.say(f"\nfrom seed {time.time_ns()} on")
+        said = time.monotonic()
         while time.monotonic() < self.end:
             seed = time.time_ns()
             self.machine.real_time = seed % 3 == 0  # such a failure cannot be shortened: it may not come again
             for kind, steps in self.tried(seed, [Phase.generate], 10, self.machine.counts)[:1]:
                 self.failed(seed, kind, steps)
-            if time.monotonic() > told + 60:
-                told = time.monotonic()
-                self.tell(self.summary())
-        self.tell(self.summary())
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                self.say(self.summary())
+        self.say(self.summary())
 
     def tried(self, seed: int, phases: list[Phase], examples: int, counts: Counter) -> list[tuple[str, str]]:
         """Sequences of this seed -> the failures in the order in which they were found: kind and steps."""
-        chosen = settings(
-            max_examples=examples, stateful_step_count=25, phases=phases, derandomize=False, deadline=None,
-            database=None, print_blob=False, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        )  # fmt: skip
+        chosen = settings(SEARCH, max_examples=examples, stateful_step_count=25, phases=phases)
         failures: list[tuple[str, str]] = []
         parts = {"counts": counts, "failures": failures}
         try:
@@ -716,20 +702,20 @@ class Hour:
         return failures
 
     def failed(self, seed: int, kind: str, steps: str) -> None:
-        """Tell a failure of a new kind, in as few steps as can be found in short time."""
+        """Report a failure of a new kind, in as few steps as a short search finds."""
         if kind in self.found:
             return
         if not self.machine.real_time:
             again = self.tried(seed, [Phase.generate, Phase.shrink], 10, Counter())
             steps = min([steps, *(other for found, other in again if found == kind)], key=len)
         self.found[kind] = steps
-        self.tell(f"FAILURE {len(self.found)} (seed {seed}): {steps}\n")
+        self.say(f"FAILURE {len(self.found)} (seed {seed}): {steps}\n")
 
     def summary(self) -> str:
         counts = self.machine.counts
         return f"{counts['sequences']} sequences, {counts['steps']} steps, {len(self.found)} failures"
 
-    def tell(self, text: str) -> None:
+    def say(self, text: str) -> None:
         print(text, flush=True)
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:

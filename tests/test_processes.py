@@ -13,14 +13,14 @@ from baby_xp.errors import BabyError
 PROGRAM = """
 import os, sys
 from baby_xp.errors import BabyError
-def answer(wish, **rest):
+def answer(how, **rest):
     print("not the answer", flush=True)
     os.system("echo nor this")
-    if wish == "refuse": raise BabyError("this cannot be")
-    if wish == "fail": raise ValueError("a fault")
-    if wish == "exit": os._exit(3)
-    if wish == "die": os.kill(os.getpid(), 9)
-    return [wish, rest, os.getpid()]
+    if how == "refuse": raise BabyError("this cannot be")
+    if how == "fail": raise ValueError("a fault")
+    if how == "exit": os._exit(3)
+    if how == "die": os.kill(os.getpid(), 9)
+    return [how, rest, os.getpid()]
 """
 
 
@@ -37,31 +37,31 @@ def child(tmp_path, monkeypatch, signals):
 
 
 def test_a_child_answers_request_after_request(child):
-    odd = {"wish": "\udce9 \u4e2d", "more": [1, None, 0.1]}
-    assert processes.ask(child, odd) == [odd["wish"], {"more": odd["more"]}, child.pid]
+    odd = {"how": "\udce9 \u4e2d", "more": [1, None, 0.1]}
+    assert processes.ask(child, odd) == [odd["how"], {"more": odd["more"]}, child.pid]
     with pytest.raises(BabyError, match="this cannot be"):
-        processes.ask(child, {"wish": "refuse"})
-    assert processes.ask(child, {"wish": "more"})[2] == child.pid
+        processes.ask(child, {"how": "refuse"})
+    assert processes.ask(child, {"how": "more"})[2] == child.pid
 
 
-@pytest.mark.parametrize(("wish", "how"), [
+@pytest.mark.parametrize(("how", "end"), [
     ("fail", "ended with exit code 1"), ("exit", "ended with exit code 3"),
     pytest.param("die", "was killed by signal 9",
                  marks=pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")),
 ])  # fmt: skip
-def test_how_a_child_ended(child, wish, how, tmp_path):
+def test_how_a_child_ended(child, how, end, tmp_path):
     for _ in range(2):  # asked again, it has ended already
         with pytest.raises(processes.Ended) as caught:
-            processes.ask(child, {"wish": wish})
-        assert str(caught.value) == how
+            processes.ask(child, {"how": how})
+        assert str(caught.value) == end
     log = (tmp_path / "log").read_text()
     assert log.startswith("not the answer\nnor this\n")
-    assert ("a fault" in log) == (wish == "fail")
+    assert ("a fault" in log) == (how == "fail")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupted_child_ends_without_a_word(child, tmp_path):
-    processes.ask(child, {"wish": "begin"})  # it listens by now
+    processes.ask(child, {"how": "begin"})  # it listens by now
     child.send_signal(signal.SIGINT)
     assert processes.how_it_ended(child) == "ended with exit code 130"
     assert (tmp_path / "log").read_text() == "not the answer\nnor this\n"

@@ -414,7 +414,7 @@ def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_pa
     refused(lambda: baby_xp.train("equations", **{**EQUATIONS, **more, "workers": 2}), "--batch-size")
 
 
-def test_other_backends_and_systems_that_tell_no_size_are_left_alone(folder, tmp_path, monkeypatch):
+def test_other_backends_and_systems_without_sizes_are_left_alone(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: None)
     assert baby_xp.train("baby", data=folder / "text.txt", path=tmp_path, **TINY)
     model, strict = models.Model(GPTConfig(), 50), registry.load("numpy")
@@ -424,7 +424,7 @@ def test_other_backends_and_systems_that_tell_no_size_are_left_alone(folder, tmp
     limits.check_texts(model, strict, 10**9)
 
 
-def test_the_memory_of_the_machine_is_told_in_bytes(monkeypatch, tmp_path):
+def test_the_memory_of_the_machine_is_in_bytes(monkeypatch, tmp_path):
     known = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
     monkeypatch.setattr(process_memory.os, "sysconf", known.get, raising=False)
     monkeypatch.setattr(process_memory, "PROC", tmp_path)

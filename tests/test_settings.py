@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from baby_xp_data.equation_table import EquationTable
+from small_runs import TEXT, needs_signals
 
 import baby_xp
 from baby_xp import api, config
@@ -25,7 +26,7 @@ from baby_xp.text import dataset
 from baby_xp.training.signals import SIGNALS
 from baby_xp.training.workers import PROGRAM
 
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+pytestmark = pytest.mark.usefixtures("work")
 TINY = {
     "n_layers": 1, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_ctx": 8, "batch_size": 4, "num_steps": 4,
     "sample_tokens": 0, "workers": 1, "backend": "numpy",
@@ -34,25 +35,6 @@ TINY = {
 
 def flags(**values) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch):
-    """The current folder, with a text in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40, encoding="utf-8")
-    return tmp_path
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command -> exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return main(list(arguments)), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -137,7 +119,7 @@ def test_an_epoch_is_trained_where_one_is_asked_for(call):
             settings = {name: settings[name] for name in ("batch_size", "sample_tokens", "workers", "backend")}
         code, _, _ = call(*command, "--data=text.txt", "--num-epochs=1", "--stride=50", *flags(**settings))
         run = api.load(backend="numpy")
-        n_train = int(0.9 * 960)
+        n_train = int(0.9 * len(TEXT))
         assert (code, run.config["result"]["steps"]) == (0, -(-((n_train - 9) // 50 + 1) // 4))
 
 
@@ -331,7 +313,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), WRONG)
-def test_what_is_wrong_with_a_flag_is_said_in_one_sentence(monkeypatch, command, arguments, message):
+def test_what_is_wrong_with_a_flag_is_one_sentence(monkeypatch, command, arguments, message):
     check_sentence(monkeypatch, command, arguments, message, "ascii")
 
 
@@ -384,7 +366,7 @@ def test_a_value_may_be_negative_and_a_name_be_written_with_underscores(call):
         assert (code, out, err) == (2, "", "baby_xp: min_lr must be a number of at least 0, not -0.001\n")
 
 
-def test_what_is_given_is_told_from_what_results():
+def test_what_is_given_is_distinguished_from_what_results():
     def given(part, *arguments):
         return options.parse([("", part)], "", "baby_xp x", arguments)
 

@@ -1,4 +1,4 @@
-"""Who is measured: baby_xp and its peers, a module for each library.
+"""What is measured: baby_xp and its peers, a module for each library.
 
 A trainer is a function (workload, dropout, clock, backend, precision, **options) -> Outcome. It asks the Clock for
 the batch of each step, which records the time. All train on the same batches, from the same first weights and by
@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pkgutil import resolve_name
 
 import numpy as np
 
@@ -104,7 +105,7 @@ def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: flo
     chosen = workloads.of(workload)
     clock = Clock(chosen.batches(warmup + steps + 1), every)
     task, own = TRAINERS[name]
-    outcome = harness.function_of(task)(chosen, dropout, clock, **own, **options)
+    outcome = resolve_name(task)(chosen, dropout, clock, **own, **options)
     return {**asdict(outcome), "ms": clock.ms(warmup)}
 
 
@@ -112,19 +113,14 @@ def losses(name: str, workload: str, **options) -> list[float]:
     """The loss before and after one step without dropout, both of the first batch: nats per token."""
     chosen = workloads.of(workload)
     task, own = TRAINERS[name]
-    return harness.function_of(task)(chosen, 0.0, Clock(chosen.batches(1)), **own, **options).losses
+    return resolve_name(task)(chosen, 0.0, Clock(chosen.batches(1)), **own, **options).losses
 
 
 def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, backend: str) -> dict:
     """Let a library's model generate -> its Outcome, and `ms`: milliseconds of each step after the warm-up."""
     task, own = GENERATORS[name]
-    outcome, ms = harness.function_of(task)(workloads.of(workload), batch, warmup + tokens, backend, **own)
+    outcome, ms = resolve_name(task)(workloads.of(workload), batch, warmup + tokens, backend, **own)
     return {**asdict(outcome), "ms": ms[-tokens:]}
-
-
-def sees_gpu(library: str) -> bool:
-    """Whether torch or jax can compute on a GPU."""
-    return harness.function_of(f"bench.peers.{library}:sees_gpu")()
 
 
 # what they share ----------------------------------------------------------------------------------------
@@ -179,7 +175,7 @@ def missing(peer: str, backend: str) -> str | None:
             return f"no C++ compiler is installed, which {peer} needs: it is left out"
         return None
     # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
-    works = harness.ask("bench.peers:sees_gpu", library=library)
+    works = harness.ask(f"bench.peers.{library}:sees_gpu")
     return None if works else f"this {library} sees no GPU: {peer} is left out"
 
 

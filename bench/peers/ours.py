@@ -49,9 +49,8 @@ def train(
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
     result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
     last = result.checkpoint.progress["records"][-1]
-    about = {**_about(loaded), "workers": str(number)}
-    if details := loaded.details():
-        about["details"] = details
+    details = loaded.details()
+    about = {**_about(loaded), "workers": str(number), **({"details": details} if details else {})}
     found = loaded.memory()
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
     return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)

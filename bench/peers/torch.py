@@ -6,6 +6,7 @@ weights and on the output of each half. Modules carry the names of baby_xp's par
 preallocated key-value caches, and moves its window as baby_xp does.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -14,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from baby_xp import processes
 from baby_xp.arrays import tree
 from baby_xp.inference.generate import window_start
 from baby_xp.resources import process_memory
 from baby_xp.text.batches import Batch
 from baby_xp.training.loop import READ_EVERY
-from bench import harness, peers, workloads
+from bench import peers, workloads
 from bench.peers import SEED, Clock, Outcome
 from bench.workloads import Workload, on_gpu
 
@@ -37,7 +39,7 @@ def train(
     compiled: a mode of torch.compile, None for eager mode.
     """
     device = device_of(backend)
-    torch.set_num_threads(harness.cores())
+    torch.set_num_threads(processes.cores())
     set_precision(precision)
     if device.type == "cuda":
         clock.wait = torch.cuda.synchronize
@@ -73,10 +75,10 @@ def generate(
     workload: Workload, batch: int, num_tokens: int, backend: str = "numpy", threads: int | None = None
 ) -> tuple[Outcome, list[float]]:
     """Generate in eager mode; threads: None for one per core."""
-    torch.set_num_threads(threads or harness.cores())
+    torch.set_num_threads(threads or processes.cores())
     torch.manual_seed(SEED)
     with torch.inference_mode():
-        decoder = Decoder.of(workload, batch, num_tokens, backend)
+        decoder = Decoder(workload, batch, num_tokens, backend)
         ms = peers.step_times(decoder.draw(num_tokens))
     return Outcome([], about(decoder.device), process_memory.taken()), ms
 
@@ -85,7 +87,7 @@ def shortfalls(workload: str | dict, ids: list[list[int]], backend: str = "numpy
     """How far below PyTorch's largest logit each of these ids (steps, B) lies: 0 where it is the most likely."""
     text = torch.tensor(ids)
     with torch.inference_mode():
-        decoder = Decoder.of(workloads.of(workload), text.shape[1], text.shape[0], backend)
+        decoder = Decoder(workloads.of(workload), text.shape[1], text.shape[0], backend)
         found = []
         for following in text.to(decoder.device):
             logits = decoder.logits()
@@ -165,18 +167,10 @@ class Attention(nn.Module):
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class Network(nn.Module):
+def network(C: int, dropout: float) -> nn.Sequential:
     """The feed-forward half of a block."""
-
-    def __init__(self, C: int, dropout: float):
-        super().__init__()
-        self.up = nn.Linear(C, 4 * C)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.down = nn.Linear(4 * C, C)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return self.dropout(self.down(self.gelu(self.up(x))))
+    up, down, gelu = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU(approximate="tanh")
+    return nn.Sequential(OrderedDict(up=up, gelu=gelu, down=down, dropout=nn.Dropout(dropout)))
 
 
 class Block(nn.Module):
@@ -186,7 +180,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attention = Attention(C, H, dropout)
-        self.network = Network(C, dropout)
+        self.network = network(C, dropout)
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -231,11 +225,9 @@ def load_weights(model: GPT, leaves) -> None:
 
 def optimizer(model: GPT, config) -> torch.optim.Optimizer:
     """Fused AdamW by a baby_xp TrainConfig: weight decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "weight_decay": rate}
+        for decays, rate in ((True, config.weight_decay), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
@@ -249,26 +241,17 @@ class Decoder:
     The caches have room for a whole context from the start, so that a step writes one row and copies none.
     """
 
-    @classmethod
-    def of(cls, workload: Workload, batch: int, num_tokens: int, backend: str) -> "Decoder":
-        """The texts that begin with the prompts of a workload."""
-        spec = workload.model(0.0)
+    def __init__(self, workload: Workload, B: int, num_tokens: int, backend: str):
+        """B texts that begin with the prompts of a workload, with room for num_tokens more."""
+        spec, self.device, prompts = workload.model(0.0), device_of(backend), peers.prompts_of(workload, B)
         model = GPT(spec.config, workload.vocab_size).eval()
         load_weights(model, tree.leaves(spec.layout.unpack(np, peers.generation_weights(spec))))
-        return cls(model.to(device_of(backend)), peers.prompts_of(workload, batch), num_tokens)
-
-    def __init__(self, model: GPT, prompts: np.ndarray, num_tokens: int):
-        """prompts (B, T): ids; room is made for num_tokens more."""
-        B, T = prompts.shape
-        self.model, self.device = model, model.wpe.weight.device
-        self.n_ctx, C = model.wpe.weight.shape
-        H = model.blocks[0].attention.H
+        self.model, self.n_ctx, T = model.to(self.device), workload.n_ctx, prompts.shape[1]
         self.text = torch.zeros(B, T + num_tokens, dtype=torch.int64, device=self.device)
         self.text[:, :T] = torch.from_numpy(prompts)
         self.length, self.start, self.cached = T, 0, 0
-        self.caches = [
-            torch.zeros(2, B, H, self.n_ctx, C // H, device=self.device) for _ in range(len(model.blocks))
-        ]
+        shape = 2, B, workload.n_heads, self.n_ctx, workload.n_emb // workload.n_heads
+        self.caches = [torch.zeros(shape, device=self.device) for _ in model.blocks]
 
     def logits(self) -> torch.Tensor:
         """(B, V) after the last token. Computes what is new in the window; all of it where the window moved."""

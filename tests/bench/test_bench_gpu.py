@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bench_cases import MACHINE, RATE, TINY, answering, numbers, parsed, result, run, says
+from bench_cases import MACHINE, RATE, TINY, TINY_FIELDS, answering, numbers, parsed, result, run, says
+from small_runs import wait_until
 
 from baby_xp import api, cli
 from baby_xp.config import GPTConfig
@@ -54,18 +55,18 @@ def test_who_lacks_a_precision_is_left_out_and_named(capsys):
 
 def test_pytorch_gets_its_precision(monkeypatch):
     torch = pytest.importorskip("torch")
-    from bench.peers import torch as peer
+    from bench.peers.torch import set_precision
 
     for kind in ("tf32", "half", "tf32", "float32"):
-        peer.set_precision(kind)
+        set_precision(kind)
         flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         assert flags == (kind == "tf32", kind == "tf32")
         assert torch.get_float32_matmul_precision() == ("high" if kind == "tf32" else "highest")
     kinds, autocast = [], torch.autocast
-    losses = lambda kind: peer.train(TINY, 0.0, peers.Clock(TINY.batches(3)), precision=kind).losses  # noqa: E731
+    losses = lambda kind: peers.losses("torch", TINY_FIELDS, precision=kind)  # noqa: E731
     monkeypatch.setattr(torch, "autocast", lambda *kind: kinds.append(kind) or autocast(*kind))
     exact, same, half = losses("float32"), losses("float32"), losses("half")
-    assert kinds == [("cpu", torch.bfloat16)] * 4  # three steps, and the loss after them
+    assert kinds == [("cpu", torch.bfloat16)] * 2  # a step, and the loss after it
     assert exact == same
     assert 0 < abs(half[1] - exact[1]) <= workloads.TOLERANCES["half"] * exact[1]
 
@@ -103,12 +104,12 @@ def test_baby_xp_gets_its_precision_and_reports_its_memory(monkeypatch, kind, op
 
 def test_a_peer_is_asked_for_a_gpu_in_a_process_of_its_own(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(harness, "ask", lambda task, library: asked.append(library) or library == "torch")
+    monkeypatch.setattr(harness, "ask", lambda task: asked.append(task) or "torch" in task)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     assert peers.present(["torch.compile-graphs", "jax"], "cupy", "bench.train") == ["torch.compile-graphs"]
     assert "jax" in capsys.readouterr().err
     assert peers.missing("torch.compile-graphs", "numpy")
-    assert asked == ["torch", "jax"]
+    assert asked == ["bench.peers.torch:sees_gpu", "bench.peers.jax:sees_gpu"]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_the_programs_take_what_a_session_gives_them(monkeypatch, tmp_path, back
         raise BabyError("it is not trained")
 
     monkeypatch.setattr(api, "train", refuse)
-    words = ["--backend", backend, "--steps", "20", "--peers", "torch"]
+    words = ["--backend", backend, "--steps", "20"]
     kinds = "float32,tf32,half" if backend == "cupy" else "float32"
     programs = {"bench.train": train, "bench.memory": memory, "bench.growth": growth}
     for stage, jobs in jobs_of(monkeypatch, tmp_path, *words, "--precision", kinds).items():
@@ -330,24 +331,18 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_
         f"open({str(file)!r}, 'w').write(str(child.pid)); time.sleep(600)"
     )
 
-    def until(true) -> None:
-        end = time.monotonic() + 120
-        while not true():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
     class Begun(subprocess.Popen):
         """Its time begins once all is started, however long that takes on a busy machine."""
 
         def wait(self, timeout=None):
-            until(lambda: file.exists() and file.read_text())
+            wait_until(lambda: file.exists() and file.read_text())
             return super().wait(timeout)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", Begun)
     outcomes = gpu.run_stage("steps", [job("long", outer), job("later", "pass")], tmp_path, 0.1)
     assert [one.result for one in outcomes] == ["out of time", "not begun"]
     assert "begun" in (tmp_path / "steps-long.txt").read_text()
-    until(lambda: not alive(int(file.read_text())))  # init takes a while to collect it
+    wait_until(lambda: not alive(int(file.read_text())))  # init takes a while to collect it
 
 
 def alive(pid: int) -> bool:
@@ -383,7 +378,7 @@ def test_bench_train_goes_all_the_way_on_a_pretended_gpu(monkeypatch, capsys, tm
         try:
             if task == "bench.roofline:measure" and request["precision"] == "half":
                 raise RuntimeError("no PyTorch computes on a pretended GPU")
-            return MACHINE if task == "bench.harness:machine" else harness.function_of(task)(**request)
+            return MACHINE if task == "bench.harness:machine" else resolve_name(task)(**request)
         except Exception as error:
             raise harness.Failed(f"{task} failed") from error
 

@@ -1,6 +1,6 @@
 """The command line: what cannot be used ends in one line and leaves nothing; lists, help and presets.
 
-test_commands.py has what the commands do.
+test_commands.py and test_endings.py have what the commands do.
 """
 
 import os

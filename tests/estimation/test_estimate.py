@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import array_api_compat.numpy as library
 import numpy as np
 import pytest
 import small_runs
+from small_runs import needs_signals, wait_until
 
 from baby_xp import api, processes
 from baby_xp.arrays import params, registry
@@ -30,6 +29,7 @@ from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.text.batches import Batch, EpochWindows, RandomWindows
 from baby_xp.training.step import initial_state, make_step, step_noise
+from bench.memory import owners
 
 V, BATCH = 11, 3
 SWITCHES = [
@@ -42,7 +42,6 @@ EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for acti
 MODELS = [*GPTS, *EQUATIONS]
 TINY = {**small_runs.TINY, "num_steps": 6, "checkpoint_every": 3}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
 def name_of(config) -> str:
@@ -134,19 +133,6 @@ def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
     assert counts.forward_flops(config, V, BATCH) == Counted.flops
 
 
-def owners(value) -> dict[int, int]:
-    """Bytes of each distinct array in nested tuples, lists and dicts, by the identity of what owns it."""
-    if isinstance(value, np.ndarray):
-        while isinstance(value.base, np.ndarray):
-            value = value.base
-        return {id(value): value.nbytes}
-    found: dict[int, int] = {}
-    if isinstance(value, tuple | list | dict):
-        for one in value.values() if isinstance(value, dict) else value:
-            found.update(owners(one))
-    return found
-
-
 @pytest.mark.parametrize(("n_ctx", "head_size", "dropout", "dtype"), [
     # one block of rows of scores; two; three, with a smaller last one; blocks as long as large heads have them
     (5, 9, 0.0, "float32"), (5, 9, 0.3, "float64"), (64, 9, 0.0, "float32"), (70, 9, 0.0, "float64"),
@@ -160,8 +146,6 @@ def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, h
     xp, state = backend.xp, state_of(model, backend)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
     logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
-    if isinstance(config, GPTConfig):
-        saved = saved._replace(blocks=list(saved.blocks))
     if isinstance(config, GPTConfig):
         saved = saved._replace(blocks=list(saved.blocks))
     _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
@@ -262,7 +246,7 @@ def test_a_trial_of_the_equation_model(folder):
 
 
 def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, monkeypatch):
-    """And where no sizes are told, memory is None."""
+    """Where the system has no sizes, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
     found = estimate.estimate("baby", **{**TINY, **often, "max_minutes": 1e-9})
@@ -317,17 +301,10 @@ def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
     call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
     program = f"from baby_xp.estimation import estimate, trial; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    waiting_for(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
+    wait_until(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))
     child.send_signal(signal.SIGTERM)
     child.wait()
-    waiting_for(lambda: not list(folder.iterdir()))
-
-
-def waiting_for(what, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not list(folder.iterdir()))
 
 
 # memory -------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The loop around the steps, from outside: what is measured when, why it ends, and what is kept meanwhile.
 
-test_resume.py has what an interrupt leaves, test_commands.py what is said of it.
+test_resume.py has what an interrupt leaves, test_endings.py what is said of it.
 """
 
 import json
