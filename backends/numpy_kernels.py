@@ -11,6 +11,7 @@ things, as the forward and the backward of a layer are replaced together. What m
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -374,7 +375,7 @@ def add_tree(xp, layout, flat, tree):
     return flat
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "linear.forward": linear_forward,
     "linear.backward": linear_backward,
     "layernorm.forward": layernorm_forward,

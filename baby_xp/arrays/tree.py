@@ -78,12 +78,12 @@ class Layout:
         bounds = pairwise(accumulate(self.sizes, initial=0))
         return {path: slice(*ends) for path, ends in zip(self.paths, bounds, strict=True)}
 
-    def pack(self, xp: Any, tree: Tree) -> Array:
-        """Lay the leaves one after the other: a tree of arrays -> (P,)."""
+    def pack(self, xp: Any, tree: Tree, **out: Array) -> Array:
+        """Lay the leaves one after the other: a tree of arrays -> (P,), on NumPy into an array `out` if given."""
         by_path = dict(leaves(tree))
         if by_path.keys() != set(self.paths):
             raise KeyError(f"tree does not fit the layout: {sorted(by_path.keys() ^ set(self.paths))}")
-        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths])
+        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths], **out)
 
     def unpack(self, xp: Any, flat: Array) -> Tree:
         """The tree of arrays that `flat` (P,) holds; views of it where the library has views."""

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.namespace import Array
 from baby_xp.models import Model
+from baby_xp.text.batches import Batch
 from baby_xp.text.dataset import Dataset
-from baby_xp.training.checkpoint import Checkpoint, on_device, to_host
+from baby_xp.training.checkpoint import Checkpoint, state_on_device, to_host
 from baby_xp.training.listener import Listener
 from baby_xp.training.plan import Plan, Position
 from baby_xp.training.signals import Stop
-from baby_xp.training.step import make_step, total_loss
+from baby_xp.training.step import make_step, on_device, total_loss
 from baby_xp.training.validation import mean_loss
 from baby_xp.training.workers import Workers
 
@@ -84,7 +86,7 @@ class Loop:
                     reason = "interrupted"
         checkpoint = self._checkpoint()
         if self.workers is not None:
-            checkpoint.copy_arrays()  # they lie in memory that goes with the workers
+            checkpoint.copy_arrays()
         return Result(checkpoint, reason, final)
 
     def _begin(self, start: Checkpoint) -> None:
@@ -97,7 +99,7 @@ class Loop:
             step, total = make_step(backend.xp, model, config, *shared), self.workers.total_loss
         self._step = backend.compile(step)
         self._total = backend.compile(total)
-        self.state = on_device(backend, model, config, start)
+        self.state = state_on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
         self._best = self._params() if start.best is None else backend.asarray(start.best)
         self._unread: list[tuple[int, Any, int]] = []  # step, metrics and number of tokens of each
@@ -105,7 +107,7 @@ class Loop:
         self._seconds_before, self._began = self.progress["seconds"], time.perf_counter()
         self._read_at, self._tokens_at = self._began, self.progress["tokens"]
         self._kept_at, self._kept = self._began, self._version()
-        start.give_up_arrays()  # they are on the device now
+        start.drop_arrays()
 
     def _until_the_end(self) -> str:
         """All that is due, again and again -> the reason of the end."""
@@ -132,8 +134,7 @@ class Loop:
 
     def _advance(self) -> None:
         batch = self.dataset.batches.batch(self.step)
-        on_device = type(batch)(*(self.backend.asarray(part) for part in batch))
-        state, metrics = self._step(self.state, on_device)
+        state, metrics = self._step(self.state, on_device(self.backend, batch))
         unread = [*self._unread, (self.step, metrics, batch.inputs.size)]
         # at once, and with no call between: a KeyboardInterrupt falls before the step or after it
         self.state, self.step, self._unread = state, self.step + 1, unread
@@ -200,19 +201,18 @@ class Loop:
         figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
         return {**figures, "seconds": round(self._seconds(), 3)}
 
-    def _params(self):
+    def _params(self) -> Array:
         """A copy of the present parameters (P,): workers overwrite those of a state after the next."""
         return self.backend.xp.asarray(self.state["params"], copy=True)
 
-    def _validation_loss(self, params, every: int) -> float:
+    def _validation_loss(self, params: Array, every: int) -> float:
         loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.dataset.validation()), every)
         if not math.isfinite(loss):
             raise Diverged(f"validation loss became {loss}", self.step)
         return loss
 
-    def _sum(self, params, batch) -> float:
-        device_batch = type(batch)(*(self.backend.asarray(part) for part in batch))
-        return float(self.backend.to_numpy(self._total(params, device_batch))[0])
+    def _sum(self, params: Array, batch: Batch) -> float:
+        return float(self.backend.to_numpy(self._total(params, on_device(self.backend, batch)))[0])
 
     # checkpoints ---------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 ONCE_SECONDS = 1.0
 """The same request often comes twice, from the system and from a shell: within this time it counts once."""
 
-_asked_by = signal.SIGINT
+_asked_by: int = signal.SIGINT
 """What last asked a training to stop. Signals are the whole process's, and so is this."""
 
 
@@ -71,7 +71,7 @@ class Stop:
         self._before = _listen(SIGNALS, self._ask)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         _put_back(self._before)
         self._before = {}
 

@@ -11,9 +11,11 @@ import operator
 from collections.abc import Callable, Iterable
 
 from baby_xp.arrays import rng
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.tiles import samples, tiles
 from baby_xp.layers import cross_entropy
+from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers
 
 
@@ -32,6 +34,11 @@ def initial_state(backend, flat, decays, seed: int):
         "step": backend.integers([0]),
         "seed": backend.integers([seed]),
     }
+
+
+def on_device(backend: Backend, batch: Batch) -> Batch:
+    """A batch of host arrays on the backend's device."""
+    return Batch(*(backend.asarray(part) for part in batch))
 
 
 def make_step(xp, model, config, loss_and_gradients=None, optimizer=optimizers.adamw):

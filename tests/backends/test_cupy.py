@@ -21,7 +21,7 @@ from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.resources import counts
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the kernels with")
 
@@ -330,7 +330,7 @@ def peak_of(machine, config, V: int, B: int) -> int:
     best = backend.xp.asarray(state["params"], copy=True)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10, batch_size=B)))
     for _ in range(2):
-        state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+        state, _ = step(state, on_device(backend, batch))
     assert best.shape == state["params"].shape
     assert backend.memory().peak_used == backend.memory().peak_held == machine.held[0]
     return machine.held[0]

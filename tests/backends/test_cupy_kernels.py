@@ -20,7 +20,7 @@ from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import optimizers
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 BOTH = ["cupy kernels", pytest.param("cupy", marks=pytest.mark.gpu)]
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
@@ -66,9 +66,9 @@ def both_ways(module, p, x, dy, *arguments):
     """Forward and backward of a layer, as one function of xp and a way to put arrays on the device."""
 
     def run(xp, put):
-        on_device = {name: put(array) for name, array in p.items()}
-        y, saved = module.forward(xp, on_device, put(x), *arguments)
-        back = module.backward(xp, on_device, saved, put(dy))
+        put_p = {name: put(array) for name, array in p.items()}
+        y, saved = module.forward(xp, put_p, put(x), *arguments)
+        back = module.backward(xp, put_p, saved, put(dy))
         dp, dx = back if isinstance(back, tuple) else (back, None)
         return [y, dx, *dp.values()]
 
@@ -283,8 +283,8 @@ def test_batched_products_are_products(cupy, transpose_a, transpose_b):
     a, b = draw(0, 2, 3, 5, 7), draw(1, 2, 3, 7, 4)
     out = cupy.asarray(np.zeros((2, 3, 5, 4)))
     turned = ((a, transpose_a), (b, transpose_b))
-    on_device = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
-    found = cupy.xp.batched_product(*on_device, transpose_a, transpose_b, factor=0.25, out=out)
+    factors = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
+    found = cupy.xp.batched_product(*factors, transpose_a, transpose_b, factor=0.25, out=out)
     np.testing.assert_allclose(cupy.to_numpy(found), 0.25 * (a @ b), atol=1e-13)
     assert found is out
 
@@ -322,7 +322,7 @@ def test_a_step_never_waits_for_the_device(small):
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
     before = machine.synchronized
     for _ in range(2):
-        state, metrics = step(state, type(batch)(*map(backend.asarray, batch)))
+        state, metrics = step(state, on_device(backend, batch))
     assert machine.synchronized == before
     assert np.isfinite(float(backend.to_numpy(metrics["loss"])[0]))
     assert machine.synchronized == before + 1

@@ -19,7 +19,7 @@ from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.errors import BackendUnavailable
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +103,7 @@ def steps(case, name: str, number: int, **options):
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
     step, losses = case.compile(make_step(case.xp, model, config)), []
     for i in range(number):
-        state, metrics = step(state, type(batches.batch(i))(*map(case.asarray, batches.batch(i))))
+        state, metrics = step(state, on_device(case, batches.batch(i)))
         losses.append(metrics["loss"])
     return np.array([float(case.to_numpy(loss)[0]) for loss in losses]), case.to_numpy(state["params"])
 
@@ -193,14 +193,14 @@ def test_a_step_does_not_wait_for_the_device(cupy):
     batch = RandomWindows(np.random.default_rng(0).integers(0, 65, 9000), 64, 12, 0).batch(0)
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
-    state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+    state, _ = step(state, on_device(backend, batch))
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # it says that it may go in a later CuPy
         if not hasattr(cupyx, "allow_synchronize"):
             pytest.skip("this CuPy does not tell of its waits any more")
         stack.enter_context(cupyx.allow_synchronize(False))
         for _ in range(2):
-            state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+            state, _ = step(state, on_device(backend, batch))
 
 
 # memory, devices ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,16 +22,13 @@ from baby_xp.training.step import (
     loss_and_gradients,
     loss_and_gradients_with_dropout,
     make_step,
+    on_device,
     total_loss,
 )
 from baby_xp.training.workers import Workers
 
 TEXT = np.random.default_rng(0).integers(0, 17, 400)
 SMALL = {"n_ctx": 8, "n_emb": 12, "head_size": 8, "n_heads": 2, "n_layers": 2}
-
-
-def on_device(case, batch: Batch) -> Batch:
-    return Batch(*(case.asarray(part) for part in batch))
 
 
 def train(case, model, config, batches, steps):
@@ -80,20 +78,13 @@ def test_steps_of_the_equation_model_agree(quick_backend, plain):
     np.testing.assert_allclose(losses, train(plain, model, config, batches, 10)[0], rtol=1e-10)
 
 
-class SameBatch:
-    def __init__(self, batch: Batch):
-        self._batch = batch
-
-    def batch(self, step: int) -> Batch:
-        return self._batch
-
-
 @pytest.mark.first_case
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
 def test_one_batch_is_overfitted(switches):
     model = Model(GPTConfig(**SMALL, **switches), 17)
     config = TrainConfig(num_steps=300, batch_size=3, lr=2e-2, min_lr=1e-3, warmup_steps=10, weight_decay=0.0)
-    losses, _ = train(case_of("numpy"), model, config, SameBatch(RandomWindows(TEXT, 8, 3, 0).batch(0)), 300)
+    batch = RandomWindows(TEXT, 8, 3, 0).batch(0)
+    losses, _ = train(case_of("numpy"), model, config, SimpleNamespace(batch=lambda step: batch), 300)
     assert losses[0] > 2.5
     assert losses[-1] < 0.05
 

@@ -23,10 +23,9 @@ from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
-from baby_xp.training import workers as workers_module
 from baby_xp.training.setup import number_of_workers
 from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
-from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
+from baby_xp.training.workers import Workers, suitable_number
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 BATCH = 7
@@ -80,7 +79,7 @@ def arenas(request, monkeypatch) -> list[Path]:
         pytest.skip("the system has no files in memory")
     if request.param != "memory":
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    monkeypatch.setattr(workers_module, "INHERITED", request.param != "named file")
+    monkeypatch.setattr("baby_xp.training.workers.INHERITED", request.param != "named file")
 
     def recorded(*args, **kwargs):
         handle, path = mkstemp(*args, **kwargs)
@@ -205,12 +204,18 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
 
 
-def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
+def test_a_command_that_was_cut_short_does_not_spoil_the_next(together, monkeypatch):
     """Ctrl-C may come between a command and its answers; the loss is then measured by the same workers."""
     setting, pool = together
     expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("baby_xp.training.workers.loss_and_gradients_with_dropout", interrupted)
     for _ in range(5):
-        pool._hand_out(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
+        with pytest.raises(KeyboardInterrupt):
+            pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
         found = pool.total_loss(setting.state["params"], setting.batch)
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
@@ -380,7 +385,7 @@ def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
 
 
 def test_a_worker_that_cannot_start_ends_training_in_one_line(arenas, children, monkeypatch):
-    monkeypatch.setattr(workers_module, "PROGRAM", "raise SystemExit(3)")
+    monkeypatch.setattr("baby_xp.training.workers.PROGRAM", "raise SystemExit(3)")
     with pytest.raises(BabyError, match=r"worker 1 of 3 ended with exit code 3|workers cannot be started"):
         Setting("float32").pool(3).__enter__()
     assert all(child.returncode == 3 for child in children)
@@ -398,7 +403,7 @@ def test_too_many_open_files_end_training_in_one_line_of_advice(arenas, monkeypa
     def popen(*arguments, **more):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(workers_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1, or .* \(ulimit -n\)"):
         Setting("float32").pool(2).__enter__()
     assert not any(path.exists() for path in arenas)
