@@ -74,7 +74,7 @@ class CupyBackend(Backend):
         return {"matmul": products.matmul, **ours}
 
     def _here(self) -> None:
-        """Make the device current in this thread, and the precision of products, which CuPy has but one of."""
+        """Make the device current in this thread, and set the precision of products, which all backends share."""
         self._device.use()
         core = self._cupy._core
         kind = core._routines_linalg.COMPUTE_TYPE_TF32 if self.tf32 else core._routines_linalg.COMPUTE_TYPE_DEFAULT
@@ -110,8 +110,8 @@ class CupyBackend(Backend):
         self._device.synchronize()
 
     def first_use(self) -> str | None:
-        """What to tell before a wait that comes once a machine."""
-        return "compiling GPU kernels, once a machine: the first steps take longer" if self._cold else None
+        """A note before the kernels are compiled, once per machine."""
+        return "compiling GPU kernels, once per machine: the first steps take longer" if self._cold else None
 
     def details(self) -> str:
         """What `backends` adds: driver, CUDA, card, memory, TF32."""

@@ -201,7 +201,7 @@ def _blocks(B: int, H: int, T: int, D: int) -> list[tuple[slice, slice, slice, s
     Rows come a few at a time, each with the keys up to the last of them: so most of what the causal mask would
     hide is never computed. The last rows, which see all keys, come first.
     """
-    size = 2 * TILE  # products of small matrices gain more from company than they lose in the cache
+    size = 2 * TILE  # small products gain more from being computed together than they lose in the cache
     n, found = max(32, D), []
     for start in range((T - 1) // n * n, -1, -n):
         rows, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))

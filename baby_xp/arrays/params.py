@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from baby_xp.arrays.tree import Layout, Tree, leaves, tree_map
+from baby_xp.arrays.tree import Layout, Tree, from_leaves, leaves
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def scaled(spec: Tree, factor: float) -> Tree:
     GPT-2 scales the weights of the projections that write into the residual stream by 1 / sqrt(2 L), so that
     the stream's spread does not grow with depth (Radford et al. 2019, section 2.3).
     """
-    return tree_map(lambda one: replace(one, std=one.std * factor), spec)
+    return from_leaves((path, replace(one, std=one.std * factor)) for path, one in leaves(spec))
 
 
 def draw(spec: Tree, seed: int, dtype: str = "float32") -> np.ndarray:

@@ -74,7 +74,7 @@ def load(
 
 
 def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
-    """What `auto` takes, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
+    """What `auto` chooses, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
     try:
         backend = load("cupy", device, dtype, **options)
         return backend, f"a working GPU: {backend.device}"

@@ -5,7 +5,7 @@ keys joined by dots, "blocks.0.attention.qkv.weight": the name under which it is
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -23,18 +23,6 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """Apply `function` to the leaves at the same path of one or several trees. Raises KeyError if they differ."""
-    if any(other.keys() != tree.keys() for other in others):
-        raise KeyError(f"trees differ: {[sorted(t) for t in (tree, *others)]}")
-    return {
-        key: tree_map(function, value, *(other[key] for other in others))
-        if isinstance(value, dict)
-        else function(value, *(other[key] for other in others))
-        for key, value in tree.items()
-    }
 
 
 def from_leaves(pairs: Iterable[tuple[str, Any]]) -> Tree:

@@ -1,6 +1,6 @@
-"""The layers, one a file: `spec`, `forward`, `backward`, and nothing hidden between them.
+"""The layers, one per file, each with `spec`, `forward` and `backward` and no hidden state.
 
-    spec(...)                         tree of parameter specs
+    spec(...)                         tree of parameter specs, where the layer has parameters
     forward(xp, p, x, ...)            -> y, saved
     backward(xp, p, saved, dy)        -> dp, dx
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """What a (N, C) array does not tell: sequences B, tokens T in each, attention heads H."""
+    """What the shape (N, C) leaves out: sequences B, tokens T in each, attention heads H."""
 
     B: int
     T: int

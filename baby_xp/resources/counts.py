@@ -150,9 +150,8 @@ def batch_that_fits(
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
-    batch_size sequences took at least, before they failed; the larger one of count and known goes. Never more than
-    half of them, which holds where the count is too low, and most batches are parted in halves anyway. 0: not even
-    one fits.
+    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. Never more
+    than half of them, in case the count is too low; most batches are split into halves anyway. 0: none fits.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     fixed = 6 * flat

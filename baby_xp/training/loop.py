@@ -1,4 +1,4 @@
-"""The loop around the pure step: batches in, losses out, checkpoints on the way, and why it ended."""
+"""The loop around the pure step: batches in, losses out, checkpoints in between, and the reason it ended."""
 
 import functools
 import math
@@ -25,11 +25,11 @@ from baby_xp.training.workers import Workers
 READ_EVERY, READ_SECONDS = 10, 1.0
 """Steps, or seconds, between readings of the loss: each reading waits for the device."""
 EVALUATION_TOKENS = 20_000
-"""Validation tokens of a measurement on the way, about; the last one takes them all."""
+"""Validation tokens of an evaluation during training, about; the last evaluation uses all of them."""
 
 
 class Diverged(Exception):
-    """A number that should be finite is not."""
+    """A loss or a parameter became NaN or infinite."""
 
     def __init__(self, what: str, step: int):
         super().__init__(what, step)
@@ -59,12 +59,12 @@ class Loop:
     plan: Plan
     listener: Listener
     keep: Callable[[Checkpoint], None]
-    """Gets a checkpoint now and then, and at the end."""
+    """Receives a checkpoint whenever the plan says so, and at the end."""
     stop: Stop
-    """May ask for an early end: the step at hand is finished. A KeyboardInterrupt abandons that step."""
+    """May ask for an early end, after the current step. A KeyboardInterrupt abandons that step."""
     workers: Workers | None = None
     sample: Callable[[Any], Iterator[str]] | None = None
-    """Makes a text, piece by piece, of parameters (P,) on the device."""
+    """Generates a text, piece by piece, with parameters (P,) on the device."""
 
     def run(self, start: Checkpoint) -> Result:
         """Train on from `start`, which gives up its arrays.
@@ -110,7 +110,7 @@ class Loop:
         start.drop_arrays()
 
     def _until_the_end(self) -> str:
-        """All that is due, again and again -> the reason of the end."""
+        """Evaluate, write checkpoints and do steps when they are due -> the reason for the end."""
         while True:
             if self.plan.evaluates(self._position()):
                 self._evaluate()
@@ -197,12 +197,12 @@ class Loop:
         return record
 
     def _figures(self) -> dict[str, float]:
-        """What a record says of the last step, and how long the run has taken."""
+        """What a record says about the last step, and the seconds of the run so far."""
         figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
         return {**figures, "seconds": round(self._seconds(), 3)}
 
     def _params(self) -> Array:
-        """A copy of the present parameters (P,): workers overwrite those of a state after the next."""
+        """A copy of the current parameters (P,): workers overwrite those of a state two steps later."""
         return self.backend.xp.asarray(self.state["params"], copy=True)
 
     def _validation_loss(self, params: Array, every: int) -> float:
@@ -227,11 +227,11 @@ class Loop:
         )
 
     def _write_checkpoint(self) -> None:
-        """Hand a checkpoint to `keep`, unless that has this one already."""
+        """Hand a checkpoint to `keep`, unless it already has this one."""
         self._read()
         if self._version() == self._kept:
             return
-        self.dataset.check()  # what the steps learned from must have been the text
+        self.dataset.check()  # a text that has changed meanwhile is an error
         checkpoint = self._checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
             raise Diverged("parameters became numbers that are not finite", self.step)
@@ -240,7 +240,7 @@ class Loop:
         self._read_at = self._kept_at
 
     def _version(self) -> tuple[int, int]:
-        """Tells two checkpoints apart: an evaluation comes after the step that it measures."""
+        """Distinguishes checkpoints: an evaluation comes after the step that it measures."""
         return self.step, len(self.progress["records"])
 
     def _seconds(self) -> float:

@@ -83,7 +83,7 @@ def is_small(model: Model, batch_size: int) -> bool:
 def alone(backend: Backend, model: Model, batch_size: int) -> Iterator[None]:
     """The context in which a single process computes, in place of Workers: a small step has one BLAS thread.
 
-    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms was seen to
+    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms can
     take 400.
     """
     small = backend.name == "numpy" and is_small(model, batch_size)

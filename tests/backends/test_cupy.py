@@ -551,7 +551,7 @@ def test_the_first_use_on_a_machine_is_announced(machine, call, tmp_path):
     few = ("--backend=cupy", "--num-steps=2", "--sample-tokens=0")
     code, out, _ = call("train", *few)
     assert code == 0
-    assert "compiling GPU kernels, once a machine" in out
+    assert "compiling GPU kernels, once per machine" in out
     assert "compiling GPU kernels" in call("generate", "--backend=cupy", "--num-tokens=3")[2]
     (tmp_path / "cache").mkdir()
     assert registry.load("cupy").first_use() is not None  # it is empty

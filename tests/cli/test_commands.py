@@ -23,7 +23,7 @@ from baby_xp.run import Run
 from baby_xp.runs import state_file, store
 from baby_xp.text.tokenizer import tokenizer_from_dict
 from baby_xp.training.listener import Listener
-from baby_xp.training.signals import Stop
+from baby_xp.training.signals import SIGNALS
 
 STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -300,7 +300,7 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run_whose_loss_no_longer_
 INTERRUPTS = [
     # the step at hand; the signals that come in it, or None: a KeyboardInterrupt; steps that are kept; evaluations
     (3, None, 3, [2]),
-    *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(Stop.SIGNALS)),
+    *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(SIGNALS)),
     (3, [signal.SIGINT, signal.SIGTERM], 3, [2]),
 ]
 

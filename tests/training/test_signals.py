@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from baby_xp.training.signals import Stop, interruptible, interruption
+from baby_xp.training.signals import SIGNALS, Stop, interruptible, interruption
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-each_signal = pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
+each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
 def send(*numbers: int) -> None:
@@ -25,14 +25,14 @@ def send(*numbers: int) -> None:
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second):
     """The fixture sees that the handlers are as before at the end."""
-    told = []
-    with Stop(lambda: told.append("once")) as stop:
+    calls = []
+    with Stop(lambda: calls.append("once")) as stop:
         assert not stop.asked
         send(number)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt) as caught:
             send(second)
-    assert told == ["once"]
+    assert calls == ["once"]
     assert [getattr(one, "number", signal.SIGINT) for one in (caught.value, interruption())] == [number, number]
 
 
@@ -62,7 +62,7 @@ def test_a_signal_that_is_ignored_stays_so(signals, number):
 
 
 @needs_signals
-@pytest.mark.parametrize("number", Stop.SIGNALS[1:], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
 def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
     cleaned = []
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 1000.0)
@@ -89,7 +89,7 @@ def test_in_another_thread_signals_are_left_alone(signals):
 
     def elsewhere():
         with interruptible(), Stop() as stop:
-            seen.append({number: signal.getsignal(number) for number in Stop.SIGNALS})
+            seen.append({number: signal.getsignal(number) for number in SIGNALS})
             seen.append(stop.asked)
 
     thread = threading.Thread(target=elsewhere)
