@@ -6,7 +6,7 @@ things, as the forward and the backward of a layer are replaced together. What m
 - work in place on arrays of their own, in tiles that stay in the cache: a pass over an array that outgrows
   the cache costs two to three times as much;
 - sums over the last axis as products with ones, which BLAS does four times as fast as `sum`;
-- no `where` with a random mask, whose branches cost 4 ns an element: multiply by the mask instead.
+- no `where` with a random mask, whose branches cost 4 ns per element: multiply by the mask instead.
 """
 
 import functools

@@ -66,7 +66,7 @@ def draw_one(spec: Spec, seed: int, path: str) -> np.ndarray:
 def grown(spec: Tree, seed: int, old_layout: Layout, old: np.ndarray) -> np.ndarray:
     """First values (P,) of a model that is larger than an old one (old P,) of the same parameters.
 
-    What the old one has stays, in the leading rows and columns; the rest is drawn as at the start.
+    The old values stay, in the leading rows and columns; the rest is drawn as for a new model.
     """
     fresh, layout = draw(spec, seed, str(old.dtype)), Layout.of(spec)
     before = dict(leaves(old_layout.unpack(np, old)))

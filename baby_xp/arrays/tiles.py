@@ -1,4 +1,4 @@
-"""Tiles: parts of a batch as large as the processor's caches like them."""
+"""Tiles: parts of a batch, sized for the processor's caches."""
 
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def tiles(xp: Any, batch: "Batch") -> list["Batch"]:
-    """The batch, or equal parts of it of about as many tokens as the backend computes best at once."""
+    """The batch, or equal parts of it of about xp.tokens_at_once tokens."""
     B, T = batch.inputs.shape
     sizes = tile_sizes(B, T, xp.tokens_at_once)
     bounds = [0, *itertools.accumulate(sizes)]

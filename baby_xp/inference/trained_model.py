@@ -1,4 +1,4 @@
-"""A trained model in memory: it generates."""
+"""A trained model in memory, which generates text."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager

@@ -6,9 +6,8 @@
 
 `p` is the tree of arrays that `spec` describes, `dp` the same tree of gradients. `saved` is what backward
 needs of forward, a tuple of arrays (and of plain numbers where the layer has a rate); a NamedTuple where others
-read it. Arrays are (N, C) with
-N = B * T unless a comment says otherwise. No array is changed in place and no value of an array is read, so
-that a backend can trace, fuse or run ahead.
+read it. Arrays are (N, C) with N = B * T unless a comment says otherwise. No array is changed in place and no
+value of an array is read, so that a backend can trace, fuse or run ahead.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Refuses what does not fit this machine, before any of it is made.
 
-Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
-system ends this process or another one when there is no more. What a run takes in all is more, and `estimate`
-measures it. A GPU knows its own memory, see backend.py.
+Only arrays that certainly exist are counted, and compared with the free memory: without a limit, the system kills
+this process or another one when memory runs out. A run takes more in all, and `estimate` measures it. A GPU knows
+its own memory, see backend.py.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """One training step, as a pure function: step(state, batch) -> state, metrics.
 
 A batch is computed in parts whose losses and gradients are added up: batches of a larger one where gradients are
-accumulated, and tiles of each, as large as the processor's caches like them. Workers split it into shards, see
+accumulated, and tiles of each, sized for the processor's caches. Workers split it into shards, see
 workers.py.
 """
 

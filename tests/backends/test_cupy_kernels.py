@@ -39,6 +39,16 @@ def cupy32(request):
     return case_of(request.param, "float32")
 
 
+@pytest.fixture
+def fake():
+    """A machine whose GPU the CPU plays, and the backend on it."""
+    machine = fake_cupy.Machine()
+    try:
+        return machine, fake_cupy.backend(machine)
+    except fake_cupy.BackendUnavailable as error:
+        pytest.skip(error.reason)
+
+
 def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0.3, 1.5, shape)
 
@@ -162,12 +172,8 @@ def test_a_kernel_is_the_plain_function_in_float32(cupy32, plain, name):
     compare(cupy32, plain, CASES[name])
 
 
-def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
+def test_these_cases_reach_every_kernel_and_every_function(fake, monkeypatch):
+    machine, backend = fake
     reached = set()
     kernels = {
         name: lambda xp, *arguments, _name=name, _function=function: (
@@ -186,21 +192,13 @@ def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
 
 
 @NAMES
-def test_the_order_of_threads_changes_nothing(name):
+def test_the_order_of_threads_changes_nothing(fake, name):
     """A result that hangs on an order that CUDA does not promise shows here as two results."""
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
+    machine, backend = fake
     results = []
     for machine.falling in (False, True):
-        results.append(
-            [
-                None if array is None else array.tobytes()
-                for array in CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
-            ]
-        )
+        arrays = CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
+        results.append([None if array is None else array.tobytes() for array in arrays])
     assert results[0] == results[1]
 
 
@@ -304,20 +302,10 @@ def test_matmul_is_matmul_for_all_shapes(cupy, a, b):
 # a step ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small():
+def test_a_step_never_waits_for_the_device(fake):
+    machine, backend = fake
     model = Model(GPTConfig(n_ctx=8, n_emb=12, head_size=8, n_heads=2, n_layers=2, dropout=0.2), 17)
     batch = RandomWindows(np.random.default_rng(0).integers(0, 17, 400), 8, 3, 0).batch(0)
-    return model, batch
-
-
-def test_a_step_never_waits_for_the_device(small):
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
-    model, batch = small
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
     before = machine.synchronized

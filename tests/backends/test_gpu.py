@@ -185,7 +185,7 @@ def test_a_model_trains_in_tf32_nearly_as_without(cupy):
 
 
 def test_a_step_does_not_wait_for_the_device(cupy):
-    """As far as CuPy can tell: it knows of its own waits, not of those of the driver."""
+    """CuPy reports its own waits, not those of the driver."""
     import cupyx
 
     backend = registry.load("cupy")
@@ -197,7 +197,7 @@ def test_a_step_does_not_wait_for_the_device(cupy):
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # it says that it may go in a later CuPy
         if not hasattr(cupyx, "allow_synchronize"):
-            pytest.skip("this CuPy does not tell of its waits any more")
+            pytest.skip("this CuPy no longer reports its waits")
         stack.enter_context(cupyx.allow_synchronize(False))
         for _ in range(2):
             state, _ = step(state, on_device(backend, batch))
@@ -249,7 +249,7 @@ def test_a_second_device_does_all_of_a_run(text, cupy):
     assert run.generate(num_tokens=20) == api.load(backend="cupy", device="cuda:0").generate(num_tokens=20)
 
 
-def test_backends_tells_of_the_gpu(capsys):
+def test_backends_describes_the_gpu(capsys):
     assert cli.main(["backends"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cupy "))
     assert re.search(r"driver for CUDA \d+\.\d, CUDA runtime \d+\.\d, compute capability \d+\.\d, ", line)

@@ -105,7 +105,7 @@ def test_kernels_are_fast_or_plain(kernels):
         registry.load("numpy", kernels=kernels)
 
 
-def test_whether_a_backend_is_plain_is_told_and_outlasts_a_pickle():
+def test_a_backend_says_whether_it_is_plain_and_a_pickle_keeps_it():
     for kernels in ("fast", "plain"):
         backend = pickle.loads(pickle.dumps(registry.load("numpy", kernels=kernels)))
         assert (backend.kernels, bool(backend.xp.kernels)) == (kernels, kernels == "fast")

@@ -36,7 +36,7 @@ def test_token_by_token_gives_the_logits_of_the_whole(backend):
             logits, saved = gpt.forward(
                 backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
             )
-            cache = gpt.cache_of(saved, model.config)
+            cache = gpt.cache_of(saved)
             message = " ".join(switches.values())
             np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=message)
 
@@ -49,7 +49,7 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
     whole, _ = model.forward(case.xp, p, IDS[None, :N_CTX])
     for cut in range(1, N_CTX):
         _, saved = gpt.forward(case.xp, p, IDS[None, :cut], model.config)
-        cache = gpt.cache_of(saved, model.config)
+        cache = gpt.cache_of(saved)
         logits, _ = gpt.forward(case.xp, p, IDS[None, cut:N_CTX], model.config, cache=cache)
         np.testing.assert_allclose(logits, whole[cut:], atol=1e-12)
 

@@ -43,8 +43,8 @@ def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(signals):
 
 
 @needs_signals
-def test_the_terminal_that_is_closed_interrupts_nothing(signals):
-    """The system and the shell may both send SIGHUP, and what is asked for is asked for by then."""
+def test_closing_the_terminal_interrupts_nothing(signals):
+    """The system and the shell may both send SIGHUP: the first one has asked for the end."""
     with Stop() as stop:
         send(*[signal.SIGHUP] * 3)
         assert stop.asked
@@ -63,7 +63,7 @@ def test_a_signal_that_is_ignored_stays_so(signals, number):
 
 @needs_signals
 @pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
-def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
+def test_outside_training_a_signal_interrupts_and_clean_up_code_runs(signals, monkeypatch, number):
     cleaned = []
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 1000.0)
 
@@ -78,7 +78,7 @@ def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(s
         command()
     assert (caught.value.number, cleaned) == (number, [True])
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 0.0)
-    with interruptible():  # who asks again, later, is heard
+    with interruptible():  # a later request counts again
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 send(number)

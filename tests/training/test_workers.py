@@ -302,7 +302,7 @@ def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they
     assert not any(path.exists() for path in arenas)
 
 
-def test_threads_of_the_array_library_and_the_places_of_modules(tmp_path, monkeypatch):
+def test_threads_of_the_array_library_and_paths_of_modules(tmp_path, monkeypatch):
     """Threads are as before afterwards; workers find modules where this process finds them."""
     from threadpoolctl import threadpool_info
 
@@ -453,7 +453,7 @@ def wait_until(condition, seconds: float = 120.0):
     """What the condition gives once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not come to pass in time"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return value
 
@@ -509,7 +509,7 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path
 @pytest.mark.parametrize(("number", "group"), [
     ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
 ])  # fmt: skip
-def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, tmp_path, number, group):
+def test_the_first_request_to_end_keeps_the_run_and_says_how_to_resume(training, tmp_path, number, group):
     """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
     (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
     out, err = (text.decode() for text in training.communicate(timeout=120))
