@@ -9,9 +9,9 @@ import fake_cupy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import TEXT, StopAt
 
 import baby_xp
-import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Memory, translate_out_of_memory
@@ -24,7 +24,6 @@ from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the kernels with")
 
-TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 8, "num_steps": 8,
     "eval_every": 4, "checkpoint_every": 2, "dropout": 0.2, "sample_tokens": 3, "warmup_steps": 3, "lr": 1e-2,
@@ -46,9 +45,8 @@ def put(machine, monkeypatch) -> None:
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+def text(work) -> str:
+    """A text in the current folder."""
     return "text.txt"
 
 
@@ -228,17 +226,6 @@ def test_tf32_needs_a_gpu_that_has_it(monkeypatch):
 # runs ---------------------------------------------------------------------------------------------------
 
 
-class StopAt(baby_xp.Listener):
-    """Interrupts a run at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def evaluated(self, record):
-        if record["step"] == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_a_run_resumes_with_its_device_and_tf32_and_without_them_elsewhere(machine, text):
     run = train(text, listener=StopAt(4), device="cuda:1", tf32=True)
@@ -390,7 +377,6 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
     flags = ["--backend=cupy", *sizes, "--batch-size=24", "--eval-every=100", "--sample-tokens=0", "--num-steps=2"]
     free = fake_cupy.Machine()
     put(free, monkeypatch)
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 3)
     assert call("train", *flags)[0] == 0
     shutil.rmtree("runs")
     put(fake_cupy.Machine(memory=free.held[0] // 2), monkeypatch)

@@ -9,9 +9,8 @@ import pytest
 from conftest import case_of
 from layer_table import TABLE, numbers_for
 from safetensors.numpy import load_file
+from small_runs import TEXT, StopAt
 
-import baby_xp
-import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.tree import leaves
@@ -23,7 +22,6 @@ from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.gpu
 
-TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 8, "num_steps": 10,
     "eval_every": 5, "checkpoint_every": 2, "dropout": 0.2, "sample_tokens": 3, "warmup_steps": 3, "lr": 1e-2,
@@ -44,26 +42,13 @@ def cupy():
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 10)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+def text(work) -> str:
+    """A text in the current folder."""
     return "text.txt"
 
 
 def train(text, listener=None, **more):
     return api.train("baby", listener=listener, **{**TINY, "data": text, **more})
-
-
-class StopAt(baby_xp.Listener):
-    """Interrupts a run at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def evaluated(self, record):
-        if record["step"] == self.step:
-            raise KeyboardInterrupt
 
 
 # the same numbers ---------------------------------------------------------------------------------------

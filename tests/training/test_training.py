@@ -11,8 +11,9 @@ from conftest import case_of
 from layer_table import SWITCHES
 
 from baby_xp.arrays import params
-from baby_xp.arrays.tree import from_leaves, leaves
+from baby_xp.arrays.tree import leaves
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.convert import littlebaby
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
 from baby_xp.training import optimizers, schedules
@@ -294,33 +295,8 @@ def test_the_original_little_baby_is_reproduced(quick_backend, reference_folder,
 
 def ours(model: Model, weights: dict) -> np.ndarray:
     """The original's named weights (or gradients) in the order of our flat buffer."""
-    config = model.config
-    w = {name: None if value is None else np.array(value) for name, value in weights.items()}
-    pairs = [("wte.weight", w["wte_weight"]), ("wpe.weight", w["wpe_weight"])]
-    for i in range(config.n_layers):
-        pairs += [(f"blocks.{i}.{name}", value) for name, value in original_block(config, w, f"block_{i}_")]
-    pairs += [("ln_f.gain", w["ln_f_gamma"]), ("ln_f.bias", w["ln_f_beta"])]
-    pairs += [("lm_head.weight", w["lm_head_weight"]), ("lm_head.bias", w["lm_head_bias"])]
-    return model.layout.pack(case_of("numpy plain").xp, from_leaves(pairs))
-
-
-def original_block(config, w, at):
-    a, out = config.c_attention, {"mha": "c", "moh": "m"}[config.c_attention]
-    yield from [("norm1.gain", w[f"{at}ln1_gamma"]), ("norm1.bias", w[f"{at}ln1_beta"])]
-    yield "attention.qkv.weight", np.concatenate([w[f"{at}{a}_{part}_weight"] for part in "qkv"], axis=1)
-    if a == "moh":
-        yield "attention.gate.weight", w[f"{at}moh_g_weight"]
-    yield from [(f"attention.out.{part}", w[f"{at}{a}_{out}_{part}"]) for part in ("weight", "bias")]
-    yield from [("norm2.gain", w[f"{at}ln2_gamma"]), ("norm2.bias", w[f"{at}ln2_beta"])]
-    if config.c_network == "mlp":
-        for name, theirs in (("up", "up"), ("down", "dn")):
-            yield from [
-                (f"network.{name}.{part}", w[f"{at}mlp_proj_{theirs}_{part}"]) for part in ("weight", "bias")
-            ]
-        return
-    experts = [f"{at}moe_expert_{e}_" for e in range(4)]
-    yield "network.gate.weight", w[f"{at}moe_g_weight"]
-    yield "network.up.weight", np.concatenate([w[f"{e}up_weight"] for e in experts], axis=1)
-    yield "network.up.bias", np.concatenate([w[f"{e}up_bias"] for e in experts])
-    yield "network.down.weight", np.concatenate([w[f"{e}dn_weight"] for e in experts], axis=0)
-    yield "network.down.bias", np.stack([w[f"{e}dn_bias"] for e in experts])
+    flat = np.full(model.n_parameters, np.nan)
+    for name, view in littlebaby.named(model.config, model.layout, flat).items():
+        if isinstance(view, np.ndarray):  # not one of its constants
+            view[...] = weights[name]
+    return flat
