@@ -1,8 +1,6 @@
 """Why a run diverged: computes its last steps again and looks at every parameter's gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +11,7 @@ from baby_xp.models import Model
 from baby_xp.text.dataset import Dataset
 from baby_xp.training import optimizers
 from baby_xp.training.checkpoint import Checkpoint, state_on_device
-from baby_xp.training.step import accumulated, loss_and_gradients_with_dropout, on_device
+from baby_xp.training.step import gradients_of_step, on_device
 from baby_xp.training.workers import Workers
 
 
@@ -38,10 +36,7 @@ def largest_gradient(
     Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
-    alone = loss_and_gradients_with_dropout
-    compute: Callable[..., Any] = alone if workers is None else workers.loss_and_gradients
-    if config.accumulate > 1:
-        compute = accumulated(compute, config.batch_size)
+    compute = gradients_of_step(config, workers and workers.loss_and_gradients)
     state = state_on_device(backend, model, config, start)
     with np.errstate(all="ignore"):
         for step in range(start.step, last):

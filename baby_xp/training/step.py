@@ -47,9 +47,7 @@ def make_step(xp, model, config, loss_and_gradients=None, optimizer=optimizers.a
     loss_and_gradients has the signature of loss_and_gradients_with_dropout, the default; optimizer that of
     optimizers.adamw. Workers have both.
     """
-    compute = loss_and_gradients or loss_and_gradients_with_dropout
-    if config.accumulate > 1:
-        compute = accumulated(compute, config.batch_size)
+    compute = gradients_of_step(config, loss_and_gradients)
 
     def step(state, batch):
         loss, gradients = compute(xp, model, state, batch)
@@ -104,6 +102,12 @@ def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | No
 def _of_tile(xp, model, state, n_targets: int, tile):
     noise = step_noise(xp, model, state["seed"], state["step"], tile)
     return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
+
+
+def gradients_of_step(config, compute=None):
+    """The function that gives a step's loss and gradients: `compute`, in parts where the config accumulates."""
+    compute = compute or loss_and_gradients_with_dropout
+    return accumulated(compute, config.batch_size) if config.accumulate > 1 else compute
 
 
 def accumulated(compute, batch_size: int):

@@ -37,6 +37,7 @@ from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
+from baby_xp.arrays.tiles import samples
 from baby_xp.config import model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -321,7 +322,7 @@ class Workers:
         for rank in self._asked:
             shape = bounds[rank], bounds[rank + 1], T, batch.targets.size // B
             self._send(rank, what, place, *shape, *numbers)
-        return Batch(*(part[: bounds[1]] for part in batch))
+        return samples(batch, 0, bounds[1])
 
     def _send(self, rank: int, what: bytes, *numbers: int) -> None:
         numbers = (*numbers, *[0] * (8 - len(numbers)))

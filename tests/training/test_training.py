@@ -11,6 +11,7 @@ from conftest import case_of
 from layer_table import SWITCHES
 
 from baby_xp.arrays import params
+from baby_xp.arrays.tiles import samples
 from baby_xp.arrays.tree import leaves
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.convert import littlebaby
@@ -105,8 +106,7 @@ def test_shares_of_a_batch_add_up_to_the_batch(plain):
     flat = params.draw(model.spec, 0, "float64")
 
     def compute(first, last):
-        part = Batch(*(array[first:last] for array in batch))
-        loss, dp = loss_and_gradients(plain.xp, model, flat, part, n_targets=40)
+        loss, dp = loss_and_gradients(plain.xp, model, flat, samples(batch, first, last), n_targets=40)
         return np.append(loss, model.layout.pack(np, dp))
 
     np.testing.assert_allclose(compute(0, 2) + compute(2, 5), compute(0, 5), rtol=1e-10, atol=1e-14)

@@ -17,6 +17,7 @@ import pytest
 import baby_xp
 import baby_xp.api
 from baby_xp.arrays import params, registry
+from baby_xp.arrays.tiles import samples
 from baby_xp.cli import main
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
@@ -97,10 +98,6 @@ def text_file(tmp_path) -> Path:
     return path
 
 
-def first(batch: Batch, n: int) -> Batch:
-    return Batch(*(part[:n] for part in batch))
-
-
 def agree(setting: Setting, found, expected, factor: int = 1):
     """Loss and gradients, up to some times the rounding of one sum."""
     (loss, gradients), (expected_loss, expected) = found, expected
@@ -117,7 +114,7 @@ def agree(setting: Setting, found, expected, factor: int = 1):
 def test_loss_and_gradients_are_those_of_one_process(together, size):
     """Also for a batch with fewer samples than there are workers."""
     setting, pool = together
-    batch = first(setting.batch, size)
+    batch = samples(setting.batch, 0, size)
     found = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
     agree(setting, found, setting.alone(batch))
 
@@ -129,8 +126,8 @@ def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bound
     n_targets, state = setting.batch.targets.size, setting.state
     expected = setting.alone(setting.batch)
     loss, gradients = expected[0] * 0, expected[1] * 0
-    for first_sample, last in itertools.pairwise(bounds):
-        part = Batch(*(array[first_sample:last] for array in setting.batch))
+    for first, last in itertools.pairwise(bounds):
+        part = samples(setting.batch, first, last)
         more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
         loss, gradients = loss + more, gradients + of_part
     agree(setting, (loss, gradients), expected, 3)  # more sums, more roundings
@@ -158,7 +155,7 @@ def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
 @pytest.mark.parametrize("size", [BATCH, 2, 1])
 def test_the_total_loss_is_that_of_one_process(together, size):
     setting, pool = together
-    batch = first(setting.batch, size)
+    batch = samples(setting.batch, 0, size)
     found = pool.total_loss(setting.state["params"], batch)
     expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
