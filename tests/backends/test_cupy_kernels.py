@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from baby_xp_backends import cupy_kernels
 from conftest import case_of
-from layer_table import TABLE, numbers_for
+from layer_table import TABLE, noting, numbers_for
 
 from baby_xp.arrays import params, rng
 from baby_xp.arrays.tree import leaves
@@ -175,13 +175,7 @@ def test_a_kernel_is_the_plain_function_in_float32(cupy32, plain, name):
 def test_these_cases_reach_every_kernel_and_every_function(fake, monkeypatch):
     machine, backend = fake
     reached = set()
-    kernels = {
-        name: lambda xp, *arguments, _name=name, _function=function: (
-            reached.add(_name) or _function(xp, *arguments)
-        )
-        for name, function in backend.xp.kernels.items()
-    }
-    monkeypatch.setattr(backend.xp, "kernels", kernels)
+    monkeypatch.setattr(backend.xp, "kernels", noting(backend.xp.kernels, reached))
     for run in CASES.values():
         run(backend.xp, lambda array: backend.asarray(np.asarray(array)))
     rng.keep_mask(backend.xp, backend.asarray(stream(2)), 5, RATE)
