@@ -231,7 +231,7 @@ def test_attention_drops_what_the_mask_says(cupy, plain):
 # numbers that are not finite, and views -------------------------------------------------------------------
 
 
-def test_a_logit_of_minus_infinity_adds_nothing_and_one_that_is_no_number_shows(cupy, plain):
+def test_a_logit_of_minus_infinity_adds_nothing_and_nan_shows(cupy, plain):
     logits = draw(0, 4, 40)
     logits[0, 0] = logits[1, 39] = -np.inf
     logits[2, 5], logits[3, :] = np.nan, -np.inf

@@ -15,7 +15,7 @@ from baby_xp.arrays import params, rng
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tiles import tile_sizes
 from baby_xp.config import GPTConfig
-from baby_xp.layers import Shape, dropout, gelu, heads, layernorm
+from baby_xp.layers import Shape, gelu, heads, layernorm
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers, workers
@@ -139,11 +139,6 @@ def test_attention_in_blocks_is_attention(T):
     np.testing.assert_allclose(
         heads.backward(FAST.xp, {}, saved, dy)[1], heads.backward(PLAIN.xp, {}, saved0, dy)[1], atol=1e-12
     )
-
-
-def test_dropout_selects_alike():
-    x, keep = np.array([1.0, -2.0, 3.0]), np.array([True, False, True])
-    np.testing.assert_allclose(dropout.select(FAST.xp, keep, x, 0.3), dropout.select(PLAIN.xp, keep, x, 0.3))
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

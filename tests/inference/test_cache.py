@@ -114,7 +114,7 @@ def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
 
 
-def test_of_the_model_that_a_step_is_made_for_nothing_else_is_computed(monkeypatch):
+def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch):
     case = case_of("numpy")
     model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
     logits = Logits(case.backend, model, p, True)

@@ -73,17 +73,6 @@ def test_the_distribution_is_that_of_its_definition(logits, temperature, top_k, 
     np.testing.assert_allclose(found, by_definition(logits, temperature, top_k, top_p), rtol=1e-12, atol=1e-300)
 
 
-def test_without_settings_it_is_the_softmax():
-    np.testing.assert_allclose(
-        distribution(np.log([1.0, 2.0, 5.0]), Sampling()), [1 / 8, 2 / 8, 5 / 8], rtol=1e-14
-    )
-
-
-def test_temperature_is_a_power_of_the_odds():
-    odds = np.log([1.0, 3.0])
-    np.testing.assert_allclose(distribution(odds, Sampling(temperature=0.5)), [1 / 10, 9 / 10], rtol=1e-14)
-
-
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
 def test_a_tiny_temperature_takes_the_most_likely(temperature):
     found = distribution(np.array([1.0, 3.0, -2.0]), Sampling(temperature=temperature))

@@ -1,7 +1,6 @@
 """Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
 
 import errno
-import itertools
 import json
 import os
 import signal
@@ -119,26 +118,12 @@ def test_loss_and_gradients_are_those_of_one_process(together, size):
     agree(setting, found, setting.alone(batch))
 
 
-@pytest.mark.parametrize("bounds", [(0, 2, 3, BATCH), (0, 5, BATCH)], ids=str)
-def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bounds):
-    """As gradients are accumulated: a part's dropout is that which its samples have in the whole."""
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_accumulated_gradients_are_those_of_one_process(together, size):
+    """The gradients of a part outlast the next part, and its samples have the dropout of the whole."""
     setting, pool = together
-    n_targets, state = setting.batch.targets.size, setting.state
-    expected = setting.alone(setting.batch)
-    loss, gradients = expected[0] * 0, expected[1] * 0
-    for first, last in itertools.pairwise(bounds):
-        part = samples(setting.batch, first, last)
-        more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
-        loss, gradients = loss + more, gradients + of_part
-    agree(setting, (loss, gradients), expected, 3)  # more sums, more roundings
-
-
-def test_gradients_are_accumulated_as_in_one_process(together):
-    """The gradients of a part must outlast the next part."""
-    setting, pool = together
-    arguments = setting.xp, setting.model, setting.state, setting.batch
-    expected = accumulated(loss_and_gradients_with_dropout, 3)(*arguments)
-    agree(setting, accumulated(pool.loss_and_gradients, 3)(*arguments), expected, 3)
+    found = accumulated(pool.loss_and_gradients, size)(setting.xp, setting.model, setting.state, setting.batch)
+    agree(setting, found, setting.alone(setting.batch), 3)  # more sums, more roundings
 
 
 def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
@@ -217,7 +202,7 @@ def test_a_command_that_was_cut_short_does_not_spoil_the_next(together, monkeypa
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
 
-def test_the_equation_model_with_one_target_a_context():
+def test_the_equation_model_with_one_target_per_context():
     setting = Setting("float64", EquationConfig(n_hidden=8))
     batch = Batch(setting.batch.inputs[:, :4], setting.batch.targets[:, 3], setting.batch.samples)
     with setting.pool(2) as pool:
@@ -262,7 +247,7 @@ def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
 # how many -----------------------------------------------------------------------------------------------
 
 
-def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypatch):
+def test_small_steps_are_not_split_and_large_ones_get_a_process_per_core(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     numpy_backend = registry.load("numpy")
     small, large = Model(GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_layers=1), 11), Model(GPTConfig(), 65)
