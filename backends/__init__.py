@@ -1,1 +1,1 @@
-"""Array libraries behind one protocol, one a file: the only place that imports one."""
+"""Array libraries behind one protocol, one per file: the only place that imports one."""

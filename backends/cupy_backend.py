@@ -3,14 +3,16 @@
 import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from baby_xp_backends import cupy_kernels
 
 from baby_xp import checks
 from baby_xp.arrays.backend import Backend, Memory, Shortage
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import BabyError, BackendUnavailable
 
 NO_DRIVER = "install NVIDIA's driver for the card (nvidia-smi shows whether it works), or use --backend numpy"
@@ -65,34 +67,35 @@ class CupyBackend(Backend):
         self.device = f"cuda:{self._device.id} ({self._card})"
         self._cold, self._watch = cold, make_watch(cupy, self._pool, self._device.id)
 
-    def _faster(self):
+    def _faster(self) -> dict[str, Any]:
         """What replaces functions of the library and of ours, and what these replacements need."""
         products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
         ours = {"kernels": cupy_kernels.KERNELS, "launch": launch, "batched_product": products.batched}
         return {"matmul": products.matmul, **ours}
 
     def _here(self) -> None:
-        """Make the device current in this thread, and the precision of products, which CuPy has but one of."""
+        """Make the device current in this thread, and set the precision of products, which all backends share."""
         self._device.use()
         core = self._cupy._core
         kind = core._routines_linalg.COMPUTE_TYPE_TF32 if self.tf32 else core._routines_linalg.COMPUTE_TYPE_DEFAULT
         core.set_compute_type(np.float32, kind)
 
-    def to_device(self, host):
+    def to_device(self, host: np.ndarray) -> Array:
         """Through pinned memory of CuPy's own: the host does not wait for the copy."""
         self._here()
         return self._cupy.array(host)
 
-    def to_numpy(self, array):
+    def to_numpy(self, array: Array) -> np.ndarray:
         self._here()
-        return self._cupy.asnumpy(array)
+        host: np.ndarray = self._cupy.asnumpy(array)
+        return host
 
-    def compile(self, function):
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as it is, on this device; its first calls are watched for the memory they take."""
         calls = 0
 
         @functools.wraps(function)
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             nonlocal calls
             self._here()
             if calls >= WATCHED_CALLS or self._watch.on:
@@ -103,12 +106,12 @@ class CupyBackend(Backend):
 
         return call
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self._device.synchronize()
 
     def first_use(self) -> str | None:
-        """What to tell before a wait that comes once a machine."""
-        return "compiling GPU kernels, once a machine: the first steps take longer" if self._cold else None
+        """A note before the kernels are compiled, once per machine."""
+        return "compiling GPU kernels, once per machine: the first steps take longer" if self._cold else None
 
     def details(self) -> str:
         """What `backends` adds: driver, CUDA, card, memory, TF32."""
@@ -143,10 +146,11 @@ class CupyBackend(Backend):
 class Launcher:
     """Our kernels: compiled when one is first asked for, for each precision; CuPy does so for each device."""
 
-    def __init__(self, cupy):
-        self._module, self._functions = cupy.RawModule, {}
+    def __init__(self, cupy: Any):
+        self._module = cupy.RawModule
+        self._functions: dict[tuple[str, str], Callable[..., None]] = {}
 
-    def __call__(self, name: str, dtype, grid_and_block, *arguments) -> None:
+    def __call__(self, name: str, dtype: Any, grid_and_block: Any, *arguments: Any) -> None:
         """Run a kernel. Arrays are contiguous, numbers NumPy scalars of the type that the source says."""
         key = name, np.dtype(dtype).name
         if key not in self._functions:
@@ -162,11 +166,11 @@ class Products:
     a batched one copies a transposed factor and ignores TF32.
     """
 
-    def __init__(self, cupy, tf32: bool):
+    def __init__(self, cupy: Any, tf32: bool):
         self._cupy, self._tf32 = cupy, tf32
         self._factors: dict[tuple[float, str], tuple[np.ndarray, int]] = {}
 
-    def matmul(self, a, b):
+    def matmul(self, a: Array, b: Array) -> Array:
         """As matmul of the Array API."""
         if b.ndim == 2 and a.ndim > 2:
             flat = self._cupy.matmul(a.reshape(-1, a.shape[-1]), b)
@@ -177,7 +181,10 @@ class Products:
             return self.batched(contiguous(a), contiguous(b))
         return self._cupy.matmul(a, b)
 
-    def batched(self, a, b, transpose_a: bool = False, transpose_b: bool = False, factor: float = 1.0, out=None):
+    def batched(
+        self, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False, factor: float = 1.0,
+        out: Array = None,
+    ) -> Array:  # fmt: skip
         """factor * a @ b for contiguous (..., M, K) and (..., K, N) of the same leading axes -> (..., M, N).
 
         transpose_a, transpose_b: the last two axes of that factor lie the other way round.
@@ -201,7 +208,7 @@ class Products:
         )  # fmt: skip
         return out
 
-    def _types(self, cublas, kind: str) -> tuple[int, int]:
+    def _types(self, cublas: Any, kind: str) -> tuple[int, int]:
         """Of the arrays, and of the arithmetic."""
         runtime = self._cupy.cuda.runtime
         if kind == "float64":
@@ -216,33 +223,33 @@ class Products:
         return self._factors[number, kind][1]
 
 
-def address(array) -> int:
+def address(array: Array) -> int:
     """Where an array begins on the device."""
-    return array.data.ptr
+    return int(array.data.ptr)
 
 
-def make_watch(cupy, pool, device: int):
+def make_watch(cupy: Any, pool: Any, device: int) -> Any:
     """A hook that follows the pool's memory on one device while it is on, and knows the peaks."""
 
     class Watch(cupy.cuda.MemoryHook):
         name = "baby_xp"
         on, used, held, _now = False, 0, 0, 0
 
-        def __enter__(self):
+        def __enter__(self) -> Any:
             self.on, self._now = True, pool.used_bytes()
             return super().__enter__()
 
-        def __exit__(self, *error):
+        def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
             self.on = False
             self.note(self._now, pool.total_bytes())
 
-        def malloc_postprocess(self, **of):
+        def malloc_postprocess(self, **of: Any) -> None:
             if of["device_id"] == device and of["mem_ptr"]:
                 self._now += of["mem_size"]
                 self.used = max(self.used, self._now)
 
-        def free_postprocess(self, **of):
+        def free_postprocess(self, **of: Any) -> None:
             if of["device_id"] == device:
                 self._now -= of["mem_size"]
 
@@ -255,7 +262,7 @@ def make_watch(cupy, pool, device: int):
 _limits_before: dict[int, int] = {}
 
 
-def limit_pool(pool, device: int, memory_gib: float | None) -> None:
+def limit_pool(pool: Any, device: int, memory_gib: float | None) -> None:
     """Limit the pool on the current device; None: as it was before anyone limited it here."""
     if memory_gib is not None:
         _limits_before.setdefault(device, pool.get_limit())
@@ -275,7 +282,7 @@ def cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def import_cupy():
+def import_cupy() -> Any:
     """The module, once a driver and a device are known to be there: CuPy imports without either."""
     try:
         import cupy
@@ -294,7 +301,7 @@ def import_cupy():
     return cupy
 
 
-def device_index(cupy, device: str | None) -> int:
+def device_index(cupy: Any, device: str | None) -> int:
     """The number in "cuda:1"; 0 for "cuda" and None."""
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -307,7 +314,7 @@ def device_index(cupy, device: str | None) -> int:
     return int(index or 0)
 
 
-def prove(cupy) -> None:
+def prove(cupy: Any) -> None:
     """Compile a small kernel and multiply two small matrices: both need libraries that may be missing."""
     try:
         ones = cupy.ones((4, 4), dtype=cupy.float32)

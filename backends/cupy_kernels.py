@@ -13,6 +13,8 @@ This file needs no CuPy: it comes in with `xp`, whose `launch` and `batched_prod
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -683,7 +685,7 @@ def global_norm(xp, gradients):
     return norm
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "linear.forward": linear_forward,
     "linear.backward": linear_backward,
     "embedding.sum_by_id": sum_by_id,

@@ -1,9 +1,12 @@
 """JAX: the same pure functions, traced and compiled by XLA."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from baby_xp.arrays.backend import Backend
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import BackendUnavailable
 
 
@@ -35,14 +38,15 @@ class JaxBackend(Backend):
         self.xp = Namespace(library, device=None if device is None else self._device)
         self.version, self.device = f"jax {jax.__version__}", str(self._device)
 
-    def to_device(self, host):
+    def to_device(self, host: np.ndarray) -> Array:
         return self._jax.device_put(host, self._device)
 
-    def to_numpy(self, array):
+    def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array)
 
-    def compile(self, function):
-        return self._jax.jit(function)
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = self._jax.jit(function)
+        return compiled
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self._jax.block_until_ready(self._jax.numpy.zeros(1, device=self._device) + 1)

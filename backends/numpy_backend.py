@@ -11,7 +11,7 @@ import numpy as np
 from baby_xp_backends.numpy_kernels import KERNELS
 
 from baby_xp.arrays.backend import Backend
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import BackendUnavailable
 
 TOKENS_AT_ONCE = 1024
@@ -34,10 +34,10 @@ class NumpyBackend(Backend):
         self.xp = Namespace(library, device="cpu", kernels=replacements, tokens_at_once=TOKENS_AT_ONCE)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
-    def to_device(self, host):
+    def to_device(self, host: np.ndarray) -> Array:
         return np.array(host)
 
-    def to_numpy(self, array):
+    def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array)
 
 
@@ -65,7 +65,7 @@ HEAP = 512 << 20
 """Bytes of address space, not of memory, that the heap gets in advance."""
 
 
-def ask_for_huge_pages(libc) -> None:
+def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Let Linux back the heap with pages of 2 MiB where it does so on request.
 
     What a step saves for its backward pass is spread over more small pages than a processor's TLB holds, and in a

@@ -6,11 +6,12 @@ things, as the forward and the backward of a layer are replaced together. What m
 - work in place on arrays of their own, in tiles that stay in the cache: a pass over an array that outgrows
   the cache costs two to three times as much;
 - sums over the last axis as products with ones, which BLAS does four times as fast as `sum`;
-- no `where` with a random mask, whose branches cost 4 ns an element: multiply by the mask instead.
+- no `where` with a random mask, whose branches cost 4 ns per element: multiply by the mask instead.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -200,7 +201,7 @@ def _blocks(B: int, H: int, T: int, D: int) -> list[tuple[slice, slice, slice, s
     Rows come a few at a time, each with the keys up to the last of them: so most of what the causal mask would
     hide is never computed. The last rows, which see all keys, come first.
     """
-    size = 2 * TILE  # products of small matrices gain more from company than they lose in the cache
+    size = 2 * TILE  # small products gain more from being computed together than they lose in the cache
     n, found = max(32, D), []
     for start in range((T - 1) // n * n, -1, -n):
         rows, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))
@@ -374,7 +375,7 @@ def add_tree(xp, layout, flat, tree):
     return flat
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "linear.forward": linear_forward,
     "linear.backward": linear_backward,
     "layernorm.forward": layernorm_forward,

@@ -7,7 +7,7 @@ devices that some array library might lack: it stands in for a GPU in the tests.
 import numpy as np
 
 from baby_xp.arrays.backend import Backend
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import BackendUnavailable
 
 
@@ -35,8 +35,8 @@ class StrictBackend(Backend):
         self.xp = Namespace(library, device=self._device)
         self.version, self.device = f"array-api-strict {library.__version__}", device or next(iter(known))
 
-    def to_device(self, host):
+    def to_device(self, host: np.ndarray) -> Array:
         return self._library.asarray(np.array(host), device=self._device)
 
-    def to_numpy(self, array):
+    def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(array.to_device(self._library.Device("CPU_DEVICE")))

@@ -1,7 +1,7 @@
 """PyTorch, as an array library alone: no autograd, no modules. It checks the maths, and its GPU can run it."""
 
 from baby_xp.arrays.backend import Backend
-from baby_xp.arrays.namespace import Namespace
+from baby_xp.arrays.namespace import Array, Namespace
 from baby_xp.errors import BackendUnavailable
 
 
@@ -29,16 +29,16 @@ class TorchBackend(Backend):
         self.xp = Namespace(library, device=self._device, take_along_axis=self._take_along_axis)
         self.version, self.device = f"torch {torch.__version__}", str(self._device)
 
-    def _take_along_axis(self, x, indices, *, axis=-1):
+    def _take_along_axis(self, x: Array, indices: Array, *, axis: int = -1) -> Array:
         # PyTorch gathers by int64 alone
         return self._torch.take_along_dim(x, indices.long(), dim=axis)
 
-    def to_device(self, host):
+    def to_device(self, host: Array) -> Array:
         return self._torch.tensor(host, device=self._device)
 
-    def to_numpy(self, array):
+    def to_numpy(self, array: Array) -> Array:
         return array.cpu().numpy()
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         if self._device.type == "cuda":
             self._torch.cuda.synchronize(self._device)

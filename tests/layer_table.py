@@ -187,3 +187,12 @@ def numbers_for(entry: Entry, seed: int = 0) -> Numbers:
     flat = usual + rng.normal(0, 0.4, usual.shape)
     streams = rng.integers(-(2**31), 2**31, (8, B)).astype(np.int32)
     return Numbers(layout, flat, entry.x(rng), streams, seed)
+
+
+def noting(kernels: dict[str, Callable], called: set[str]) -> dict[str, Callable]:
+    """The same replacements, each of which adds its name to `called` when it is called."""
+
+    def wrapped(name: str) -> Callable:
+        return lambda xp, *arguments: called.add(name) or kernels[name](xp, *arguments)
+
+    return {name: wrapped(name) for name in kernels}

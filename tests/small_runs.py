@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from quick import quick
 
+import baby_xp
 from baby_xp.cli import main
 from baby_xp.runs.store import RunFiles
 
@@ -28,6 +29,17 @@ TINY = {
 def flags(**values) -> list[str]:
     """The tiny settings with some of them replaced, as arguments."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **values}.items()]
+
+
+class StopAt(baby_xp.Listener):
+    """Interrupts a run after the evaluation of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def evaluated(self, record):
+        if record["step"] == self.step:
+            raise KeyboardInterrupt
 
 
 def metrics_of(files: RunFiles) -> list[dict]:

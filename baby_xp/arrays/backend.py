@@ -21,8 +21,9 @@ from baby_xp.errors import OutOfMemory
 class Memory:
     """Memory of a device of its own, in bytes.
 
-    used: by arrays of this process; held: by it in all, with what it keeps for arrays to come. peak_used and
-    peak_held: the most of each so far. free and total: of the device. limit: of `held`, None if there is none.
+    used: by arrays of this process; held: by the process in all, including what it keeps for later arrays.
+    peak_used, peak_held: the largest value of each so far. free, total: of the device. limit: of `held`, None if
+    there is none.
     """
 
     used: int
@@ -35,7 +36,7 @@ class Memory:
 
     @property
     def room(self) -> int:
-        """What arrays of this process can take in all."""
+        """The most that arrays of this process can take."""
         most = self.held + self.free
         return most if self.limit is None else min(most, self.limit)
 
@@ -50,11 +51,11 @@ class Shortage:
 
 
 class Backend:
-    """What the rest of the program asks of a backend, with defaults for what many have no need of.
+    """What the rest of the program asks of a backend, with defaults for what many do not need.
 
-    The constructor of a kind takes device and dtype. It proves by a small computation that the backend works, and
-    raises BackendUnavailable with reason and remedy if it does not. Whatever else it takes by name is an option
-    that `load` passes on; a backend that has replacements takes kernels, "fast" or "plain".
+    The constructor of a subclass takes device and dtype. It checks by a small computation that the backend works,
+    and raises BackendUnavailable with reason and remedy if it does not. Its other arguments are options that
+    `load` passes on; a backend that has replacements takes kernels, "fast" or "plain".
 
     A backend is pickled as the arguments that made it and made anew from them, because arrays of a device and
     modules cannot be pickled. A deep copy of what holds a backend shares it.

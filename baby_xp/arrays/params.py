@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from baby_xp.arrays.tree import Layout, Tree, leaves, tree_map
+from baby_xp.arrays.tree import Layout, Tree, from_leaves, leaves
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def scaled(spec: Tree, factor: float) -> Tree:
     GPT-2 scales the weights of the projections that write into the residual stream by 1 / sqrt(2 L), so that
     the stream's spread does not grow with depth (Radford et al. 2019, section 2.3).
     """
-    return tree_map(lambda one: replace(one, std=one.std * factor), spec)
+    return from_leaves((path, replace(one, std=one.std * factor)) for path, one in leaves(spec))
 
 
 def draw(spec: Tree, seed: int, dtype: str = "float32") -> np.ndarray:
@@ -66,7 +66,7 @@ def draw_one(spec: Spec, seed: int, path: str) -> np.ndarray:
 def grown(spec: Tree, seed: int, old_layout: Layout, old: np.ndarray) -> np.ndarray:
     """First values (P,) of a model that is larger than an old one (old P,) of the same parameters.
 
-    What the old one has stays, in the leading rows and columns; the rest is drawn as at the start.
+    The old values stay, in the leading rows and columns; the rest is drawn as for a new model.
     """
     fresh, layout = draw(spec, seed, str(old.dtype)), Layout.of(spec)
     before = dict(leaves(old_layout.unpack(np, old)))

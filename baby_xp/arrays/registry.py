@@ -75,20 +75,19 @@ def load(
 
 
 def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
-    """What `auto` takes, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
+    """What `auto` chooses, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
     try:
         backend = load("cupy", device, dtype, **options)
         return backend, f"a working GPU: {backend.device}"
     except BackendUnavailable as error:
-        if device not in (None, "cpu"):
-            raise
-        return load("numpy", device, dtype, **options), f"no GPU to use ({error.reason})"
+        found = error
     except BabyError:  # an option that makes no sense
         raise
-    except Exception as error:  # what is broken must not stand in the way of what works
-        if device not in (None, "cpu"):
-            raise BackendUnavailable("cupy", _one_line(error), "reinstall CuPy, or use --backend numpy") from None
-        return load("numpy", device, dtype, **options), f"no GPU to use ({_one_line(error)})"
+    except Exception as error:  # a broken CuPy must not stand in the way of NumPy
+        found = BackendUnavailable("cupy", _one_line(error), "reinstall CuPy, or use --backend numpy")
+    if device not in (None, "cpu"):
+        raise found
+    return load("numpy", device, dtype, **options), f"no GPU to use ({found.reason})"
 
 
 def states() -> list[State]:

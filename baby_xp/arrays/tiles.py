@@ -1,11 +1,16 @@
-"""Tiles: parts of a batch as large as the processor's caches like them."""
+"""Tiles: parts of a batch, sized for the processor's caches."""
 
 import itertools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from baby_xp.text.batches import Batch
 
 
-def tiles(xp, batch):
-    """The batch, or equal parts of it of about as many tokens as the backend computes best at once."""
-    sizes = tile_sizes(*batch.inputs.shape, xp.tokens_at_once)
+def tiles(xp: Any, batch: "Batch") -> list["Batch"]:
+    """The batch, or equal parts of it of about xp.tokens_at_once tokens."""
+    B, T = batch.inputs.shape
+    sizes = tile_sizes(B, T, xp.tokens_at_once)
     bounds = [0, *itertools.accumulate(sizes)]
     return [batch] if len(sizes) == 1 else [samples(batch, *ends) for ends in itertools.pairwise(bounds)]
 
@@ -21,6 +26,6 @@ def number_of_tiles(B: int, T: int, tokens_at_once: int | None) -> int:
     return max(1, min(B, round(B * T / tokens_at_once))) if tokens_at_once else 1
 
 
-def samples(batch, first: int, last: int):
+def samples(batch: "Batch", first: int, last: int) -> "Batch":
     """Samples first to last of a batch."""
     return type(batch)(*(array[first:last, ...] for array in batch))

@@ -5,7 +5,7 @@ keys joined by dots, "blocks.0.attention.qkv.weight": the name under which it is
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -23,18 +23,6 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """Apply `function` to the leaves at the same path of one or several trees. Raises KeyError if they differ."""
-    if any(other.keys() != tree.keys() for other in others):
-        raise KeyError(f"trees differ: {[sorted(t) for t in (tree, *others)]}")
-    return {
-        key: tree_map(function, value, *(other[key] for other in others))
-        if isinstance(value, dict)
-        else function(value, *(other[key] for other in others))
-        for key, value in tree.items()
-    }
 
 
 def from_leaves(pairs: Iterable[tuple[str, Any]]) -> Tree:
@@ -78,12 +66,12 @@ class Layout:
         bounds = pairwise(accumulate(self.sizes, initial=0))
         return {path: slice(*ends) for path, ends in zip(self.paths, bounds, strict=True)}
 
-    def pack(self, xp: Any, tree: Tree) -> Array:
-        """Lay the leaves one after the other: a tree of arrays -> (P,)."""
+    def pack(self, xp: Any, tree: Tree, **out: Array) -> Array:
+        """Lay the leaves one after the other: a tree of arrays -> (P,), on NumPy into an array `out` if given."""
         by_path = dict(leaves(tree))
         if by_path.keys() != set(self.paths):
             raise KeyError(f"tree does not fit the layout: {sorted(by_path.keys() ^ set(self.paths))}")
-        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths])
+        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths], **out)
 
     def unpack(self, xp: Any, flat: Array) -> Tree:
         """The tree of arrays that `flat` (P,) holds; views of it where the library has views."""

@@ -1,1 +1,1 @@
-"""A trained model at work: it generates."""
+"""Text generation with a trained model."""

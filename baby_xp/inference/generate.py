@@ -89,7 +89,7 @@ def generate_several(
 ) -> Iterator[np.ndarray]:
     """Yield the next id of every text, (B,), `num_tokens` times; the texts are computed together.
 
-    prompts: B lists of ids, all of one length. Text i is what `generate` gives it with the seed sampling.seed + i.
+    prompts: B lists of ids, all of one length. Text i is that of `generate` with the seed sampling.seed + i.
     """
     texts = [[int(token) for token in prompt] for prompt in prompts]
     if len({len(text) for text in texts}) != 1:

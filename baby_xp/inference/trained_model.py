@@ -1,4 +1,4 @@
-"""A trained model in memory: it generates."""
+"""A trained model in memory, which generates text."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from baby_xp.resources import limits
 from baby_xp.text.tokenizer import Tokenizer, decoded, first_ids
 
 NUM_TOKENS = 500
-"""Tokens to generate where nothing else is said."""
+"""Tokens to generate unless asked otherwise."""
 
 
 class SamplingSettings(TypedDict, total=False):
@@ -97,8 +97,8 @@ class TrainedModel:
         """The most likely answer to a question of the table that the model learned: "4+4=" -> "4+4=8".
 
         "4+4" and "4 + 4 =" ask the same. The first digit of the answer alone where the context does not hold an
-        equation whole: the others then do not follow from what the model sees. Raises BabyError for what is no
-        question of the table.
+        equation whole: the others then do not follow from what the model sees. Raises BabyError for a text that
+        is no question of the table.
         """
         text = table.question(question)
         whole = self.model.config.n_ctx >= table.longest
@@ -111,7 +111,7 @@ class TrainedModel:
     def _start(
         self, prompt: str, num_tokens: int, sampling: Mapping[str, Any]
     ) -> tuple[Sampling, np.ndarray, int]:
-        """What to draw by, the ids to go on from, and the number of tokens."""
+        """The sampling settings, the ids of the prompt, and the number of tokens."""
         prompt, num_tokens = checks.text("prompt", prompt), checks.whole("num_tokens", num_tokens, most=None)
         return Sampling.of(sampling), self._ids(prompt), num_tokens
 

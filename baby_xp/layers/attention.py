@@ -1,7 +1,7 @@
 """Multi-head causal self-attention: y = concat(heads(x Wqkv)) Wout + b (Vaswani et al. 2017).
 
 As in The Little Baby, queries, keys and values have no bias, and head_size (S), the width of all heads
-together, is free of n_emb (C).
+together, need not equal n_emb (C).
 """
 
 from typing import Any, NamedTuple
@@ -43,8 +43,3 @@ def backward(xp, p, saved, dy):
     _, dqkv = heads.backward(xp, {}, heads_saved, dy)              # (N, 3 S)
     dp, dx = linear.backward(xp, p["qkv"], qkv_saved, dqkv)        # (N, C)
     return {"qkv": dp, "out": dout}, dx
-
-
-def keys_and_values(saved):
-    """The cache for the tokens that follow: keys and values (B, H, t, D) of all tokens so far."""
-    return saved.heads.k, saved.heads.v

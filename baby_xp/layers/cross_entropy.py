@@ -7,11 +7,6 @@ plain sums, and `dy` carries their weights.
 from baby_xp.arrays.namespace import replaceable
 
 
-def spec():
-    """Cross-entropy has no parameters."""
-    return {}
-
-
 @replaceable
 def forward(xp, p, logits, targets):
     """logits (N, V), targets (N,) ids -> losses (N,) in nats."""

@@ -9,11 +9,6 @@ from baby_xp.arrays import rng
 from baby_xp.arrays.namespace import replaceable
 
 
-def spec():
-    """Dropout has no parameters."""
-    return {}
-
-
 def forward(xp, p, x, noise=None):
     """x, any shape whose first axis is B or N, sample by sample -> y, of the same shape.
 

@@ -22,11 +22,6 @@ class Saved(NamedTuple):
     dropout: Any
 
 
-def spec():
-    """Attention over heads has no parameters."""
-    return {}
-
-
 @replaceable
 def forward(xp, p, qkv, shape, noise=None, past=None):
     """qkv (N, 3 S): queries, keys and values side by side -> y (N, S): the heads' outputs side by side.

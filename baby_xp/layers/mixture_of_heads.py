@@ -59,8 +59,3 @@ def backward(xp, p, saved, dy):
     _, dqkv = heads.backward(xp, {}, heads_saved, xp.reshape(dheads, (y.shape[0], -1)))
     dqkv, dx = linear.backward(xp, p["qkv"], qkv_saved, dqkv)
     return {"qkv": dqkv, "gate": dgate, "out": dout}, dx + dx_gate
-
-
-def keys_and_values(saved):
-    """The cache for the tokens that follow: keys and values (B, H, t, D) of all tokens so far."""
-    return saved.heads.k, saved.heads.v

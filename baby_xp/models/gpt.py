@@ -106,7 +106,7 @@ def decode(xp, prepared, ids, config, cache=None):
     """
     logits, saved = forward(xp, prepared, ids, config, cache=cache)
     logits = xp.reshape(logits, (*ids.shape, -1))                  # (B, T, V)
-    return logits[:, -1, :], cache_of(saved, config)
+    return logits[:, -1, :], cache_of(saved)
 
 
 def block_noise(noise, config, i: int):
@@ -117,10 +117,10 @@ def block_noise(noise, config, i: int):
     return [(noise.streams[place, :], noise.rate) for place in range(i * n, (i + 1) * n)]
 
 
-def cache_of(saved, config):
+def cache_of(saved):
     """Keys and values (B, H, t, D) of every block, from what forward saved: the cache for the next tokens.
 
     Like backward, it uses `saved` up.
     """
-    attention = parts(config).attention
-    return [attention.keys_and_values(block_saved.attention.layer) for block_saved in saved.blocks][::-1]
+    heads = [block_saved.attention.layer.heads for block_saved in saved.blocks]
+    return [(one.k, one.v) for one in reversed(heads)]

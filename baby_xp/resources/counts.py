@@ -52,7 +52,7 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
         if len(shape) == 2 and KINDS[_part(path)] not in ("token embeddings", "positions")
     )
     if isinstance(config, EquationConfig):
-        return 2 * batch_size * weights  # one row a context, not a token
+        return 2 * batch_size * weights  # one row per context, not per token
     attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
     return 2 * N * weights + config.n_layers * attention
 
@@ -76,22 +76,22 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
-    norm = C + 1  # normed channels, and one deviation a token
-    a_token = norm + C + V  # the last norm, the head's input, the loss
-    a_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
-    masks = 2 * T * C if config.dropout else 0  # of the two outputs, a byte an element
-    return B * (T * a_token * itemsize + config.n_layers * (_scores_saved(config) * itemsize + masks))
+    norm = C + 1  # normed channels, and one deviation per token
+    per_token = norm + C + V  # the last norm, the head's input, the loss
+    per_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
+    masks = 2 * T * C if config.dropout else 0  # of the two outputs, one byte per element
+    return B * (T * per_token * itemsize + config.n_layers * (_scores_saved(config) * itemsize + masks))
 
 
 def _attention_saved(config: GPTConfig) -> int:
-    """Elements a token: queries, keys, values; scaled queries; outputs and their scale; a sum a head; the gate."""
+    """Elements per token: queries, keys, values, scaled queries, outputs, their scale, a sum per head, gate."""
     S, H = config.head_size, config.n_heads
     return 6 * S + H + (H + S // H if config.c_attention == "moh" else 0)
 
 
 def _scores_saved(config: GPTConfig) -> int:
-    """Elements a sequence: exp(scores), by blocks of rows, each with the keys up to its last row; with dropout,
-    those that are left of them too.
+    """Elements per sequence: exp(scores), by blocks of rows, each with the keys up to its last row; with dropout,
+    those that it keeps too.
     """
     rows, T = max(32, config.head_size // config.n_heads), config.n_ctx
     blocks, rest = divmod(T, rows)
@@ -100,7 +100,7 @@ def _scores_saved(config: GPTConfig) -> int:
 
 
 def _network_saved(config: GPTConfig) -> int:
-    """Elements a token: the derivative of GELU and its output; of experts also the gate and the gated output."""
+    """Elements per token: the derivative of GELU and its output; of experts also the gate and the gated output."""
     if config.c_network == "mlp":
         return 2 * mlp.EXPANSION * config.n_emb
     experts = mixture_of_experts
@@ -150,9 +150,8 @@ def batch_that_fits(
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
-    batch_size sequences took at least, before they failed; the larger one of count and known goes. Never more than
-    half of them, which holds where the count is too low, and most batches are parted in halves anyway. 0: not even
-    one fits.
+    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. Never more
+    than half of them, in case the count is too low; most batches are split into halves anyway. 0: none fits.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     fixed = 6 * flat

@@ -1,8 +1,8 @@
 """Refuses what does not fit this machine, before any of it is made.
 
-Only arrays that are there for certain are counted, and compared with the memory that is free: without a limit, the
-system ends this process or another one when there is no more. What a run takes in all is more, and `estimate`
-measures it. A GPU knows its own memory, see backend.py.
+Only arrays that certainly exist are counted, and compared with the free memory: without a limit, the system kills
+this process or another one when memory runs out. A run takes more in all, and `estimate` measures it. A GPU knows
+its own memory, see backend.py.
 """
 
 from dataclasses import replace
@@ -34,9 +34,9 @@ def check_size(model: Model) -> None:
         raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
 
 
-def check_context(chosen: RunConfig) -> None:
+def check_context(config: RunConfig) -> None:
     """Raises BabyError for equations that are filled up to a context of absurd length."""
-    data, n_ctx = chosen.data, chosen.model.n_ctx
+    data, n_ctx = config.data, config.model.n_ctx
     if isinstance(data, EquationData):
         most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
         if n_ctx > most:
@@ -44,7 +44,7 @@ def check_context(chosen: RunConfig) -> None:
             raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
 
 
-def check_training(chosen: RunConfig, model: Model, backend: Backend, batches: Any, workers: int) -> None:
+def check_training(config: RunConfig, model: Model, backend: Backend, batches: Any, workers: int) -> None:
     """Raises BabyError for a run that this machine's memory cannot hold, where NumPy computes.
 
     batches: those of training. workers: processes that share a step.
@@ -56,16 +56,16 @@ def check_training(chosen: RunConfig, model: Model, backend: Backend, batches: A
     sequences = batches.batch_size
     if isinstance(batches, EpochWindows):
         sequences = min(sequences, batches.n_windows)  # a batch is never more than an epoch
-    together, itemsize = min(chosen.train.batch_size, sequences), np.dtype(chosen.train.dtype).itemsize
+    together, itemsize = min(config.train.batch_size, sequences), np.dtype(config.train.dtype).itemsize
     sizes = model.vocab_size, together, min(workers, together), itemsize
-    parts = counts.arrays(chosen.model, *sizes, backend.xp.tokens_at_once)
-    parts["batch"] = BATCH_BYTES * sequences * chosen.model.n_ctx
+    parts = counts.arrays(config.model, *sizes, backend.xp.tokens_at_once)
+    parts["batch"] = BATCH_BYTES * sequences * config.model.n_ctx
     if workers > 1:
         parts["processes"] = (workers - 1) * PROCESS_BYTES
         # in what they exchange there is room for a whole batch, though there may be less to learn from
-        parts["batch"] += BATCH_BYTES // 2 * chosen.train.batch_size * chosen.model.n_ctx
+        parts["batch"] += BATCH_BYTES // 2 * config.train.batch_size * config.model.n_ctx
     if (taken := sum(parts.values())) > room:
-        lower = _to_lower(parts, chosen.model)
+        lower = _to_lower(parts, config.model)
         raise BabyError(f"training this takes {_too_much(taken, room)}: lower {lower}")
 
 

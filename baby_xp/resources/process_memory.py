@@ -1,5 +1,5 @@
-"""The memory that the machine has and that processes take, from Linux's /proc. On other systems nothing is known
-of processes: [] and None.
+"""The memory that the machine has and that processes take, from Linux's /proc. Other systems report nothing
+about processes: [] and None.
 
 Two sizes describe a process, in bytes:
 
@@ -21,8 +21,8 @@ STATUS = "print(open('/proc/self/status').read())"
 
 
 def free() -> int | None:
-    """Bytes of memory that this machine can give now, with what it may swap; all that it has where the system
-    does not say what others use, None where it says nothing."""
+    """Bytes of memory that are free now, swap included; all memory if the system does not report what others use,
+    None if it reports nothing."""
     with suppress(OSError, KeyError, ValueError):
         fields = _fields((PROC / "meminfo").read_text())
         return 1024 * (int(fields["MemAvailable"][0]) + int(fields["SwapFree"][0]))

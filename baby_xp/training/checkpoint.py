@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped."""
+"""What a run needs to continue as if it had never stopped."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 from baby_xp.arrays import params
+from baby_xp.arrays.backend import Backend
+from baby_xp.config import TrainConfig
+from baby_xp.models import Model
 from baby_xp.training.step import initial_state
 
 Progress = dict[str, Any]
@@ -28,10 +31,10 @@ def nothing_yet() -> Progress:
 
 @dataclass
 class Checkpoint:
-    """A moment between two steps. Batches, dropout and schedule follow from the seed and the step alone.
+    """A snapshot between two steps. Batches, dropout and schedule follow from the seed and the step alone.
 
     state: params, m, v (P,) and step (1,), host arrays. best: the parameters (P,) of the best evaluation so
-    far, None where that is the present one or there is none.
+    far, None if that is the current state or there was none.
     """
 
     state: dict[str, np.ndarray]
@@ -40,25 +43,25 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps that were done."""
+        """Number of steps done."""
         return int(self.state["step"][0])
 
     @property
     def best_params(self) -> np.ndarray:
-        """The parameters (P,) of the best evaluation so far; the present ones before the first."""
+        """The parameters (P,) of the best evaluation so far; the current ones before the first."""
         return self.state["params"] if self.best is None else self.best
 
     def copy_arrays(self) -> None:
-        """Make the state's arrays its own."""
+        """Copy the state's arrays: they may lie in memory that goes with the workers."""
         self.state = {name: array.copy() for name, array in self.state.items()}
 
-    def give_up_arrays(self) -> None:
-        """Forget all but the step, when the arrays are elsewhere: callers may hold on to this for long."""
+    def drop_arrays(self) -> None:
+        """Keep the step alone, once the arrays are on the device: callers may hold this for long."""
         self.state, self.best = {"step": self.state["step"]}, None
 
 
-def first(model, config, flat: np.ndarray | None = None) -> Checkpoint:
-    """The moment before the first step: parameters `flat` (P,), or drawn from the seed of the TrainConfig."""
+def first(model: Model, config: TrainConfig, flat: np.ndarray | None = None) -> Checkpoint:
+    """The snapshot before the first step: parameters `flat` (P,), or drawn from the seed of the config."""
     if flat is None:
         flat = params.draw(model.spec, config.seed, config.dtype)
     flat = flat.astype(config.dtype)
@@ -66,15 +69,15 @@ def first(model, config, flat: np.ndarray | None = None) -> Checkpoint:
     return Checkpoint({"params": flat, "m": zeros, "v": zeros, "step": np.zeros(1, np.int32)})
 
 
-def on_device(backend, model, config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state to go on from, on the backend's device."""
+def state_on_device(backend: Backend, model: Model, config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state to continue from, on the backend's device."""
     state = initial_state(backend, checkpoint.state["params"], params.decay_mask(model.spec), config.seed)
     if checkpoint.step == 0:
-        return state  # the moments are zero
+        return state  # both moments are zero
     moments = {name: backend.asarray(checkpoint.state[name]) for name in ("m", "v")}
     return {**state, **moments, "step": backend.integers([checkpoint.step])}
 
 
-def to_host(backend, state: dict[str, Any]) -> dict[str, np.ndarray]:
+def to_host(backend: Backend, state: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a state that a checkpoint keeps."""
     return {name: backend.to_numpy(state[name]) for name in ("params", "m", "v", "step")}

@@ -4,9 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.tree import Layout
+from baby_xp.config import TrainConfig
+from baby_xp.models import Model
+from baby_xp.text.dataset import Dataset
 from baby_xp.training import optimizers
-from baby_xp.training.checkpoint import Checkpoint, on_device
-from baby_xp.training.step import accumulated, loss_and_gradients_with_dropout
+from baby_xp.training.checkpoint import Checkpoint, state_on_device
+from baby_xp.training.step import gradients_of_step, on_device
+from baby_xp.training.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -21,26 +27,26 @@ class Finding:
     step: int
 
 
-def largest_gradient(backend, model, config, task, start: Checkpoint, last: int, workers=None) -> Finding | None:
+def largest_gradient(
+    backend: Backend, model: Model, config: TrainConfig, dataset: Dataset, start: Checkpoint, last: int,
+    workers: Workers | None = None,
+) -> Finding | None:  # fmt: skip
     """The largest gradient in the last step with a finite loss; from `start` to `last`, the step that diverged.
 
     Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
-    compute = loss_and_gradients_with_dropout if workers is None else workers.loss_and_gradients
-    if config.accumulate > 1:
-        compute = accumulated(compute, config.batch_size)
-    state = on_device(backend, model, config, start)
+    compute = gradients_of_step(config, workers and workers.loss_and_gradients)
+    state = state_on_device(backend, model, config, start)
     with np.errstate(all="ignore"):
         for step in range(start.step, last):
-            batch = task.batches.batch(step)
-            batch = type(batch)(*(backend.asarray(part) for part in batch))
-            loss, gradients = compute(xp, model, state, batch)
+            batch = dataset.batches.batch(step)
+            loss, gradients = compute(xp, model, state, on_device(backend, batch))
             if not np.isfinite(backend.to_numpy(loss)).all():
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
             diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
-            if len(diverged) == len(norms) and finding is not None:  # the step before tells more
+            if len(diverged) == len(norms) and finding is not None:  # the step before is more informative
                 break
             parameter = diverged[0] if diverged else max(norms, key=lambda path: norms[path])
             finding = Finding(parameter, norms[parameter], step + 1)
@@ -50,7 +56,7 @@ def largest_gradient(backend, model, config, task, start: Checkpoint, last: int,
     return finding
 
 
-def _norms(layout, gradients: np.ndarray) -> dict[str, float]:
+def _norms(layout: Layout, gradients: np.ndarray) -> dict[str, float]:
     """Norm of each parameter's gradient, from the flat buffer (P,); in float64, where squares do not overflow."""
     return {
         path: float(np.linalg.norm(gradients[at].astype(np.float64))) for path, at in layout.slices.items()

@@ -1,4 +1,4 @@
-"""Who wants to know how training goes."""
+"""Listeners: objects that training reports its progress to."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """One that does nothing. Others are like it: subclass it, or have the same methods."""
+    """A listener that does nothing. Subclass it, or write an object with the same methods."""
 
     def started(self, session: "TrainingSession", step: int) -> None:
-        """Called before the first step of a training session; `step`: steps that were done before."""
+        """Called before the first step of a training session; `step`: the number of steps done before."""
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Called every few steps with the mean loss since the last call, in nats per token."""
@@ -23,7 +23,7 @@ class Listener:
         grad_norm, seconds, whole_validation, and the sample if there is one."""
 
     def note(self, text: str) -> None:
-        """Called with what the user should know meanwhile."""
+        """Called with a message for the user."""
 
 
 def listening(listener: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The loop around the pure step: batches in, losses out, checkpoints on the way, and why it ended."""
+"""The loop around the pure step: batches in, losses out, checkpoints in between, and the reason it ended."""
 
 import functools
 import math
@@ -10,24 +10,26 @@ from typing import Any
 import numpy as np
 
 from baby_xp.arrays.backend import Backend
+from baby_xp.arrays.namespace import Array
 from baby_xp.models import Model
+from baby_xp.text.batches import Batch
 from baby_xp.text.dataset import Dataset
-from baby_xp.training.checkpoint import Checkpoint, on_device, to_host
+from baby_xp.training.checkpoint import Checkpoint, state_on_device, to_host
 from baby_xp.training.listener import Listener
 from baby_xp.training.plan import Plan, Position
 from baby_xp.training.signals import Stop
-from baby_xp.training.step import make_step, total_loss
+from baby_xp.training.step import make_step, on_device, total_loss
 from baby_xp.training.validation import mean_loss
 from baby_xp.training.workers import Workers
 
 READ_EVERY, READ_SECONDS = 10, 1.0
 """Steps, or seconds, between readings of the loss: each reading waits for the device."""
 EVALUATION_TOKENS = 20_000
-"""Validation tokens of a measurement on the way, about; the last one takes them all."""
+"""Validation tokens of an evaluation during training, about; the last evaluation uses all of them."""
 
 
 class Diverged(Exception):
-    """A number that should be finite is not."""
+    """A loss or a parameter became NaN or infinite."""
 
     def __init__(self, what: str, step: int):
         super().__init__(what, step)
@@ -57,12 +59,12 @@ class Loop:
     plan: Plan
     listener: Listener
     keep: Callable[[Checkpoint], None]
-    """Gets a checkpoint now and then, and at the end."""
+    """Receives a checkpoint whenever the plan says so, and at the end."""
     stop: Stop
-    """May ask for an early end: the step at hand is finished. A KeyboardInterrupt abandons that step."""
+    """May ask for an early end, after the current step. A KeyboardInterrupt abandons that step."""
     workers: Workers | None = None
     sample: Callable[[Any], Iterator[str]] | None = None
-    """Makes a text, piece by piece, of parameters (P,) on the device."""
+    """Generates a text, piece by piece, with parameters (P,) on the device."""
 
     def run(self, start: Checkpoint) -> Result:
         """Train on from `start`, which gives up its arrays.
@@ -84,7 +86,7 @@ class Loop:
                     reason = "interrupted"
         checkpoint = self._checkpoint()
         if self.workers is not None:
-            checkpoint.copy_arrays()  # they lie in memory that goes with the workers
+            checkpoint.copy_arrays()
         return Result(checkpoint, reason, final)
 
     def _begin(self, start: Checkpoint) -> None:
@@ -97,7 +99,7 @@ class Loop:
             step, total = make_step(backend.xp, model, config, *shared), self.workers.total_loss
         self._step = backend.compile(step)
         self._total = backend.compile(total)
-        self.state = on_device(backend, model, config, start)
+        self.state = state_on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
         self._best = self._params() if start.best is None else backend.asarray(start.best)
         self._unread: list[tuple[int, Any, int]] = []  # step, metrics and number of tokens of each
@@ -105,10 +107,10 @@ class Loop:
         self._seconds_before, self._began = self.progress["seconds"], time.perf_counter()
         self._read_at, self._tokens_at = self._began, self.progress["tokens"]
         self._kept_at, self._kept = self._began, self._version()
-        start.give_up_arrays()  # they are on the device now
+        start.drop_arrays()
 
     def _until_the_end(self) -> str:
-        """All that is due, again and again -> the reason of the end."""
+        """Evaluate, write checkpoints and do steps when they are due -> the reason for the end."""
         while True:
             if self.plan.evaluates(self._position()):
                 self._evaluate()
@@ -132,8 +134,7 @@ class Loop:
 
     def _advance(self) -> None:
         batch = self.dataset.batches.batch(self.step)
-        on_device = type(batch)(*(self.backend.asarray(part) for part in batch))
-        state, metrics = self._step(self.state, on_device)
+        state, metrics = self._step(self.state, on_device(self.backend, batch))
         unread = [*self._unread, (self.step, metrics, batch.inputs.size)]
         # at once, and with no call between: a KeyboardInterrupt falls before the step or after it
         self.state, self.step, self._unread = state, self.step + 1, unread
@@ -196,23 +197,22 @@ class Loop:
         return record
 
     def _figures(self) -> dict[str, float]:
-        """What a record says of the last step, and how long the run has taken."""
+        """What a record says about the last step, and the seconds of the run so far."""
         figures = {name: self.progress[name] for name in ("lr", "grad_norm")}
         return {**figures, "seconds": round(self._seconds(), 3)}
 
-    def _params(self):
-        """A copy of the present parameters (P,): workers overwrite those of a state after the next."""
+    def _params(self) -> Array:
+        """A copy of the current parameters (P,): workers overwrite those of a state two steps later."""
         return self.backend.xp.asarray(self.state["params"], copy=True)
 
-    def _validation_loss(self, params, every: int) -> float:
+    def _validation_loss(self, params: Array, every: int) -> float:
         loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.dataset.validation()), every)
         if not math.isfinite(loss):
             raise Diverged(f"validation loss became {loss}", self.step)
         return loss
 
-    def _sum(self, params, batch) -> float:
-        device_batch = type(batch)(*(self.backend.asarray(part) for part in batch))
-        return float(self.backend.to_numpy(self._total(params, device_batch))[0])
+    def _sum(self, params: Array, batch: Batch) -> float:
+        return float(self.backend.to_numpy(self._total(params, on_device(self.backend, batch)))[0])
 
     # checkpoints ---------------------------------------------------------------------------------------
 
@@ -227,11 +227,11 @@ class Loop:
         )
 
     def _write_checkpoint(self) -> None:
-        """Hand a checkpoint to `keep`, unless that has this one already."""
+        """Hand a checkpoint to `keep`, unless it already has this one."""
         self._read()
         if self._version() == self._kept:
             return
-        self.dataset.check()  # what the steps learned from must have been the text
+        self.dataset.check()  # a text that has changed meanwhile is an error
         checkpoint = self._checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
             raise Diverged("parameters became numbers that are not finite", self.step)
@@ -240,7 +240,7 @@ class Loop:
         self._read_at = self._kept_at
 
     def _version(self) -> tuple[int, int]:
-        """Tells two checkpoints apart: an evaluation comes after the step that it measures."""
+        """Distinguishes checkpoints: an evaluation comes after the step that it measures."""
         return self.step, len(self.progress["records"])
 
     def _seconds(self) -> float:

@@ -1,8 +1,11 @@
 """AdamW on the flat buffer, and clipping by the global norm."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from baby_xp.arrays.namespace import replaceable
+from baby_xp.arrays.namespace import Array, replaceable
+from baby_xp.config import TrainConfig
 from baby_xp.training import schedules
 
 EPS = 1e-8
@@ -23,11 +26,12 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: 
     return w - lr * (step + weight_decay * decays * w), m, v
 
 
-def update(xp, state, gradients, config, optimizer=adamw):
+def update(
+    xp: Any, state: dict[str, Array], gradients: Array, config: TrainConfig, optimizer: Callable[..., Any] = adamw
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """The state after one step, and its metrics; the gradient norm is that before clipping.
 
-    state: params, m, v (P,), decays (P,), step (1,) int32. `config` is a TrainConfig, `optimizer` a function
-    with the signature of adamw.
+    state: params, m, v (P,), decays (P,), step (1,) int32. `optimizer` has the signature of adamw.
     """
     norm = global_norm(xp, gradients)
     scale = clip_scale(xp, norm, config.clip)
@@ -43,7 +47,7 @@ def update(xp, state, gradients, config, optimizer=adamw):
     return state, {"grad_norm": norm, "lr": lr}
 
 
-def clip_scale(xp, norm, limit: float):
+def clip_scale(xp: Any, norm: Array, limit: float) -> Array:
     """The factor that brings gradients of this global norm (1,) down to at most `limit` (0: no limit) -> (1,).
 
     Pascanu et al. 2013.

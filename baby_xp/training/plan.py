@@ -12,11 +12,11 @@ class Position:
     """Where training stands, between two steps."""
 
     step: int
-    """Steps that were done."""
+    """Number of steps done."""
     records: list[dict[str, Any]]
     """The evaluations so far."""
     best_step: int | None
-    """That of the evaluation with the lowest validation loss."""
+    """The step of the evaluation with the lowest validation loss."""
     seconds: float
     """Since this session began."""
     checkpoint_seconds: float
@@ -34,18 +34,18 @@ class Position:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a TrainConfig. But for the time limit and checkpoints by time, it follows from the step and the
-    records alone, so a run that is resumed goes on as it would have."""
+    """The plan of a TrainConfig. Apart from the time limit and timed checkpoints, it depends on the step and the
+    records alone, so a resumed run continues as it would have."""
 
     train: TrainConfig
     num_steps: int
-    """Of the whole run; the learning rate follows it too."""
+    """Of the whole run; the learning rate's schedule ends there too."""
     evaluate_first: bool = False
-    """Evaluate before the first step: finetuning starts from weights that are worth it."""
+    """Evaluate before the first step: finetuning starts from weights worth measuring."""
 
     @classmethod
     def of(cls, setup: Setup, evaluate_first: bool = False) -> "Plan":
-        """The plan that the config of a setup tells."""
+        """The plan that the config of a setup describes."""
         return cls(setup.config.train, setup.dataset.num_steps, evaluate_first)
 
     def evaluates(self, at: Position) -> bool:
@@ -64,7 +64,7 @@ class Plan:
         return bool(minutes) and at.checkpoint_seconds > 60 * minutes
 
     def ends(self, at: Position) -> str | None:
-        """The reason to end now: "steps", "patience", "interrupted" or "time"; None: go on."""
+        """The reason to end now: "steps", "patience", "interrupted" or "time"; None: continue."""
         if at.step >= self.num_steps:
             return "steps"
         if self.train.patience and _evaluations_since_best(at) >= self.train.patience:

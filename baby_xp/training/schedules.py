@@ -1,10 +1,14 @@
 """Schedules of the learning rate."""
 
 import math
+from typing import Any
+
+from baby_xp.arrays.namespace import Array
+from baby_xp.config import TrainConfig
 
 
-def learning_rate(xp, step, config, dtype):
-    """The rate at step (1,) int32, counted from 0 -> (1,). `config` is a TrainConfig.
+def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Array:
+    """The rate at step (1,) int32, counted from 0 -> (1,).
 
     Linear warm-up over `warmup_steps`, then constant, or a half cosine that ends at `min_lr` after
     `num_steps` (Loshchilov and Hutter 2017).
@@ -12,6 +16,7 @@ def learning_rate(xp, step, config, dtype):
     t = xp.astype(step, dtype)
     peak = config.peak_lr
     if config.schedule == "cosine":
+        assert config.num_steps is not None  # Setup computes it where the config has epochs
         span = max(1, config.num_steps - config.warmup_steps)
         done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
         lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))

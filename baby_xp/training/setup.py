@@ -1,4 +1,4 @@
-"""What a training computes with: its config and what this machine has made of it."""
+"""What a training computes with: its config, and the backend, dataset and model made from it."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class Setup:
     """A training that can begin: `prepare` makes it, for training, finetuning, resuming and estimating alike."""
 
     config: RunConfig
-    """With the number of steps, if the config tells epochs."""
+    """With the number of steps, even if the user gave epochs."""
     compute: Compute
     """As it was asked for."""
     backend: Backend
@@ -43,8 +43,8 @@ def prepare(
     """Load the backend, read the text and lay out the model.
 
     folder: where the ids of a text are kept; None: in memory. tokenizer, sha256: as for dataset.prepare.
-    check_memory: refuse what certainly does not fit this machine, before anything of it is made; a run that
-    goes on has fitted before.
+    check_memory: refuse what certainly does not fit this machine, before any of it is made; a resumed run
+    has fitted before.
     Raises BabyError if the config and the machine do not go together; no ids are then left behind.
     """
     limits.check_context(config)
@@ -63,7 +63,7 @@ def prepare(
 
 
 def number_of_workers(asked: int | None, backend: Backend, model: Model, batch_size: int) -> int:
-    """Processes that share a step: as many as were asked for, or as suit. Raises BabyError if that cannot be."""
+    """Processes that share a step: as many as asked for, or a suitable number. Raises BabyError if unable."""
     if asked is None:
         return suitable_number(backend, model, batch_size)
     if asked > 1 and backend.name != "numpy":

@@ -1,6 +1,6 @@
-"""Ends a run at the next good moment when the user or the system asks for it: Ctrl-C, SIGTERM, SIGHUP.
+"""Stops a run between two steps when the user or the system asks for it: Ctrl-C, SIGTERM, SIGHUP.
 
-SIGTERM is the system's request to end, and SIGHUP what comes when the terminal or the connection is closed. A
+SIGTERM is the system's request to end; SIGHUP comes when the terminal or the connection is closed. A
 signal that is ignored when the program starts stays so: that is how `nohup` keeps a program alive.
 """
 
@@ -16,8 +16,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 ONCE_SECONDS = 1.0
 """The same request often comes twice, from the system and from a shell: within this time it counts once."""
 
-_asked_by = signal.SIGINT
-"""What last asked a training to stop. Signals are the whole process's, and so is this."""
+_asked_by: int = signal.SIGINT
+"""What last asked a training to stop. Signals concern the whole process, and so does this."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,35 +44,33 @@ def interruptible() -> Iterator[None]:
         if last - before >= ONCE_SECONDS:
             raise Interrupted(number)
 
-    handlers = _listen(SIGNALS[1:], interrupt)
+    handlers = _handle(SIGNALS[1:], interrupt)
     try:
         yield
     finally:
-        _put_back(handlers)
+        _restore(handlers)
 
 
 class Stop:
     """A request to stop: `asked` becomes true at the first signal, another Ctrl-C or SIGTERM interrupts at once.
 
-    Another SIGHUP does not: where a terminal is closed, the system and the shell may both send one.
-    A context manager: signals are listened to inside only, and in the main thread only, as Python has it.
-    Elsewhere, Ctrl-C is a KeyboardInterrupt as ever. `told` is called when the request comes.
+    Another SIGHUP does not: when a terminal is closed, the system and the shell may both send one.
+    A context manager: it handles signals only inside it, and only in the main thread, as Python requires.
+    Elsewhere, Ctrl-C raises KeyboardInterrupt as usual. `on_request` is called at the first signal.
     """
 
-    SIGNALS = SIGNALS
-
-    def __init__(self, told: Callable[[], None] = lambda: None):
-        self.asked, self._told = False, told
+    def __init__(self, on_request: Callable[[], None] = lambda: None):
+        self.asked, self._on_request = False, on_request
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         global _asked_by
         _asked_by = signal.SIGINT
-        self._before = _listen(SIGNALS, self._ask)
+        self._before = _handle(SIGNALS, self._ask)
         return self
 
-    def __exit__(self, *_) -> None:
-        _put_back(self._before)
+    def __exit__(self, *_: object) -> None:
+        _restore(self._before)
         self._before = {}
 
     def over(self, items: Iterable) -> Iterator:
@@ -89,18 +87,19 @@ class Stop:
                 return
             raise interruption()
         self.asked, _asked_by = True, number
-        self._told()
+        self._on_request()
 
 
-def _listen(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def _handle(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Handle these signals, where they are not ignored -> the handlers before. Nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    return {
+        number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+    }
 
 
-def _put_back(handlers: dict[int, Any]) -> None:
+def _restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
-        with suppress(TypeError):  # a handler that was not set from Python cannot be put back
+        with suppress(TypeError):  # a handler that was not set from Python cannot be restored
             signal.signal(number, handler)

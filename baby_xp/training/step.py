@@ -1,7 +1,7 @@
 """One training step, as a pure function: step(state, batch) -> state, metrics.
 
 A batch is computed in parts whose losses and gradients are added up: batches of a larger one where gradients are
-accumulated, and tiles of each, as large as the processor's caches like them. Workers split it into shards, see
+accumulated, and tiles of each, sized for the processor's caches. Workers split it into shards, see
 workers.py.
 """
 
@@ -11,9 +11,11 @@ import operator
 from collections.abc import Callable, Iterable
 
 from baby_xp.arrays import rng
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.tiles import samples, tiles
 from baby_xp.layers import cross_entropy
+from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers
 
 
@@ -34,15 +36,18 @@ def initial_state(backend, flat, decays, seed: int):
     }
 
 
+def on_device(backend: Backend, batch: Batch) -> Batch:
+    """A batch of host arrays on the backend's device."""
+    return Batch(*(backend.asarray(part) for part in batch))
+
+
 def make_step(xp, model, config, loss_and_gradients=None, optimizer=optimizers.adamw):
     """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
 
     loss_and_gradients has the signature of loss_and_gradients_with_dropout, the default; optimizer that of
     optimizers.adamw. Workers have both.
     """
-    compute = loss_and_gradients or loss_and_gradients_with_dropout
-    if config.accumulate > 1:
-        compute = accumulated(compute, config.batch_size)
+    compute = gradients_of_step(config, loss_and_gradients)
 
     def step(state, batch):
         loss, gradients = compute(xp, model, state, batch)
@@ -97,6 +102,12 @@ def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | No
 def _of_tile(xp, model, state, n_targets: int, tile):
     noise = step_noise(xp, model, state["seed"], state["step"], tile)
     return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
+
+
+def gradients_of_step(config, compute=None):
+    """The function that gives a step's loss and gradients: `compute`, in parts where the config accumulates."""
+    compute = compute or loss_and_gradients_with_dropout
+    return accumulated(compute, config.batch_size) if config.accumulate > 1 else compute
 
 
 def accumulated(compute, batch_size: int):

@@ -37,7 +37,7 @@ from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
-from baby_xp.arrays.tree import leaves
+from baby_xp.arrays.tiles import samples
 from baby_xp.config import model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -45,7 +45,7 @@ from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers
 from baby_xp.training.step import loss_and_gradients_with_dropout, total_loss
 
-COMMAND = struct.Struct("<c10q")
+COMMAND = struct.Struct("<c9q")
 """What to do; the number of the command, and numbers that the command needs."""
 ANSWER = struct.Struct("<q")
 """The number of the command that is done; 0: the worker is ready."""
@@ -68,13 +68,11 @@ INHERITED = os.name != "nt"
 """Whether a child can be given an open file, so that the file needs no name."""
 
 
-def suitable_number(backend, model: Model, batch_size: int) -> int:
+def suitable_number(backend: Backend, model: Model, batch_size: int) -> int:
     """How many processes suit a run: one per core on NumPy, but one in all for small steps."""
     if backend.name != "numpy" or is_small(model, batch_size):
         return 1
-    return min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, batch_size
-    )
+    return min(processes.cores(), batch_size)
 
 
 def is_small(model: Model, batch_size: int) -> bool:
@@ -83,10 +81,10 @@ def is_small(model: Model, batch_size: int) -> bool:
 
 
 @contextmanager
-def alone(backend, model: Model, batch_size: int) -> Iterator[None]:
+def alone(backend: Backend, model: Model, batch_size: int) -> Iterator[None]:
     """The context in which a single process computes, in place of Workers: a small step has one BLAS thread.
 
-    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms was seen to
+    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms can
     take 400.
     """
     small = backend.name == "numpy" and is_small(model, batch_size)
@@ -152,7 +150,7 @@ class Arena:
 
 def address(array: np.ndarray) -> int:
     """Where an array begins in the memory of this process."""
-    return array.__array_interface__["data"][0]
+    return int(array.__array_interface__["data"][0])
 
 
 def _reserve(file: int, length: int) -> None:
@@ -189,7 +187,7 @@ class Workers:
             raise
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for child in self.children:
             for pipe in pipes(child):
                 with suppress(OSError):
@@ -261,8 +259,8 @@ class Workers:
         self._path, self._file = "", -1
 
     def loss_and_gradients(
-        self, xp, model: Model, state: dict[str, Any], batch: Batch, n_targets: int | None = None
-    ):
+        self, xp: Any, model: Model, state: dict[str, Any], batch: Batch, n_targets: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As step.loss_and_gradients_with_dropout, by all processes together.
 
         The gradients of a whole batch lie in the arena, and the next call overwrites them. Those of a part of a
@@ -278,9 +276,10 @@ class Workers:
             total += self.arena.gradients[rank]
         return loss, total if n_targets is None else total.copy()
 
-    def total_loss(self, params, batch: Batch):
+    def total_loss(self, params: np.ndarray, batch: Batch) -> np.ndarray:
         """As step.total_loss, by all processes together."""
-        total = total_loss(self.backend.xp, self.model, params, self._hand_out(TOTAL, params, batch, 0, 0, 0))
+        shard = self._hand_out(TOTAL, params, batch)
+        total: np.ndarray = total_loss(self.backend.xp, self.model, params, shard)
         for rank in self._asked:
             self._wait(rank)
             total = total + total.dtype.type(self.arena.losses[rank])
@@ -302,13 +301,13 @@ class Workers:
         self._number += 1
         for rank in range(1, self.number):
             self._send(rank, UPDATE, old)
-        _update_part(self.backend, arena, old, slice(0, self._bounds[1]), decays[: self._bounds[1]])
+        _update_part(self.backend, arena, slice(0, self._bounds[1]), decays[: self._bounds[1]], old)
         for rank in range(1, self.number):
             self._wait(rank)
         return tuple(arena.states[1 - old])
 
-    def _hand_out(self, what: bytes, params, batch: Batch, n_targets: int, seed: int, step: int) -> Batch:
-        """Give the other processes their shards of the batch -> the shard of this one."""
+    def _hand_out(self, what: bytes, params: np.ndarray, batch: Batch, *numbers: int) -> Batch:
+        """Give the other processes their shards of the batch, and numbers -> the shard of this one."""
         B, T = batch.inputs.shape
         self._number += 1
         place = self.arena.place_of(params)
@@ -321,12 +320,12 @@ class Workers:
         bounds = [-(-B * rank // self.number) for rank in range(self.number + 1)]
         self._asked = [rank for rank in range(1, self.number) if bounds[rank] < bounds[rank + 1]]
         for rank in self._asked:
-            shape = bounds[rank], bounds[rank + 1], B, T, batch.targets.size // B
-            self._send(rank, what, place, *shape, n_targets, seed, step)
-        return Batch(*(part[: bounds[1]] for part in batch))
+            shape = bounds[rank], bounds[rank + 1], T, batch.targets.size // B
+            self._send(rank, what, place, *shape, *numbers)
+        return samples(batch, 0, bounds[1])
 
     def _send(self, rank: int, what: bytes, *numbers: int) -> None:
-        numbers = (*numbers, *[0] * (9 - len(numbers)))
+        numbers = (*numbers, *[0] * (8 - len(numbers)))
         commands, _ = pipes(self.children[rank - 1])
         try:
             commands.write(COMMAND.pack(what, self._number, *numbers))
@@ -345,8 +344,7 @@ class Workers:
                 return
 
     def _lost(self, rank: int) -> BabyError:
-        code = self.children[rank - 1].wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        how = processes.how_it_ended(self.children[rank - 1])
         return BabyError(f"worker {rank} of {self.number} {how}; train with fewer --workers, or --workers 1")
 
 
@@ -371,13 +369,11 @@ def _temporary_file() -> tuple[int, str]:
     return file, ""
 
 
-def _gradients_of_shard(backend, model: Model, state: dict[str, Any], shard: Batch, n_targets: int, flat):
+def _gradients_of_shard(
+    backend: Backend, model: Model, state: dict[str, Any], shard: Batch, n_targets: int, flat: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Loss (1,) and gradients (P,) of a shard of a batch; the gradients are `flat`, an array in the arena."""
-
-    def pack(dp):  # where they are wanted: one copy less
-        gradients = dict(leaves(dp))
-        return np.concatenate([gradients[path].reshape(-1) for path in model.layout.paths], out=flat)
-
+    pack = functools.partial(model.layout.pack, backend.xp, out=flat)
     loss, total = loss_and_gradients_with_dropout(backend.xp, model, state, shard, n_targets, pack)
     if total is not flat:  # what adds up the tiles need not do so in place
         flat[:] = total
@@ -392,7 +388,7 @@ def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta
         array[:] = values
 
 
-def _update_part(backend, arena: Arena, old: int, part: slice, decays) -> None:
+def _update_part(backend: Backend, arena: Arena, part: slice, decays: np.ndarray, old: int, *_: int) -> None:
     """AdamW for a part of the flat buffer: from one state in the arena to the other."""
     w, m, v = arena.states[old][:, part]
     new, g = arena.states[1 - old][:, part], arena.gradients[0][part]
@@ -414,33 +410,27 @@ def serve() -> None:
     arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)
     os.close(file)
     part = slice(*setup["part"])
-    obey = {
-        GRADIENTS: functools.partial(_obey_gradients, backend, model, arena, rank),
-        TOTAL: functools.partial(_obey_total, backend, model, arena, rank),
-        UPDATE: functools.partial(_obey_update, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
+    actions = {
+        GRADIENTS: functools.partial(_compute_gradients, backend, model, arena, rank),
+        TOTAL: functools.partial(_compute_total, backend, model, arena, rank),
+        UPDATE: functools.partial(_update_part, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
     }
     # numbers that are not finite show in the loss, which the main process checks
     with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):
         answers.write(ANSWER.pack(0))
         while len(command := commands.read(COMMAND.size)) == COMMAND.size:
             what, number, *rest = COMMAND.unpack(command)
-            obey[what](*rest)
+            actions[what](*rest)
             answers.write(ANSWER.pack(number))
 
 
-def _obey_gradients(
-    backend, model, arena, rank, place, first, last, B, T, per_sample, n_targets, seed, step
-) -> None:
+def _compute_gradients(backend, model, arena, rank, place, first, last, T, per_sample, n_targets, seed, step):
     batch = arena.batch(first, last, T, per_sample)
     state = {"params": arena.params_at(place), "seed": backend.integers([seed]), "step": backend.integers([step])}
     loss, _ = _gradients_of_shard(backend, model, state, batch, n_targets, arena.gradients[rank])
     arena.losses[rank] = loss[0]
 
 
-def _obey_total(backend, model, arena, rank, place, first, last, B, T, per_sample, *_) -> None:
+def _compute_total(backend, model, arena, rank, place, first, last, T, per_sample, *_):
     batch = arena.batch(first, last, T, per_sample)
     arena.losses[rank] = total_loss(backend.xp, model, arena.params_at(place), batch)[0]
-
-
-def _obey_update(backend, arena, part, decays, old, *_) -> None:
-    _update_part(backend, arena, old, part, decays)

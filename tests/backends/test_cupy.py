@@ -1,18 +1,17 @@
-"""The CuPy backend around its kernels: devices, options, memory, what is told. All on fake_cupy.py's machine."""
+"""The CuPy backend around its kernels: devices, options, memory, reports. All on fake_cupy.py's machine."""
 
 import re
 import shutil
 import threading
 import types
-from dataclasses import replace
 
 import fake_cupy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import TEXT, StopAt
 
 import baby_xp
-import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Memory, translate_out_of_memory
@@ -21,11 +20,10 @@ from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.resources import counts
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.skipif(fake_cupy.compiler() is None, reason="no C++ compiler to run the kernels with")
 
-TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 8, "num_steps": 8,
     "eval_every": 4, "checkpoint_every": 2, "dropout": 0.2, "sample_tokens": 3, "warmup_steps": 3, "lr": 1e-2,
@@ -47,9 +45,8 @@ def put(machine, monkeypatch) -> None:
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+def text(work) -> str:
+    """A text in the current folder."""
     return "text.txt"
 
 
@@ -73,7 +70,7 @@ def call(text, capsys):
 # devices ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("asked", "index"), [(None, 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+@pytest.mark.parametrize(("asked", "index"), [(None, 0), ("", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_device_is_found_by_its_name(machine, asked, index):
     backend = registry.load("cupy", asked)
     assert backend.device == f"cuda:{index} (Pretended GPU {index})"
@@ -81,11 +78,8 @@ def test_a_device_is_found_by_its_name(machine, asked, index):
     assert backend.integers([1, 2]).where == index
 
 
-@pytest.mark.parametrize("asked", ["cuda:2", "cuda:-1", "cuda:x", "gpu", "cpu", "cuda:1:1", ""])
+@pytest.mark.parametrize("asked", ["cuda:2", "cuda:-1", "cuda:x", "gpu", "cpu", "cuda:1:1"])
 def test_a_device_that_is_not_there_is_named_beside_those_that_are(machine, asked):
-    if asked == "":  # no name, as None
-        assert registry.load("cupy", asked).device.startswith("cuda:0 ")
-        return
     with pytest.raises(BackendUnavailable, match=f"no device '{asked}'; devices here: cuda:0, cuda:1"):
         registry.load("cupy", asked)
 
@@ -136,7 +130,7 @@ def test_two_devices_take_turns_in_one_thread(machine):
     [(0, 0, "no NVIDIA driver was found"), (11080, 1, "the driver is for CUDA 11, this CuPy for CUDA 12"),
      (13000, None, "no GPU can be reached (no device)")],
 )  # fmt: skip
-def test_what_is_missing_is_told(machine, monkeypatch, driver, count, words):
+def test_what_is_missing_is_named(machine, monkeypatch, driver, count, words):
     runtime = fake_cupy.sys.modules["cupy"].cuda.runtime
     runtime.driverGetVersion = lambda: driver
     if count is None:
@@ -147,8 +141,8 @@ def test_what_is_missing_is_told(machine, monkeypatch, driver, count, words):
         runtime.getDeviceCount = unreachable
     with pytest.raises(BackendUnavailable, match=re.escape(words)):
         registry.load("cupy")
-    chosen, why = registry.choose()
-    assert (chosen.name, why) == ("numpy", f"no GPU to use ({words})")
+    backend, why = registry.choose()
+    assert (backend.name, why) == ("numpy", f"no GPU to use ({words})")
 
 
 def test_a_gpu_whose_memory_others_took_is_no_broken_installation(monkeypatch):
@@ -172,8 +166,8 @@ def test_an_option_that_is_not_given_is_no_option():
 
 
 def test_auto_passes_options_on_and_refuses_them_where_it_takes_numpy(machine, monkeypatch):
-    chosen, _ = registry.choose(tf32=True)
-    assert (chosen.name, chosen.tf32) == ("cupy", True)
+    backend, _ = registry.choose(tf32=True)
+    assert (backend.name, backend.tf32) == ("cupy", True)
     with pytest.raises(BabyError, match="memory_gib must be a number above 0"):
         registry.choose(memory_gib=-1)
     monkeypatch.setitem(fake_cupy.sys.modules, "cupy", None)
@@ -232,20 +226,8 @@ def test_tf32_needs_a_gpu_that_has_it(monkeypatch):
 # runs ---------------------------------------------------------------------------------------------------
 
 
-class StopAt(baby_xp.Listener):
-    """Interrupts a run at a step; `then` is called first."""
-
-    def __init__(self, step: int, then=lambda: None):
-        self.step, self.then = step, then
-
-    def evaluated(self, record):
-        if record["step"] == self.step:
-            self.then()
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_device_and_tf32_and_without_them_elsewhere(machine, text):
+def test_a_run_resumes_with_its_device_and_tf32_and_without_them_elsewhere(machine, text):
     run = train(text, listener=StopAt(4), device="cuda:1", tf32=True)
     place = {"backend": "cupy", "device": "cuda:1", "workers": 1, "tf32": True}
     assert run.config["place"] == place
@@ -260,7 +242,7 @@ def test_a_run_goes_on_with_its_device_and_tf32_and_without_them_elsewhere(machi
     ("before", "flags", "after"),
     [(True, [], True), (True, ["--no-tf32"], False), (False, ["--tf32"], True), (False, [], False)],
 )
-def test_tf32_is_that_of_before_unless_it_is_said_anew(machine, call, text, before, flags, after):
+def test_tf32_stays_as_it_was_unless_given_again(machine, call, text, before, flags, after):
     run = train(text, listener=StopAt(4), tf32=before)
     assert call("resume", *flags)[0] == 0
     assert api.load().config["place"].get("tf32", False) == after
@@ -330,7 +312,7 @@ def peak_of(machine, config, V: int, B: int) -> int:
     best = backend.xp.asarray(state["params"], copy=True)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10, batch_size=B)))
     for _ in range(2):
-        state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+        state, _ = step(state, on_device(backend, batch))
     assert best.shape == state["params"].shape
     assert backend.memory().peak_used == backend.memory().peak_held == machine.held[0]
     return machine.held[0]
@@ -378,7 +360,7 @@ def test_a_batch_that_fits_is_smaller_than_one_that_does_not_and_grows_with_the_
     assert 0 < counts.batch_that_fits(equations, 13, 10_000, 2**18, 2**18) < 5000
 
 
-def test_what_was_known_goes_where_it_is_more_than_the_count():
+def test_known_bytes_replace_a_smaller_count():
     config = GPTConfig(**LARGER, dropout=0.1)
     room = 2**24
     by_count = counts.batch_that_fits(config, 65, 64, room, 0)
@@ -388,12 +370,6 @@ def test_what_was_known_goes_where_it_is_more_than_the_count():
     assert counts.batch_that_fits(config, 65, 1, 2**40, 0) == 0
 
 
-def one_line(err: str) -> str:
-    lines = err.splitlines()
-    assert len(lines) == 1, err
-    return lines[0]
-
-
 @pytest.mark.slow
 def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, text, call):
     """The whole way: what is advised is done, on the same machine, and then it fits."""
@@ -401,20 +377,18 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
     flags = ["--backend=cupy", *sizes, "--batch-size=24", "--eval-every=100", "--sample-tokens=0", "--num-steps=2"]
     free = fake_cupy.Machine()
     put(free, monkeypatch)
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 3)
     assert call("train", *flags)[0] == 0
     shutil.rmtree("runs")
     put(fake_cupy.Machine(memory=free.held[0] // 2), monkeypatch)
     code, _, err = call("train", *flags)
     assert code == 2
-    line = one_line(err)
     pattern = (
         r"baby_xp: out of memory on cuda:0 \(Pretended GPU 0\): an array of [\d.]+ [KM]iB did not fit, "
         r"[\d.]+ [KM]iB are free, [\d.]+ [KM]iB are held by this process; by a rough count about (\d+) sequences "
-        r"at once would fit, not 24: --batch-size (\d+) --accumulate (\d+) takes the same steps in parts"
+        r"at once would fit, not 24: --batch-size (\d+) --accumulate (\d+) takes the same steps in parts\n"
     )
-    found = re.fullmatch(pattern, line)
-    assert found, line
+    found = re.fullmatch(pattern, err)
+    assert found, err
     about, part, accumulate = map(int, found.groups())
     assert 4 <= about <= 12
     assert (part <= about, part * accumulate) == (True, 24)
@@ -425,14 +399,14 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
     assert (code, err) == (0, "")
 
 
-def test_where_not_one_sequence_fits_that_is_told(machine, text):
+def test_an_error_says_that_not_one_sequence_fits(machine, text):
     with pytest.raises(OutOfMemory, match="not even one sequence would fit: choose a smaller model") as caught:
         train(text, memory_gib=20_000 / 2**30)
     assert "which may hold 19.5 KiB" in str(caught.value)
 
 
 @pytest.mark.slow
-def test_the_last_checkpoint_survives_and_the_run_goes_on(machine, text):
+def test_the_last_checkpoint_survives_and_the_run_resumes(machine, text):
     whole = train(text, path="whole")
     peak = machine.held[0]
 
@@ -443,7 +417,7 @@ def test_the_last_checkpoint_survives_and_the_run_goes_on(machine, text):
 
     with pytest.raises(OutOfMemory, match=r"checkpoint of step 4 is kept: run .* can be resumed") as caught:
         train(text, listener=Shrinks())
-    assert "a run that goes on keeps its batch" in str(caught.value)
+    assert "a resumed run keeps its batch" in str(caught.value)
     (summary,) = api.list_runs()
     assert (summary.state, summary.steps) == ("failed", 4)
     machine.limits[0] = 0
@@ -487,16 +461,16 @@ def test_the_command_line_ends_with_two_when_generation_does_not_fit(machine, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "text_of", "told"),
+    ("name", "message", "translated"),
     [("CUBLASError", "CUBLAS_STATUS_ALLOC_FAILED", True), ("CUBLASError", "CUBLAS_STATUS_NOT_SUPPORTED", False),
      ("CUDARuntimeError", "cudaErrorMemoryAllocation: out of memory", True),
      ("CUDADriverError", "CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
      ("CUDARuntimeError", "cudaErrorIllegalAddress", False), ("ValueError", "CUBLAS_STATUS_ALLOC_FAILED", False)],
 )  # fmt: skip
-def test_errors_of_cuda_about_memory_are_told_from_others(machine, name, text_of, told):
+def test_errors_of_cuda_about_memory_are_distinguished_from_others(machine, name, message, translated):
     backend = registry.load("cupy")
-    error = type(name, (RuntimeError,), {})(text_of)
-    kind = OutOfMemory if told else type(error)
+    error = type(name, (RuntimeError,), {})(message)
+    kind = OutOfMemory if translated else type(error)
     with pytest.raises(kind), translate_out_of_memory(backend):
         raise error
 
@@ -509,10 +483,10 @@ def test_backends_without_memory_of_their_own_are_left_alone():
     assert numpy.first_use() is None
 
 
-# what is told -------------------------------------------------------------------------------------------
+# reports -------------------------------------------------------------------------------------------------
 
 
-def test_backends_tells_driver_card_memory_and_tf32(machine, call):
+def test_backends_lists_driver_card_memory_and_tf32(machine, call):
     code, out, _ = call("backends")
     assert code == 0
     line = next(line for line in out.splitlines() if line.startswith("cupy"))
@@ -524,7 +498,7 @@ def test_backends_tells_driver_card_memory_and_tf32(machine, call):
 
 
 @pytest.mark.slow
-def test_the_report_tells_the_peaks_of_memory(machine, text):
+def test_the_report_has_the_peaks_of_memory(machine, text):
     run = train(text)
     report = run.files.report.read_text("utf-8")
     found = re.search(r"GPU memory, peak used/held +([\d.]+) KiB / ([\d.]+) KiB", report)
@@ -551,7 +525,7 @@ def test_the_first_use_on_a_machine_is_announced(machine, call, tmp_path):
     few = ("--backend=cupy", "--num-steps=2", "--sample-tokens=0")
     code, out, _ = call("train", *few)
     assert code == 0
-    assert "compiling GPU kernels, once a machine" in out
+    assert "compiling GPU kernels, once per machine" in out
     assert "compiling GPU kernels" in call("generate", "--backend=cupy", "--num-tokens=3")[2]
     (tmp_path / "cache").mkdir()
     assert registry.load("cupy").first_use() is not None  # it is empty
@@ -564,4 +538,3 @@ def test_the_first_use_on_a_machine_is_announced(machine, call, tmp_path):
 def test_the_settings_of_a_preset_stay_what_they_are(machine, text):
     run = train(text, memory_gib=1.0, tf32=True)
     assert not {"tf32", "memory_gib"} & {*run.config["train"], *run.config["model"], *run.config["data"]}
-    assert replace(TrainConfig(num_steps=1)) == TrainConfig(num_steps=1)

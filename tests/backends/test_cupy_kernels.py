@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from baby_xp_backends import cupy_kernels
 from conftest import case_of
-from layer_table import TABLE, numbers_for
+from layer_table import TABLE, noting, numbers_for
 
 from baby_xp.arrays import params, rng
 from baby_xp.arrays.tree import leaves
@@ -20,7 +20,7 @@ from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import optimizers
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 BOTH = ["cupy kernels", pytest.param("cupy", marks=pytest.mark.gpu)]
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
@@ -37,6 +37,16 @@ def cupy(request):
 def cupy32(request):
     """The kernels in float32."""
     return case_of(request.param, "float32")
+
+
+@pytest.fixture
+def fake():
+    """A machine whose GPU the CPU plays, and the backend on it."""
+    machine = fake_cupy.Machine()
+    try:
+        return machine, fake_cupy.backend(machine)
+    except fake_cupy.BackendUnavailable as error:
+        pytest.skip(error.reason)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -66,9 +76,9 @@ def both_ways(module, p, x, dy, *arguments):
     """Forward and backward of a layer, as one function of xp and a way to put arrays on the device."""
 
     def run(xp, put):
-        on_device = {name: put(array) for name, array in p.items()}
-        y, saved = module.forward(xp, on_device, put(x), *arguments)
-        back = module.backward(xp, on_device, saved, put(dy))
+        put_p = {name: put(array) for name, array in p.items()}
+        y, saved = module.forward(xp, put_p, put(x), *arguments)
+        back = module.backward(xp, put_p, saved, put(dy))
         dp, dx = back if isinstance(back, tuple) else (back, None)
         return [y, dx, *dp.values()]
 
@@ -162,20 +172,10 @@ def test_a_kernel_is_the_plain_function_in_float32(cupy32, plain, name):
     compare(cupy32, plain, CASES[name])
 
 
-def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
+def test_these_cases_reach_every_kernel_and_every_function(fake, monkeypatch):
+    machine, backend = fake
     reached = set()
-    kernels = {
-        name: lambda xp, *arguments, _name=name, _function=function: (
-            reached.add(_name) or _function(xp, *arguments)
-        )
-        for name, function in backend.xp.kernels.items()
-    }
-    monkeypatch.setattr(backend.xp, "kernels", kernels)
+    monkeypatch.setattr(backend.xp, "kernels", noting(backend.xp.kernels, reached))
     for run in CASES.values():
         run(backend.xp, lambda array: backend.asarray(np.asarray(array)))
     rng.keep_mask(backend.xp, backend.asarray(stream(2)), 5, RATE)
@@ -186,21 +186,13 @@ def test_these_cases_reach_every_kernel_and_every_function(monkeypatch):
 
 
 @NAMES
-def test_the_order_of_threads_changes_nothing(name):
+def test_the_order_of_threads_changes_nothing(fake, name):
     """A result that hangs on an order that CUDA does not promise shows here as two results."""
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
+    machine, backend = fake
     results = []
     for machine.falling in (False, True):
-        results.append(
-            [
-                None if array is None else array.tobytes()
-                for array in CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
-            ]
-        )
+        arrays = CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
+        results.append([None if array is None else array.tobytes() for array in arrays])
     assert results[0] == results[1]
 
 
@@ -239,7 +231,7 @@ def test_attention_drops_what_the_mask_says(cupy, plain):
 # numbers that are not finite, and views -------------------------------------------------------------------
 
 
-def test_a_logit_of_minus_infinity_adds_nothing_and_one_that_is_no_number_shows(cupy, plain):
+def test_a_logit_of_minus_infinity_adds_nothing_and_nan_shows(cupy, plain):
     logits = draw(0, 4, 40)
     logits[0, 0] = logits[1, 39] = -np.inf
     logits[2, 5], logits[3, :] = np.nan, -np.inf
@@ -283,8 +275,8 @@ def test_batched_products_are_products(cupy, transpose_a, transpose_b):
     a, b = draw(0, 2, 3, 5, 7), draw(1, 2, 3, 7, 4)
     out = cupy.asarray(np.zeros((2, 3, 5, 4)))
     turned = ((a, transpose_a), (b, transpose_b))
-    on_device = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
-    found = cupy.xp.batched_product(*on_device, transpose_a, transpose_b, factor=0.25, out=out)
+    factors = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
+    found = cupy.xp.batched_product(*factors, transpose_a, transpose_b, factor=0.25, out=out)
     np.testing.assert_allclose(cupy.to_numpy(found), 0.25 * (a @ b), atol=1e-13)
     assert found is out
 
@@ -304,25 +296,15 @@ def test_matmul_is_matmul_for_all_shapes(cupy, a, b):
 # a step ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small():
+def test_a_step_never_waits_for_the_device(fake):
+    machine, backend = fake
     model = Model(GPTConfig(n_ctx=8, n_emb=12, head_size=8, n_heads=2, n_layers=2, dropout=0.2), 17)
     batch = RandomWindows(np.random.default_rng(0).integers(0, 17, 400), 8, 3, 0).batch(0)
-    return model, batch
-
-
-def test_a_step_never_waits_for_the_device(small):
-    machine = fake_cupy.Machine()
-    try:
-        backend = fake_cupy.backend(machine)
-    except fake_cupy.BackendUnavailable as error:
-        pytest.skip(error.reason)
-    model, batch = small
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
     before = machine.synchronized
     for _ in range(2):
-        state, metrics = step(state, type(batch)(*map(backend.asarray, batch)))
+        state, metrics = step(state, on_device(backend, batch))
     assert machine.synchronized == before
     assert np.isfinite(float(backend.to_numpy(metrics["loss"])[0]))
     assert machine.synchronized == before + 1

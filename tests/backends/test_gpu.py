@@ -9,9 +9,8 @@ import pytest
 from conftest import case_of
 from layer_table import TABLE, numbers_for
 from safetensors.numpy import load_file
+from small_runs import TEXT, StopAt
 
-import baby_xp
-import baby_xp.session
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.tree import leaves
@@ -19,11 +18,10 @@ from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.errors import BackendUnavailable
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 pytestmark = pytest.mark.gpu
 
-TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 8, "num_steps": 10,
     "eval_every": 5, "checkpoint_every": 2, "dropout": 0.2, "sample_tokens": 3, "warmup_steps": 3, "lr": 1e-2,
@@ -44,26 +42,13 @@ def cupy():
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baby_xp.session, "SAMPLE_TOKENS", 10)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+def text(work) -> str:
+    """A text in the current folder."""
     return "text.txt"
 
 
 def train(text, listener=None, **more):
     return api.train("baby", listener=listener, **{**TINY, "data": text, **more})
-
-
-class StopAt(baby_xp.Listener):
-    """Interrupts a run at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def evaluated(self, record):
-        if record["step"] == self.step:
-            raise KeyboardInterrupt
 
 
 # the same numbers ---------------------------------------------------------------------------------------
@@ -103,7 +88,7 @@ def steps(case, name: str, number: int, **options):
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
     step, losses = case.compile(make_step(case.xp, model, config)), []
     for i in range(number):
-        state, metrics = step(state, type(batches.batch(i))(*map(case.asarray, batches.batch(i))))
+        state, metrics = step(state, on_device(case, batches.batch(i)))
         losses.append(metrics["loss"])
     return np.array([float(case.to_numpy(loss)[0]) for loss in losses]), case.to_numpy(state["params"])
 
@@ -185,7 +170,7 @@ def test_a_model_trains_in_tf32_nearly_as_without(cupy):
 
 
 def test_a_step_does_not_wait_for_the_device(cupy):
-    """As far as CuPy can tell: it knows of its own waits, not of those of the driver."""
+    """CuPy reports its own waits, not those of the driver."""
     import cupyx
 
     backend = registry.load("cupy")
@@ -193,14 +178,14 @@ def test_a_step_does_not_wait_for_the_device(cupy):
     batch = RandomWindows(np.random.default_rng(0).integers(0, 65, 9000), 64, 12, 0).batch(0)
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
     step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
-    state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+    state, _ = step(state, on_device(backend, batch))
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # it says that it may go in a later CuPy
         if not hasattr(cupyx, "allow_synchronize"):
-            pytest.skip("this CuPy does not tell of its waits any more")
+            pytest.skip("this CuPy no longer reports its waits")
         stack.enter_context(cupyx.allow_synchronize(False))
         for _ in range(2):
-            state, _ = step(state, type(batch)(*map(backend.asarray, batch)))
+            state, _ = step(state, on_device(backend, batch))
 
 
 # memory, devices ----------------------------------------------------------------------------------------
@@ -249,7 +234,7 @@ def test_a_second_device_does_all_of_a_run(text, cupy):
     assert run.generate(num_tokens=20) == api.load(backend="cupy", device="cuda:0").generate(num_tokens=20)
 
 
-def test_backends_tells_of_the_gpu(capsys):
+def test_backends_describes_the_gpu(capsys):
     assert cli.main(["backends"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cupy "))
     assert re.search(r"driver for CUDA \d+\.\d, CUDA runtime \d+\.\d, compute capability \d+\.\d, ", line)

@@ -20,7 +20,7 @@ from baby_xp.inference.generate import Sampling, generate
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import workers
-from baby_xp.training.step import initial_state, make_step
+from baby_xp.training.step import initial_state, make_step, on_device
 
 
 class Foreign:
@@ -105,7 +105,7 @@ def test_kernels_are_fast_or_plain(kernels):
         registry.load("numpy", kernels=kernels)
 
 
-def test_whether_a_backend_is_plain_is_told_and_outlasts_a_pickle():
+def test_a_backend_says_whether_it_is_plain_and_a_pickle_keeps_it():
     for kernels in ("fast", "plain"):
         backend = pickle.loads(pickle.dumps(registry.load("numpy", kernels=kernels)))
         assert (backend.kernels, bool(backend.xp.kernels)) == (kernels, kernels == "fast")
@@ -177,7 +177,7 @@ def test_cupy_without_replacements_computes_the_same(dtype):
         state = initial_state(each, draw(model.spec, 0, dtype), decay_mask(model.spec), 7)
         step = make_step(each.xp, model, config)
         for _ in range(2):
-            state, metrics = step(state, type(batch)(*(each.asarray(part) for part in batch)))
+            state, metrics = step(state, on_device(each, batch))
         results.append([each.to_numpy(array) for array in (metrics["loss"], state["params"])])
     for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol={"float64": 1e-10, "float32": 1e-4}[dtype], atol=1e-6)

@@ -18,7 +18,7 @@ from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Logits
 from baby_xp.run import Run
 from baby_xp.runs import state_file
-from baby_xp.training.signals import Stop
+from baby_xp.training.signals import SIGNALS
 
 STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
 
@@ -55,14 +55,14 @@ def test_the_time_is_up_and_the_run_can_go_on(work, call, clock, at_step, eval_e
     at_step(lambda step, batch: clock.tick(30.0))
     code, out, err = call("train", "--path=my runs", *flags(num_steps=6, eval_every=eval_every, max_minutes=1.5))
     assert (code, err) == (0, "")
-    assert "the time is up: stopped after step 3; to go on: " in out
+    assert "the time is up: stopped after step 3; to continue: " in out
     assert "None" not in out
     assert "over the whole validation part" in out
     resume, _ = suggestions(out)
     code, out, err = call(*resume)
     assert (code, err) == (0, "")
     run = baby_xp.load(path="my runs")
-    assert f"going on with run {run.guid} after step 3" in out
+    assert f"continuing run {run.guid} after step 3" in out
     assert (run.config["result"]["state"], run.config["result"]["steps"]) == ("done", 6)
 
 
@@ -99,7 +99,7 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run_whose_loss_no_longer_
 INTERRUPTS = [
     # the step at hand; the signals that come in it, or None: a KeyboardInterrupt; steps that are kept; evaluations
     (3, None, 3, [2]),
-    *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(Stop.SIGNALS)),
+    *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(SIGNALS)),
     (3, [signal.SIGINT, signal.SIGTERM], 3, [2]),
 ]
 
@@ -126,7 +126,7 @@ def test_a_signal_ends_a_training_after_the_step_at_hand_and_an_interrupt_before
     by = "" if first == signal.SIGINT else f" by {first.name}"
     assert (code, err) == (128 + first, f"{STOPPING if numbers else ''}baby_xp: interrupted{by}\n")
     run, last = baby_xp.load(weights="last"), out.splitlines()[-1]
-    assert last.startswith(f"stopped after step {steps}, with a checkpoint; to go on: ")
+    assert last.startswith(f"stopped after step {steps}, with a checkpoint; to continue: ")
     assert suggestions(last) == [["resume", run.guid[:8]]]
     assert "whole validation part" not in out
     result = run.config["result"]

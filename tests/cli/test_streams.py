@@ -93,7 +93,7 @@ def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, numbe
     assert newest.files.report.exists()
     problem = f"standard output cannot be written ({os.strerror(number)})"
     note, *line = err.splitlines()
-    assert note == f"{problem}: the training goes on, it is run {newest.guid}"
+    assert note == f"{problem}: training continues as run {newest.guid}"
     assert [one.partition(";")[0] for one in line] == ([f"baby_xp: {problem}"] if code == 2 else [])
 
 

@@ -76,7 +76,7 @@ def test_it_has_no_last_weights(imported, capsys):
 
 def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
     _, run, text = imported
-    with pytest.raises(BabyError, match="imported, there is nothing to go on with"):
+    with pytest.raises(BabyError, match="imported, there is nothing to resume"):
         api.resume(path=run.files.folder)
     with pytest.raises(BabyError, match="imported without its text; name one with --data"):
         run.evaluate()

@@ -36,7 +36,7 @@ def test_token_by_token_gives_the_logits_of_the_whole(backend):
             logits, saved = gpt.forward(
                 backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
             )
-            cache = gpt.cache_of(saved, model.config)
+            cache = gpt.cache_of(saved)
             message = " ".join(switches.values())
             np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=message)
 
@@ -49,7 +49,7 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
     whole, _ = model.forward(case.xp, p, IDS[None, :N_CTX])
     for cut in range(1, N_CTX):
         _, saved = gpt.forward(case.xp, p, IDS[None, :cut], model.config)
-        cache = gpt.cache_of(saved, model.config)
+        cache = gpt.cache_of(saved)
         logits, _ = gpt.forward(case.xp, p, IDS[None, cut:N_CTX], model.config, cache=cache)
         np.testing.assert_allclose(logits, whole[cut:], atol=1e-12)
 
@@ -114,7 +114,7 @@ def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
 
 
-def test_of_the_model_that_a_step_is_made_for_nothing_else_is_computed(monkeypatch):
+def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch):
     case = case_of("numpy")
     model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
     logits = Logits(case.backend, model, p, True)

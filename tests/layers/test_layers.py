@@ -1,8 +1,7 @@
 """The laws of a layer, for every row of the layer table.
 
-Gradients are held against finite differences, which need nothing but the forward pass, and against the
-automatic differentiation of JAX and PyTorch run on the very same source. Then every backend is held against
-NumPy.
+Gradients are compared with finite differences, which need the forward pass alone, and with the automatic
+differentiation of JAX and PyTorch on the same source. Then every backend is compared with NumPy.
 """
 
 import functools

@@ -28,7 +28,7 @@ def found(last: int, config: TrainConfig = CONFIG, workers=None):
 
 
 class Scripted:
-    """Workers that give losses and gradients as they are told, and note the sizes of the batches."""
+    """Workers that give losses and gradients as scripted, and note the sizes of the batches."""
 
     def __init__(self, *steps, dtype: str = "float64"):
         self.steps, self.dtype, self.sizes = iter(steps), dtype, []
@@ -56,7 +56,7 @@ NORM = np.sqrt(25 + (N - 1) * SMALL**2)
         ([GOOD, (3.0, "ln_f.gain", np.inf), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.inf),
         ([GOOD, (3.0, "ln_f.gain", np.nan), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.nan),
         ([GOOD, (3.0, "ln_f.gain", -np.inf), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.inf),
-        # where all diverge at once, the step before tells more, if there is one
+        # where all diverge at once, the step before is more informative, if there is one
         ([GOOD, (3.0, "all", np.nan)], 2, "wte.weight", 1, NORM),
         ([(3.0, "all", np.nan)], 1, "wte.weight", 1, np.nan),
     ],

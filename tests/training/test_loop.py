@@ -1,6 +1,6 @@
-"""The loop around the steps, from outside: what is measured when, why it ends, and what is kept meanwhile.
+"""The loop around the steps, from outside: when it evaluates, why it ends, and which checkpoints it writes.
 
-test_resume.py has what an interrupt leaves, test_endings.py what is said of it.
+test_resume.py has what an interrupt leaves, test_endings.py what is printed about it.
 """
 
 import json
@@ -31,13 +31,13 @@ NEVER = 10**6
 
 
 class Noting(Listener):
-    """Notes what training tells."""
+    """Keeps what training reports."""
 
     def __init__(self):
-        self.records, self.told = [], []
+        self.records, self.reports = [], []
 
     def progress(self, step, loss, tokens_per_second):
-        self.told.append((step, loss, tokens_per_second))
+        self.reports.append((step, loss, tokens_per_second))
 
     def evaluated(self, record):
         self.records.append(record)
@@ -45,7 +45,7 @@ class Noting(Listener):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """The current folder, with a text whose end is unlike the rest: who knows the rest does worse there."""
+    """The current folder, with a text whose end is unlike the rest: learning the rest hurts there."""
     monkeypatch.chdir(tmp_path)
     text = "the cat sat on the mat. " * 30 + "tam eht no tas tac eht " * 4
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -69,7 +69,7 @@ def progress_of(run: Run) -> dict:
 # records ------------------------------------------------------------------------------------------------
 
 
-def test_the_records_tell_what_the_steps_computed(at_step):
+def test_the_records_contain_what_the_steps_computed(at_step):
     batches, noting = [], Noting()
     at_step(lambda step, batch: batches.append(batch))
     run = train(noting, num_steps=5)
@@ -96,7 +96,7 @@ def test_the_records_tell_what_the_steps_computed(at_step):
     assert progress_of(run)["records"] == records  # without the last one: it can be measured again
 
 
-def test_a_part_of_a_large_validation_text_is_measured_and_at_the_end_all_of_it(tmp_path):
+def test_evaluations_use_a_part_of_a_large_validation_text_and_the_last_one_all_of_it(tmp_path):
     letters = np.random.default_rng(0).choice(list("abc "), 10 * 2 * loop.EVALUATION_TOKENS + 5000)
     (tmp_path / "text.txt").write_text("".join(letters), encoding="utf-8")
     record, final = measured(train(num_steps=1, batch_size=100, n_ctx=20))
@@ -104,7 +104,7 @@ def test_a_part_of_a_large_validation_text_is_measured_and_at_the_end_all_of_it(
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.01, [10, 20, 25]), (1.5, [*range(1, 26)])])
-def test_progress_is_told_every_few_steps_or_each_slow_one(clock, at_step, seconds, steps):
+def test_progress_is_reported_every_few_steps_or_after_each_slow_one(clock, at_step, seconds, steps):
     """With mean loss and speed. How often changes no number of the run. A later session has speeds of its own."""
     each = measured(train(num_steps=25, eval_every=1))
     expected = measured(train(num_steps=25, eval_every=25))
@@ -112,13 +112,13 @@ def test_progress_is_told_every_few_steps_or_each_slow_one(clock, at_step, secon
     at_step(lambda step, batch: clock.tick(seconds))
     run = train(noting, num_steps=25, eval_every=25)
     assert measured(run) == expected
-    assert [step for step, _, _ in noting.told] == steps
+    assert [step for step, _, _ in noting.reports] == steps
     means = [np.mean(losses[begin:end]) for begin, end in zip([0, *steps], steps, strict=False)]
-    np.testing.assert_allclose([loss for _, loss, _ in noting.told], means, rtol=1e-14)
+    np.testing.assert_allclose([loss for _, loss, _ in noting.reports], means, rtol=1e-14)
     again = Noting()
     clock.tick(1000.0)
     resumed = baby_xp.resume(run.guid, num_steps=30, listener=again)
-    speeds = [rate for *_, rate in noting.told + again.told]
+    speeds = [rate for *_, rate in noting.reports + again.reports]
     np.testing.assert_allclose(speeds, 12 / seconds, rtol=1e-6)
     for one in (run, resumed):
         assert one.config["result"]["tokens_per_second"] == round(12 / seconds)
@@ -134,7 +134,7 @@ def test_the_speed_is_that_of_the_steps_alone(clock, at_step, monkeypatch):
     at_step(lambda step, batch: clock.tick(0.25))
     listener = Slow()
     run = train(listener, checkpoint_every=3)
-    np.testing.assert_allclose([rate for *_, rate in listener.told], 12 / 0.25)
+    np.testing.assert_allclose([rate for *_, rate in listener.reports], 12 / 0.25)
     assert run.config["result"]["tokens_per_second"] == 48
 
 
@@ -147,7 +147,7 @@ def test_the_first_of_models_that_are_equally_good_is_the_best():
     assert progress_of(run)["best"]["step"] == 2
 
 
-def test_where_the_present_model_is_the_best_it_is_not_kept_twice():
+def test_a_current_model_that_is_the_best_is_stored_once():
     run = train(eval_every=6)
     assert progress_of(run)["best"]["step"] == 6
     assert "best" not in load_file(run.files.state)
@@ -158,7 +158,7 @@ def test_where_the_present_model_is_the_best_it_is_not_kept_twice():
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
-def test_patience_ends_with_so_many_measurements_after_the_best(patience, rate_times):
+def test_patience_ends_after_that_many_evaluations_without_a_new_best(patience, rate_times):
     rate_times(3, 1e3)
     run = train(num_steps=20, eval_every=1, patience=patience)
     losses = [record["val_loss"] for record in measured(run)[:-1]]
@@ -174,8 +174,8 @@ def test_patience_ends_with_so_many_measurements_after_the_best(patience, rate_t
 
 
 @pytest.mark.parametrize("eval_every", [2, NEVER])
-def test_the_time_ends_a_session_after_the_step_at_hand(clock, at_step, eval_every):
-    """The next session has minutes of its own, and the seconds go on."""
+def test_the_time_limit_ends_a_session_after_the_current_step(clock, at_step, eval_every):
+    """The next session has minutes of its own, and the seconds add up."""
     at_step(lambda step, batch: clock.tick(25.0))
     run = train(num_steps=1000, max_minutes=2.0, eval_every=eval_every)
     again = baby_xp.resume()
@@ -202,7 +202,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("settings", "steps"), EVERY, ids=[str(settings) for settings, _ in EVERY])
-def test_checkpoints_are_kept_every_so_many_steps_or_minutes(tmp_path, clock, at_step, settings, steps):
+def test_checkpoints_are_written_every_few_steps_or_minutes(tmp_path, clock, at_step, settings, steps):
     found = []
 
     def note(step, batch):
@@ -268,7 +268,7 @@ def test_an_interrupt_at_any_line_of_the_loop_falls_before_a_step_or_after_it(
 # numbers that are not finite ----------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step_though_losses_are_read_ten_at_a_time(rate_times, clock):
+def test_a_loss_that_is_not_finite_is_reported_with_its_step_even_if_losses_are_read_in_tens(rate_times, clock):
     rate_times(11, 1e200)
     with pytest.raises(BabyError, match="loss became nan at step 13"):
         train(num_steps=30, eval_every=NEVER)

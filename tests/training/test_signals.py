@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from baby_xp.training.signals import Stop, interruptible, interruption
+from baby_xp.training.signals import SIGNALS, Stop, interruptible, interruption
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-each_signal = pytest.mark.parametrize("number", Stop.SIGNALS, ids=lambda number: number.name)
+each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
 def send(*numbers: int) -> None:
@@ -25,14 +25,14 @@ def send(*numbers: int) -> None:
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second):
     """The fixture sees that the handlers are as before at the end."""
-    told = []
-    with Stop(lambda: told.append("once")) as stop:
+    calls = []
+    with Stop(lambda: calls.append("once")) as stop:
         assert not stop.asked
         send(number)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt) as caught:
             send(second)
-    assert told == ["once"]
+    assert calls == ["once"]
     assert [getattr(one, "number", signal.SIGINT) for one in (caught.value, interruption())] == [number, number]
 
 
@@ -43,8 +43,8 @@ def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(signals):
 
 
 @needs_signals
-def test_the_terminal_that_is_closed_interrupts_nothing(signals):
-    """The system and the shell may both send SIGHUP, and what is asked for is asked for by then."""
+def test_closing_the_terminal_interrupts_nothing(signals):
+    """The system and the shell may both send SIGHUP: the first one has asked for the end."""
     with Stop() as stop:
         send(*[signal.SIGHUP] * 3)
         assert stop.asked
@@ -62,8 +62,8 @@ def test_a_signal_that_is_ignored_stays_so(signals, number):
 
 
 @needs_signals
-@pytest.mark.parametrize("number", Stop.SIGNALS[1:], ids=lambda number: number.name)
-def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(signals, monkeypatch, number):
+@pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
+def test_outside_training_a_signal_interrupts_and_clean_up_code_runs(signals, monkeypatch, number):
     cleaned = []
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 1000.0)
 
@@ -78,7 +78,7 @@ def test_outside_a_training_a_signal_interrupts_and_lets_what_follows_clean_up(s
         command()
     assert (caught.value.number, cleaned) == (number, [True])
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 0.0)
-    with interruptible():  # who asks again, later, is heard
+    with interruptible():  # a later request counts again
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 send(number)
@@ -89,7 +89,7 @@ def test_in_another_thread_signals_are_left_alone(signals):
 
     def elsewhere():
         with interruptible(), Stop() as stop:
-            seen.append({number: signal.getsignal(number) for number in Stop.SIGNALS})
+            seen.append({number: signal.getsignal(number) for number in SIGNALS})
             seen.append(stop.asked)
 
     thread = threading.Thread(target=elsewhere)

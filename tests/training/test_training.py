@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from conftest import case_of
 from layer_table import SWITCHES
 
 from baby_xp.arrays import params
-from baby_xp.arrays.tree import from_leaves, leaves
+from baby_xp.arrays.tiles import samples
+from baby_xp.arrays.tree import leaves
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.convert import littlebaby
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
 from baby_xp.training import optimizers, schedules
@@ -21,16 +24,13 @@ from baby_xp.training.step import (
     loss_and_gradients,
     loss_and_gradients_with_dropout,
     make_step,
+    on_device,
     total_loss,
 )
 from baby_xp.training.workers import Workers
 
 TEXT = np.random.default_rng(0).integers(0, 17, 400)
 SMALL = {"n_ctx": 8, "n_emb": 12, "head_size": 8, "n_heads": 2, "n_layers": 2}
-
-
-def on_device(case, batch: Batch) -> Batch:
-    return Batch(*(case.asarray(part) for part in batch))
 
 
 def train(case, model, config, batches, steps):
@@ -80,20 +80,13 @@ def test_steps_of_the_equation_model_agree(quick_backend, plain):
     np.testing.assert_allclose(losses, train(plain, model, config, batches, 10)[0], rtol=1e-10)
 
 
-class SameBatch:
-    def __init__(self, batch: Batch):
-        self._batch = batch
-
-    def batch(self, step: int) -> Batch:
-        return self._batch
-
-
 @pytest.mark.first_case
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
 def test_one_batch_is_overfitted(switches):
     model = Model(GPTConfig(**SMALL, **switches), 17)
     config = TrainConfig(num_steps=300, batch_size=3, lr=2e-2, min_lr=1e-3, warmup_steps=10, weight_decay=0.0)
-    losses, _ = train(case_of("numpy"), model, config, SameBatch(RandomWindows(TEXT, 8, 3, 0).batch(0)), 300)
+    batch = RandomWindows(TEXT, 8, 3, 0).batch(0)
+    losses, _ = train(case_of("numpy"), model, config, SimpleNamespace(batch=lambda step: batch), 300)
     assert losses[0] > 2.5
     assert losses[-1] < 0.05
 
@@ -113,8 +106,7 @@ def test_shares_of_a_batch_add_up_to_the_batch(plain):
     flat = params.draw(model.spec, 0, "float64")
 
     def compute(first, last):
-        part = Batch(*(array[first:last] for array in batch))
-        loss, dp = loss_and_gradients(plain.xp, model, flat, part, n_targets=40)
+        loss, dp = loss_and_gradients(plain.xp, model, flat, samples(batch, first, last), n_targets=40)
         return np.append(loss, model.layout.pack(np, dp))
 
     np.testing.assert_allclose(compute(0, 2) + compute(2, 5), compute(0, 5), rtol=1e-10, atol=1e-14)
@@ -303,33 +295,8 @@ def test_the_original_little_baby_is_reproduced(quick_backend, reference_folder,
 
 def ours(model: Model, weights: dict) -> np.ndarray:
     """The original's named weights (or gradients) in the order of our flat buffer."""
-    config = model.config
-    w = {name: None if value is None else np.array(value) for name, value in weights.items()}
-    pairs = [("wte.weight", w["wte_weight"]), ("wpe.weight", w["wpe_weight"])]
-    for i in range(config.n_layers):
-        pairs += [(f"blocks.{i}.{name}", value) for name, value in original_block(config, w, f"block_{i}_")]
-    pairs += [("ln_f.gain", w["ln_f_gamma"]), ("ln_f.bias", w["ln_f_beta"])]
-    pairs += [("lm_head.weight", w["lm_head_weight"]), ("lm_head.bias", w["lm_head_bias"])]
-    return model.layout.pack(case_of("numpy plain").xp, from_leaves(pairs))
-
-
-def original_block(config, w, at):
-    a, out = config.c_attention, {"mha": "c", "moh": "m"}[config.c_attention]
-    yield from [("norm1.gain", w[f"{at}ln1_gamma"]), ("norm1.bias", w[f"{at}ln1_beta"])]
-    yield "attention.qkv.weight", np.concatenate([w[f"{at}{a}_{part}_weight"] for part in "qkv"], axis=1)
-    if a == "moh":
-        yield "attention.gate.weight", w[f"{at}moh_g_weight"]
-    yield from [(f"attention.out.{part}", w[f"{at}{a}_{out}_{part}"]) for part in ("weight", "bias")]
-    yield from [("norm2.gain", w[f"{at}ln2_gamma"]), ("norm2.bias", w[f"{at}ln2_beta"])]
-    if config.c_network == "mlp":
-        for name, theirs in (("up", "up"), ("down", "dn")):
-            yield from [
-                (f"network.{name}.{part}", w[f"{at}mlp_proj_{theirs}_{part}"]) for part in ("weight", "bias")
-            ]
-        return
-    experts = [f"{at}moe_expert_{e}_" for e in range(4)]
-    yield "network.gate.weight", w[f"{at}moe_g_weight"]
-    yield "network.up.weight", np.concatenate([w[f"{e}up_weight"] for e in experts], axis=1)
-    yield "network.up.bias", np.concatenate([w[f"{e}up_bias"] for e in experts])
-    yield "network.down.weight", np.concatenate([w[f"{e}dn_weight"] for e in experts], axis=0)
-    yield "network.down.bias", np.stack([w[f"{e}dn_bias"] for e in experts])
+    flat = np.full(model.n_parameters, np.nan)
+    for name, view in littlebaby.named(model.config, model.layout, flat).items():
+        if isinstance(view, np.ndarray):  # not one of its constants
+            view[...] = weights[name]
+    return flat

@@ -1,7 +1,6 @@
 """Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
 
 import errno
-import itertools
 import json
 import os
 import signal
@@ -17,16 +16,16 @@ import pytest
 import baby_xp
 import baby_xp.api
 from baby_xp.arrays import params, registry
+from baby_xp.arrays.tiles import samples
 from baby_xp.cli import main
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
-from baby_xp.training import workers as workers_module
 from baby_xp.training.setup import number_of_workers
 from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
-from baby_xp.training.workers import GRADIENTS, Workers, suitable_number
+from baby_xp.training.workers import Workers, suitable_number
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 BATCH = 7
@@ -80,7 +79,7 @@ def arenas(request, monkeypatch) -> list[Path]:
         pytest.skip("the system has no files in memory")
     if request.param != "memory":
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    monkeypatch.setattr(workers_module, "INHERITED", request.param != "named file")
+    monkeypatch.setattr("baby_xp.training.workers.INHERITED", request.param != "named file")
 
     def recorded(*args, **kwargs):
         handle, path = mkstemp(*args, **kwargs)
@@ -96,10 +95,6 @@ def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat. " * 40)
     return path
-
-
-def first(batch: Batch, n: int) -> Batch:
-    return Batch(*(part[:n] for part in batch))
 
 
 def agree(setting: Setting, found, expected, factor: int = 1):
@@ -118,31 +113,17 @@ def agree(setting: Setting, found, expected, factor: int = 1):
 def test_loss_and_gradients_are_those_of_one_process(together, size):
     """Also for a batch with fewer samples than there are workers."""
     setting, pool = together
-    batch = first(setting.batch, size)
+    batch = samples(setting.batch, 0, size)
     found = pool.loss_and_gradients(setting.xp, setting.model, setting.state, batch)
     agree(setting, found, setting.alone(batch))
 
 
-@pytest.mark.parametrize("bounds", [(0, 2, 3, BATCH), (0, 5, BATCH)], ids=str)
-def test_parts_of_a_batch_add_up_to_it_as_they_do_in_one_process(together, bounds):
-    """As gradients are accumulated: a part's dropout is that which its samples have in the whole."""
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_accumulated_gradients_are_those_of_one_process(together, size):
+    """The gradients of a part outlast the next part, and its samples have the dropout of the whole."""
     setting, pool = together
-    n_targets, state = setting.batch.targets.size, setting.state
-    expected = setting.alone(setting.batch)
-    loss, gradients = expected[0] * 0, expected[1] * 0
-    for first_sample, last in itertools.pairwise(bounds):
-        part = Batch(*(array[first_sample:last] for array in setting.batch))
-        more, of_part = pool.loss_and_gradients(setting.xp, setting.model, state, part, n_targets)
-        loss, gradients = loss + more, gradients + of_part
-    agree(setting, (loss, gradients), expected, 3)  # more sums, more roundings
-
-
-def test_gradients_are_accumulated_as_in_one_process(together):
-    """The gradients of a part must outlast the next part."""
-    setting, pool = together
-    arguments = setting.xp, setting.model, setting.state, setting.batch
-    expected = accumulated(loss_and_gradients_with_dropout, 3)(*arguments)
-    agree(setting, accumulated(pool.loss_and_gradients, 3)(*arguments), expected, 3)
+    found = accumulated(pool.loss_and_gradients, size)(setting.xp, setting.model, setting.state, setting.batch)
+    agree(setting, found, setting.alone(setting.batch), 3)  # more sums, more roundings
 
 
 def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
@@ -159,7 +140,7 @@ def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
 @pytest.mark.parametrize("size", [BATCH, 2, 1])
 def test_the_total_loss_is_that_of_one_process(together, size):
     setting, pool = together
-    batch = first(setting.batch, size)
+    batch = samples(setting.batch, 0, size)
     found = pool.total_loss(setting.state["params"], batch)
     expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
@@ -205,17 +186,23 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
 
 
-def test_a_command_that_was_cut_short_does_not_spoil_the_next(together):
+def test_a_command_that_was_cut_short_does_not_spoil_the_next(together, monkeypatch):
     """Ctrl-C may come between a command and its answers; the loss is then measured by the same workers."""
     setting, pool = together
     expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("baby_xp.training.workers.loss_and_gradients_with_dropout", interrupted)
     for _ in range(5):
-        pool._hand_out(GRADIENTS, setting.state["params"], setting.batch, setting.batch.targets.size, 0, 0)
+        with pytest.raises(KeyboardInterrupt):
+            pool.loss_and_gradients(setting.xp, setting.model, setting.state, setting.batch)
         found = pool.total_loss(setting.state["params"], setting.batch)
         np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
 
-def test_the_equation_model_with_one_target_a_context():
+def test_the_equation_model_with_one_target_per_context():
     setting = Setting("float64", EquationConfig(n_hidden=8))
     batch = Batch(setting.batch.inputs[:, :4], setting.batch.targets[:, 3], setting.batch.samples)
     with setting.pool(2) as pool:
@@ -260,7 +247,7 @@ def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
 # how many -----------------------------------------------------------------------------------------------
 
 
-def test_small_steps_are_not_split_and_large_ones_get_a_process_a_core(monkeypatch):
+def test_small_steps_are_not_split_and_large_ones_get_a_process_per_core(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     numpy_backend = registry.load("numpy")
     small, large = Model(GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_layers=1), 11), Model(GPTConfig(), 65)
@@ -297,7 +284,7 @@ def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they
     assert not any(path.exists() for path in arenas)
 
 
-def test_threads_of_the_array_library_and_the_places_of_modules(tmp_path, monkeypatch):
+def test_threads_of_the_array_library_and_paths_of_modules(tmp_path, monkeypatch):
     """Threads are as before afterwards; workers find modules where this process finds them."""
     from threadpoolctl import threadpool_info
 
@@ -380,7 +367,7 @@ def test_a_worker_that_is_killed_leaves_the_last_checkpoint(
 
 
 def test_a_worker_that_cannot_start_ends_training_in_one_line(arenas, children, monkeypatch):
-    monkeypatch.setattr(workers_module, "PROGRAM", "raise SystemExit(3)")
+    monkeypatch.setattr("baby_xp.training.workers.PROGRAM", "raise SystemExit(3)")
     with pytest.raises(BabyError, match=r"worker 1 of 3 ended with exit code 3|workers cannot be started"):
         Setting("float32").pool(3).__enter__()
     assert all(child.returncode == 3 for child in children)
@@ -398,7 +385,7 @@ def test_too_many_open_files_end_training_in_one_line_of_advice(arenas, monkeypa
     def popen(*arguments, **more):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(workers_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(BabyError, match=r"workers cannot be started .*; try --workers 1, or .* \(ulimit -n\)"):
         Setting("float32").pool(2).__enter__()
     assert not any(path.exists() for path in arenas)
@@ -448,7 +435,7 @@ def wait_until(condition, seconds: float = 120.0):
     """What the condition gives once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not come to pass in time"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return value
 
@@ -504,7 +491,7 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path
 @pytest.mark.parametrize(("number", "group"), [
     ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
 ])  # fmt: skip
-def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, tmp_path, number, group):
+def test_the_first_request_to_end_keeps_the_run_and_says_how_to_resume(training, tmp_path, number, group):
     """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
     (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
     out, err = (text.decode() for text in training.communicate(timeout=120))
@@ -516,7 +503,7 @@ def test_the_first_request_to_end_keeps_the_run_and_says_how_to_go_on(training, 
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
     result = run.config["result"]
     assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", summary.steps)
-    assert f"stopped after step {result['steps']}, with a checkpoint; to go on: python -m baby_xp resume" in out
+    assert f"stopped after step {result['steps']}, with a checkpoint; to continue: python -m baby_xp resume" in out
     assert "whole validation part" not in out
     assert not run.files.completion().exists()
     assert not run.files.lock.exists()
