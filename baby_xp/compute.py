@@ -26,7 +26,7 @@ class Compute:
     workers: int | None = None
     """Processes that share each step (numpy backend); none: chosen automatically."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         plain: dict[str, Any] = {
             "backend": checks.text("backend", self.backend),
             "device": None if self.device is None else checks.text("device", self.device),

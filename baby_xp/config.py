@@ -56,7 +56,7 @@ class GPTConfig:
     gelu: Literal["tanh", "erf"] = "tanh"
     """GELU by its tanh approximation, or exactly, by erf."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.head_size % self.n_heads:
             raise BabyError(
@@ -86,7 +86,7 @@ class EquationConfig:
     std: Annotated[float, Range(above=0, most=LARGEST_STD)] = 0.1
     """Standard deviation of the initial weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
 
@@ -142,7 +142,7 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point precision."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         if self.step_size > LARGEST:
             raise BabyError(f"a step of {self.batch_size} x {self.accumulate} sequences is too large")
@@ -177,7 +177,7 @@ class DataConfig:
     tokenizer: Literal["char", "byte"] = "char"
     """One id a character of the text, or one id a byte of its UTF-8."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
 
@@ -196,7 +196,7 @@ class EquationData(DataConfig):
     held_out: Annotated[str, partial(checks.text, hint="a sum such as 4+4 or a share such as 10%")] = "4+4"
     """What training never sees, nor with its operands swapped: one or more like 4+4,3+5, or a share like 10%."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.max_sum < 9:
             raise BabyError(f"max_sum must be at least 9, or 0 for all sums, not {self.max_sum}")

@@ -91,7 +91,7 @@ class Prepared:
         self.tokens, self.places = centred(p["wte"]["weight"]), centred(p["wpe"]["weight"])
         queries = np.ones(3 * config.head_size, self.tokens.dtype)
         queries[: config.head_size] = 1 / math.sqrt(D)
-        self.blocks = []
+        self.blocks: list[tuple[np.ndarray, ...]] = []
         for block in p["blocks"].values():
             attention, network = block["attention"], block["network"]
             self.blocks.append((
@@ -101,7 +101,7 @@ class Prepared:
                 with_bias(centred(network["down"]["weight"]) / -K, centred(network["down"]["bias"])),
             ))  # fmt: skip
         kind = self.tokens.dtype
-        self.blocks = [[np.asfortranarray(weight, dtype=kind) for weight in block] for block in self.blocks]
+        self.blocks = [tuple(np.asfortranarray(weight, dtype=kind) for weight in block) for block in self.blocks]
         self.head = np.asfortranarray(behind_norm(p["ln_f"], p["lm_head"], C), dtype=kind)
         self.ones = np.ones(config.n_ctx, kind)
         # Python's own numbers would be converted at each call

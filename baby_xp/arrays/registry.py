@@ -55,8 +55,9 @@ def load(
     dtype = checks.choice("dtype", dtype, ("float32", "float64"))
     kernels = checks.choice("kernels", kernels, ("fast", "plain"))
     if name == "auto":
-        backend, backend.chosen_because = choose(device, dtype, kernels=kernels, **options)
-        return backend
+        best, why = choose(device, dtype, kernels=kernels, **options)
+        best.chosen_because = why
+        return best
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")

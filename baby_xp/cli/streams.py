@@ -25,7 +25,7 @@ class OutputLost(BabyError):
         self.problem = f"standard output cannot be written ({reason(error)})"
         self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 2
 
-    def __reduce__(self):  # its arguments are not those of the BabyError
+    def __reduce__(self) -> tuple[Any, ...]:  # its arguments are not those of the BabyError
         return type(self), (self.error,)
 
 

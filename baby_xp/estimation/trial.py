@@ -19,7 +19,7 @@ from baby_xp.resources import process_memory
 from baby_xp.runs.creation import new_run
 from baby_xp.session import TrainingSession
 from baby_xp.text.batches import Batch, EpochWindows
-from baby_xp.text.dataset import Dataset
+from baby_xp.text.dataset import EquationDataset, TextDataset
 from baby_xp.training import checkpoint
 from baby_xp.training.listener import Listener
 from baby_xp.training.plan import Plan, Position
@@ -180,7 +180,7 @@ class Watch(Listener):
             self.sizes = process_memory.taken(process_memory.children())[1:]
             self.ended = now
 
-    def timed(self, dataset: Dataset) -> Dataset:
+    def timed(self, dataset: TextDataset | EquationDataset) -> TextDataset | EquationDataset:
         """The dataset with a validation part of a few batches, each of which is timed."""
 
         def validation() -> Iterator[Batch]:

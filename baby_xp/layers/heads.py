@@ -33,7 +33,7 @@ def forward(xp, p, qkv, shape, noise=None, past=None):
     if past is not None:
         k, v = xp.concat([past[0], k], axis=2), xp.concat([past[1], v], axis=2)
     scores = q @ xp.matrix_transpose(k) / math.sqrt(q.shape[-1])   # (B, H, T, t + T)
-    scores = scores + causal_mask(xp, *scores.shape[-2:], scores.dtype)
+    scores = scores + causal_mask(xp, scores.shape[-2], scores.shape[-1], scores.dtype)
     weights, _ = softmax.forward(xp, {}, scores)
     dropped, dropout_saved = dropout.forward(xp, {}, weights, noise)
     y = dropped @ v                                                # (B, H, T, D)
