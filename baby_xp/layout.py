@@ -38,9 +38,9 @@ def wrapped(first: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=margin, break_long_words=False)
 
 
-def counted(number: int, noun: str, ending: str = "s") -> str:
+def counted(number: int, noun: str) -> str:
     """ "1 token", "2,000 tokens". """
-    return f"{number:,} {noun}{ending * (number != 1)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def size(number: int) -> str:

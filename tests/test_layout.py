@@ -41,8 +41,8 @@ def test_a_long_text_is_indented_as_far_as_it_begins():
 
 
 def test_one_is_singular():
-    words = [layout.counted(1, "token"), layout.counted(2000, "token"), layout.counted(0, "process", "es")]
-    assert words == ["1 token", "2,000 tokens", "0 processes"]
+    words = [layout.counted(1, "token"), layout.counted(2000, "token"), layout.counted(0, "seed")]
+    assert words == ["1 token", "2,000 tokens", "0 seeds"]
 
 
 @pytest.mark.parametrize(("number", "words"), [
