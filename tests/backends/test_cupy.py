@@ -400,7 +400,7 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
 
 
 def test_an_error_says_that_not_one_sequence_fits(machine, text):
-    with pytest.raises(OutOfMemory, match="not even one sequence would fit: choose a smaller model") as caught:
+    with pytest.raises(OutOfMemory, match="not one sequence would fit: choose a smaller model") as caught:
         train(text, memory_gib=20_000 / 2**30)
     assert "which may hold 19.5 KiB" in str(caught.value)
 

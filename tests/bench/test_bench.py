@@ -25,8 +25,7 @@ from threadpoolctl import threadpool_info
 
 import baby_xp
 from baby_xp.arrays.registry import load
-from baby_xp.inference.generate import Sampling
-from baby_xp.inference.generate import generate as generated
+from baby_xp.inference.generate import Sampling, generate_several
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.training import workers
@@ -310,8 +309,9 @@ def test_a_peer_that_generates_something_else_is_noticed(monkeypatch, fault):
 
     model, backend = TINY.model(0.0), load("numpy")
     weights, prompt = backend.asarray(peers.generation_weights(model)), peers.prompts_of(TINY, 1)[0]
-    ids = generated(backend, model, weights, prompt, 40, Sampling(greedy=True), use_cache=False)
-    text = [[int(one)] for one in ids]
+    greedy = Sampling(greedy=True)
+    ids = generate_several(backend, model, weights, [prompt], 40, greedy, use_cache=False)
+    text = [[int(one[0])] for one in ids]
     assert len(set(np.ravel(text))) > 3
     if fault == "window":  # drops one token at a time
         monkeypatch.setattr(torch, "window_start", lambda length, n_ctx: max(0, length - n_ctx))

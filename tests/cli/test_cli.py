@@ -195,7 +195,10 @@ def test_a_device_that_auto_cannot_give_is_an_error(refused, monkeypatch):
 def test_all_presets_are_listed(call):
     code, out, err = call("presets")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == list(PRESETS)
+    head, *rows, last = out.splitlines()
+    assert [line.split()[0] for line in rows] == list(PRESETS)
+    assert [line.split()[1] for line in rows[:2]] == ["160,050", "2,330"]
+    assert (head.split()[1], "AVX2" in last) == ("parameters", True)
 
 
 HELP = [

@@ -1,4 +1,4 @@
-"""Runs on disk: a name finds the run that is meant, one process trains it, and what was changed by hand is noticed."""
+"""Runs on disk: a name finds the run that is meant, one process trains it, and changes by hand are noticed."""
 
 import ast
 import errno

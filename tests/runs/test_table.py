@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 from small_runs import metrics_of
 
+import baby_xp
 import baby_xp.api
 import baby_xp.files
-import baby_xp
 from baby_xp.cli import main
 from baby_xp.errors import BabyError
 from baby_xp.runs import state_file, store, table
@@ -82,7 +82,9 @@ def test_a_run_that_says_it_is_running_but_is_not_held_was_killed(tmp_path):
     assert table.summaries(tmp_path) == [expected(GUIDS[0], "stopped", val_loss=2.5)]
 
 
-@pytest.mark.parametrize("metrics", [None, b"", b"{", b"[]\n", b"5\n", b'{"step": 1}\n', b"\xff\n", b'"val_loss"\n'])
+@pytest.mark.parametrize(
+    "metrics", [None, b"", b"{", b"[]\n", b"5\n", b'{"step": 1}\n', b"\xff\n", b'"val_loss"\n']
+)
 def test_a_running_run_without_a_measurement_has_no_loss_yet(tmp_path, metrics):
     files = a_run(tmp_path, GUIDS[0], "running", val_loss=None)
     if metrics is not None:

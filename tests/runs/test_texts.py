@@ -1,4 +1,4 @@
-"""A run and its text: found from any current folder, its ids checked, and never silently replaced by another one."""
+"""A run and its text: found from any current folder, its ids checked, never silently replaced by another one."""
 
 import errno
 import os
@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import all_of, metrics_of
 
-import baby_xp.session
 import baby_xp
+import baby_xp.session
 from baby_xp import api
 from baby_xp.config import DataConfig
 from baby_xp.errors import BabyError
@@ -213,7 +213,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
         with path.open("r+b") as file:  # in place: the training has it mapped
             file.write(bytes(200))
 
-    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten from the text"):
+    with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten"):
         api.train("baby", data="input.txt", listener=Meddler(damage, at=8), **TINY)
     (files,) = (store.RunFiles(Path("runs"), guid) for guid in store.guids(Path("runs")))
     config = store.read_sealed(files.config)
