@@ -26,7 +26,7 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
     # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
     # no download, and its exact entropy says how good a loss can be.
     (
-        "babbles nursery stories after about a minute on two cores",
+        "babbles nursery stories after a minute or two on two cores",
         RunConfig(
             "baby",
             GPTConfig(n_ctx=64, n_emb=64, head_size=64, n_heads=4, n_layers=3, dropout=0.0),
@@ -138,7 +138,7 @@ VOCABULARIES = {
     for name, config in PRESETS.items()
 }
 """Different tokens in the text of each preset."""
-MEASURED_ON = "two cores of an AMD EPYC with AVX2, NumPy 2.4.6; those in hours are projected"
+MEASURED_ON = "on two cores of an AMD EPYC Milan, those in hours projected from a few steps"
 TIMES = {
     "baby": "53 s", "equations": "1 s", "equations-table": "1 s", "equations-2": "24 s", "equations-gpt": "55 s",
     "nanogpt-cpu": "1.4 min", "3-months": "1.1 h", "6-months": "1.5 h", "12-months": "2.7 h", "24-months": "4.6 h",
