@@ -138,7 +138,9 @@ VOCABULARIES = {
     for name, config in PRESETS.items()
 }
 """Different tokens in the text of each preset."""
-MEASURED_ON = "on two cores of an AMD EPYC Milan, those in hours projected from a few steps"
+MEASURED_ON = (
+    "on two cores of an AMD EPYC Milan (equations-2 and equations-gpt: of one with AVX-512); hours are projected"
+)
 TIMES = {
     "baby": "53 s", "equations": "1 s", "equations-table": "1 s", "equations-2": "24 s", "equations-gpt": "55 s",
     "nanogpt-cpu": "1.4 min", "3-months": "1.1 h", "6-months": "1.5 h", "12-months": "2.7 h", "24-months": "4.6 h",
