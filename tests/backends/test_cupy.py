@@ -384,8 +384,9 @@ def test_out_of_memory_ends_in_one_line_with_a_batch_that_does_fit(monkeypatch, 
     assert code == 2
     pattern = (
         r"baby_xp: out of memory on cuda:0 \(Pretended GPU 0\): an array of [\d.]+ [KM]iB did not fit, "
-        r"[\d.]+ [KM]iB are free, [\d.]+ [KM]iB are held by this process; by a rough count about (\d+) sequences "
-        r"at once would fit, not 24: --batch-size (\d+) --accumulate (\d+) takes the same steps in parts\n"
+        r"[\d.]+ [KM]iB are free, [\d.]+ [KM]iB are held by this process; by a rough estimate about (\d+) "
+        r"sequences at once would fit, not 24: --batch-size (\d+) --accumulate (\d+) "
+        r"computes the same steps in parts\n"
     )
     found = re.fullmatch(pattern, err)
     assert found, err
