@@ -11,6 +11,7 @@ import pytest
 from baby_xp_backends import cupy_kernels, numpy_backend, numpy_kernels
 from conftest import case_of
 
+import baby_xp
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE, Namespace, replaceable
 from baby_xp.arrays.params import decay_mask, draw
@@ -182,3 +183,15 @@ def test_cupy_without_replacements_computes_the_same(dtype):
     for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol={"float64": 1e-10, "float32": 1e-4}[dtype], atol=1e-6)
     assert machine.launched == []
+
+
+def test_a_run_that_is_resumed_keeps_its_kernels(tmp_path):
+    """Unless others are asked for, or another backend is: the end is then that of the run as it began."""
+    sizes = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 2}
+    tiny = {**sizes, "sample_tokens": 0, "backend": "numpy", "data": tmp_path / "text.txt"}
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    where = {"path": tmp_path / "runs", "workers": 1}
+    baby_xp.train("baby", kernels="plain", num_steps=2, **tiny, **where)
+    assert baby_xp.resume(num_steps=3, **where).backend.kernels == "plain"
+    resumed = baby_xp.resume(num_steps=4, kernels="fast", **where)
+    assert (resumed.backend.kernels, "kernels" in resumed.config["place"]) == ("fast", False)

@@ -53,3 +53,9 @@ def test_an_answer_ends_where_the_equation_does():
     assert len(short.ask("9+8=", table)) == len("9+8=") + 1
     with pytest.raises(BabyError, match="9-8"):
         model.ask("9-8=", table)
+
+
+def test_an_answer_has_nothing_of_what_follows_it(monkeypatch):
+    model = trained(EquationConfig(n_ctx=6, n_hidden=4), EquationTable().vocabulary)
+    monkeypatch.setattr(TrainedModel, "stream", lambda *_, **__: iter(["8", " ", "7"]))
+    assert model.ask("4+4", EquationTable()) == "4+4=8"
