@@ -148,6 +148,7 @@ def losses(dtype: str, kernels: str, number: int) -> tuple[np.ndarray, list[int]
     return np.array(found), text
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-10), ("float32", 2e-5)])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_plain_run_calls_no_replacement_and_learns_the_same(request, monkeypatch, dtype, rtol, number):

@@ -384,6 +384,7 @@ def test_every_point_is_a_model_with_heads_of_one_width_and_steps_within_bounds(
     assert all(4 < after / before < 9 for before, after in itertools.pairwise(family))
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra plots is not installed")
     points = [point(1, ms=1.0), point(2, ms=3.0, flops=200)]
@@ -488,6 +489,7 @@ def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, 
     assert (row["ratio"], row["within 15%"]) == (ratio, within)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_one_of_train_with_the_memory_of_its_workers():
     settings = {"num_steps": 21, "eval_every": 10, "sample_tokens": 0, "n_ctx": 16, "n_layers": 1, "n_emb": 16}
     found = ours.train_run("baby", settings, {"backend": "numpy", "tf32": False})

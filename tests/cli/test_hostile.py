@@ -305,6 +305,7 @@ BAD_PROGRAMS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", BAD_PROGRAMS)
 def test_bad_programs_are_found(watch, name):
     """What looks for faults finds each kind of them."""
