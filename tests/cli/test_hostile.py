@@ -235,6 +235,7 @@ def test_help_names_the_flags_that_are_tried(watch, command):
         assert known or command in ("presets", "backends")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("command", DIFFERENT)
 def test_the_sizes_that_are_not_tried_are_good(watch, command):
     """Otherwise nothing but messages about them would be seen."""

@@ -237,6 +237,7 @@ def test_a_trial_measures_and_leaves_nothing_behind(folder, workers):
     assert max(map(len, shown.splitlines())) <= 110
 
 
+@pytest.mark.slow
 def test_a_trial_of_the_equation_model(folder):
     found = estimate.estimate("equations", backend="numpy")
     assert found.trial.token_seconds > 0
