@@ -90,3 +90,11 @@ def test_a_process_that_the_system_refuses(monkeypatch, code, hint):
     with pytest.raises(BabyError) as caught, processes.started("a:b", "the trial", "try less"):
         pass
     assert str(caught.value) == f"the trial cannot be started ({os.strerror(code)}); try less{hint}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal.pause")
+def test_a_child_that_is_still_at_work_is_killed():
+    with processes.started("signal:pause", "a process") as child:
+        child.stdin.write("{}\n")
+        child.stdin.flush()
+    assert child.returncode == -signal.SIGKILL
