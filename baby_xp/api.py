@@ -181,7 +181,7 @@ def load(
         flat, metadata = state_file.load_weights(files.model, model.layout)
         state_file.check_belonging(files.model, metadata, stored.belonging)
     elif stored.content["result"]["state"] == "imported":
-        raise BabyError(f"run {files.guid} was imported: it has the weights that it came with, and no last ones")
+        raise BabyError(f"run {files.guid} was imported and has no last checkpoint: load its best weights")
     else:
         flat = _read_state(stored).state["params"]
     loaded = compute.load(config.train.dtype)
@@ -239,7 +239,7 @@ def finetuning(base: Run) -> RunConfig:
     """The default settings for finetuning a run: its own, for fewer steps."""
     config = base.settings
     if isinstance(config.model, EquationConfig):
-        raise BabyError("the equation model cannot be finetuned: its vocabulary and data are fixed")
+        raise BabyError("the equation model cannot be finetuned, as its vocabulary is fixed: train a new one")
     peak = config.train.peak_lr
     train = replace(
         config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
@@ -288,14 +288,15 @@ def _check_resumable(stored: StoredRun, overrides: ResumeSettings) -> None:
             raise BabyError(f"{name} cannot be changed in a run that is resumed; {', '.join(RESUMABLE)} can")
     run, result, asked = f"run {stored.files.guid}", stored.content["result"], overrides.get("num_steps") or 0
     if result["state"] == "imported":
-        raise BabyError(f"{run} was imported, there is nothing to resume; finetune it on a text")
+        raise BabyError(f"{run} was imported and has no training to resume; finetune it on a text")
     if result["state"] == "done" and result["reason"] == "patience" and "patience" not in overrides:
-        cause = "its validation loss no longer fell"
-        raise BabyError(f"{run} ended because {cause}; to continue, give another --patience")
+        cause = "its validation loss stopped improving"
+        raise BabyError(f"{run} ended because {cause}; to continue, change --patience")
     if result["state"] == "done" and result["reason"] == "steps" and asked <= result["steps"]:
-        raise BabyError(f"{run} is done with all its {result['steps']} steps; to continue, give more --num-steps")
+        raise BabyError(f"{run} has finished all {result['steps']} steps; to continue, raise --num-steps")
     if 0 < asked < result["steps"]:
-        raise BabyError(f"{run} has done {result['steps']} steps already; num_steps {asked} is too few")
+        done = result["steps"]
+        raise BabyError(f"{run} has already done {done} steps: num_steps must be above {done}, not {asked}")
 
 
 def _extending(tokenizer: Tokenizer) -> Any:

@@ -18,11 +18,11 @@ from baby_xp.errors import BabyError
 from baby_xp.files import as_path
 
 LARGEST = 2**31 - 1
-"""The largest whole number of a config: sizes and steps are counted in int32."""
+"""The largest whole number in a config: sizes and steps are counted in int32."""
 MOST_PROCESSES = 32
-"""On a machine with fewer cores: more would only compete, take memory and seconds to start."""
+"""The most processes on a machine with fewer cores: more would compete, take memory and start slowly."""
 LONGEST = 60
-"""Characters of a value in a message."""
+"""The most characters of a value in a message."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _finite(value: Any) -> int | float | None:
 def text(name: str, value: Any, hint: str = "") -> str:
     """A text."""
     if not isinstance(value, str):
-        raise BabyError(f"{name} must be a text, not {shown_value(value)}{_and(hint)}")
+        raise BabyError(f"{name} must be a string, not {shown_value(value)}{_and(hint)}")
     return str(value)
 
 

@@ -18,11 +18,11 @@ from baby_xp.checks import LARGEST, Range, check_fields
 from baby_xp.errors import BabyError
 
 MOST_LAYERS = 10_000
-"""With more blocks it takes many seconds to lay out their parameters alone, and seconds more at each step."""
+"""With more blocks, laying out the parameters takes many seconds, and each step several seconds more."""
 LARGEST_DROPOUT = 0.99999
-"""Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
+"""The largest rate, rounded down, that does not drop everything: rates are rounded to multiples of 1 / 65536."""
 LARGEST_STD = 1e6
-"""Of first weights: far from any use, and from what float32 does not hold."""
+"""Limit of the initial standard deviation: far above any useful value, far below the largest float32."""
 
 Size = Annotated[int, Range(1, LARGEST)]
 Count = Annotated[int, Range(0, LARGEST)]
@@ -36,7 +36,7 @@ class GPTConfig:
     kind: ClassVar[str] = "gpt"
 
     n_ctx: Size = 64
-    """Context: how many tokens the model sees at most."""
+    """Context: the maximum number of tokens that the model sees."""
     n_emb: Size = 128
     """Width: dimensions of a token's vector."""
     head_size: Size = 128
@@ -54,7 +54,7 @@ class GPTConfig:
     c_network: Literal["mlp", "moe"] = "mlp"
     """Feed-forward network (mlp) or a dense mixture of four of them (moe)."""
     gelu: Literal["tanh", "erf"] = "tanh"
-    """GELU by its tanh approximation, or exactly, by erf."""
+    """GELU by its tanh approximation, or exact, by erf."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,8 +64,8 @@ class GPTConfig:
                 f"choose a head_size that is a multiple of n_heads"
             )
         if rng.drop_threshold(self.dropout) == rng.HALVES:
-            met = f"dropout is met to 1 / {rng.HALVES}"
-            raise BabyError(f"dropout {self.dropout} drops everything, as {met}: choose {LARGEST_DROPOUT} at most")
+            problem = f"dropout {self.dropout} drops everything, as it is rounded to multiples of 1 / {rng.HALVES}"
+            raise BabyError(f"{problem}: choose at most {LARGEST_DROPOUT}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class EquationConfig:
     dropout: ClassVar[float] = 0.0
 
     n_ctx: Size = 4
-    """Context: "4+4=" is 4 tokens; 6 hold an equation up to 9+9 whole."""
+    """Context in tokens: 4 for "4+4=", 6 for a whole equation up to 9+9."""
     n_emb: Size = 1
     """Width: dimensions of a token's vector."""
     n_hidden: Size = 64
@@ -102,9 +102,9 @@ class TrainConfig:
     accumulate: Size = 1
     """Batches whose gradients add up to one step: a large batch in the memory of a small one."""
     num_steps: Size | None = None
-    """Total number of steps; None, or if num_epochs alone is given: as many as the epochs take."""
+    """Total number of steps; if only num_epochs is given, as many as the epochs take."""
     num_epochs: Size | None = None
-    """Passes over the training windows, each in a new order; None: windows at random positions."""
+    """Passes over the training windows, each in a new order; by default, windows at random positions."""
     stride: Size = 1
     """Tokens between the starts of two windows of an epoch."""
     lr: Annotated[float, Range(above=0)] = 1e-3
@@ -134,9 +134,9 @@ class TrainConfig:
     max_minutes: NotNegative = 0.0
     """Minutes after which this training session stops; it can be resumed. 0: no limit."""
     checkpoint_every: Count = 0
-    """Steps between checkpoints; 0: by time alone."""
+    """Steps between checkpoints; 0: only by time."""
     checkpoint_minutes: NotNegative = 1.0
-    """Minutes between checkpoints; 0: by steps alone. There is always one at the end."""
+    """Minutes between checkpoints; 0: only by steps. There is always one at the end."""
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     """Seed of the weights, the order of the data, dropout and sampling."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -145,9 +145,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.step_size > LARGEST:
-            raise BabyError(f"a step of {self.batch_size} x {self.accumulate} sequences is too large")
+            size = f"a step of {self.batch_size} x {self.accumulate} sequences"
+            raise BabyError(f"{size} is too large: lower --batch-size or --accumulate")
         if self.num_steps is None and self.num_epochs is None:
-            raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
+            raise BabyError("neither num_steps nor num_epochs is given: give one of them")
         if self.schedule == "cosine" and self.min_lr > self.peak_lr:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
@@ -175,7 +176,7 @@ class DataConfig:
     data: Annotated[str, checks.path] = "nursery"
     """A path to a UTF-8 text, or a name: nursery (generated here) or shakespeare (downloaded once)."""
     tokenizer: Literal["char", "byte"] = "char"
-    """One id a character of the text, or one id a byte of its UTF-8."""
+    """One token per character of the text, or one per byte of its UTF-8 encoding."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -186,7 +187,7 @@ class EquationData(DataConfig):
     """Equations, and which of them training never sees."""
 
     data: Annotated[str, checks.path] = "equations"
-    """equations: sums and differences, made here."""
+    """equations: sums and differences (generated here)."""
     digits: Annotated[int, Range(1, 2)] = 1
     """Digits of the largest operand, 1 or 2."""
     operators: Literal["+", "-", "+-"] = "+"
@@ -194,7 +195,7 @@ class EquationData(DataConfig):
     max_sum: Count = 9
     """Largest sum, at least 9; 0: all of them. Differences have no limit."""
     held_out: Annotated[str, partial(checks.text, hint="a sum such as 4+4 or a share such as 10%")] = "4+4"
-    """What training never sees, nor with its operands swapped: one or more like 4+4,3+5, or a share like 10%."""
+    """Equations to hold out, and those with swapped operands: some such as 4+4,3+5, or a share such as 10%."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +217,7 @@ class RunConfig:
     """All that a run was asked for. A preset is one of these with a name of its own."""
 
     name: str
-    """That of the preset."""
+    """Name of the preset."""
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
@@ -330,7 +331,7 @@ def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any])
         if of_equations:
             raise BabyError(f"{what} on equations, which are not cut out of a text: leave out --stride")
         if train.num_epochs is None:
-            raise BabyError(f"{what} on windows from random places: give --num-epochs too, or leave out --stride")
+            raise BabyError(f"{what} on windows at random positions: give --num-epochs too, or leave out --stride")
     if "min_lr" in settings and train.schedule == "constant":
         raise BabyError(
             "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
@@ -351,7 +352,7 @@ def from_dict(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict) or not values.keys() <= names:
         odd = sorted(set(values) - names) if isinstance(values, dict) else values
         raise BabyError(
-            f"{where}: {odd!r} is not part of a {kind.__name__}; the file is damaged or from elsewhere"
+            f"{where}: {odd!r} is not part of a {kind.__name__}; the file is damaged or was not written by baby_xp"
         )
     try:
         return kind(**values)
@@ -365,7 +366,8 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
     kind = MODELS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise BabyError(
-            f"{where}: kind of model is none of {', '.join(MODELS)}; the file is damaged or from elsewhere"
+            f"{where}: the kind of model must be one of {', '.join(MODELS)}; "
+            f"the file is damaged or was not written by baby_xp"
         )
     return from_dict(kind, {name: value for name, value in values.items() if name != "kind"}, where)
 
@@ -373,6 +375,8 @@ def model_from_dict(values: Any, where: str) -> ModelConfig:
 def data_from_dict(values: Any, where: str) -> DataConfig:
     """The data config that to_dict wrote, without what else a run's config file says of its data."""
     if not isinstance(values, dict):
-        raise BabyError(f"{where}: {values!r} is not the data of a run; the file is damaged or from elsewhere")
+        raise BabyError(
+            f"{where}: {values!r} is not the data of a run; the file is damaged or was not written by baby_xp"
+        )
     kind = EquationData if "held_out" in values else DataConfig
     return from_dict(kind, {name: values[name] for name in values if name not in ("file", "sha256")}, where)

@@ -17,11 +17,11 @@ from typing import Any
 from baby_xp.errors import BabyError
 
 TEMPORARY = ".tmp"
-"""How the temporary name of a file ends while it is being written."""
+"""The end of a file's temporary name while it is being written."""
 ATTEMPTS = 100
-"""How often to make a folder again that another process has removed in the meantime."""
+"""How often to try to create a folder again if another process removes it in the meantime."""
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EDEADLK)}
-"""The error codes if another process has locked a file; EDEADLOCK is that of Windows."""
+"""The error codes if another process has locked a file; Windows uses EDEADLOCK."""
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM}
@@ -47,9 +47,9 @@ def as_path(value: Any, what: str) -> Path:
     except TypeError:
         name = None
     if not isinstance(name, str):
-        raise BabyError(f"{what} must be a path, as text or pathlib.Path, not {value!r}")
+        raise BabyError(f"{what} must be a path, a string or a pathlib.Path, not {value!r}")
     if "\0" in name:
-        raise BabyError(f"{what} {name!r} is no path: it holds a NUL character")
+        raise BabyError(f"{what} {name!r} is not a path: it contains a NUL character")
     return Path(name)
 
 
@@ -78,9 +78,9 @@ def _advice(error: OSError, doing: str, other: str | None) -> str:
     code = error.errno
     elsewhere = f", or name another place with {other}" if other else ""
     if code in FULL:
-        return f"make room on that disk{elsewhere}"
+        return f"free some space on that disk{elsewhere}"
     if code in NOT_ALLOWED:
-        return f"check the permissions of it and of its folders{elsewhere}"
+        return f"check its permissions and those of its folders{elsewhere}"
     if code == errno.EROFS:
         return f"name another place with {other}" if other else "it is on a file system that is read-only"
     if code in (errno.EMFILE, errno.ENFILE):
@@ -90,13 +90,13 @@ def _advice(error: OSError, doing: str, other: str | None) -> str:
     if code == errno.ENAMETOOLONG:
         return "choose a shorter name"
     if code in NO_LOCKS:
-        return f"its file system may lack what is needed{elsewhere}"
+        return f"its file system may not support this{elsewhere}"
     if code in (errno.ENOTDIR, errno.EEXIST):
-        return f"something that is no folder stands where a folder is needed{elsewhere}"
+        return f"a file exists where a folder is needed{elsewhere}"
     if code == errno.EISDIR:
-        return "it is a folder; name a file"
+        return "it is a folder; give the name of a file"
     if code == errno.ENOENT:
-        return "check the path" if doing == "read" else f"its folder cannot be made{elsewhere}"
+        return "check the path" if doing == "read" else f"its folder cannot be created{elsewhere}"
     return f"check the disk{elsewhere}"
 
 

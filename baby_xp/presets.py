@@ -26,7 +26,7 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
     # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
     # no download, and its exact entropy says how good a loss can be.
     (
-        "babbles nursery stories after a minute or two on two cores",
+        "nursery stories, learned in a minute or two on two cores",
         RunConfig(
             "baby",
             GPTConfig(n_ctx=64, n_emb=64, head_size=64, n_heads=4, n_layers=3, dropout=0.0),
@@ -41,7 +41,7 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
     # 128 neurons without decay answered every answerable held-out sum, with all 10 seeds; with 64, or
     # with decay, one seed in five missed some. docs/equations.md has the figures.
     (
-        "babyLLM: sums of two one-digit numbers, and the answer of 4+4, which it never saw",
+        "babyLLM: sums of two one-digit numbers; answers 4+4 without having seen it",
         RunConfig(
             "equations",
             EquationConfig(n_ctx=4, n_emb=1, n_hidden=128, activation="tanh", std=0.1),

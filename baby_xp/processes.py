@@ -111,5 +111,5 @@ def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> Bab
     elif code == errno.EAGAIN:
         hints.append("raise the limit of processes (ulimit -u)")
     elif code == errno.ENOMEM:
-        hints.append("end what else takes memory")
+        hints.append("stop other programs that use memory")
     return BabyError(f"{what} cannot be started ({reason(error)}); {', or '.join(hints)}")

@@ -44,7 +44,7 @@ class Run(TrainedModel):
         Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
         """
         if not isinstance(self.settings.data, EquationData):
-            raise BabyError(f"run {self.guid} did not learn equations: let it generate")
+            raise BabyError(f"run {self.guid} did not learn equations: use generate")
         return self.ask(question, self.settings.data.table)
 
     def evaluate(self, data: str | Path | None = None, num_tokens: int = 2000, seed: int = 0) -> "Evaluation":

@@ -35,7 +35,7 @@ from baby_xp.training.signals import Stop
 from baby_xp.training.workers import Workers, alone
 
 SAMPLE_TOKENS = 500
-"""Tokens of the text at the end of training."""
+"""Tokens of the text generated at the end of training."""
 
 
 @dataclass
@@ -223,12 +223,12 @@ class TrainingSession(Listener):
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
     def _stop_asked(self) -> None:
-        self.listener.note("stopping after this step, with a checkpoint; once more: at once")
+        self.listener.note("stopping after this step, with a checkpoint; interrupt again to stop at once")
 
     def _divergence(self, diverged: Diverged, workers: Workers | None) -> BabyError:
         """The message for a loss that is NaN or infinite."""
         setup, train, what = self.setup, self.plan.train, f"the {diverged.what} at step {diverged.step}"
-        self.listener.note(f"{what}; looking for its cause from step {self._last.step} on")
+        self.listener.note(f"{what}; searching for the cause from step {self._last.step} on")
         good, _ = state_file.load_state(self.files.state, setup.model.n_parameters, train.dtype)
         found = largest_gradient(setup.backend, setup.model, train, setup.dataset, good, diverged.step, workers)
         parts = [what]
@@ -245,7 +245,7 @@ class TrainingSession(Listener):
             causes.append(f"too short a warm-up (raise --warmup-steps, {train.warmup_steps})")
         if train.clip == 0:
             causes.append("gradients that are not clipped (--clip 1)")
-        return BabyError("; ".join([*parts, f"what usually causes it: {', '.join(causes)}"]))
+        return BabyError("; ".join([*parts, f"usual causes: {', '.join(causes)}"]))
 
     def _failed(self, error: Exception) -> None:
         """Write to the files that the run failed, if they can still be written.

@@ -129,10 +129,10 @@ class EquationTable:
             if case is None or not self._has_form_of(case):
                 operand = "digit" if self.digits == 1 else "number"
                 form = " or ".join(operand + operator + operand for operator in self.operators)
-                raise BabyError(f"a held-out case is {form}, such as {self.example}, not {text!r}")
+                raise BabyError(f"a held-out case must be {form}, such as {self.example}, not {text!r}")
             a, operator, b = case
             if self._is_above_max_sum(case):
-                raise BabyError(f"the held-out case {text} makes {a + b}, above the largest sum {self.max_sum}")
+                raise BabyError(f"the held-out case {text} is {a + b}, above the largest sum {self.max_sum}")
             found |= {(a, operator, b): None, (b, operator, a): None}
         return list(found)
 
@@ -145,7 +145,7 @@ class EquationTable:
             try:
                 share = float(held_out[:-1]) / 100
             except ValueError:
-                raise BabyError(f"a held-out share is a number such as 10%, not {held_out!r}") from None
+                raise BabyError(f"a held-out share must be a number such as 10%, not {held_out!r}") from None
             return self.draw(share, seed)
         named = _split(held_out)
         self.with_mirrors(named)
@@ -154,7 +154,7 @@ class EquationTable:
     def draw(self, share: float, seed: int) -> list[str]:
         """A share of `distinct`, at least one of them, drawn with the seed. BabyError unless 0 < share < 1."""
         if not 0 < share < 1:
-            raise BabyError(f"the held-out share lies between 0% and 100%, not {100 * share:g}%")
+            raise BabyError(f"the held-out share must be between 0% and 100%, not {100 * share:g}%")
         known = self.distinct()
         key = np.array([seed % 2**64, SHUFFLE], dtype=np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(len(known)), kind="stable")
@@ -185,7 +185,7 @@ class EquationTable:
             raise BabyError(f"{checks.shown_value(text)} is not a question of the table: {form}")
         if self._is_above_max_sum(case):
             known = f"the table has sums up to {self.max_sum}: ask {self.example}=, for example"
-            raise BabyError(f"{asked} makes {case[0] + case[2]}, and {known}")
+            raise BabyError(f"{asked} is {case[0] + case[2]}, and {known}")
         return f"{asked}="
 
     def begins_answer(self, text: str) -> bool:

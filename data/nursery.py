@@ -120,7 +120,7 @@ def stories(seed: int, grammar: Grammar = NURSERY) -> Iterator[str]:
     BabyError if seed is not a whole number from 0 on.
     """
     if not isinstance(seed, int) or seed < 0:
-        raise BabyError(f"the seed of the stories is a whole number from 0 on, not {seed!r}")
+        raise BabyError(f"the seed of the stories must be a whole number of at least 0, not {seed!r}")
     # random.Random.random is the one generator of Python whose numbers are promised to stay the same from
     # version to version (choice, shuffle and NumPy's Generator methods are not); the rest is whole numbers.
     uniform = random.Random(seed).random
@@ -133,7 +133,7 @@ def stories(seed: int, grammar: Grammar = NURSERY) -> Iterator[str]:
 def generate(n_chars: int, seed: int) -> str:
     """Whole stories, until there are at least n_chars characters of them. BabyError if n_chars is below 1."""
     if n_chars < 1:
-        raise BabyError(f"the number of characters to generate is at least 1, not {n_chars}")
+        raise BabyError(f"the number of characters to generate must be at least 1, not {n_chars}")
     whole, length = [], 0
     for story in stories(seed):
         whole.append(story)

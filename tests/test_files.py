@@ -88,7 +88,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_no_other(tmp_path, monk
     assert all_of(tmp_path) == (set() if before is None else {"a.json"})
     assert before is None or path.read_bytes() == before
     if isinstance(caught.value, BabyError):
-        assert "a.json cannot be written (No space left on device); make room" in str(caught.value)
+        assert "a.json cannot be written (No space left on device); free some space" in str(caught.value)
 
 
 @each_way
@@ -161,18 +161,18 @@ def test_a_folder_that_others_remove_again_and_again_is_made_again(tmp_path, mon
 def test_a_file_in_place_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
-        with pytest.raises(BabyError, match=r"cannot be written .*; something that is no folder stands"):
+        with pytest.raises(BabyError, match=r"cannot be written .*; a file exists where a folder is needed"):
             files.write(path, "b")
     assert all_of(tmp_path) == {"file"}
 
 
 ADVICE = {
-    errno.ENOSPC: "make room on that disk, or name another place with --path",
+    errno.ENOSPC: "free some space on that disk, or name another place with --path",
     errno.EROFS: "name another place with --path",
-    errno.EACCES: "check the permissions of it and of its folders, or name another place with --path",
+    errno.EACCES: "check its permissions and those of its folders, or name another place with --path",
     errno.EMFILE: "too many files are open: raise the limit",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOLCK: "its file system may lack what is needed, or name another place with --path",
+    errno.ENOLCK: "its file system may not support this, or name another place with --path",
     errno.EIO: "check the disk, or name another place with --path",
 }
 

@@ -88,7 +88,7 @@ def test_the_backends_are_found(python):
     states = {line.split()[0]: line.split()[1] for line in lines[:-1]}
     assert states.keys() == BACKENDS
     assert states["numpy"] == "works"
-    assert lines[-1].startswith("auto takes ")
+    assert lines[-1].startswith("auto selects ")
 
 
 def test_it_trains_and_generates(python, tmp_path):

@@ -79,7 +79,7 @@ def test_cores_and_environment(monkeypatch):
 @pytest.mark.parametrize(("code", "hint"), [
     (errno.EMFILE, ", or raise the limit of open files (ulimit -n)"),
     (errno.EAGAIN, ", or raise the limit of processes (ulimit -u)"),
-    (errno.ENOMEM, ", or end what else takes memory"),
+    (errno.ENOMEM, ", or stop other programs that use memory"),
     (errno.EIO, ""),
 ])  # fmt: skip
 def test_a_process_that_the_system_refuses(monkeypatch, code, hint):

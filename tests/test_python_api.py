@@ -212,7 +212,7 @@ def test_what_generate_cannot_take_is_named(run, name, value):
         (lambda run: baby_xp.import_littlebaby("mo\0del"), "model"),
         (lambda run: baby_xp.import_littlebaby("model.json", config=5), "config"),
         (lambda run: baby_xp.export_littlebaby(run, 5), "folder"),
-        (lambda run: leave_one_out.experiment("equations"), "the lab is for equations"),
+        (lambda run: leave_one_out.experiment("equations"), "the equation lab cannot use"),
         (lambda run: leave_one_out.experiment(preset("equations"), "2"), "seeds"),
         (lambda run: leave_one_out.experiment(preset("equations"), 10**12), "seeds"),
         (lambda run: leave_one_out.experiment(preset("equations"), 1, 2.5), "workers"),
@@ -344,7 +344,7 @@ def small_machine(monkeypatch):
         ({"accumulate": 10**6}, ("--accumulate", "64.0 MiB")),
         ({"n_ctx": 2**31 - 1}, ("too short",)),  # there is no text of that length
         ({"n_layers": 10_000, "n_emb": 2048, "head_size": 2048}, ("--n-layers",)),
-        ({"n_emb": 2**31 - 1}, ("parameters fits no memory",)),
+        ({"n_emb": 2**31 - 1}, ("parameters are too many for any machine",)),
         ({"head_size": 2**31 - 1, "n_heads": 1}, ("--head-size",)),
         ({"head_size": 2**31 - 1, "n_heads": 2**31 - 1}, ("--head-size",)),
         ({"workers": 8, "batch_size": 8}, ("--workers",)),
@@ -437,9 +437,9 @@ def test_the_memory_of_the_machine_is_in_bytes(monkeypatch, tmp_path):
 
 
 def test_more_texts_than_fit_are_refused_with_the_number_that_does(run, small_machine):
-    with pytest.raises(BabyError, match=r"1,000,000,000 texts at once take .* ask for ([\d,]+) at most") as caught:
+    with pytest.raises(BabyError, match=r"1,000,000,000 texts at once need .* ask for at most ([\d,]+)") as caught:
         run.generate_several(10**9, num_tokens=1)
-    most = int(str(caught.value).split("ask for ")[1].split()[0].replace(",", ""))
+    most = int(str(caught.value).split("ask for at most ")[1].split()[0].replace(",", ""))
     limits.check_texts(run.model, run.backend, most)
     with pytest.raises(BabyError):
         limits.check_texts(run.model, run.backend, most + 1)

@@ -69,11 +69,11 @@ class Backend:
     version: str
     """Name and version of the array library."""
     device: str
-    """Where arrays live, in words."""
+    """The device that holds the arrays, as text."""
     kernels: str = "fast"
     """"fast", or "plain" if it replaces no function of ours: see namespace.py."""
     chosen_because: str = ""
-    """Why `auto` took this backend, if it did."""
+    """Why `auto` selected this backend, if it did."""
 
     def to_device(self, host: np.ndarray) -> Array:
         """Copy a host array to the device as it is."""

@@ -19,18 +19,18 @@ USAGE = f"""baby_xp {__version__}: train baby language models from scratch
 
 usage: python -m baby_xp COMMAND [options]
 
-  train [PRESET]        train a model; without a preset, the baby
+  train [PRESET]        train a model; the default preset is baby
   finetune RUN --data   continue training a run on another text
   resume [RUN]          continue a run that was stopped or killed, from its last checkpoint
   generate [RUN]        generate text from a prompt (also called inference)
   evaluate [RUN]        measure a run: loss, perplexity, words, copies
   inspect [RUN]         show every array of a forward pass, the predictions and the attention
   check [RUN]           compare the gradients of a run with finite differences, layer by layer
-  equations [gpt]       hold out each sum in turn, train a model without it, ask for it
+  equations [gpt]       hold out each sum in turn, train a model without it, and test it on that sum
   estimate [PRESET]     size, time and memory of a run, before it starts
   runs                  list all runs, newest first
-  presets               list what can be trained
-  backends              list which array libraries work here, and what the others lack
+  presets               list the presets, the models that can be trained
+  backends              list the array libraries that work here, and what is missing for the others
   import littlebaby     import a model of the original Little Baby as a run
   export littlebaby     export a run as the original Little Baby's files
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 COMPUTE = options.names_of(Compute)
 LOADING = tuple(name for name in COMPUTE if name != "workers")
-"""Where a trained model computes: one process does."""
+"""The settings of where a trained model computes; it always uses one process."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the files of runs lie."""
+    """The folder of the runs."""
 
     path: str = "runs"
     """Folder of the runs."""
@@ -27,7 +27,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Trained(Folder):
-    """Which weights of a run, and where it lies."""
+    """The folder of the runs, and which weights of a run to load."""
 
     weights: Literal["best", "last"] = "best"
     """The weights with the best validation loss, or those of the last checkpoint."""

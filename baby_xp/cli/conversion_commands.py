@@ -12,9 +12,9 @@ class ImportOptions:
     """Where the other files are, and how the run computes."""
 
     config: str | None = None
-    """The config file; none: beside the model, or in ../configs."""
+    """The config file; by default beside the model, or in ../configs."""
     tokenizer: str | None = None
-    """The tokenizer file; none: beside the model, or in ../tokenizers."""
+    """The tokenizer file; by default beside the model, or in ../tokenizers."""
     dtype: Literal["float64", "float32"] = "float64"
     """Precision; the original computes in float64, float32 is faster."""
 
@@ -42,7 +42,7 @@ def import_(arguments: list[str]) -> None:
     run = api.import_littlebaby(model, **given)
     print(f"{run.model.n_parameters:,} parameters, {run.tokenizer.vocab_size} different tokens")
     print(f"run {run.guid}")
-    print(f"more: python -m baby_xp generate {short(run.guid)}{path_flag(given)}")
+    print(f"to generate text: python -m baby_xp generate {short(run.guid)}{path_flag(given)}")
 
 
 def export(arguments: list[str]) -> None:
@@ -64,5 +64,5 @@ def _of_littlebaby(command: str, arguments: list[str]) -> list[str]:
     """The arguments after the name of the other program; there is one so far."""
     program, rest = positional(arguments, "")
     if program != "littlebaby" and not {"-h", "--help"} & set(arguments):
-        raise BabyError(f"say whose files to {command}: {command} littlebaby ...")
+        raise BabyError(f"name the format to {command}: {command} littlebaby ...")
     return rest

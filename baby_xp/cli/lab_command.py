@@ -15,20 +15,20 @@ class EquationsOptions:
     seeds: int = 5
     """Models for each held-out case or share, with consecutive seeds from --seed on."""
     workers: int | None = None
-    """Models that train at the same time, one process each; none: one per core."""
+    """Models that train at the same time, one process each; by default one per core."""
     picture: str | None = None
     """Draw the map of correct answers to this file (.png, .svg, ...); needs the extra `plots`."""
 
 
 def equations(arguments: list[str]) -> None:
-    """Hold out each equation in turn, train a model without it, ask for it: the equation model, or a gpt.
+    """Hold out each equation in turn, train a model without it (the equation model or a GPT), and test it.
 
     python -m baby_xp equations
     python -m baby_xp equations gpt --held-out 10% --seeds 1
     """
     kind, rest = positional(arguments, "mlp")
     if kind not in ("mlp", "gpt"):
-        raise BabyError(f"the lab trains the equation model (mlp) or a gpt, not {kind!r}")
+        raise BabyError(f"the equation lab trains the equation model (mlp) or a gpt, not {kind!r}")
     from baby_xp.equations import leave_one_out
 
     preset = leave_one_out.suitable(kind, *options.peek(rest, "--digits", "--max-sum", "--operators"))

@@ -57,7 +57,7 @@ def backends(arguments: list[str]) -> None:
         else:
             print(f"{state.name:<17} missing  {state.reason}; remedy: {state.remedy}")
     chosen, why = registry.choose()
-    print(f"auto takes {chosen.name}: {why}")
+    print(f"auto selects {chosen.name}: {why}")
 
 
 def _no_arguments(command: Callable[[list[str]], None], arguments: list[str]) -> None:

@@ -36,16 +36,16 @@ class GenerateOptions:
     seed: int = 0
     """Seed of the sampling."""
     cache: bool = True
-    """Keep keys and values of earlier tokens; --no-cache gives the same text, more slowly."""
+    """Cache keys and values of earlier tokens; --no-cache generates the same text, more slowly."""
 
 
 WHERE = Trained(), Subset(Compute(), LOADING)
 OF_SAMPLING = ("temperature", "top_k", "top_p")
-"""Settings without effect if nothing is sampled."""
+"""Settings that have no effect with greedy decoding."""
 
 
 def generate(arguments: list[str]) -> None:
-    """Generate text from a prompt, and keep it.
+    """Generate text from a prompt, print it, and save it.
 
     python -m baby_xp generate last --prompt "Once "
     python -m baby_xp generate 1a2b --temperature 0.7 --num-tokens 200
@@ -54,7 +54,7 @@ def generate(arguments: list[str]) -> None:
     asked, given = parsed(GenerateOptions(), generate, "[RUN]", rest, *WHERE)
     if asked.greedy and (ways := [name for name in OF_SAMPLING if name in given]):
         flags = " and ".join("--" + name.replace("_", "-") for name in ways)
-        raise BabyError(f"--greedy always takes the most likely token: leave out {flags}, or --greedy")
+        raise BabyError(f"--greedy always takes the most likely token: leave out {flags} or --greedy")
     run = load(name, given)
     pieces = run.stream(
         asked.prompt, asked.num_tokens, asked.cache,
@@ -71,7 +71,7 @@ def generate(arguments: list[str]) -> None:
     while os.path.lexists(completion := run.files.completion(when)):  # two in the same second: keep the first one
         when += timedelta(seconds=1)
     write(completion, text + "\n", other=None)
-    print(f"kept in {completion}", file=sys.stderr)
+    print(f"saved to {completion}", file=sys.stderr)
 
 
 def _note_on_equations(data: "DataConfig", prompt: str) -> None:
@@ -79,8 +79,8 @@ def _note_on_equations(data: "DataConfig", prompt: str) -> None:
     from baby_xp.config import EquationData
 
     if prompt and isinstance(data, EquationData) and not data.table.begins_answer(prompt):
-        what = f"its equations were asked like {data.table.example}=, and {prompt!r} is none of them"
-        print(f"note: {what}; what follows means nothing", file=sys.stderr, flush=True)
+        known = f"the run learned equations, such as {data.table.example}="
+        print(f"note: {known}; the continuation of {prompt!r} is meaningless", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class EvaluateOptions:
     """What is measured."""
 
     data: str | None = None
-    """Another text to measure on; none: the run's own."""
+    """Another text to measure on; by default the run's own."""
     num_tokens: int = 2000
     """Tokens to generate for the shares of known words and of copied sequences."""
     seed: int = 0
@@ -130,7 +130,7 @@ class CheckOptions:
     """What is compared."""
 
     data: str | None = None
-    """Another text to take the batch from; none: the run's own."""
+    """Another text to take the batch from; by default the run's own."""
     batch: int = 2
     """Sequences in the batch."""
     tokens: int = 16

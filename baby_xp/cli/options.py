@@ -17,9 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from baby_xp.errors import BabyError
 
 MOST_QUOTED = 80
-"""Characters of an argument that a message repeats."""
+"""The most characters of an argument that a message quotes."""
 DASHES = "\0--"
-"""Stands for -- as the value of a flag: argparse drops that, up to Python 3.12. No argument holds a NUL."""
+"""Replaces -- as the value of a flag, which argparse drops up to Python 3.12. No argument contains a NUL."""
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
@@ -65,7 +65,7 @@ def peek(arguments: Sequence[str], *flags: str) -> list[str | None]:
     try:
         found, _ = parser.parse_known_args(_joined(arguments, dict.fromkeys(flags, str)))
     except argparse.ArgumentError:
-        return [None] * len(flags)  # what is wrong with it, the whole command line will tell
+        return [None] * len(flags)  # `parse` reports what is wrong
     return list(vars(found).values())
 
 
@@ -171,7 +171,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# what stands on the line --------------------------------------------------------------------------------
+# preparing the arguments --------------------------------------------------------------------------------
 
 
 def _joined(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
@@ -198,7 +198,7 @@ def _is_dashed_value(argument: str) -> bool:
     return argument != "--" and body != argument and not looks_like_a_flag
 
 
-# what is wrong ------------------------------------------------------------------------------------------
+# error messages -----------------------------------------------------------------------------------------
 
 
 def _problem(error: argparse.ArgumentError, kinds: dict[str, Any], arguments: Sequence[str]) -> str:
@@ -220,16 +220,16 @@ def _one_with_a_dash(flag: str, kinds: dict[str, Any], arguments: Sequence[str])
     if not after or after[0].partition("=")[0].replace("_", "-") in kinds:
         return ""
     value = after[0] if after[0].isprintable() and len(after[0]) <= MOST_QUOTED else "-..."
-    return f"; one that begins with - is given as {shlex.quote(f'{flag}={value}')}"
+    return f"; write a value that begins with - as {shlex.quote(f'{flag}={value}')}"
 
 
 def _too_much(argument: str, kinds: dict[str, Any]) -> str:
     """What is wrong with an argument that stands for nothing."""
     flag = argument.partition("=")[0]
     if not flag.startswith("-") or argument == "--":
-        return f"{_quoted(argument)} is one argument too many"
+        return f"unexpected argument {_quoted(argument)}"
     near = difflib.get_close_matches(flag.replace("_", "-"), kinds, 1, 0.75)
-    return f"there is no option {_quoted(flag)}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"unknown option {_quoted(flag)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _quoted(text: str) -> str:

@@ -17,7 +17,7 @@ class Screen:
     def __init__(self, asked_backend: str):
         self.asked = asked_backend
         self.bar: Any = None
-        """tqdm's, once training has started."""
+        """The progress bar of tqdm, once training has started."""
 
     def started(self, session: "TrainingSession", step: int) -> None:
         """Print what will be trained, and where."""

@@ -11,9 +11,9 @@ from baby_xp.errors import BabyError
 from baby_xp.files import reason, refusal
 
 LONGEST = 480
-"""Characters of a message: more than any of ours has, but for what a user gave."""
+"""The most characters of a message; only one that quotes what a user gave can be longer."""
 BROKEN_PIPE = 141
-"""Exit code where nobody reads on, as in `baby_xp ... | head`: that of a program that SIGPIPE ends."""
+"""The exit code if the reader of a pipe closes it, as in `baby_xp ... | head`: as if ended by SIGPIPE."""
 
 
 class OutputLost(BabyError):

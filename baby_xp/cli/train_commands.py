@@ -33,7 +33,7 @@ class EstimateOptions:
     """What is measured."""
 
     measure: bool = True
-    """Train for some seconds to measure time and memory; --no-measure: only what can be counted."""
+    """Train for some seconds to measure time and memory; --no-measure: only count."""
 
 
 def estimate(arguments: list[str]) -> None:
@@ -122,15 +122,15 @@ def _show_end(run: "Run", given: dict[str, Any]) -> None:
         raise interruption()
     print(f"\n{printable(_sample(run))}\n")
     if result["reason"] == "time":
-        print(f"the time is up: stopped after step {result['steps']}; to continue: {resuming}")
+        print(f"time limit reached: stopped after step {result['steps']}; to continue: {resuming}")
     if result["reason"] == "patience":
-        print(f"ended after step {result['steps']}: the validation loss no longer falls")
+        print(f"ended after step {result['steps']}: the validation loss stopped improving")
     if result["best_step"] not in (None, result["steps"]):
-        print(f"kept the weights of step {result['best_step']}, the best")
+        print(f"kept the weights of step {result['best_step']}, which had the lowest loss")
     print(f"validation loss {result['val_loss']:.4f} nats per token, over the whole validation part")
     print(f"run {run.guid}")
     print(f"report {run.files.report}")
-    print(f"more: python -m baby_xp generate {short(run.guid)}{path}")
+    print(f"to generate text: python -m baby_xp generate {short(run.guid)}{path}")
 
 
 def _sample(run: "Run") -> str:

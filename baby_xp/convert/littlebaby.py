@@ -47,7 +47,7 @@ class Converted:
     guid: str | None
     """The tag in the model's file name, if it is a GUID."""
     train: dict[str, Any]
-    """The settings of its training, all of which TrainConfig has; empty where the config has none."""
+    """Its training settings, all of them fields of TrainConfig; empty if the config has none."""
 
 
 def read(model: Path, config: Path | None = None, tokenizer: Path | None = None) -> Converted:
@@ -58,13 +58,13 @@ def read(model: Path, config: Path | None = None, tokenizer: Path | None = None)
     """
     model = files.as_path(model, "model")
     weights, tag = _load(model), model.stem.removeprefix("model_")
-    # a finetuned model has a tokenizer of its own, and the config of the one that it was made from
+    # a finetuned model has its own tokenizer and the config of the model that it was finetuned from
     config = Path(config or _find(model, "config", tag, tag.partition("_finetuned")[0]))
     tokenizer = Path(tokenizer or _find(model, "tokenizer", tag))
     gpt, train = _configs(_load(config), shown(config))
     characters = tokenizer_from_dict(_load(tokenizer), shown(tokenizer))
     if not isinstance(characters, CharTokenizer):
-        raise BabyError(f"{shown(tokenizer)} is not one of characters, as the original's are; {REMEDY}")
+        raise BabyError(f"{shown(tokenizer)} is not a character tokenizer, as the original's are; {REMEDY}")
     params = _params(gpt, characters.vocab_size, weights, model)
     return Converted(gpt, characters, params, tag if store.GUID.fullmatch(tag) else None, train)
 
@@ -87,18 +87,18 @@ def write(
     if config.gelu != "tanh":
         raise _cannot_hold("GELU by erf")
     if not isinstance(tokenizer, CharTokenizer):
-        raise _cannot_hold("tokenizer of bytes")
+        raise _cannot_hold("byte tokenizer")
     if not store.GUID.fullmatch(guid):
-        raise BabyError(f"{guid!r} is not a GUID; the original names its files by one")
+        raise BabyError(f"{guid!r} is not a GUID, which the original needs for the names of its files")
     model, flat = Model(config, tokenizer.vocab_size), np.asarray(params, dtype=np.float64)
     if flat.shape != (model.n_parameters,) or not np.isfinite(flat).all():
-        raise BabyError(f"these are not {model.n_parameters} finite numbers; give the parameters of this model")
+        raise BabyError(f"the parameters are not {model.n_parameters} finite numbers; give those of this model")
     vocab = {"vocab": list(tokenizer.vocab), "vocab_size": tokenizer.vocab_size}
     values = {"config": _described(config, train), "tokenizer": vocab, "model": named(config, model.layout, flat)}
     contents = {Path(folder) / f"{kind}s" / f"{kind}_{guid}.json": value for kind, value in values.items()}
     for path in contents:
-        if os.path.lexists(path):  # runs of ours have files of the same names
-            raise BabyError(f"{shown(path)} is there already; name another folder")
+        if os.path.lexists(path):  # the files of our runs have the same names
+            raise BabyError(f"{shown(path)} already exists; name another folder")
     made: list[Path] = []
     written: list[Path] = []
     try:
@@ -109,7 +109,7 @@ def write(
                 raise files.refusal(Path(folder) / name, error, "written", "--to") from None
         for path, value in contents.items():
             written.append(path)
-            # json writes ASCII: the notebook reads in the encoding of the system
+            # json writes ASCII, because the notebook reads files in the system's encoding
             files.write(path, json.dumps(value, default=np.ndarray.tolist), other="--to")
     except BaseException:  # all three files or none, and no empty folders
         for path in written:
@@ -120,7 +120,7 @@ def write(
 
 
 def _cannot_hold(what: str) -> BabyError:
-    return BabyError(f"The Little Baby has no {what}; keep this model as a run of baby_xp")
+    return BabyError(f"The Little Baby has no {what}: this model cannot be exported")
 
 
 # weights ------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
     where, model = shown(path), Model(config, V)
     if not isinstance(weights, dict):
         raise BabyError(f"{where} is not a JSON object of weights by name; {REMEDY}")
-    # first the checks that need no memory, because a config may claim any size
+    # checks that need no memory come first, because a config may claim any size
     n_layers = len({name.split("_")[1] for name in weights if name.startswith("block_")})
     if n_layers != config.n_layers:
-        raise BabyError(f"{where} has {n_layers} blocks, its config n_layers {config.n_layers}; {REMEDY}")
+        raise BabyError(f"{where} has {n_layers} blocks, but its config n_layers {config.n_layers}; {REMEDY}")
     if isinstance(rows := weights.get("wte_weight"), list) and len(rows) != V:
-        raise BabyError(f"{where} has wte_weight for {len(rows)} ids, its tokenizer {V} characters; {REMEDY}")
+        raise BabyError(f"{where} has {len(rows)} rows in wte_weight, but its tokenizer {V} characters; {REMEDY}")
     if model.n_parameters > path.stat().st_size:
         raise BabyError(f"{where} is too small for the {model.n_parameters} weights of its config; {REMEDY}")
     flat = np.full(model.n_parameters, np.nan)
@@ -199,7 +199,7 @@ def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
             raise BabyError(f"{where} lacks {name}, which a model of its config has; {REMEDY}")
         _take(part, weights[name], f"{where}: {name}")
     if odd := weights.keys() - parts.keys():
-        raise BabyError(f"{where} has {min(odd)!r}, which a model of its config has not; {REMEDY}")
+        raise BabyError(f"{where} has {min(odd)!r}, which a model of its config does not have; {REMEDY}")
     return flat
 
 
@@ -213,14 +213,14 @@ def _take(part: Any, value: Any, what: str) -> None:
     """Write the numbers of nested lists into a view; a constant must be the same."""
     if not isinstance(part, np.ndarray):
         if type(value) is not type(part) or value != part:
-            raise BabyError(f"{what} is {_in_words(value)}; baby_xp has models with {_in_words(part)} alone")
+            raise BabyError(f"{what} is {_in_words(value)}; baby_xp supports only {_in_words(part)}")
         return
     if not _fits(value, part.shape):
         raise BabyError(f"{what} is {_in_words(value, part.shape)}, not numbers of shape {part.shape}; {REMEDY}")
     with suppress(OverflowError):  # an int too large for a float: the view stays NaN
         part[...] = np.array(value, dtype=np.float64)
     if not np.isfinite(part).all():
-        raise BabyError(f"{what} holds a number that is not finite; its training has failed, take another model")
+        raise BabyError(f"{what} contains a number that is not finite: its training diverged; use another model")
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:
@@ -266,7 +266,8 @@ def _find(model: Path, kind: str, *tags: str) -> Path:
     paths = [folder / f"{kind}_{tag}.json" for tag in tags for folder in folders]
     if found := next(filter(os.path.exists, paths), None):
         return found
-    raise BabyError(f"{shown(paths[0])} is not there, nor in {shown(folders[1])}; say where the {kind} is")
+    places = f"{shown(paths[0])} does not exist, and {shown(folders[1])} does not have it either"
+    raise BabyError(f"{places}; give the path of the {kind}")
 
 
 def _configs(values: Any, where: str) -> tuple[GPTConfig, dict[str, Any]]:

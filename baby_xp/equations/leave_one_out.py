@@ -35,7 +35,7 @@ EACH = "each"
 IGNORED = (
     "eval_every", "sample_tokens", "patience", "max_minutes", "checkpoint_every", "checkpoint_minutes",
 )  # fmt: skip
-"""Training settings without effect here: each model is trained to its end, asked, and not kept."""
+"""Training settings without effect here: each model is trained to its end, tested, and discarded."""
 TASK = "baby_xp.equations.leave_one_out:answer_job"
 
 
@@ -122,8 +122,8 @@ class Results:
         if len(self.table.operators) > 1:
             rows.append(("  by operator", ", ".join(f"{o} {s:.1%}" for o, s in self.of_operators().items())))
         rows += [
-            ("mean probability of the right answer", f"{self.probability:.3f}"),
-            ("copying the nearest trained equation", f"{self.copied:.1%} right"),
+            ("mean probability of the correct answer", f"{self.probability:.3f}"),
+            ("copying the nearest trained equation", f"{self.copied:.1%} correct"),
             ("last training loss", f"{np.mean(self.losses):.4f} nats per target, mean of the models"),
             ("time", f"{self.seconds:.0f} s in {self.processes} process{'es' * (self.processes > 1)}"),
         ]
@@ -170,7 +170,7 @@ def data_of(run_config: Any) -> EquationData:
     """The equations of a preset. Raises BabyError for anything but a preset of equations."""
     if not isinstance(run_config, RunConfig) or not isinstance(run_config.data, EquationData):
         given = run_config.name if isinstance(run_config, RunConfig) else checks.shown_value(run_config)
-        raise BabyError(f"the lab is for equations, not for {given}: choose a preset such as equations")
+        raise BabyError(f"the equation lab cannot use {given}: choose a preset of equations, such as equations")
     return run_config.data
 
 
@@ -179,7 +179,7 @@ def refuse_ignored(names: Collection[str]) -> None:
     for name in IGNORED:
         if name in names:
             raise BabyError(
-                f"{name} has no effect on equations, which trains each model to its end and keeps none: "
+                f"{name} has no effect in the equation lab, which trains each model to its end and keeps none: "
                 f"leave out --{name.replace('_', '-')}"
             )
 
@@ -199,7 +199,7 @@ def experiment(
     """
     data_of(run_config)
     usual = TrainConfig(num_steps=1)
-    # eval_every apart: it is never off, and each preset has its own
+    # except eval_every, which is never 0 and differs between presets
     refuse_ignored([name for name in IGNORED[1:] if getattr(run_config.train, name) != getattr(usual, name)])
     seeds = checks.whole("seeds", seeds, most=MOST_SEEDS)
     most = checks.most_processes()
@@ -300,10 +300,10 @@ def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], flo
         return
     idle: queue.SimpleQueue = queue.SimpleQueue()
     with ExitStack() as stack:
-        # closed last: its threads wait for the processes, which end first
+        # closed last, because its threads wait for the processes
         pool = stack.enter_context(ThreadPoolExecutor(number))
         for _ in range(number):
-            idle.put(stack.enter_context(processes.started(TASK, "processes of the lab")))
+            idle.put(stack.enter_context(processes.started(TASK, "processes of the equation lab")))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for future in as_completed([pool.submit(_ask, idle, job) for job in jobs]):
             answer = future.result()
@@ -316,7 +316,7 @@ def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
     try:
         return processes.ask(child, job.to_dict())
     except processes.Ended as ended:
-        raise BabyError(f"a process {ended} before its model was done; is there too little memory?") from None
+        raise BabyError(f"a process {ended} before its model was trained; try fewer --workers") from None
     finally:
         idle.put(child)
 

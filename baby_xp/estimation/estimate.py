@@ -139,7 +139,7 @@ def _seconds(config: RunConfig, facts: Facts, took: Trial) -> dict[str, float]:
     }
 
 
-# what the command line shows ----------------------------------------------------------------------------
+# printing -----------------------------------------------------------------------------------------------
 
 
 def lines(found: Estimate) -> list[str]:
@@ -153,7 +153,7 @@ def lines(found: Estimate) -> list[str]:
         ("operations", f"{found.flops:.3g} exactly, in the matrix products of all training steps"),
         ("", f"{6 * found.tokens * found.n_parameters:.3g} by The Little Baby's 6 T P"),
         ("arrays, MiB", _listed({kind: size / MIB for kind, size in found.arrays.items()}, "{:.1f}")),
-        ("", f"while it generates, keys and values {found.cache / MIB:.2f}"),
+        ("", f"keys and values while generating {found.cache / MIB:.2f}"),
         *_measured(found),
         ("disk", f"about {found.disk / MIB:.1f} MiB"),
     ]
@@ -177,17 +177,17 @@ def _by_formula(found: Estimate) -> list[tuple[str, str]]:
 def _by_rule(found: Estimate) -> list[tuple[str, str]]:
     low, high = (share * found.n_parameters for share in TOKENS_A_PARAMETER)
     share = found.tokens / found.n_parameters
-    return [("", f"{share:.1f} a parameter; The Little Baby's rule is 20 to 40, {low:,} to {high:,}")]
+    return [("", f"{share:.1f} per parameter; The Little Baby's rule is 20 to 40, {low:,} to {high:,}")]
 
 
 def _measured(found: Estimate) -> list[tuple[str, str]]:
     trial, seconds = found.trial, found.seconds
     if trial is None or seconds is None:
         return [("memory, time", "not measured")]
-    of_device = "" if found.facts.backend == "numpy" else "; a GPU's own memory is not in it"
-    taken = "not known: this system does not tell it"
+    of_device = "" if found.facts.backend == "numpy" else "; without the GPU's own memory"
+    taken = "unknown: this system does not report it"
     if trial.memory is not None:
-        taken = f"about {trial.memory / MIB:.0f} MiB at the peak, beside the interpreter's own{of_device}"
+        taken = f"about {trial.memory / MIB:.0f} MiB at the peak, in addition to the interpreter's own{of_device}"
     parts = {name: layout.duration(value) for name, value in seconds.items()}
     return [
         ("memory", taken),

@@ -26,10 +26,10 @@ from baby_xp.training.plan import Plan, Position
 from baby_xp.training.setup import Setup, prepare
 
 SECONDS, MOST_SECONDS, READINGS = 4.0, 60.0, 2
-"""Seconds of training once it is warm, and in all at most; and the least number of readings of the loss."""
+"""Seconds of training after the warm-up, at most in all, and the minimum number of readings of the loss."""
 CHECKPOINT_SECONDS = 1.0
-"""Between the checkpoints of the trial. Where freed memory is reused is partly chance: it takes several of them
-to see what the many of a long run come to."""
+"""Between the checkpoints of the trial. Whether freed memory is reused is partly chance, so several checkpoints
+are needed to see the peak of a long run."""
 GENERATED = 64
 """Tokens that the trial generates."""
 VALIDATION_BATCHES = 3
@@ -38,7 +38,7 @@ TASK = "baby_xp.estimation.trial:serve"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run once its text was read."""
+    """What is known about a run after its text has been read."""
 
     backend: str
     workers: int
@@ -92,7 +92,7 @@ def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, 
     Raises BabyError for what `train` would refuse, and if the process does not come to its end.
     """
     request = {"config": config.to_dict(), "compute": asdict(compute), "path": folder, "seconds": SECONDS}
-    # a session of its own: Ctrl-C is for this process, which ends it
+    # in its own session, because Ctrl-C is meant for this process, which then ends the child
     with processes.started(TASK, "the trial", "try --no-measure", start_new_session=True) as child:
         try:
             found = processes.ask(child, request)
@@ -106,18 +106,18 @@ def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, 
 
 def serve(config: dict[str, Any], compute: dict[str, Any], path: str, seconds: float) -> dict[str, Any]:
     """What the process of a trial does -> facts and trial, as plain JSON values."""
-    import tqdm  # noqa: F401  # the command line of the real run has it, and it takes room too
+    import tqdm  # noqa: F401  # the command line imports it for a real run, so it counts towards the memory
 
     try:
         return try_run(RunConfig.from_dict(config, "trial"), Compute(**compute), Path(path), seconds)
-    except OutOfMemory as error:  # the run that it names goes with the trial
+    except OutOfMemory as error:  # without the rest, which names a run that exists only in the trial
         raise BabyError(f"{error.shortage}; {error.advice}") from None
     except BabyError as error:
         raise BabyError(" ".join(str(error).split())) from None
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "an array did not fit"
         raise BabyError(f"not enough memory ({reason}); choose a smaller model or batch") from None
-    finally:  # not only by the process that asks: it may be gone
+    finally:  # here too, because the process that asked may have ended
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -112,7 +112,7 @@ class Slopes:
         return float(np.mean(cross_entropy.forward(self.xp, {}, logits, self.batch.targets.reshape(-1))[0]))
 
     def gradients(self) -> list[np.ndarray]:
-        """Backward's gradients (P,): with the plain functions, and with the fast kernels."""
+        """The gradients of the backward pass (P,): with the plain functions, and with the fast kernels."""
         return [
             self.model.layout.pack(np, loss_and_gradients(xp, self.model, self.flat, self.batch, self.noise)[1])
             for xp in (self.xp, self.fast)
@@ -213,8 +213,8 @@ def about(model: Model) -> list[str]:
     """An introduction to the table."""
     dropout = f", with its dropout of {model.config.dropout}" if model.config.dropout else ""
     return [
-        f"Backward's gradients on a batch of its training data{dropout}, in float64, against finite",
-        f"differences of the loss over steps of {STEP:g} and {2 * STEP:g}. For each array, the largest relative",
-        "error along random directions, at single elements, and at both with NumPy's fast kernels;",
-        f"it agrees where these are below {TOLERANCE:g}.",
+        "The gradients of the backward pass, in float64, compared with finite differences of the loss over steps",
+        f"of {STEP:g} and {2 * STEP:g}, on a batch of its training data{dropout}. The columns are the largest",
+        "relative errors along random directions, at single elements, and of both with NumPy's fast kernels.",
+        f"An array agrees if all of them are below {TOLERANCE:g}.",
     ]

@@ -39,7 +39,7 @@ class Sampling:
     def __post_init__(self) -> None:
         plain = {
             "temperature": checks.number(
-                "temperature", self.temperature, above=0, hint="for the most likely token say --greedy"
+                "temperature", self.temperature, above=0, hint="use --greedy to always take the most likely token"
             ),
             "top_k": checks.whole("top_k", self.top_k, least=0, most=None, hint="0 stands for all tokens"),
             "top_p": checks.number("top_p", self.top_p, above=0, most=1),
@@ -54,7 +54,7 @@ class Sampling:
         """From arguments that were given by name. Raises BabyError for a name that is none of the fields."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in known]:
-            raise BabyError(f"there is no setting {unknown[0]!r}; how tokens are drawn: {', '.join(known)}")
+            raise BabyError(f"unknown setting {unknown[0]!r}; the sampling settings are {', '.join(known)}")
         return cls(**settings)
 
 
@@ -93,7 +93,7 @@ def generate_several(
     """
     texts = [[int(token) for token in prompt] for prompt in prompts]
     if len({len(text) for text in texts}) != 1:
-        raise BabyError("prompts that are continued together must be of the same length")
+        raise BabyError("prompts that are continued together must have the same length")
     p = model.layout.unpack(backend.xp, params)
     logits_of = Logits(backend, model, p, use_cache)
     for _ in range(num_tokens):
@@ -128,7 +128,7 @@ class Logits:
         with np.errstate(all="ignore"):  # the check below reports them
             logits: np.ndarray = self.backend.to_numpy(self._forward(new)).astype(np.float64)
         if not np.isfinite(logits).all():
-            raise BabyError("the model computes numbers that are not finite: its weights are damaged or diverged")
+            raise BabyError("the logits are not finite: the weights have diverged; train again with a lower --lr")
         return logits
 
     def _forward(self, new: list[list[int]]) -> Array:

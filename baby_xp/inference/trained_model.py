@@ -128,6 +128,7 @@ class TrainedModel:
 
 
 MORE_MEMORY = (
-    "end what else holds the GPU's memory (nvidia-smi shows it), raise --memory-gib, or use --backend numpy"
+    "stop other programs that use the GPU's memory (nvidia-smi lists them), raise --memory-gib, "
+    "or use --backend numpy"
 )
-"""What to do where a trained model does not fit."""
+"""What to do if a trained model does not fit."""

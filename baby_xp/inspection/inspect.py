@@ -47,7 +47,7 @@ Patch = Mapping[str, Callable[[Any], Any]]
 SHADES = {False: "·░▒▓█", True: ".-+*#"}
 """Five levels of a weight, for a terminal with block characters and for one without."""
 LEVELS = (0.03, 0.15, 0.35, 0.65)
-"""The weights at which the next shade begins."""
+"""The weights from which the next shade is used."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +80,7 @@ class Inspection:
     parameters: tuple[str, ...]
     """The paths of the parameters."""
     notes: tuple[str, ...] = ()
-    """What the reader should know."""
+    """Notes for the reader."""
 
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
@@ -102,7 +102,7 @@ class Inspection:
         """Number of layers, and of heads in each. Raises BabyError for a model without attention."""
         found = [name for name in self.arrays if name.endswith(f".{WEIGHTS}")]
         if not found:
-            raise BabyError("the equation model has no attention; look at its arrays and neighbours")
+            raise BabyError("the equation model has no attention; inspect its arrays and neighbours")
         return len(found), self.arrays[found[0]].shape[1]
 
     def next_tokens(self, position: int = -1, k: int = 5) -> list[tuple[str, float]]:
@@ -132,7 +132,7 @@ class Inspection:
         at = position + len(self.tokens) if position < 0 else position
         if at not in self.positions:
             ends = f"{self.positions[0]} to {self.positions[-1]}"
-            raise BabyError(f"no answer at position {position}: there are answers at {ends}")
+            raise BabyError(f"no prediction at position {position}: there are predictions at {ends}")
         return at - self.positions[0]
 
     # as text ----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Inspection:
         if layer is not None:
             groups = [names for names in groups if names[0].startswith(f"blocks.{layer}.")]
             if not groups:
-                raise BabyError(f"there is no layer {layer}; leave --layer out to see which blocks there are")
+                raise BabyError(f"there is no layer {layer}; leave out --layer to see the blocks")
         rows, blocks = [], []
         for names in groups:
             also = [less_common(names[0], name) for name in names[1:]]
@@ -176,7 +176,7 @@ class Inspection:
         """The model's predictions at each position, with bars. plain: ASCII only."""
         lines, at_end = [], self.positions[-1]
         if len(self.positions) > 1:
-            lines.append("what comes next, as the prompt has it, and what the model finds most likely:")
+            lines.append("each actual next token, its probability and rank, and the most likely tokens:")
             for position in self.positions:
                 if (following := self.own_next(position)) is None:
                     break
@@ -197,8 +197,8 @@ class Inspection:
         header = "".join(f"{glyph(token, plain):<{wide}}" for token in self.tokens)
         scale = ", ".join(f"{shade} from {level:.0%}" for shade, level in zip(shades[1:], LEVELS, strict=True))
         lines = [
-            f"attention of layer {layer}, head {head}: each token (row) looks back at those of the columns",
-            f"({shades[0]} below {LEVELS[0]:.0%}, {scale}; at the right, where most of it goes)",
+            f"attention of layer {layer}, head {head}: each token (row) attends to earlier ones (columns)",
+            f"({shades[0]} below {LEVELS[0]:.0%}, {scale}; at the right, the largest weight)",
             f"{'':>11}{header}".rstrip(),
         ]
         for at, (token, row) in enumerate(zip(self.tokens, weights, strict=True)):
@@ -216,7 +216,7 @@ class Inspection:
         """
         layers, heads = self.attention_size
         if len(self.tokens) < 2:
-            raise BabyError("a prompt of one token can look nowhere but at itself: give at least 2")
+            raise BabyError("a single token can only attend to itself: give a prompt of at least 2 tokens")
         weights = np.stack([[self.attention(i, h) for h in range(heads)] for i in range(layers)])
         weights = weights[:, :, 1:].astype(np.float64)  # (L, H, T - 1, T)
         at = np.arange(len(self.tokens))
@@ -232,7 +232,7 @@ class Inspection:
     def heads_lines(self) -> list[str]:
         """How far back each head attends, and how sharply, as a table."""
         found = self.heads()
-        lines = ["how far back each head looks, in tokens, and its largest weight (means over the prompt):"]
+        lines = ["how far back each head attends, in tokens, and its largest weight (means over the prompt):"]
         lines.append(f"{'':>9}" + "".join(f"{f'head {head}':>14}" for head in range(found.shape[1])))
         for layer, row in enumerate(found):
             lines.append(f"layer {layer:<3}" + "".join(f"{back:>8.1f} {most:>5.0%}" for back, most in row))
@@ -251,7 +251,7 @@ def inspect(
     targets = ids[len(ids) - answers + 1 :]
     if backward and not len(targets):
         least = "an answer, as in 4+4=8" if is_equation(trained) else "at least 2 tokens"
-        raise BabyError(f"the prompt has no next token to learn from: gradients need {least}")
+        raise BabyError(f"the prompt has no next token, so there is no loss: gradients need {least}")
     backend, model, patches = trained.backend, trained.model, dict(patch or {})
     xp = backend.xp
     p = model.layout.unpack(xp, backend.asarray(trained.params))
@@ -284,12 +284,12 @@ def neighbours(trained: "TrainedModel", token: str, k: int = 5) -> list[tuple[st
     """The k tokens whose embeddings point in the most similar direction; Run.neighbours has the details."""
     ids = trained.tokenizer.encode(token, "the token whose neighbours to find")
     if len(ids) != 1:
-        raise BabyError(f"{token!r} is {len(ids)} tokens; name one to find its neighbours")
+        raise BabyError(f"{token!r} is {len(ids)} tokens; give a single one to find its neighbours")
     table = embedding(trained)
     lengths = np.linalg.norm(table, axis=1)
     cosines = table @ table[ids[0]] / np.maximum(lengths * lengths[ids[0]], np.finfo(np.float64).tiny)
     distances = np.linalg.norm(table - table[ids[0]], axis=1)
-    # embeddings of one number have a cosine of 1 or -1: the nearer ones come first
+    # embeddings of one number have a cosine of 1 or -1, so the nearer ones come first
     order = np.lexsort((distances, -cosines.round(12)))
     found = [int(i) for i in order if i != ids[0]][: max(k, 0)]
     return [(token_text(trained.tokenizer, i), float(cosines[i])) for i in found]
@@ -308,13 +308,13 @@ def _read(trained: "TrainedModel", prompt: str) -> tuple[np.ndarray, np.ndarray,
     n_ctx, notes = trained.model.config.n_ctx, []
     if not prompt:
         token = shown(token_text(tokenizer, ids[0]))
-        notes.append(f"there is no prompt: the model sees {token}, with which generation begins")
+        notes.append(f"the prompt is empty: the model sees {token}, the token that generation starts from")
     if is_equation(trained):
         first = prompt.find("=") if "=" in prompt else len(ids) - 1
         filled = np.concatenate([np.zeros(n_ctx - 1, ids.dtype), ids])
         return ids, np.stack([filled[end : end + n_ctx] for end in range(first, len(ids))]), notes
     if len(ids) > n_ctx:
-        notes.append(f"the prompt has {len(ids)} tokens; the model sees the last {n_ctx}, its n_ctx")
+        notes.append(f"the prompt has {len(ids)} tokens; the model sees only the last {n_ctx} (n_ctx)")
         ids = ids[-n_ctx:]
     return ids, ids[None, :], notes
 

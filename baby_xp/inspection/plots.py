@@ -47,7 +47,7 @@ def attention(seen: "Inspection", file: str | Path, head: tuple[int, int] | None
     # large enough to read the tokens of one map; a grid needs less
     side = max(3.5, 1.2 + 0.2 * len(seen.tokens)) if head else max(1.8, 0.6 + 0.09 * len(seen.tokens))
     figure = _figure(columns * side, rows * side)
-    figure.suptitle("Attention: each token (row) looks back at those of the columns", fontsize=11)
+    figure.suptitle("Attention: each token (row) attends to earlier ones (columns)", fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for one, (layer, number) in zip(axes, maps, strict=True):
         image = _map(one, seen, layer, number, 8 if head else 5)
@@ -96,7 +96,7 @@ def answers(results: "Results", file: str | Path) -> Path:
             if not np.isnan(share):
                 colour = "black" if share > 0.6 else "white"
                 axes.text(b, a, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=list(all_axes), shrink=0.8, label="share right")
+    figure.colorbar(image, ax=list(all_axes), shrink=0.8, label="share correct")
     return save(figure, path)
 
 
@@ -119,7 +119,7 @@ def save(figure: Any, path: Path) -> Path:
         except MemoryError:
             raise
         except Exception as error:  # from matplotlib or a library that writes this kind of file
-            advice = "try a name that ends in .png or .svg, or a picture of less"
+            advice = "try a name that ends in .png or .svg, or fewer tokens and heads"
             raise BabyError(f"{shown(path)} cannot be drawn ({reason(error)}); {advice}") from None
     write(path, buffer.getvalue(), other="--picture")
     return path

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from baby_xp.inference.trained_model import TrainedModel
 
 WIDTH = 100
-"""Characters of a line of tokens."""
+"""Width of the lines that list the tokens, in characters."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class InspectOptions:
     prompt: str = ""
     """Text for the model to read."""
     layer: str | None = None
-    """Show all arrays of one block (0, 1, ...), or of all; none: what passes from layer to layer."""
+    """Show all arrays of one block (0, 1, ...), or of all; by default, only the outputs of the layers."""
     backward: bool = False
     """Also show the gradients of the prompt's loss."""
     attention: str | None = None
-    """LAYER.HEAD, such as 0.1: show what this head attends to; all: compare the heads; none: the sharpest head."""
+    """LAYER.HEAD, such as 0.1: show what this head attends to (default: the sharpest); all: compare the heads."""
     picture: str | None = None
-    """Draw that attention, or that of all heads, to this file (.png, .svg, ...); needs the extra `plots`."""
+    """Draw the attention of that head, or of all, to this file (.png, .svg, ...); needs the extra `plots`."""
     neighbours: str | None = None
     """Show the tokens whose embeddings are nearest to that of this token."""
     off: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ def report(trained: "TrainedModel", options: InspectOptions, plain: bool = False
     if options.picture:
         from baby_xp.inspection import plots
 
-        plots.check(options.picture)  # before the work
+        plots.check(options.picture)  # before the computation
     near = None if options.neighbours is None else neighbours(trained, options.neighbours, options.top)
     seen = inspect(trained, options.prompt, options.backward, ablate(trained, ablated))
     lines = [*_head_lines(seen), ""]
@@ -84,14 +84,14 @@ def _head_lines(seen: Inspection) -> list[str]:
 
 def _ablation_lines(seen: Inspection, before: Inspection, ablated: list[tuple[int, int]]) -> list[str]:
     heads = ", ".join(f"{layer}.{head}" for layer, head in ablated)
-    names = f"head{'s' * (len(ablated) > 1)} {heads} switched off"
+    names = f"head{'s' * (len(ablated) > 1)} {heads} ablated"
     if seen.loss is None or before.loss is None:
         return [f"{names}; a prompt of one token has no loss to compare"]
     rise = seen.loss - before.loss
     verdict = f"{abs(rise):.4f} {'worse' if rise > 0 else 'better'}" if rise else "no difference"
     was, now = before.next_tokens(-1, 1)[0], seen.next_tokens(-1, 1)[0]
     return [
-        f"{names} (all that follows is without):",
+        f"{names} (everything below is computed without):",
         f"     loss of the prompt       {before.loss:.4f} with, {seen.loss:.4f} without: {verdict}",
         f"     most likely after the end  {shown(was[0])} {was[1]:.1%} with, {shown(now[0])} {now[1]:.1%} without",
     ]
@@ -101,12 +101,12 @@ def _table_lines(seen: Inspection, options: InspectOptions, layer: int | str | N
     one = layer if isinstance(layer, int) else None
     stream = layer is None and any(name.startswith("blocks.") for name in seen.arrays)
     where = "" if one is None else f" through block {one}"
-    about = "what goes from layer to layer" if stream else f"every array on the way{where}"
-    lines = [f"{about}, by its name in the source (y:2 is the second y there):", *seen.table(one, stream)]
+    about = "the outputs of the layers" if stream else f"every array of the forward pass{where}"
+    lines = [f"{about}, by their names in the source (y:2 is the second y there):", *seen.table(one, stream)]
     if stream:
-        lines.append("(--layer 0 shows all arrays of block 0, --layer all those of all)")
+        lines.append("(--layer 0 shows all arrays of block 0, --layer all those of all blocks)")
     if options.backward:
-        back = f"the gradients on the way back{where}, then those of the parameters:"
+        back = f"the gradients of the backward pass{where}, then those of the parameters:"
         lines += ["", back, *seen.gradient_table(one, stream)]
     return lines
 
@@ -143,7 +143,7 @@ def _head(text: str, flag: str, size: tuple[int, int]) -> tuple[int, int]:
     layer, _, head = text.partition(".")
     if not (_is_number(layer) and _is_number(head)):
         alternative = ", or all" if flag == "--attention" else ""
-        raise BabyError(f"{flag} wants LAYER.HEAD, such as 0.1{alternative}, not {text!r}")
+        raise BabyError(f"{flag} must be LAYER.HEAD, such as 0.1{alternative}, not {text!r}")
     for name, value, number in (("layer", int(layer), size[0]), ("head", int(head), size[1])):
         if value >= number:
             raise BabyError(f"{flag} {text}: there is no {name} {value}, the run has {name}s 0 to {number - 1}")
@@ -159,7 +159,7 @@ def _layer(text: str | None, number: int) -> int | str | None:
     if text in (None, "all"):
         return text
     if not number:
-        raise BabyError("the equation model has no blocks: leave out --layer, and all is shown")
+        raise BabyError("the equation model has no blocks: leave out --layer to see all arrays")
     if not (_is_number(text) and int(text) < number):
         raise BabyError(f"there is no layer {text!r}: give 0 to {number - 1}, or all")
     return int(text)

@@ -37,7 +37,7 @@ from baby_xp.errors import BabyError
 
 SEE, SCOPE, IMPORT = "__see__", "__scope__", "__import_copy__"
 DIRECTIONS = {"forward": ("y", 0), "backward": ("dx", -1)}
-"""The name of a result without one, and its index among several results."""
+"""The name of an unnamed result, and its index among several results."""
 
 
 class Recorder:
@@ -58,7 +58,7 @@ class Recorder:
         """For each array in the order of computation, all its names, the first one first."""
         self._counts: Counter[str] = Counter()
         self._latest: dict[str, Any] = {}
-        self._known: dict[int, tuple[Any, int]] = {}  # by id; holding the array keeps the id its own
+        self._known: dict[int, tuple[Any, int]] = {}  # by id; keeping the array ensures that its id is not reused
         self._scopes = [("", "")]
 
     def begin_backward(self) -> None:
@@ -186,7 +186,7 @@ def source_of(name: str) -> str:
     try:
         return inspect.getsource(importlib.import_module(name))
     except OSError:
-        raise BabyError(f"inspecting a model needs the source of {name}, which is not here") from None
+        raise BabyError(f"inspecting needs the source of {name}, which is missing: reinstall baby_xp") from None
 
 
 @functools.lru_cache(maxsize=64)

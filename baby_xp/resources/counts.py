@@ -15,7 +15,7 @@ KINDS = {
     "attention": "attention", "network": "network", "lm_head": "head",
     "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
 }  # fmt: skip
-"""What a parameter belongs to, by its name in the tree."""
+"""The kind of a parameter, by its name in the tree."""
 
 
 def parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
@@ -133,7 +133,7 @@ def arrays(
         number * saved_bytes(config, vocab_size, _largest_tile(share, config.n_ctx, tokens_at_once), itemsize)
         for share, number in ((least, workers - more), (least + 1, more)) if number
     )  # fmt: skip
-    exchange = {"exchange of workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
+    exchange = {"buffers shared by workers": (workers - 1 + 3 + 1) * flat} if workers > 1 else {}
     parts = {"weights": flat, "gradients": flat, "moments": 2 * flat, "decay mask": flat, "activations": kept}
     return {**parts, **exchange}
 
@@ -167,7 +167,7 @@ def gpu_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: i
     if isinstance(config, EquationConfig):
         return 2 * saved
     T, scores = config.n_ctx, config.n_heads * config.n_ctx**2 * (2 if config.dropout else 1)
-    upper_half = config.n_layers * (scores - _scores_saved(config))  # which NumPy's blocks leave out
+    upper_half = config.n_layers * (scores - _scores_saved(config))  # which NumPy's blocks of rows skip
     beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + config.n_heads * T**2
     return saved + batch_size * itemsize * (upper_half + beside)
 

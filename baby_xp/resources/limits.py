@@ -19,19 +19,19 @@ from baby_xp.resources import counts, process_memory
 from baby_xp.text.batches import EpochWindows
 
 MOST_PARAMETERS = 2**40
-"""More than any machine holds, and few enough that all sizes in bytes can be computed with."""
+"""More than fit any machine, and few enough that no size in bytes overflows."""
 MOST_CHARACTERS = 2**25
-"""Of all equations, each filled up to the context: they are made at once, in some seconds."""
+"""The most characters of all equations, each padded to the context: they are made at once, in some seconds."""
 BATCH_BYTES = 16
-"""Of a token in a step's batch: input and target, on the host and on the backend, int32 each."""
+"""Per token of a step's batch: input and target, on the host and on the backend, int32 each."""
 PROCESS_BYTES = 10 * 2**20
-"""Of a worker at least, for Python and NumPy."""
+"""The minimum per worker, for Python and NumPy."""
 
 
 def check_size(model: Model) -> None:
     """Raises BabyError for a model that no machine holds."""
     if model.n_parameters > MOST_PARAMETERS:
-        raise BabyError(f"a model of {model.n_parameters:,} parameters fits no memory; choose a smaller one")
+        raise BabyError(f"{model.n_parameters:,} parameters are too many for any machine; choose a smaller model")
 
 
 def check_context(config: RunConfig) -> None:
@@ -41,7 +41,7 @@ def check_context(config: RunConfig) -> None:
         most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
         if n_ctx > most:
             whole = data.table.longest
-            raise BabyError(f"n_ctx {n_ctx} is too long: {whole} tokens hold every equation, {most} are the most")
+            raise BabyError(f"n_ctx must be at most {most}, not {n_ctx}; {whole} tokens hold every equation")
 
 
 def check_training(config: RunConfig, model: Model, backend: Backend, batches: Any, workers: int) -> None:
@@ -55,18 +55,18 @@ def check_training(config: RunConfig, model: Model, backend: Backend, batches: A
         return
     sequences = batches.batch_size
     if isinstance(batches, EpochWindows):
-        sequences = min(sequences, batches.n_windows)  # a batch is never more than an epoch
+        sequences = min(sequences, batches.n_windows)  # a batch is never larger than an epoch
     together, itemsize = min(config.train.batch_size, sequences), np.dtype(config.train.dtype).itemsize
     sizes = model.vocab_size, together, min(workers, together), itemsize
     parts = counts.arrays(config.model, *sizes, backend.xp.tokens_at_once)
     parts["batch"] = BATCH_BYTES * sequences * config.model.n_ctx
     if workers > 1:
         parts["processes"] = (workers - 1) * PROCESS_BYTES
-        # in what they exchange there is room for a whole batch, though there may be less to learn from
+        # the shared buffers have room for a whole batch, even if there are fewer sequences
         parts["batch"] += BATCH_BYTES // 2 * config.train.batch_size * config.model.n_ctx
     if (taken := sum(parts.values())) > room:
         lower = _to_lower(parts, config.model)
-        raise BabyError(f"training this takes {_too_much(taken, room)}: lower {lower}")
+        raise BabyError(f"this training needs {_too_much(taken, room)}: lower {lower}")
 
 
 def check_batch(model: Model, batch: int, tokens: int) -> None:
@@ -75,11 +75,11 @@ def check_batch(model: Model, batch: int, tokens: int) -> None:
     if room is None or isinstance(config, EquationConfig):  # a table of equations is small
         return
     one = counts.gpu_bytes(replace(config, n_ctx=tokens), model.vocab_size, 1, 8)
-    fixed = 6 * 8 * model.n_parameters  # parameters twice, two gradients, and what they are packed from
+    fixed = 6 * 8 * model.n_parameters  # parameters twice, two gradients, and the trees they are packed from
     if fixed + batch * one > room:
         most = max(0, room - fixed) // one
-        advice = f"choose a batch of {most:,} at most" if most else "that is too little for this model"
-        raise BabyError(f"a check of {batch:,} sequences takes {_too_much(fixed + batch * one, room)}: {advice}")
+        advice = f"choose a batch of at most {most:,}" if most else "use a machine with more memory"
+        raise BabyError(f"a check of {batch:,} sequences needs {_too_much(fixed + batch * one, room)}: {advice}")
 
 
 def check_texts(model: Model, backend: Backend, number: int) -> None:
@@ -90,7 +90,7 @@ def check_texts(model: Model, backend: Backend, number: int) -> None:
     one = counts.cache_bytes(model.config, np.dtype(backend.dtype).itemsize) + 2 * 8 * model.vocab_size
     if number * one > room:
         raise BabyError(
-            f"{number:,} texts at once take {_too_much(number * one, room)}: ask for {room // one:,} at most"
+            f"{number:,} texts at once need {_too_much(number * one, room)}: ask for at most {room // one:,}"
         )
 
 
@@ -107,7 +107,7 @@ def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
     largest = max(parts, key=lambda kind: parts[kind])
     if largest == "batch":
         return "--batch-size or --accumulate"
-    if largest in ("processes", "exchange of workers"):
+    if largest in ("processes", "buffers shared by workers"):
         return "--workers"
     if isinstance(config, EquationConfig):
         return "--n-ctx, --n-emb or --n-hidden"

@@ -89,11 +89,11 @@ def read(files: RunFiles) -> StoredRun:
     """Config and tokenizer of a run. Raises BabyError if they cannot be read, or do not belong together."""
     content = store.read_sealed(files.config)
     if not content.keys() >= KEYS or content["guid"] != files.guid:
-        raise BabyError(f"{files.config} is not the config of run {files.guid}; the file is from elsewhere")
+        raise BabyError(f"{files.config} is not the config of run {files.guid}; {store.RESTORE}")
     tokenizer = tokenizer_from_dict(store.read_json(files.tokenizer), str(files.tokenizer))
     if tokenizer.vocab_size != content["vocab_size"]:
         raise BabyError(
             f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {content['vocab_size']!r}: "
-            "they do not belong together"
+            f"they do not belong together; {store.RESTORE}"
         )
     return StoredRun(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)

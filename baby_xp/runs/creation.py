@@ -96,7 +96,7 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
             if not _is_there(files):
                 held.push(attempt.pop_all())
                 return files
-    raise held_by_others or BabyError(f"there is a run {name} in {shown(folder)} already")
+    raise held_by_others or BabyError(f"there is already a run {name} in {shown(folder)}")
 
 
 def _is_there(files: RunFiles) -> bool:

@@ -12,9 +12,9 @@ from baby_xp.text.dataset import Dataset
 
 REASONS = {
     "steps": "done: all {steps:,} steps",
-    "patience": "done after {steps:,} steps: the validation loss no longer fell",
-    "time": "stopped after step {steps:,}, as the time was up; `resume` goes on",
-    "interrupted": "stopped after step {steps:,} by the user; `resume` goes on",
+    "patience": "done after {steps:,} steps: the validation loss stopped improving",
+    "time": "stopped after step {steps:,} at the time limit; `resume` continues it",
+    "interrupted": "stopped after step {steps:,} by the user; `resume` continues it",
 }
 
 
@@ -42,7 +42,7 @@ def text(config: dict[str, Any], records: list[dict[str, Any]], dataset: Dataset
 
 def _origin(config: dict[str, Any]) -> list[str]:
     base = [f"finetuned from run {config['base']}"] if config["base"] else []
-    return [f"preset {config['preset']}, begun {config['started']}, written {config['written']}", *base]
+    return [f"preset {config['preset']}, started {config['started']}, written {config['written']}", *base]
 
 
 def _result(result: dict[str, Any], records: list[dict[str, Any]], entropy: float | None) -> dict[str, Any]:
@@ -55,9 +55,10 @@ def _result(result: dict[str, Any], records: list[dict[str, Any]], entropy: floa
         rows["validation loss"] = f"{result['val_loss']:.4f} nats per token, over {part}"
         rows["perplexity"] = f"{math.exp(min(result['val_loss'], 700)):.3f}"
         if entropy is not None:
-            rows["distance to the best"] = f"{result['val_loss'] - entropy:.4f} above the entropy of the text"
+            distance = result["val_loss"] - entropy
+            rows["distance to the best possible"] = f"{distance:.4f} above the entropy of the text"
     if result["train_loss"] is not None:
-        rows["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the evaluation before"
+        rows["training loss"] = f"{result['train_loss']:.4f} nats per token, mean since the previous evaluation"
     if result["best_step"] is not None:
         rows["weights kept"] = f"those of step {result['best_step']:,}, the best validation loss"
     rows["time"] = f"{result['seconds']:,.1f} s with evaluations and checkpoints"

@@ -37,11 +37,12 @@ def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]
     arrays, metadata = _load(path)
     if arrays.keys() != set(layout.paths):
         odd = sorted(arrays.keys() ^ set(layout.paths))
-        raise BabyError(f"{shown(path)} does not belong to this model: {len(odd)} arrays differ, first {odd[0]!r}")
+        what = f"{len(odd)} arrays differ, first {odd[0]!r}"
+        raise BabyError(f"{shown(path)} does not belong to this model: {what}; {store.RESTORE}")
     for name, shape in zip(layout.paths, layout.shapes, strict=True):
         if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
-            found = f"{arrays[name].dtype} {arrays[name].shape}"
-            raise BabyError(f"{shown(path)} does not belong to this model: {name} is {found}, not float {shape}")
+            what = f"{name} is {arrays[name].dtype} {arrays[name].shape}, not float {shape}"
+            raise BabyError(f"{shown(path)} does not belong to this model: {what}; {store.RESTORE}")
     return np.concatenate([arrays[name].reshape(-1) for name in layout.paths]), metadata
 
 
@@ -62,11 +63,12 @@ def load_state(path: Path, size: int, dtype: str) -> tuple[Checkpoint, dict[str,
     found = {name: array.shape for name, array in arrays.items() if name != "best"}
     kinds = {str(array.dtype) for name, array in arrays.items() if name != "step"}
     if found != expected or kinds != {dtype} or arrays.get("best", arrays["m"]).shape != (size,):
-        raise BabyError(f"{shown(path)} is no checkpoint of this model ({size:,} parameters in {dtype})")
+        model = f"this model ({size:,} parameters in {dtype})"
+        raise BabyError(f"{shown(path)} is not a checkpoint of {model}; {store.RESTORE}")
     try:
         progress = json.loads(metadata.pop("progress"))
     except (KeyError, ValueError):
-        raise BabyError(f"{shown(path)} is no checkpoint of a run") from None
+        raise BabyError(f"{shown(path)} is not a checkpoint of a run; {store.RESTORE}") from None
     best = arrays.pop("best", None)
     return Checkpoint(arrays, best, progress), metadata
 
@@ -85,7 +87,8 @@ def check_belonging(path: Path, metadata: dict[str, str], expected: dict[str, st
     for name, value in expected.items():
         if metadata.get(name) != value:
             run = f"run {expected['guid']}"
-            raise BabyError(f"{path} was written with another {name}: the files of {run} were mixed up")
+            what = f"the files of {run} were mixed up"
+            raise BabyError(f"{path} was written with another {name}: {what}; {store.RESTORE}")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -122,14 +125,14 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except OSError as error:
         raise refusal(path, error, "read") from None
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise BabyError(f"{shown(path)} is damaged ({' '.join(str(error).split())})") from None
+        raise BabyError(f"{shown(path)} is damaged ({' '.join(str(error).split())}); {store.RESTORE}") from None
     # load has checked the header, but does not return its metadata
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     seal = metadata.pop(store.SEAL, None)
     if seal is None:
-        raise BabyError(f"{shown(path)} is no file of a run (it has no checksum); it is damaged or from elsewhere")
+        raise BabyError(f"{shown(path)} has no checksum, so it is not as baby_xp wrote it; {store.RESTORE}")
     if seal != _checksum(arrays, metadata):
-        raise BabyError(f"{shown(path)} is damaged: its checksum differs; bring the old file back")
+        raise BabyError(f"{shown(path)} is damaged: its checksum differs; {store.RESTORE}")
     return arrays, metadata
 
 

@@ -47,6 +47,8 @@ NAME = re.compile("[0-9a-f-]{1,36}" + FINETUNED)
 """The beginning of a GUID, with everything that finetuning added."""
 
 SEAL = "checksum"
+RESTORE = "restore the original file"
+"""The advice in messages about a damaged, changed or missing file of a run."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,10 @@ def find(folder: str | Path, name: str) -> RunFiles:
     """
     folder = as_path(folder, "path")
     if not isinstance(name, str):
-        raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last, as text")
+        raise BabyError(f"{name!r} is not a run: give a GUID, the beginning of one, or last, as a string")
     found = guids(folder)
     if not found:
-        raise BabyError(f"there are no runs in {shown(folder)}; train one, or name their folder with --path")
+        raise BabyError(f"there are no runs in {shown(folder)}; train one, or give another folder with --path")
     if name == "last":
         return RunFiles(folder, found[0])
     beginning, mark, suffix = name.partition("_")
@@ -167,7 +169,7 @@ def find(folder: str | Path, name: str) -> RunFiles:
     if not fitting:
         raise BabyError(f"no run in {shown(folder)} begins with {name!r}; the last is {found[0]}")
     if len(fitting) > 1:
-        raise BabyError(f"{len(fitting)} runs begin with {name!r}; give more of the GUID")
+        raise BabyError(f"{len(fitting)} runs begin with {name!r}; give more characters of the GUID")
     return RunFiles(folder, fitting[0])
 
 
@@ -211,12 +213,12 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise refusal(path, error, "read") from None
     except (ValueError, RecursionError):
-        raise BabyError(f"{shown(path)} is not JSON; the file is damaged or from elsewhere") from None
+        raise BabyError(f"{shown(path)} is not JSON, so it is not as baby_xp wrote it; {RESTORE}") from None
 
 
 def incomplete(path: Path) -> BabyError:
     """The error for a missing file of a run."""
-    return BabyError(f"{shown(path)} is missing: the run is incomplete; bring the file back")
+    return BabyError(f"{shown(path)} is missing: the run is incomplete; {RESTORE}")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -224,7 +226,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     value = read_json(path)
     seal = value.pop(SEAL, None) if isinstance(value, dict) else None
     if seal is None:
-        raise BabyError(f"{shown(path)} is no file of a run (it has no checksum); it is damaged or from elsewhere")
+        raise BabyError(f"{shown(path)} has no checksum, so it is not as baby_xp wrote it; {RESTORE}")
     if seal != digest(value):
-        raise BabyError(f"{shown(path)} is not as it was written (its checksum differs); bring the old file back")
+        raise BabyError(f"{shown(path)} was changed or damaged (its checksum differs); {RESTORE}")
     return value

@@ -176,7 +176,8 @@ def _build(
     if sha256 not in (None, tally.sha256):
         raise BabyError(
             f"{name} is no longer the text that the run was trained on: its SHA-256 was {sha256[:12]}... and is "
-            f"now {tally.sha256[:12]}...; bring the old text back, name it with --data, or finetune on the new one"
+            f"now {tally.sha256[:12]}...; restore the original text, give its path with --data, or finetune "
+            f"on the new one"
         )
 
     def encoded() -> Iterator[np.ndarray]:
@@ -368,4 +369,4 @@ def _normalised(chunks: Iterator[str], name: str) -> Iterator[str]:
     if last := newlines.decode("", final=True):  # a \r at the very end
         yield last
     elif empty:
-        raise BabyError(f"{name} is empty; give a text to learn from")
+        raise BabyError(f"{name} is empty; give a text with at least one character")

@@ -187,7 +187,7 @@ def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig
     paths = list(dict.fromkeys([file, absolute(data.data)]))
     found = [path for path in paths if _may_exist(path)]
     if not found:
-        raise BabyError(f"the text of the run is no longer at {shown(file)}; name where it is now with --data")
+        raise BabyError(f"the text of the run is no longer at {shown(file)}; give its new path with --data")
     fitting = [path for path in found if len(found) == 1 or _hashes_to(path, sha256)]
     path = (fitting or found)[0]
     return data if path == absolute(data.data) else replace(data, data=path)
@@ -227,13 +227,13 @@ def read_corpus(
         text = nursery.generate(NURSERY_CHARACTERS, NURSERY_SEED)
         return Corpus.from_text(text, "nursery", known, sha256=sha256)
     if data.data == "equations":
-        raise BabyError("equations have presets of their own: train equations or equations-gpt")
+        raise BabyError("equations have their own presets: train equations or equations-gpt")
     path = catalog.find(data.data) if data.data in catalog.TEXTS else Path(data.data)
     try:
         return Corpus.from_file(path, known, cache_folder, sha256)
     except BabyError as error:
         if data.data.isidentifier() and not os.path.exists(path):  # perhaps meant as a name
-            raise BabyError(f"{error}; names that are known: {', '.join(catalog.names())}") from None
+            raise BabyError(f"{error}; known names: {', '.join(catalog.names())}") from None
         raise
 
 
@@ -314,5 +314,5 @@ def _check_context(n_ctx: int, table: EquationTable) -> None:
     if n_ctx < least:
         raise BabyError(
             f"n_ctx {n_ctx} does not hold a question with operands of {digits} digit{'s' * (digits > 1)}: "
-            f"{least} is the least, {table.longest} holds every equation whole"
+            f"the minimum is {least}, and {table.longest} holds every equation as a whole"
         )

@@ -234,7 +234,7 @@ class Loop:
         self.dataset.check()  # a text that has changed meanwhile is an error
         checkpoint = self._checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
-            raise Diverged("parameters became numbers that are not finite", self.step)
+            raise Diverged("parameters became NaN or infinite", self.step)
         self.keep(checkpoint)
         self._kept, self._kept_at = self._version(), time.perf_counter()
         self._read_at = self._kept_at

@@ -38,7 +38,7 @@ REFUSED = [
     (["train", "equations", "--held-out=4*4"], ["digit+digit", "4*4"]),
     (["train", "equations", "--data=text.txt"], ["equations", "--data"]),
     (["train", "equations", "--n-layers=2"], ["--n-layers"]),
-    (["train", "baby", "--data=equations"], ["equations have presets of their own"]),
+    (["train", "baby", "--data=equations"], ["equations have their own presets"]),
     (["train", *flags(data="nosuchname")], ["nosuchname", "nursery, equations, shakespeare"]),
     (["train", *flags(data="latin1.txt")], ["latin1.txt", "0xe9 at offset 3"]),
     (["train", *flags(data="short.txt")], ["short.txt", "--n-ctx 8 needs 9", "at least 11 tokens"]),
@@ -47,7 +47,7 @@ REFUSED = [
     (["train", *flags(lr="nan")], ["lr", "above 0", "nan"]),
     (["train", *flags(n_heads=3)], ["n_heads 3", "head_size 8", "multiple"]),
     (["train", *flags(n_emb=10**30)], ["n_emb", "at most"]),
-    (["train", *flags(n_emb=2**31 - 1)], ["parameters fits no memory"]),
+    (["train", *flags(n_emb=2**31 - 1)], ["parameters are too many for any machine"]),
     (["train", *flags(workers=0)], ["workers", "at least 1", "not 0"]),
     (["train", *flags(device="mars")], ["numpy", "'mars'", "--device cpu"]),
     (["train", *flags(backend="tensorflow")], ["'tensorflow'", "auto, numpy, cupy"]),
@@ -158,7 +158,7 @@ def test_all_backends_are_listed_with_their_state(call):
     for state in states(out).values():
         assert state.startswith("works ") or (state.startswith("missing ") and "; remedy: " in state)
     expected = "cupy" if works("cupy") else "numpy"
-    assert out.splitlines()[-1].startswith(f"auto takes {expected}: ")
+    assert out.splitlines()[-1].startswith(f"auto selects {expected}: ")
 
 
 def test_backends_without_any_library_but_numpy(call, monkeypatch):
@@ -169,7 +169,7 @@ def test_backends_without_any_library_but_numpy(call, monkeypatch):
         name: "works" if name == "numpy" else "missing" for name in NAMES
     }
     assert "pip install -e '.[torch]'" in states(out)["torch"]
-    assert out.splitlines()[-1].startswith("auto takes numpy: no GPU to use (CuPy cannot be imported")
+    assert out.splitlines()[-1].startswith("auto selects numpy: no GPU to use (CuPy cannot be imported")
 
 
 def test_a_library_that_is_broken_does_not_stand_in_the_way(work, call, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_library_that_is_broken_does_not_stand_in_the_way(work, call, monkeypa
     code, out, err = call("backends")
     assert (code, err) == (0, "")
     assert states(out)["cupy"].startswith("missing  AttributeError: ")
-    assert "auto takes numpy: no GPU to use (AttributeError: " in out
+    assert "auto selects numpy: no GPU to use (AttributeError: " in out
     assert call("train", *flags(backend="auto"))[0] == 0
 
 

@@ -226,7 +226,7 @@ def test_gradients_that_are_accumulated_train_as_a_large_batch_does(work, worker
 def generated(call, *arguments: str) -> str:
     code, out, err = call("generate", "--backend=numpy", *arguments)
     assert code == 0
-    assert Path(err.removeprefix("kept in ").rstrip("\n")).read_text(encoding="utf-8") == out
+    assert Path(err.removeprefix("saved to ").rstrip("\n")).read_text(encoding="utf-8") == out
     return out.removesuffix("\n")
 
 

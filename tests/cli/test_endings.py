@@ -20,7 +20,7 @@ from baby_xp.run import Run
 from baby_xp.runs import state_file
 from baby_xp.training.signals import SIGNALS
 
-STOPPING = "stopping after this step, with a checkpoint; once more: at once\n"
+STOPPING = "stopping after this step, with a checkpoint; interrupt again to stop at once\n"
 
 
 def train(**more) -> Run:
@@ -55,7 +55,7 @@ def test_the_time_is_up_and_the_run_can_go_on(work, call, clock, at_step, eval_e
     at_step(lambda step, batch: clock.tick(30.0))
     code, out, err = call("train", "--path=my runs", *flags(num_steps=6, eval_every=eval_every, max_minutes=1.5))
     assert (code, err) == (0, "")
-    assert "the time is up: stopped after step 3; to continue: " in out
+    assert "time limit reached: stopped after step 3; to continue: " in out
     assert "None" not in out
     assert "over the whole validation part" in out
     resume, _ = suggestions(out)
@@ -76,8 +76,8 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run_whose_loss_no_longer_
     at = result["best_step"]
     assert min(losses[3:]) > max(losses[:3]) + 0.1
     assert at == 1 + losses.index(min(losses)) == result["steps"] - 3 <= 3
-    assert f"ended after step {at + 3}: the validation loss no longer falls\n" in out
-    assert f"kept the weights of step {at}, the best\n" in out
+    assert f"ended after step {at + 3}: the validation loss stopped improving\n" in out
+    assert f"kept the weights of step {at}, which had the lowest loss\n" in out
     assert (final["step"], final["whole_validation"]) == (at, True)
     assert final["val_loss"] == result["val_loss"] == pytest.approx(min(losses), rel=1e-6)
     assert f"validation loss {final['val_loss']:.4f} nats per token, over the whole validation part" in out
@@ -194,7 +194,7 @@ def diverging(call, work):
         code, _, err = call(*arguments)
         assert code == 2
         note, line = err.splitlines()
-        what = re.fullmatch(r"(the .*loss became nan at step \d+); looking for its cause from step \d+ on", note)
+        what = re.fullmatch(r"(the .*loss became nan at step \d+); searching for the cause from step \d+ on", note)
         assert line.startswith(f"baby_xp: {what[1]}; ")
         return line
 
@@ -228,7 +228,7 @@ def test_only_what_may_be_the_cause_is_named(work):
         with pytest.raises(BabyError) as caught:
             train(**{**quiet, **settings})
         expected = ["too high a learning rate (lower --lr, which was 1e+30)", *causes]
-        assert str(caught.value).partition("what usually causes it: ")[2] == ", ".join(expected)
+        assert str(caught.value).partition("usual causes: ")[2] == ", ".join(expected)
 
 
 @pytest.mark.first_case
@@ -248,7 +248,7 @@ def test_a_run_that_diverges_after_a_checkpoint_is_kept_as_of_that(
     run = baby_xp.load(weights="last")
     assert line.startswith("baby_xp: the loss became nan at step 6; the largest gradient was that of ")
     kept_as = f"the last good checkpoint, of step 4, is kept: run {run.guid} can be resumed"
-    assert f"in step 5; {kept_as}; what usually" in line
+    assert f"in step 5; {kept_as}; usual causes: " in line
     assert {path: path.read_bytes() for path in (run.files.state, run.files.model)} == kept
     result = run.config["result"]
     assert (result["state"], result["steps"], result["best_step"]) == ("failed", 4, 4)

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 READING = {"estimate", "runs", "presets", "backends", "check", "evaluate", "equations"}
 """Commands that write nothing, unless a picture is asked for."""
 NOTES = (
-    "stopping after this step, with a checkpoint; once more: at once",
-    r"the .* at step \d+; looking for its cause from step \d+ on",
+    "stopping after this step, with a checkpoint; interrupt again to stop at once",
+    r"the .* at step \d+; searching for the cause from step \d+ on",
 )
 """What may stand on stderr before the message."""
 KEPT = re.compile(r"is kept: run \S+ can be resumed|had diverged already")

@@ -13,7 +13,7 @@ import baby_xp
 from baby_xp.cli import COMMANDS, main, streams
 
 TINY = flags(num_steps=4)
-FULL_LINE = "baby_xp: standard output cannot be written (No space left on device); make room on that disk\n"
+FULL_LINE = "baby_xp: standard output cannot be written (No space left on device); free some space on that disk\n"
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="descriptors as POSIX has them")
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 pytestmark = pytest.mark.usefixtures("work")
@@ -100,7 +100,7 @@ def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, numbe
 def test_errors_that_cannot_be_written_do_not_matter(call):
     broken = Broken(errno.ENOSPC)
     code, out, _ = call("train", *TINY, err=broken)
-    assert (code, "more: python -m baby_xp generate" in out) == (0, True)
+    assert (code, "to generate text: python -m baby_xp generate" in out) == (0, True)
     assert call("generate", "--num-tokens=3", err=broken)[0] == 0
     assert call("fly", err=broken)[:2] == (2, "")
     assert call("presets", out=Broken(errno.EIO), err=broken)[0] == 2

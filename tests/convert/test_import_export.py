@@ -68,7 +68,7 @@ def test_it_generates_the_same_text_and_can_be_finetuned(imported):
 
 def test_it_has_no_last_weights(imported, capsys):
     _, run, _ = imported
-    with pytest.raises(BabyError, match=f"run {run.guid} was imported: .* no last ones"):
+    with pytest.raises(BabyError, match=f"run {run.guid} was imported and has no last checkpoint"):
         api.load(path=run.files.folder, backend="numpy", weights="last")
     assert main(["generate", "--weights=last", "--backend=numpy", f"--path={run.files.folder}"]) == 2
     assert "was imported" in capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_it_has_no_last_weights(imported, capsys):
 
 def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
     _, run, text = imported
-    with pytest.raises(BabyError, match="imported, there is nothing to resume"):
+    with pytest.raises(BabyError, match="imported and has no training to resume"):
         api.resume(path=run.files.folder)
     with pytest.raises(BabyError, match="imported without its text; name one with --data"):
         run.evaluate()
@@ -88,7 +88,7 @@ def test_importing_twice_is_refused_and_changes_nothing(imported, tmp_path):
     _, run, _ = imported
     before = all_of(run.files.folder)
     model = tmp_path / "original" / "models" / f"model_{run.guid}.json"
-    with pytest.raises(BabyError, match=r"there is a run .* already"):
+    with pytest.raises(BabyError, match=r"there is already a run "):
         api.import_littlebaby(model, path=run.files.folder)
     assert before == all_of(run.files.folder)
 
@@ -102,7 +102,7 @@ def test_an_export_that_fails_half_way_leaves_nothing_and_names_its_own_flag(imp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(BabyError, match=r"make room on that disk, or name another place with --to$"):
+    with pytest.raises(BabyError, match=r"free some space on that disk, or name another place with --to$"):
         api.export_littlebaby(imported[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nor any of the folders
 

@@ -111,7 +111,7 @@ def test_a_spoilt_file_in_the_cache_is_downloaded_again(server, cache, add):
 
 
 @pytest.mark.parametrize(("path", "content", "reason"), [
-    ("/moon.txt", b"another text", "what came is not the expected text"),
+    ("/moon.txt", b"another text", "the download is not the expected text"),
     ("/missing.txt", TEXT, "the server answered 404"),
     ("/cut.txt", TEXT, "("),
 ])
@@ -186,7 +186,7 @@ def test_a_folder_or_file_of_the_user_without_permission(server, cache, add, tmp
     monkeypatch.setattr(target, name, denied)
     message, advice = failure().split("; ")
     assert message == f"{tmp_path / 'moon.txt'} cannot be read ({os.strerror(errno.EACCES)})"
-    assert advice == "check the permissions of it and of its folders, or name another place with BABY_XP_DATA"
+    assert advice == "check its permissions and those of its folders, or name another place with BABY_XP_DATA"
     assert server.paths == []
 
 

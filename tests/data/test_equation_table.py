@@ -210,12 +210,12 @@ def test_a_bad_held_out_setting_is_refused(held_out):
 ])  # fmt: skip
 def test_cases_of_another_form(case):
     for refuse in (BABYLLM.equations, BABYLLM.held_out_equations):
-        with pytest.raises(BabyError, match=r"a held-out case is digit\+digit, such as 4\+4, not"):
+        with pytest.raises(BabyError, match=r"a held-out case must be digit\+digit, such as 4\+4, not"):
             refuse([case])
 
 
 def test_a_case_above_the_largest_sum():
-    with pytest.raises(BabyError, match="5\\+5 makes 10, above the largest sum 9"):
+    with pytest.raises(BabyError, match="5\\+5 is 10, above the largest sum 9"):
         BABYLLM.equations(["5+5"])
 
 
@@ -229,7 +229,7 @@ def test_questions():
     assert BABYLLM.question("4 + 4") == BABYLLM.question("4+4=") == "4+4="
     for text, words in {
         "4-4": "ask 4+4=, with + and operands of at most 1 digit", "12+3": "is not a question", "": "ask 4+4=",
-        "9+1": "9+1 makes 10, and the table has sums up to 9: ask 4+4=",
+        "9+1": "9+1 is 10, and the table has sums up to 9: ask 4+4=",
     }.items():  # fmt: skip
         with pytest.raises(BabyError) as caught:
             BABYLLM.question(text)

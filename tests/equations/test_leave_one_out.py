@@ -38,11 +38,11 @@ def shortened(name, **overrides):
 
 @pytest.mark.parametrize(("name", "overrides", "match"), [
     ("equations", {"n_ctx": 3}, "n_ctx 3 does not hold a question"),
-    ("equations", {"digits": 2}, "n_ctx 4 does not hold a question with operands of 2 digits: 6 is the least"),
+    ("equations", {"digits": 2}, "n_ctx 4 does not hold a question with operands of 2 digits: the minimum is 6"),
     ("equations", {"max_sum": 19}, "from 9 to 18"),
     ("equations", {"data": "nursery"}, "leave out --data"),
     ("equations-gpt", {"data": "nursery"}, "data of this preset is equations, not 'nursery': leave out --data"),
-    ("baby", {"data": "equations"}, "equations have presets of their own"),
+    ("baby", {"data": "equations"}, "equations have their own presets"),
     ("equations-gpt", {"n_ctx": 8}, "n_ctx 8 does not hold an equation"),
     ("equations", {"held_out": ",".join(BABYLLM.distinct())}, "leaves no equation to train on"),
 ])  # fmt: skip
@@ -255,7 +255,8 @@ def test_the_figures_of_known_answers():
     assert (shares[0, 0], shares[1, 2], shares[2, 1]) == (0, 0.5, 1)
     assert np.isnan(shares).sum() == 97
     text = "\n".join(results.lines())
-    for part in ("3 equations, 6 answers of 4 models, 2 seeds", "50.0%", "75.0%", "33.3% to 66.7%", "25.0% right"):
+    held_out = "3 equations, 6 answers of 4 models, 2 seeds"
+    for part in (held_out, "50.0%", "75.0%", "33.3% to 66.7%", "25.0% correct"):
         assert part in text
     rows = text.splitlines()[-10:]
     assert rows[1].split() == ["1", ".", ".", "50", *"......."]
@@ -302,7 +303,7 @@ def test_copying_the_nearest(asked, known, whole, expected):
 
 
 def test_a_text_is_not_for_the_lab():
-    with pytest.raises(BabyError, match="the lab is for equations, not for baby"):
+    with pytest.raises(BabyError, match="the equation lab cannot use baby"):
         leave_one_out.experiment(preset("baby"))
 
 
@@ -329,7 +330,7 @@ def test_a_killed_process_ends_the_lab_in_one_line(children):
         for child in children:
             child.kill()
 
-    with pytest.raises(BabyError, match="a process was killed by signal 9 before its model was done"):
+    with pytest.raises(BabyError, match="a process was killed by signal 9 before its model was trained"):
         leave_one_out.experiment(shortened("equations", num_steps=100), seeds=40, workers=2, progress=kill)
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
@@ -343,7 +344,8 @@ def test_processes_that_the_system_refuses_end_the_lab_in_one_line(children, mon
         return popen(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    with pytest.raises(BabyError, match=r"processes of the lab cannot be started \(no more\); try --workers 1"):
+    message = r"processes of the equation lab cannot be started \(no more\); try --workers 1"
+    with pytest.raises(BabyError, match=message):
         leave_one_out.experiment(shortened("equations", held_out=leave_one_out.EACH), seeds=1, workers=4)
     assert len(children) == 2
     assert all(child.returncode is not None for child in children)
@@ -402,8 +404,8 @@ def test_the_command_prints_what_it_measured(capsys, tmp_path):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "1 equation, 2 answers of 2 models, 2 seeds" in text
-    assert "answered correctly                    100.0%" in text
-    assert "copying the nearest trained equation  0.0% right" in text
+    assert "answered correctly                      100.0%" in text
+    assert "copying the nearest trained equation    0.0% correct" in text
 
 
 @pytest.mark.slow
@@ -420,9 +422,9 @@ def test_the_command_draws_its_map(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "match"), [
-    (["rnn"], "the lab trains the equation model"),
+    (["rnn"], "the equation lab trains the equation model"),
     (["--seeds", "0"], "seeds must be a whole number of at least 1"),
-    (["--held-out", "each,4+4"], "a held-out case is digit+digit"),
+    (["--held-out", "each,4+4"], "a held-out case must be digit+digit"),
     (["--digits", "2", "--n-ctx", "5"], "n_ctx 5 does not hold a question"),
     (["--picture", "map.xyz"], "map.xyz"),
     (["--picture", "nowhere/map.png"], "no folder"),

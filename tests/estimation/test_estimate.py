@@ -170,7 +170,7 @@ def test_arrays_of_workers_are_those_of_their_shares():
     assert three["activations"] == alone["activations"]
     in_tiles = counts.arrays(config, V, 7, workers=3, tokens_at_once=config.n_ctx)
     assert in_tiles["activations"] == 3 * counts.saved_bytes(config, V, 1)
-    assert three["exchange of workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
+    assert three["buffers shared by workers"] == 6 * alone["weights"] == 6 * 4 * Model(config, V).n_parameters
 
 
 @pytest.mark.parametrize("config", GPTS, ids=name_of)
@@ -254,7 +254,7 @@ def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, m
     assert found.trial.ms_a_step > 0
     assert (process_memory.taken(), process_memory.children(), process_memory.of_interpreter()) == ([], [], None)
     assert found.memory is None
-    assert "not known" in "\n".join(estimate.lines(found))
+    assert "unknown" in "\n".join(estimate.lines(found))
 
 
 def test_without_a_trial_the_counts_remain(folder):

@@ -122,7 +122,7 @@ def test_settings_are_kept_as_plain_values():
 
 
 def test_a_misspelt_setting_is_named_with_those_there_are():
-    message = r"no setting 'temprature'; how tokens are drawn: temperature, top_k, top_p, greedy, seed"
+    message = r"unknown setting 'temprature'; the sampling settings are temperature, top_k, top_p, greedy, seed"
     with pytest.raises(BabyError, match=message):
         Sampling.of({"seed": 1, "temprature": 1.0})
 

@@ -518,7 +518,7 @@ def test_probabilities_and_the_next_tokens(run):
     assert rank == 1 + sum(seen.probabilities[1] > share)
     assert seen.own_next(6) is None
     for position in (7, -8):
-        with pytest.raises(BabyError, match="answers at 0 to 6"):
+        with pytest.raises(BabyError, match="predictions at 0 to 6"):
             seen.next_tokens(position)
 
 
@@ -541,11 +541,11 @@ def test_prompts(run):
     seen = run.inspect("the cat sat on the mat")
     assert "".join(seen.tokens) == "t on the mat"
     assert same(seen.logits, run.inspect("the cat sat on the mat"[-12:]).logits)
-    assert any("22 tokens; the model sees the last 12" in note for note in seen.notes)
+    assert any("22 tokens; the model sees only the last 12" in note for note in seen.notes)
     empty = run.inspect("")
     assert empty.tokens == ["\n"]
     assert same(empty.logits, run.inspect("\n").logits)
-    assert any("no prompt" in note for note in empty.notes)
+    assert any("prompt is empty" in note for note in empty.notes)
     with pytest.raises(BabyError, match=r"prompt: '!' \(U\+0021\) at index 3"):
         run.inspect("the!")
 
@@ -598,7 +598,7 @@ def test_what_an_equation_model_does_not_have():
         run.inspect("4+4=").attention(0, 0)
     with pytest.raises(BabyError, match="gradients need an answer, as in 4\\+4=8"):
         run.inspect("4+4=", backward=True)
-    with pytest.raises(BabyError, match="answers at 3 to 4"):
+    with pytest.raises(BabyError, match="predictions at 3 to 4"):
         run.inspect("4+4=8").next_tokens(0)
     for asked in ({"attention": "0.0"}, {"picture": "a.png"}, {"off": ("0.0",)}, {"layer": "0"}):
         with pytest.raises(BabyError, match="the equation model has no"):
@@ -763,11 +763,11 @@ def test_ablated_heads_change_the_loss_that_is_shown(call, trained):
     out = call("--prompt=the cat", "--off", "0.1", "1.0,1.2")[1]
     patch = inspect.ablate(trained, [(0, 1), (1, 0), (1, 2)])
     before, after = trained.inspect("the cat"), trained.inspect("the cat", patch=patch)
-    assert "heads 0.1, 1.0, 1.2 switched off" in out
+    assert "heads 0.1, 1.0, 1.2 ablated" in out
     assert f"{before.loss:.4f} with, {after.loss:.4f} without" in out
     assert f"loss of the prompt: {after.loss:.4f}" in out
     out = call("--prompt=t", "--off=0.1")[1]
-    assert "head 0.1 switched off; a prompt of one token has no loss" in out
+    assert "head 0.1 ablated; a prompt of one token has no loss" in out
 
 
 def test_a_terminal_without_block_characters(trained):
@@ -797,8 +797,8 @@ def test_the_encoding_of_the_terminal_decides(call, monkeypatch, encoding, plain
         (["--attention=first"], ("LAYER.HEAD", "or all", "'first'")),
         (["--attention=1"], ("LAYER.HEAD", "'1'")),
         (["--off=9.0"], ("--off 9.0", "no layer 9")),
-        (["--off=all"], ("--off wants LAYER.HEAD",)),
-        (["--off=" + "9" * 5000 + ".1"], ("--off wants LAYER.HEAD",)),
+        (["--off=all"], ("--off must be LAYER.HEAD",)),
+        (["--off=" + "9" * 5000 + ".1"], ("--off must be LAYER.HEAD",)),
         (["--layer=" + "9" * 5000], ("there is no layer",)),
         (["--layer=2"], ("no layer '2'", "0 to 1, or all")),
         (["--layer=-1"], ("no layer '-1'",)),
@@ -820,7 +820,7 @@ def test_bad_arguments_of_inspect_are_one_line(call, arguments, words):
 def test_a_prompt_is_needed_for_little(call):
     code, out, _ = call()
     assert code == 0
-    assert "there is no prompt" in out
+    assert "the prompt is empty" in out
     assert "attention of" not in out
 
 

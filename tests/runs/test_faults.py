@@ -229,7 +229,7 @@ DAMAGE = [
     ("model", lambda path: fill_with(path, 1e38), ("not finite",)),
     ("state", Path.unlink, ("state_", "is missing", "incomplete")),
     ("state", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), ("state_", "checksum differs")),
-    ("state", lambda path: path.write_bytes(model_beside(path).read_bytes()), ("state_", "is no checkpoint")),
+    ("state", lambda path: path.write_bytes(model_beside(path).read_bytes()), ("state_", "is not a checkpoint")),
 ]
 
 

@@ -215,7 +215,7 @@ def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text
 def test_a_finished_run_continues_with_more_steps(text, tmp_path, alone):
     train(text, tmp_path, workers=1, schedule="constant", num_steps=12)
     for more in ({}, {"num_steps": 1}, {"num_steps": 12}):
-        with pytest.raises(BabyError, match="is done with all its 12 steps; to continue, give more --num-steps"):
+        with pytest.raises(BabyError, match="has finished all 12 steps; to continue, raise --num-steps"):
             api.resume(path=tmp_path, **more)
     longer, whole = api.resume(path=tmp_path, num_steps=24), alone(workers=1, schedule="constant")
     assert load_file(longer.files.state)["params"].tobytes() == whole.arrays["params"]
@@ -224,7 +224,7 @@ def test_a_finished_run_continues_with_more_steps(text, tmp_path, alone):
 def test_a_run_that_ended_early_says_how_to_continue(odd_end, tmp_path):
     ended = train(odd_end, tmp_path, workers=1, patience=1, lr=0.1, num_steps=40)
     assert ended.config["result"]["reason"] == "patience"
-    with pytest.raises(BabyError, match="another --patience"):
+    with pytest.raises(BabyError, match="change --patience"):
         api.resume(path=tmp_path)
     assert api.resume(path=tmp_path, patience=0).config["result"]["reason"] == "steps"
 

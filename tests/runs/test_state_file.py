@@ -146,8 +146,9 @@ def state_path(tmp_path):
 
 def test_a_checkpoint_of_another_size_or_precision_is_none_of_this_model(state_path):
     n = LAYOUT.size
-    assert f"no checkpoint of this model ({n + 1} parameters in float32)" in state_failure(state_path, size=n + 1)
-    assert f"no checkpoint of this model ({n} parameters in float64)" in state_failure(state_path, dtype="float64")
+    message = "is not a checkpoint of this model ({} parameters in {})"
+    assert message.format(n + 1, "float32") in state_failure(state_path, size=n + 1)
+    assert message.format(n, "float64") in state_failure(state_path, dtype="float64")
 
 
 @pytest.mark.parametrize("change", [
@@ -159,17 +160,17 @@ def test_a_checkpoint_of_another_size_or_precision_is_none_of_this_model(state_p
 def test_arrays_that_make_no_checkpoint(state_path, change):
     arrays = {name: array for name, array in {**STATE, "best": FLAT, **change}.items() if array is not None}
     state_path.write_bytes(sealed(arrays, {"progress": json.dumps(PROGRESS)}))
-    assert "is no checkpoint of this model" in state_failure(state_path)
+    assert "is not a checkpoint of this model" in state_failure(state_path)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"progress": "{"}, {"progress": ""}])
 def test_a_checkpoint_without_progress_is_none(state_path, metadata):
     state_path.write_bytes(sealed(STATE, metadata))
-    assert "is no checkpoint of a run" in state_failure(state_path)
+    assert "is not a checkpoint of a run" in state_failure(state_path)
 
 
 def test_weights_are_no_checkpoint_and_a_checkpoint_no_weights(path, state_path):
-    assert "is no checkpoint of this model" in state_failure(path)
+    assert "is not a checkpoint of this model" in state_failure(path)
     assert "does not belong to this model" in failure(state_path)
 
 

@@ -39,12 +39,12 @@ def runs(tmp_path) -> Path:
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b"9" * 5000, b"\xff"])
 def test_a_file_that_is_no_json_is_named(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
-    with pytest.raises(BabyError, match=r"a\.json is not JSON; the file is damaged"):
+    with pytest.raises(BabyError, match=r"a\.json is not JSON, so it is not as baby_xp wrote it"):
         store.read_json(tmp_path / "a.json")
 
 
 def test_json_that_is_missing_or_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(BabyError, match=r"a\.json is missing: the run is incomplete; bring the file back"):
+    with pytest.raises(BabyError, match=r"a\.json is missing: the run is incomplete; restore the original file"):
         store.read_json(tmp_path / "a.json")
     (tmp_path / "a.json").mkdir()
     with pytest.raises(BabyError, match=r"a\.json cannot be read \(.*\); it is a folder"):
@@ -96,14 +96,14 @@ def test_each_change_of_a_byte_is_noticed_or_changes_nothing(sealed):
                                     {"checksum": 5}, {"checksum": []}, {"checksum": ""}], ids=str)  # fmt: skip
 def test_a_change_without_a_new_seal_is_an_error(sealed, change):
     sealed.write_text(json.dumps({**json.loads(sealed.read_text()), **change}))
-    with pytest.raises(BabyError, match=r"a\.json is not as it was written \(its checksum differs\)"):
+    with pytest.raises(BabyError, match=r"a\.json was changed or damaged \(its checksum differs\)"):
         store.read_sealed(sealed)
 
 
 @pytest.mark.parametrize("data", ["{}", "[]", "null", "3", '"checksum"', json.dumps(VALUE), '{"checksum": null}'])
 def test_a_file_without_a_seal_is_no_file_of_a_run(sealed, data):
     sealed.write_text(data)
-    with pytest.raises(BabyError, match=r"a\.json is no file of a run \(it has no checksum\)"):
+    with pytest.raises(BabyError, match=r"a\.json has no checksum"):
         store.read_sealed(sealed)
 
 
@@ -125,7 +125,7 @@ def test_an_unambiguous_beginning_finds_its_run(runs, name, found):
 
 
 def test_an_ambiguous_beginning_says_how_many_runs_fit(runs):
-    with pytest.raises(BabyError, match="2 runs begin with 'aaaa'; give more of the GUID"):
+    with pytest.raises(BabyError, match="2 runs begin with 'aaaa'; give more characters of the GUID"):
         store.find(runs, "aaaa")
 
 
@@ -149,7 +149,7 @@ def test_a_name_that_could_be_a_path_or_a_pattern_is_refused(runs, name):
 def test_a_folder_without_runs_says_so(tmp_path, kind):
     folder = tmp_path / "runs"
     {"nothing": lambda: None, "empty": folder.mkdir, "file": lambda: folder.write_text("x")}[kind]()
-    said = "runs/configs cannot be read" if kind == "file" else "there are no runs in .*; train one, or name their"
+    said = "runs/configs cannot be read" if kind == "file" else "there are no runs in .*; train one, or give"
     with pytest.raises(BabyError, match=said):
         store.find(folder, "last")
 
@@ -214,7 +214,7 @@ def test_a_suffix_of_finetuning_must_match_completely(tuned, name):
 def test_finetuned_runs_of_two_bases_are_ambiguous_as_their_bases_are(tuned):
     for guid in GUIDS[:2]:
         RunFiles(tuned, f"{guid}_finetuned").config.write_text("{}")
-    with pytest.raises(BabyError, match="2 runs begin with 'aaaa_finetuned'; give more of the GUID"):
+    with pytest.raises(BabyError, match="2 runs begin with 'aaaa_finetuned'; give more characters of the GUID"):
         store.find(tuned, "aaaa_finetuned")
     assert store.find(tuned, "aaaab_finetuned").guid == f"{GUIDS[1]}_finetuned"
 

@@ -97,7 +97,7 @@ def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypat
     with pytest.raises(BabyError, match=r"is no longer the text .*--data"):  # another one, of the same name
         api.load(path="../moved/runs", backend="numpy").evaluate()
     monkeypatch.chdir(home.parent)
-    with pytest.raises(BabyError, match=r"no longer at .*home/input\.txt; name where it is now with --data"):
+    with pytest.raises(BabyError, match=r"no longer at .*home/input\.txt; give its new path with --data"):
         api.load(path="moved/runs", backend="numpy").evaluate()
     with pytest.raises(BabyError, match="no longer at"):
         api.resume(path="moved/runs", num_steps=13)
@@ -142,7 +142,7 @@ def test_a_text_that_cannot_be_read_is_an_error_with_advice(home, monkeypatch, c
         return stat(path, **how)
 
     monkeypatch.setattr(os, "stat", refuse)
-    advice = {errno.EACCES: "check the permissions", errno.ELOOP: "symbolic links"}[code]
+    advice = {errno.EACCES: "check its permissions", errno.ELOOP: "symbolic links"}[code]
     for ask in (run.evaluate, run.check, lambda: api.resume(num_steps=13)):
         with pytest.raises(BabyError, match=rf"input\.txt cannot be read \({os.strerror(code)}\); .*{advice}"):
             ask()
@@ -331,7 +331,7 @@ def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(BabyError, match="make room on that disk"):
+        with pytest.raises(BabyError, match="free some space on that disk"):
             run.check(tokens=4, elements=1, directions=1)
     assert not os.path.exists("runs/corpora")
     run.check(tokens=4, elements=1, directions=1)

@@ -287,6 +287,6 @@ def test_parameters_that_are_not_finite_are_not_kept(monkeypatch, name):
         return new, metrics
 
     monkeypatch.setattr(optimizers, "update", spoilt)
-    with pytest.raises(BabyError, match="parameters became numbers that are not finite at step 3"):
+    with pytest.raises(BabyError, match="parameters became NaN or infinite at step 3"):
         train(checkpoint_every=1, eval_every=NEVER)
     assert baby_xp.load(weights="last").config["result"]["steps"] == 2

@@ -497,7 +497,8 @@ def test_the_first_request_to_end_keeps_the_run_and_says_how_to_resume(training,
     out, err = (text.decode() for text in training.communicate(timeout=120))
     assert training.returncode == 128 + getattr(signal, number)
     by = "" if number == "SIGINT" else f" by {number}"
-    assert err == f"stopping after this step, with a checkpoint; once more: at once\nbaby_xp: interrupted{by}\n"
+    notice = "stopping after this step, with a checkpoint; interrupt again to stop at once"
+    assert err == f"{notice}\nbaby_xp: interrupted{by}\n"
     (summary,) = baby_xp.api.list_runs(tmp_path / "runs")
     assert (summary.state, summary.num_steps) == ("stopped", 100_000_000)
     run = baby_xp.api.load(path=tmp_path / "runs", weights="last")
