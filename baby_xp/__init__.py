@@ -21,7 +21,7 @@ _PUBLIC = {
     "import_littlebaby": "api", "export_littlebaby": "api", "BabyError": "errors",
 }  # fmt: skip
 
-if TYPE_CHECKING:  # what editors and type checkers see
+if TYPE_CHECKING:  # for editors and type checkers
     from baby_xp.api import export_littlebaby as export_littlebaby
     from baby_xp.api import finetune as finetune
     from baby_xp.api import import_littlebaby as import_littlebaby
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from baby_xp.estimation.estimate import estimate as estimate
     from baby_xp.run import Run as Run
     from baby_xp.training.listener import Listener as Listener
-else:  # on demand, so that `import baby_xp` costs nothing but this file
+else:  # on demand, so that `import baby_xp` only loads this file
 
     def __getattr__(name: str) -> Any:
         if name in _PUBLIC:

@@ -204,7 +204,7 @@ def import_littlebaby(
     """
     beside = [as_path(one, what) if one else None for one, what in ((config, "config"), (tokenizer, "tokenizer"))]
     found = littlebaby.read(as_path(model, "model"), *beside)
-    # the original's rate is constant and without warm-up; decay and moments are those of its optimizer
+    # the original has a constant rate without warm-up; beta2 and weight decay are those of its optimizer
     settings = {"num_epochs": 1, "schedule": "constant", "warmup_steps": 0, "beta2": 0.999, "weight_decay": 0.01}
     train_config = TrainConfig(**{**settings, **found.train, "dtype": dtype})
     run_config = RunConfig("littlebaby", found.config, train_config, DataConfig(str(model)))

@@ -119,7 +119,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def flag(name: str, value: Any) -> bool:
     """True or False, NumPy's too; 1 and 0 stand for them."""
-    with contextlib.suppress(Exception):  # an object whose comparison fails is no flag
+    with contextlib.suppress(Exception):  # an object whose comparison fails is not a flag
         if value in (True, False):
             return bool(value)
     raise BabyError(f"{name} must be True or False, not {shown_value(value)}")
@@ -142,7 +142,7 @@ def shown_value(value: Any) -> str:
     """A value in a message: on one line, and not too long."""
     try:
         written = " ".join(repr(value).split())
-    except Exception:  # a whole number of more digits than Python writes, or an object with a fault
+    except Exception:  # an int with more digits than Python converts to text, or an object whose repr fails
         written = f"a value of type {type(value).__name__}"
     return written if len(written) <= LONGEST else f"{written[:LONGEST]}..."
 

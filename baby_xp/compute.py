@@ -42,7 +42,7 @@ class Compute:
 
     def load(self, dtype: str) -> "Backend":
         """The backend. Raises BabyError if it cannot work here."""
-        from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
+        from baby_xp.arrays import registry  # it imports NumPy, which --help does not need
 
         options = {"tf32": self.tf32, "memory_gib": self.memory_gib}
         return registry.load(self.backend, self.device, dtype, kernels=self.kernels, **options)

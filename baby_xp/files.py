@@ -107,7 +107,7 @@ def make_folder(folder: Path, made: list[Path] | None = None) -> None:
     """Make a folder with its parents, and note in `made` those that were missing. Raises OSError."""
     missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
     for one in reversed(missing):
-        with suppress(FileExistsError):  # another process made it in the meantime
+        with suppress(FileExistsError):  # another process created it in the meantime
             one.mkdir()
             if made is not None:
                 made.append(one)
@@ -117,7 +117,7 @@ def make_folder(folder: Path, made: list[Path] | None = None) -> None:
 
 def make_writable_folder(folder: Path, made: list[Path], other: str | None = None) -> None:
     """Make a folder as `make_folder` does. Raises BabyError if it cannot be made, or no file in it."""
-    # permission bits do not decide (file systems mounted read-only, root): only writing shows it
+    # permission bits are not decisive (root, file systems mounted read-only), so try to write a file
     trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
     try:
         for attempt in range(ATTEMPTS):

@@ -6,8 +6,8 @@ from baby_xp.errors import BabyError
 
 
 def _age(months: int, n_ctx: int, says: str) -> tuple[str, RunConfig]:
-    # The Little Baby's ages are one model with a growing context. Its rate is constant and it warms up over
-    # no step; decay and moments are those of its optimizer. Clipping is ours: 16 layers can diverge without it.
+    # The Little Baby's ages are one model with a growing context. The rate is constant, without warm-up; betas and
+    # weight decay are those of its optimizer. Clipping is added here: 16 layers can diverge without it.
     return (
         f"The Little Baby at {months} months: {says}",
         RunConfig(
@@ -23,8 +23,8 @@ def _age(months: int, n_ctx: int, says: str) -> tuple[str, RunConfig]:
 
 
 _ALL: tuple[tuple[str, RunConfig], ...] = (
-    # Small enough for a laptop's coffee break, large enough for whole words: the built-in text needs
-    # no download, and its exact entropy says how good a loss can be.
+    # Small enough to train in minutes on a laptop, large enough to learn words: the built-in text needs
+    # no download, and its exact entropy is a lower bound for the loss.
     (
         "nursery stories, learned in a minute or two on two cores",
         RunConfig(
@@ -36,8 +36,8 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
             DataConfig(data="nursery"),
         ),
     ),
-    # What matters is an embedding of one number: digits can then lie nowhere but on a line, and what holds for
-    # the sums that were seen holds between them. With 16 numbers it fits as well and answers nothing else.
+    # The embedding must have one number: then the digits lie on a line, and what the model learns from
+    # some sums also holds for the others. With 16 numbers it fits as well but does not generalise.
     # 128 neurons without decay answered every answerable held-out sum, with all 10 seeds; with 64, or
     # with decay, one seed in five missed some. docs/equations.md has the figures.
     (
@@ -58,7 +58,7 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
             EquationData(),
         ),
     ),
-    # The same network with a context that holds an equation whole, so that both digits of a sum follow
+    # The same network with a context that holds a whole equation, so that both digits of a sum follow
     # from what it sees.
     (
         "sums of two one-digit numbers up to 9+9, the whole equation in the context",

@@ -54,7 +54,7 @@ def started(task: str, what: str, advice: str = "try --workers 1", **options: An
         yield child
     finally:
         child.kill()
-        with suppress(OSError), child:  # waits, and closes the pipes: a request may be left in one
+        with suppress(OSError), child:  # waits and closes the pipes, in which a request may be left
             pass
 
 
@@ -69,7 +69,7 @@ def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
         child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
         answer = json.loads(child.stdout.readline())
-    except (OSError, ValueError):  # a process that lives answers with a line of JSON
+    except (OSError, ValueError):  # a living process answers with a line of JSON
         raise Ended(how_it_ended(child)) from None
     if "error" in answer:
         raise BabyError(answer["error"])
@@ -88,7 +88,7 @@ def serve() -> None:
     function = getattr(importlib.import_module(module), name)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with suppress(OSError):
-        os.dup2(2, 1)  # what the function prints is no answer
+        os.dup2(2, 1)  # what the function prints must not mix with the answer
     try:
         for line in sys.stdin:
             try:
@@ -97,9 +97,9 @@ def serve() -> None:
                 answer = {"error": str(error)}
             try:
                 print(json.dumps(answer), file=answers, flush=True)
-            except BrokenPipeError:  # nobody waits for it any more, and a flush at the end would fail again
+            except BrokenPipeError:  # the parent has ended, and a flush at the end would fail again
                 os._exit(1)
-    except KeyboardInterrupt:  # the parent gets it too, and reports it
+    except KeyboardInterrupt:  # the parent gets the signal too and reports it
         raise SystemExit(130) from None
 
 

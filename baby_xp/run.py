@@ -54,7 +54,7 @@ class Run(TrainedModel):
         Raises BabyError if the run's text is no longer there or is another one by now, or if a text has
         characters that the run does not know.
         """
-        from baby_xp.evaluation import evaluate  # it needs much that generating does not
+        from baby_xp.evaluation import evaluate  # imported here, because generating text does not need it
 
         num_tokens, seed = checks.whole("num_tokens", num_tokens), checks.whole("seed", seed, None, None)
         with translate_out_of_memory(self.backend, lambda shortage: MORE_MEMORY):
@@ -75,7 +75,7 @@ class Run(TrainedModel):
         prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
         tokenizer cannot encode, a name that no array has, or a patch that does not fit.
         """
-        from baby_xp.inspection import inspect  # it needs much that generating does not
+        from baby_xp.inspection import inspect  # imported here, because generating text does not need it
 
         prompt, backward = checks.text("prompt", prompt), checks.flag("backward", backward)
         if patch is not None and not isinstance(patch, Mapping):
@@ -116,7 +116,7 @@ class Run(TrainedModel):
 
     def _dataset(self, data: str | Path | None) -> "TextDataset | EquationDataset":
         """What the run learned from, or another text (`data`) with the run's ids."""
-        from baby_xp.text import dataset  # it needs much that generating does not
+        from baby_xp.text import dataset  # imported here, because generating text does not need it
 
         settings, text, sha256 = self.settings, self.config["data"], None
         if data is not None:

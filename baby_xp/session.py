@@ -88,7 +88,7 @@ class TrainingSession(Listener):
         """The files of the run."""
         return self.new.files
 
-    # what the loop calls -------------------------------------------------------------------------------
+    # called by the loop --------------------------------------------------------------------------------
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Inform the listener."""
@@ -180,7 +180,7 @@ class TrainingSession(Listener):
             raise NothingTrained("interrupted before the first step was done; nothing was trained")
         self._last = _without_arrays(checkpoint)
         self._write_model(checkpoint)  # a process may be killed between a checkpoint and its weights
-        if result.reason == "interrupted":  # perhaps between an evaluation and its line in the metrics
+        if result.reason == "interrupted":  # perhaps between an evaluation and writing its line of the metrics
             self._write_metrics()
         state = "done" if result.reason in ("steps", "patience") else "stopped"
         outcome = self._result(state, reason=result.reason)
@@ -199,7 +199,7 @@ class TrainingSession(Listener):
         write(self.files.report, report.text(content, records, self.setup.dataset, sample))
         store.write_sealed(self.files.config, content)
 
-    # trouble -------------------------------------------------------------------------------------------
+    # errors --------------------------------------------------------------------------------------------
 
     def _memory_advice(self, shortage: Shortage) -> str:
         """A batch size that would fit, estimated from counts and from the memory in use, or that none would."""

@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the maximum that glibc accepts
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 16 << 20)
     with suppress(AttributeError, OSError):
@@ -82,7 +82,7 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     pieces = [piece for _ in range(HEAP // PIECE) if (piece := libc.malloc(PIECE))]
     end = libc.sbrk(0)
     begin = -(-min(pieces, default=end) // mmap.PAGESIZE) * mmap.PAGESIZE
-    if begin + len(pieces) * PIECE <= end:  # else the system gave some of it elsewhere
+    if begin + len(pieces) * PIECE <= end:  # otherwise the system placed some of it elsewhere
         libc.madvise(begin, end // mmap.PAGESIZE * mmap.PAGESIZE - begin, MADV_HUGEPAGE)
     for piece in pieces:
         libc.free(piece)

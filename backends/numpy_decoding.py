@@ -104,7 +104,7 @@ class Prepared:
         self.blocks = [tuple(np.asfortranarray(weight, dtype=kind) for weight in block) for block in self.blocks]
         self.head = np.asfortranarray(behind_norm(p["ln_f"], p["lm_head"], C), dtype=kind)
         self.ones = np.ones(config.n_ctx, kind)
-        # Python's own numbers would be converted at each call
+        # Python's floats would be converted at each call
         self.one, self.constant = np.array(1, kind), np.array(INNER / K, kind)
         self.buffers = functools.lru_cache(maxsize=2)(lambda B, T: Buffers(B, T, config, kind))
 
@@ -152,7 +152,7 @@ class Buffers:
     def __init__(self, B: int, T: int, config, kind):
         C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
         N, D, F = B * T, S // H, 4 * C
-        # the last channel makes the sum of squares C (variance + EPS)
+        # with the last channel, the sum of squares is C (variance + EPS)
         self.stream = np.full((N, C + 1), math.sqrt(C * layernorm.EPS), kind)
         self.x, self.x_of_texts = self.stream[:, :C], self.stream.reshape(B, T, C + 1)[..., :C]
         self.delta = np.empty((N, C), kind)

@@ -265,7 +265,7 @@ def _weight_dropout(stream, H: int, T: int, rate: float):
     """A function (block of weights, its place) -> the block without those that the mask of rng.py drops."""
     threshold = np.uint16(rng.drop_threshold(rate))
     keys_of_samples = stream.view(np.uint32)[:, None, None, None]
-    if T % 2:  # rows do not begin where a hash does
+    if T % 2:  # rows do not start at the first half of a hash
         keep = keep_mask(None, stream, H * T * T, rate).reshape(-1, H, T, T)
         return lambda weights, at: weights * keep[at]
     inner = _hashed_counters(H * T * T // 2).reshape(H, T, T // 2)
@@ -292,7 +292,7 @@ def keep_mask(xp, stream, size: int, rate: float):
         for s in tiles(pairs, 1):
             bits = np.bitwise_xor(inner[s], keys[rows])
             _mix(bits, np.empty_like(bits))
-            # the halves of a hash lie low half first in memory, which is the order of the plain form
+            # in memory the low half of a hash comes first, which is the order of the plain form
             np.greater_equal(bits.view(np.uint16), threshold, out=keep[rows, 2 * s.start : 2 * s.stop])
     return keep[:, :size]
 

@@ -30,7 +30,7 @@ class TorchBackend(Backend):
         self.version, self.device = f"torch {torch.__version__}", str(self._device)
 
     def _take_along_axis(self, x: Array, indices: Array, *, axis: int = -1) -> Array:
-        # PyTorch gathers by int64 alone
+        # PyTorch gathers only with int64 indices
         return self._torch.take_along_dim(x, indices.long(), dim=axis)
 
     def to_device(self, host: Array) -> Array:

@@ -50,7 +50,7 @@ def disagreement(workload: Workload, batch: int, others: list[str], backend: str
     request = {"workload": workload.name, "backend": backend}
     ids = harness.ask("bench.peers.ours:greedy", batch=batch, tokens=2 * workload.n_ctx, **request)
     for step, row in enumerate(harness.ask("bench.peers.torch:shortfalls", ids=ids, **request)):
-        wrong = [below for below in row if not below <= TOLERANCE]  # written so that NaN is wrong
+        wrong = [below for below in row if not below <= TOLERANCE]  # written so that NaN counts as wrong
         if wrong:
             return (
                 f"{workload.name} with {batch} at once is not compared: token {step + 1} of baby_xp is not "

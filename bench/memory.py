@@ -156,7 +156,7 @@ def traced(workload: str, steps: int) -> list[str]:
 def innermost(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
     """The innermost frame in this checkout, or the innermost at all; frames: function, file, line."""
     for _, file, line in frames:
-        # a virtual environment may lie in the checkout
+        # a virtual environment may be in the checkout
         if os.path.realpath(file).startswith(str(harness.ROOT)) and "site-packages" not in file:
             return os.path.realpath(file), line
     return frames[0][1:] if frames else ("unknown", 0)
@@ -178,7 +178,7 @@ def compare(asked: argparse.Namespace) -> dict:
         for name in asked.presets:
             data = {"data": asked.data} if PRESETS[name].data.data == "shakespeare" else {}
             request = {"preset": name, "settings": {**short, **data}, "place": place}
-            found = estimate(name, **place, **data)  # first: it says in one line what is wrong with the text
+            found = estimate(name, **place, **data)  # first: it reports a problem with the text in one line
             real = harness.ask("bench.peers.ours:train_run", **request) if asked.steps else {}
             result["presets"].append({
                 "preset": name, "parameters": found.n_parameters, "steps": found.facts.num_steps,

@@ -259,7 +259,7 @@ def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
                 found = result["trained"][running[done]] = done.result()
                 write(file, result)
                 say(f"{running[done]}: {found['failed'] or found['val_loss']}")
-        except BaseException:  # Ctrl-C above all: do not begin with those that wait
+        except BaseException:  # especially after Ctrl-C: do not start the jobs that are waiting
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -285,7 +285,7 @@ def trained(key: str) -> dict:
         records = [json.loads(line) for line in run.files.metrics.read_text("utf-8").splitlines()]
     result, config = run.config["result"], run.config["train"]
     if result["state"] != "done":
-        raise KeyboardInterrupt  # the run took it as a request to stop, and half a run is not kept
+        raise KeyboardInterrupt  # the run treats it as a request to stop, and a stopped run is not kept
     return {
         "overrides": variant.overrides,
         "parameters": run.model.n_parameters,
@@ -303,7 +303,7 @@ def settings_of(variant: Variant, folder: Path) -> dict:
     steps = {"num_steps": SHORT_STEPS} if variant.short else {}
     settings = {**BASE, **steps, **variant.overrides}
     if settings.get("schedule") == "constant":
-        del settings["min_lr"]  # the base's: it would have no effect
+        del settings["min_lr"]  # the base's min_lr would have no effect
     if variant.short:
         text = catalog.find("shakespeare").read_text(encoding="utf-8")[:SHORT]
         settings["data"] = str(folder / "short.txt")
@@ -396,7 +396,7 @@ def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
     if found["failed"]:
         reason = found["failed"].partition(";")[0]
         return {"training loss": "", "validation loss": reason, "against the base": ""}
-    # the last measurement on the way: step, training loss, validation loss, norm of the gradients
+    # the last evaluation during training: step, training loss, validation loss, norm of the gradients
     _, train, validation, _ = [point for point in found["curve"] if point[1] is not None][-1]
     best, cells = f"{found['val_loss']:.3f}", {"training loss": f"{train:.3f}"}
     if variant.short:

@@ -77,7 +77,7 @@ def busy(result: dict) -> bool:
     return any(min(rate["alone"], rate["two at once"]) < QUIET * rate["best"] for rate in rates)
 
 
-# what the runs say --------------------------------------------------------------------------------------
+# statistics of the runs ---------------------------------------------------------------------------------
 
 Average = Callable[[list[float]], float]
 """Makes one number of the milliseconds of steps: their median, or their mean."""

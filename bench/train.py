@@ -75,7 +75,7 @@ def disagreement(workload: Workload, lineup: dict[str, list[str]], backend: str)
             lineup[precision].remove(name)
             say(f"bench.train: {workload.name}: {name} {precision}: {error}: it is left out from here on")
             continue
-        # written so that NaN differs too
+        # written so that NaN counts as a difference
         if not all(abs(b - a) <= TOLERANCES[precision] * abs(a) for a, b in zip(ours, theirs, strict=True)):
             pairs = {US: ours, name if precision == "float32" else f"{name} {precision}": theirs}
             losses = "; ".join(f"{who} {first:.6f}, {last:.6f}" for who, (first, last) in pairs.items())

@@ -87,7 +87,7 @@ def _sha256(path: Path) -> str:
 
 
 def _download(entry: Entry) -> Path:
-    import pooch  # here, so that nothing else waits for it
+    import pooch  # imported here, because it is slow and rarely needed
 
     folder = Path(pooch.os_cache("baby_xp"))
     logger = pooch.get_logger()

@@ -210,7 +210,7 @@ def encode(text: str, operators: str = "+") -> np.ndarray:
 def decode(ids: Iterable[int], operators: str = "+") -> str:
     """The text of ids. BabyError for an id that the vocabulary does not have."""
     whole, known = [int(token) for token in ids], EquationTable(operators=operators).vocabulary
-    # checked, because Python takes an index below 0 as one from the end
+    # checked, because Python counts a negative index from the end
     wrong = [token for token in whole if not 0 <= token < len(known)]
     if wrong:
         raise BabyError(f"no character has the id {wrong[0]}; ids go from 0 to {len(known) - 1}")
@@ -246,7 +246,7 @@ def windows(equations: Iterable[str], n_ctx: int = CONTEXT) -> list[tuple[str, s
     """(context, target) of every token of an equation that is a target, in the order of the equations."""
     found = []
     for equation in equations:
-        # the document's: every window inside the equation. The first of them ends with "=", as the others' do
+        # with babyLLM's context: every window inside the equation; the first one ends with "=", as always
         first = CONTEXT if n_ctx == CONTEXT else equation.index("=") + 1
         for end in range(first, len(equation)):
             found.append((equation[max(0, end - n_ctx) : end].rjust(n_ctx), equation[end]))
@@ -277,7 +277,7 @@ def written(case: Case) -> str:
 
 def parsed(text: str) -> Case | None:
     """The case that a text such as "4+4" or "12-34" names; None if it is not a case of any table."""
-    number = "(0|[1-9][0-9]{0,9})"  # longer ones are in no table
+    number = "(0|[1-9][0-9]{0,9})"  # no table has longer ones
     parts = re.fullmatch(f"{number}([+-]){number}", text)
     return (int(parts[1]), parts[2], int(parts[3])) if parts else None
 

@@ -96,7 +96,7 @@ def _choice(where: str, alternatives: Any) -> Choice:
 
 
 def _template(text: str, rule: str, rules: dict, roles: dict) -> tuple[Part, ...]:
-    # split leaves the literal text at even places and what stood in braces at odd ones
+    # split puts the literal text at even indices and the contents of braces at odd ones
     pieces = re.split(r"\{([^{}]*)\}", text)
     parts = [Part("text", piece) if i % 2 == 0 else _reference(piece, rule, rules, roles)
              for i, piece in enumerate(pieces)]

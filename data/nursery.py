@@ -24,7 +24,7 @@ from baby_xp.errors import BabyError
 Memory = dict[str, tuple[str, ...]]
 """The row drawn last, by role."""
 
-# Rows that two roles share, so that a story can have two such things at once.
+# Rows that two roles share, so that a story can have two of these things at once.
 ANIMALS = (
     ("cat", "meow"), ("dog", "woof"), ("duck", "quack"), ("pig", "oink"), ("hen", "cluck"), ("cow", "moo"),
     ("bee", "buzz"), ("frog", "croak"), ("bear", "grr"), ("lion", "roar"), ("goose", "honk"),
@@ -121,7 +121,7 @@ def stories(seed: int, grammar: Grammar = NURSERY) -> Iterator[str]:
     """
     if not isinstance(seed, int) or seed < 0:
         raise BabyError(f"the seed of the stories must be a whole number of at least 0, not {seed!r}")
-    # random.Random.random is the one generator of Python whose numbers are promised to stay the same from
+    # random.Random.random is the only generator in Python whose numbers are guaranteed to stay the same from
     # version to version (choice, shuffle and NumPy's Generator methods are not); the rest is whole numbers.
     uniform = random.Random(seed).random
     while True:
@@ -190,6 +190,6 @@ def _part_expectations(
     if part.kind == "rule":
         return known[part.name]
     rows = grammar.roles[part.name]
-    # What is written never depends on which row was drawn, so a recalled word has the mean length of all rows'.
+    # What follows never depends on which row was drawn, so a recalled word has the mean length of all rows.
     characters = rows.mean([len(part.word(row)) for row in rows.options])
     return (rows.entropy() if part.kind == "draw" else 0.0), characters

@@ -153,7 +153,7 @@ def translate_out_of_memory(
         found = backend.shortage(error)
         if found is None:
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold arrays, and someone may want to try again
+        traceback.clear_frames(error.__traceback__)  # they keep arrays alive, and the caller may want to try again
     if found is not None:
         raise OutOfMemory(_describe(found), advice(found))
 

@@ -82,9 +82,9 @@ def choose(device: str | None = None, dtype: str = "float32", **options: Any) ->
         return backend, f"a working GPU: {backend.device}"
     except BackendUnavailable as error:
         found = error
-    except BabyError:  # an option that makes no sense
+    except BabyError:  # an invalid option
         raise
-    except Exception as error:  # a broken CuPy must not stand in the way of NumPy
+    except Exception as error:  # a broken CuPy must not prevent the use of NumPy
         found = BackendUnavailable("cupy", _one_line(error), "reinstall CuPy, or use --backend numpy")
     if device not in (None, "cpu"):
         raise found
@@ -102,7 +102,7 @@ def _state(name: str) -> State:
         return State(name, True, backend.version, backend.device, details=backend.details())
     except BackendUnavailable as error:
         return State(name, False, "", "", error.reason, error.remedy)
-    except Exception as error:  # a backend of another package, or a broken library: say so, and list the rest
+    except Exception as error:  # a backend of another package or a broken library: report it and list the rest
         return State(name, False, "", "", _one_line(error), "reinstall the library it needs")
 
 

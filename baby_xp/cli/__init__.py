@@ -74,7 +74,7 @@ def _ending(arguments: list[str], output: Output) -> tuple[int, str]:
                 code = _dispatch(arguments)
             except SystemExit as end:  # after --help
                 code = int(end.code or 0)
-            finally:  # nothing may be left to write when the interpreter ends
+            finally:  # no output may be left in a buffer when the interpreter ends
                 with contextlib.suppress(OutputLost):
                     output.flush()
     except OutputLost as lost:
@@ -88,7 +88,7 @@ def _ending(arguments: list[str], output: Output) -> tuple[int, str]:
         return 2, f"not enough memory ({reason}); choose a smaller model or batch"
     except KeyboardInterrupt as interrupt:
         return _interrupted(interrupt)
-    except OSError as error:  # the last resort: who opens a file says more of it
+    except OSError as error:  # the last resort: code that opens files reports more details itself
         doing = "read" if isinstance(error, FileNotFoundError) else "used"
         return 2, str(refusal(error.filename or "a file or a process", error, doing))
     return _lost(output.lost) if output.lost else (code, "")

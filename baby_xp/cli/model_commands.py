@@ -68,7 +68,7 @@ def generate(arguments: list[str]) -> None:
         text += piece
     print()
     when = datetime.now()
-    while os.path.lexists(completion := run.files.completion(when)):  # two in the same second: keep the first one
+    while os.path.lexists(completion := run.files.completion(when)):  # two in the same second: keep both
         when += timedelta(seconds=1)
     write(completion, text + "\n", other=None)
     print(f"saved to {completion}", file=sys.stderr)

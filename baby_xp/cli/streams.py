@@ -25,7 +25,7 @@ class OutputLost(BabyError):
         self.problem = f"standard output cannot be written ({reason(error)})"
         self.code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else 2
 
-    def __reduce__(self) -> tuple[Any, ...]:  # its arguments are not those of the BabyError
+    def __reduce__(self) -> tuple[Any, ...]:  # its arguments differ from those of BabyError
         return type(self), (self.error,)
 
 
@@ -95,9 +95,9 @@ def guarded() -> Iterator[Output]:
     _occupy()
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        # a stream is None where its descriptor was closed when Python started
+        # a stream is None if its descriptor was closed when Python started
         streams = [stack.enter_context(_nowhere()) if stream is None else stream for stream in before]
-        for stream in streams:  # a terminal that lacks a character shows another
+        for stream in streams:  # a character that the terminal's encoding lacks is replaced
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         output = sys.stdout = Output(streams[0])
@@ -140,7 +140,7 @@ def _occupy() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            os.set_inheritable(number, True)  # to worker processes, as these streams are
+            os.set_inheritable(number, True)  # worker processes inherit it, as they do the standard streams
 
 
 def _nowhere() -> Any:
@@ -149,7 +149,7 @@ def _nowhere() -> Any:
 
 def _discard(stream: Any) -> None:
     """Lead a stream to nowhere, so that what is left in its buffer does no harm when the interpreter ends."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # one that has no descriptor
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
         number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:

@@ -41,7 +41,7 @@ def estimate(arguments: list[str]) -> None:
     python -m baby_xp estimate baby --n-layers 6 --no-measure
     """
     preset, given = _parse_preset(estimate, arguments, ("", EstimateOptions()))
-    given.pop("path", None)  # nothing is written there
+    given.pop("path", None)  # estimate writes nothing there
     from baby_xp.estimation.estimate import lines
 
     print("\n".join(lines(baby_xp.estimate(preset, **given))))
@@ -63,7 +63,7 @@ def finetune(arguments: list[str]) -> None:
     except BabyError:
         if {"-h", "--help"}.isdisjoint(rest):
             raise
-        config, what = preset("baby"), "a run"  # there is none yet whose settings the help could show
+        config, what = preset("baby"), "a run"  # the help shows the settings of baby if there is no run yet
     parts = [
         ("data", options.Subset(config.data, ("data",), defaults=False)), ("train", config.train),
         ("model", options.Subset(config.model, ("dropout",))), ("where", Folder()),

@@ -28,10 +28,10 @@ from baby_xp.models import Model
 from baby_xp.runs import store
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_dict
 
-SWITCHES = ("c_sequence", "c_attention", "c_network")  # configs before its version 0.0.8 lack them
+SWITCHES = ("c_sequence", "c_attention", "c_network")  # missing in configs from before its version 0.0.8
 SIZES = ("n_ctx", "n_emb", "dropout", "head_size", "n_heads", "n_layers")
 TRAINING = ("num_epochs", "batch_size", "lr")
-OLDER = {"mlp_proj_up_": "mlp_fc_", "mlp_proj_dn_": "mlp_proj_"}  # how models before 0.0.8 call them
+OLDER = {"mlp_proj_up_": "mlp_fc_", "mlp_proj_dn_": "mlp_proj_"}  # their names in models from before 0.0.8
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "settings")  # the notebook writes into the last two
 REMEDY = "get the original's files again, all three of one model"
 

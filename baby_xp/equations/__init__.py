@@ -87,11 +87,11 @@ def train(
     batches, losses = PairBatches(contexts, targets, training.step_size, training.seed), []
     state = initial_state(backend, model.layout.pack(np, weights), params.decay_mask(model.spec), training.seed)
     batch = None
-    with np.errstate(all="ignore"):  # numbers that are not finite show in the losses
+    with np.errstate(all="ignore"):  # numbers that are not finite show up in the losses
         for number in range(training.total_steps(0)):
             if each_step is not None:
                 each_step(number, model.layout.unpack(xp, state["params"]))
-            if batch is None or batches.batch_size < len(targets):  # the whole set is the same at each step
+            if batch is None or batches.batch_size < len(targets):  # the batch is the whole dataset at each step
                 host = batches.batch(number)
                 batch = type(host)(*(backend.asarray(part) for part in host))
             state, metrics = step(state, batch)

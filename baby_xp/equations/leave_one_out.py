@@ -323,7 +323,7 @@ def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
 
 def answer_job(**job: Any) -> dict[str, Any]:
     """The task of a process of the lab: run a job, a preset as JSON values."""
-    for number in SIGNALS[1:]:  # the parent handles these and ends this process
+    for number in SIGNALS[1:]:  # the parent process handles these signals and ends this process
         signal.signal(number, signal.SIG_IGN)
     found, loss, copied = run_job(RunConfig.from_dict(job, "lab"))
     return {"answers": [vars(answer) for answer in found], "loss": loss, "copied": copied}

@@ -84,7 +84,7 @@ def check(
     directions, model = checks.whole("directions", directions), trained.model
     host, parts = _batch(model, batches, tokens, batch, seed), model.layout
     ends = itertools.accumulate(parts.sizes)
-    with threadpool_limits(1):  # threads only slow down products this small
+    with threadpool_limits(1):  # threads slow down products this small
         slopes = Slopes(model, trained.params.astype(np.float64), host, seed)
         gradients = slopes.gradients()
         return [
@@ -138,7 +138,7 @@ class Slopes:
         rng = np.random.default_rng([seed, place.start])
         least = max(FLOOR, float(np.sqrt(np.mean(plain * plain))))
         errors: list[list[float]] = [[], [], []]
-        with np.errstate(all="ignore"):  # the result shows a NaN
+        with np.errstate(all="ignore"):  # a NaN shows up in the result
             for i, direction in enumerate(chosen_directions(rng, plain, elements, directions)):
                 slope = self.along(place, direction)
                 errors[0 if i < directions else 1].append(_relative(float(plain @ direction), slope, least))

@@ -114,7 +114,7 @@ class Logits:
         self.fixed_context = not hasattr(model.module, "decode")
         self.use_cache = use_cache and not self.fixed_context
         if self.use_cache:
-            with np.errstate(all="ignore"):  # numbers that are not finite show in the logits
+            with np.errstate(all="ignore"):  # numbers that are not finite show up in the logits
                 self.prepared = model.module.prepare(backend.xp, p, model.config)
         self.start, self.cache, self.cached = 0, None, 0
 
@@ -180,7 +180,7 @@ def weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """
     found: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
     if sampling.temperature != 1:
-        with np.errstate(over="ignore"):  # a tiny one makes -inf of all but the largest: weight 0
+        with np.errstate(over="ignore"):  # a tiny temperature turns all but the largest into -inf: weight 0
             found /= sampling.temperature
     np.exp(found, out=found)
     if sampling.top_k or sampling.top_p < 1:

@@ -44,7 +44,7 @@ def attention(seen: "Inspection", file: str | Path, head: tuple[int, int] | None
     layers, heads = seen.attention_size
     maps = [head] if head else [(layer, head) for layer in range(layers) for head in range(heads)]
     rows, columns = (1, 1) if head else (layers, heads)
-    # large enough to read the tokens of one map; a grid needs less
+    # large enough to read the tokens of a single map; a grid of maps needs less
     side = max(3.5, 1.2 + 0.2 * len(seen.tokens)) if head else max(1.8, 0.6 + 0.09 * len(seen.tokens))
     figure = _figure(columns * side, rows * side)
     figure.suptitle("Attention: each token (row) attends to earlier ones (columns)", fontsize=11)
@@ -104,7 +104,7 @@ def _figure(width: float, height: float) -> Any:
     """A figure of this size in inches, without a window and without state shared with other figures."""
     try:
         from matplotlib.figure import Figure
-    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND names nothing that it knows
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND names an unknown backend
         raise BabyError(f"pictures need matplotlib ({error}): pip install -e '.[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -113,12 +113,12 @@ def save(figure: Any, path: Path) -> Path:
     """Write the picture, completely or not at all."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in place of the glyph
         try:
             figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150)
         except MemoryError:
             raise
-        except Exception as error:  # from matplotlib or a library that writes this kind of file
+        except Exception as error:  # from matplotlib or the library that writes this format
             advice = "try a name that ends in .png or .svg, or fewer tokens and heads"
             raise BabyError(f"{shown(path)} cannot be drawn ({reason(error)}); {advice}") from None
     write(path, buffer.getvalue(), other="--picture")

@@ -70,4 +70,4 @@ def less_common(first: str, name: str) -> str:
     ours, theirs = first.split(".")[:-1], name.split(".")
     pairs = zip(ours, theirs[:-1], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number by itself means nothing
+    return ".".join(theirs[common - theirs[common].isdecimal() :])  # a block's number alone has no meaning

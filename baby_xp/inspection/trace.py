@@ -156,7 +156,7 @@ class Copies:
             return self.named(f"{module}.{name}")
         if module in found():
             return getattr(self.named(module), name)
-        if name == "replaceable":  # a copy is the plain function: a backend's kernel would show nothing
+        if name == "replaceable":  # copies the plain function: a backend's kernel would not show its arrays
             return lambda function: function
         return getattr(importlib.import_module(module), name)
 
@@ -262,7 +262,7 @@ class _Shown(ast.NodeTransformer):
             return node
         parts = [part for line in node.body for part in ast.walk(line)]
         targets = [target for part in parts if isinstance(part, ASSIGNMENTS) for target in _targets(part)]
-        # a loop with no iterations binds nothing
+        # a loop without iterations assigns no variable
         bound = ast.Call(ast.Name("locals", ast.Load()), [], [])
         tests = {name: ast.Compare(ast.Constant(name), [ast.In()], [bound]) for name in _bound(targets)}
         ifs = [ast.If(test, [_sight(name, node)], []) for name, test in tests.items()]

@@ -76,7 +76,7 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
-    norm = C + 1  # normed channels, and one deviation per token
+    norm = C + 1  # normalised channels, and one standard deviation per token
     per_token = norm + C + V  # the last norm, the head's input, the loss
     per_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
     masks = 2 * T * C if config.dropout else 0  # of the two outputs, one byte per element
@@ -128,7 +128,7 @@ def arrays(
     exchange are its gradients, the weights and moments a second time, and weights that are only evaluated.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
-    least, more = divmod(batch_size, workers)  # sequences of a worker, and the number of workers with one more
+    least, more = divmod(batch_size, workers)  # sequences per worker, and the number of workers that get one more
     kept = sum(
         number * saved_bytes(config, vocab_size, _largest_tile(share, config.n_ctx, tokens_at_once), itemsize)
         for share, number in ((least, workers - more), (least + 1, more)) if number

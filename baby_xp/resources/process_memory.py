@@ -44,7 +44,7 @@ def children() -> list[int]:
     """The processes that this one has started and that still run, the oldest first; [] without /proc."""
     found = []
     for folder in PROC.glob("[0-9]*"):
-        with suppress(OSError, KeyError):  # it has ended in the meantime
+        with suppress(OSError, KeyError):  # the process has ended in the meantime
             if _fields((folder / "status").read_text())["PPid"][0] == str(os.getpid()):
                 found.append(int(folder.name))
     return sorted(found)

@@ -55,7 +55,7 @@ def content(
     result: the state of the run. device: as requested. dataset: None for an imported run, which has none.
     base: GUID of the run that this one is finetuned from.
     """
-    # what the numbers depend on, as it was requested: `resume` continues with it
+    # the requested options that affect the numbers; `resume` uses them again
     place = {"backend": backend.name, "device": device, "workers": workers}
     if getattr(backend, "tf32", False):
         place["tf32"] = True

@@ -61,15 +61,15 @@ def new_run(folder: str | Path, base: str | None = None, guid: str | None = None
             try:
                 yield new
             except BaseException:
-                if not new.keep:  # while the lock is held: later its name may be another run's
+                if not new.keep:  # while the lock is held, because later another run may have its name
                     try:
                         _remove(new.files)
-                    except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it
+                    except KeyboardInterrupt:  # a second Ctrl-C must not interrupt the cleanup
                         _remove(new.files)
                     new.undo.close()
                 raise
     except BaseException:
-        if not (new and new.keep) and not _any_run_trains(folder):  # the other run will write into them
+        if not (new and new.keep) and not _any_run_trains(folder):  # the other run will write into these folders
             remove_folders(made)
         raise
 
@@ -91,7 +91,7 @@ def _first_free(folder: Path, names: Iterable[str], held: ExitStack) -> RunFiles
             except Held as error:
                 held_by_others = error
                 continue
-            if _is_there(files):  # perhaps its process has just ended; `attempt` removes the lock that marks it
+            if _is_there(files):  # perhaps its process has just ended; `attempt` removes its lock
                 _remove_abandoned(files)
             if not _is_there(files):
                 held.push(attempt.pop_all())
@@ -130,7 +130,7 @@ def sweep_abandoned(folder: Path) -> None:
                 _remove_abandoned(files)
     folders = folder, *(folder / name for name in FOLDERS)
     left = [path for one in folders for path in listed(one) if path.name.startswith(".")]
-    any_trains = _any_run_trains(folder)  # checked after listing: whoever writes a listed file holds a lock
+    any_trains = _any_run_trains(folder)  # checked after listing: the writer of a listed file holds a lock
     for path in left:
         if path.suffix == TEMPORARY:
             _remove_half_written(folder, path)

@@ -37,7 +37,7 @@ class Lock:
             finally:
                 if self._file is None:
                     file.close()
-            if not free:  # otherwise its last holder has just removed the file: try again with a new one
+            if not free:  # otherwise the last holder has just removed the file: try again with a new one
                 if time.monotonic() > end:
                     return False
                 time.sleep(0.01)
@@ -47,10 +47,10 @@ class Lock:
         file, self._file = self._file, None
         if file is None:
             return
-        if os.name == "nt":  # Windows removes no open file
+        if os.name == "nt":  # Windows cannot remove an open file
             file.close()
             remove(self.path)
-        elif self._is_mine(file):  # removed while held: later it could be another process's
+        elif self._is_mine(file):  # removed while held, because later it could belong to another process
             remove(self.path)
         file.close()
 

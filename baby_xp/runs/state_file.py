@@ -104,7 +104,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     sealed = {**metadata, store.SEAL: _checksum(arrays, metadata)}
 
-    def written(temporary: Path) -> None:  # from the arrays: bytes in memory would be two more copies
+    def written(temporary: Path) -> None:  # directly: bytes in memory would be two more copies
         try:
             save_file(arrays, temporary, sealed)
         except SafetensorError as error:

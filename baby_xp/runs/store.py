@@ -136,7 +136,7 @@ def folder_for_ids(files: RunFiles) -> Path | None:
     except BabyError:
         return None
     finally:
-        remove_folders(made)  # writing the ids makes it again, and removes it on failure
+        remove_folders(made)  # writing the ids creates the folder again, and removes it on failure
     return files.folder / "corpora"
 
 

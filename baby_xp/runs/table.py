@@ -41,14 +41,14 @@ def _summary(files: RunFiles) -> Summary:
     try:
         config = store.read_sealed(files.config)
         result = config["result"]
-        kept = state_file.read_metadata(files.state)  # newer than the config while a run trains
+        kept = state_file.read_metadata(files.state)  # newer than the config while the run trains
         steps, num_steps = (int(kept.get(name, 0)) for name in ("step", "num_steps"))
         val_loss = result["val_loss"]
         state = result["state"]
         if state == "running":
             val_loss = _last_loss(files)
             if not store.is_held(files):
-                state = "stopped"  # it was killed
+                state = "stopped"  # its process was killed
         asked = config["preset"], config["data"]["data"], config["started"]
         return Summary(files.guid, state, *asked, steps, num_steps, val_loss)
     except (BabyError, KeyError, TypeError, ValueError):

@@ -13,9 +13,9 @@ import numpy as np
 
 from baby_xp.errors import BabyError
 
-# Sets these streams apart from others that are keyed by the same seed, such as that of the weights.
+# Separates these random streams from others with the same seed, such as that of the weights.
 STREAM = 0x6261746368  # "batch"
-# Sizes of 3 or 4 need this many to make every order about equally likely; half would do for large ones.
+# Sizes of 3 or 4 need this many rounds to make every order about equally likely; large ones need half as many.
 ROUNDS = 10
 
 
@@ -46,7 +46,7 @@ class RandomWindows:
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
         bits = _random_bits(self.seed, step, self.batch_size)
-        # The remainder favours small offsets by n_windows / 2**64: less than any run could notice.
+        # The remainder favours small offsets by n_windows / 2**64, which is negligible.
         return _gather(self.ids, (bits % np.uint64(self.n_windows)).astype(np.int64), self.n_ctx)
 
 
@@ -125,7 +125,7 @@ def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     to the other, which can be undone, so the whole is one-to-one. As side * side is just above n, hardly any
     number lands at n or above; one that does walks on along its cycle until it is back below n.
     """
-    # Even: were it odd, each round would be an even permutation up to a fixed swap, and half the orders
+    # Even: if it were odd, each round would be an even permutation up to a fixed swap, and half of the orders
     # of a small set could not occur.
     side = np.uint64((math.isqrt(n - 1) + 2) // 2 * 2)
     keys = _random_bits(seed, epoch, ROUNDS)

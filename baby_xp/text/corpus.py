@@ -171,7 +171,7 @@ def _build(
         tokenizer = create(tokenizer, chunks)
     elif callable(tokenizer):
         tokenizer = tokenizer(chunks)
-    for _ in chunks:  # those that making the tokenizer did not read: all of them, or none
+    for _ in chunks:  # the chunks that were not read to make the tokenizer: all of them, or none
         pass
     if sha256 not in (None, tally.sha256):
         raise BabyError(
@@ -258,7 +258,7 @@ class KeptIds:
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n,))
         try:
             with open(self.path, "rb") as file:
-                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: the file may be anything
+                data = memoryview(file.read(self.size + HASH_SIZE + 1))  # no more: the file may have any size
         except FileNotFoundError:
             return None
         ids, end = data[: self.size], data[self.size :]
@@ -293,7 +293,7 @@ class KeptIds:
             if os.fstat(file.fileno()).st_size != size + HASH_SIZE:
                 return False
             while size:
-                if not (piece := file.read(min(size, 1 << 20))):  # it was cut just now
+                if not (piece := file.read(min(size, 1 << 20))):  # it was truncated in the meantime
                     return False
                 found.update(piece)
                 size -= len(piece)
@@ -311,7 +311,7 @@ class KeptIds:
         try:
             write_pieces(self.path, pieces)
             self.made = True
-        except PermissionError:  # Windows does not replace a file that another process has mapped
+        except PermissionError:  # Windows cannot replace a file that another process has mapped
             if not self._is_whole():
                 raise
 
@@ -328,7 +328,7 @@ def _read_bytes(path: str | Path, chunk_size: int) -> Iterator[bytes]:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise BabyError(f"{name} is a folder; name a UTF-8 text file in it")
-        if not stat.S_ISREG(mode):  # a pipe gives its text once, and a corpus reads it twice
+        if not stat.S_ISREG(mode):  # a pipe can be read once, but a corpus reads its text twice
             raise BabyError(f"{name} is not a regular file; save the text to a file and name that")
         with open(path, "rb") as file:
             while chunk := file.read(chunk_size):

@@ -232,7 +232,7 @@ def read_corpus(
     try:
         return Corpus.from_file(path, known, cache_folder, sha256)
     except BabyError as error:
-        if data.data.isidentifier() and not os.path.exists(path):  # perhaps meant as a name
+        if data.data.isidentifier() and not os.path.exists(path):  # perhaps it was meant as a name
             raise BabyError(f"{error}; known names: {', '.join(catalog.names())}") from None
         raise
 

@@ -36,7 +36,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.paragraphs = self.sentences = self.words = self.length = self.newlines = 0
-        # What the text so far ends in. It is counted already, though the next chunk may continue it.
+        # The end of the text so far. It is already counted, although the next chunk may continue it.
         self.in_paragraph = self.in_end = self.in_word = False
 
     def over(self, chunks: Iterable[str]) -> Iterator[str]:

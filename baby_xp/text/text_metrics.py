@@ -73,7 +73,7 @@ def _words(chunks: Iterable[str], longest: int) -> Iterator[set[str]]:
         text = begun + chunk
         words = text.split()
         begun = _shortened(words.pop(), longest) if words and not text[-1].isspace() else ""
-        yield {_folded(word) for word in set(words)}  # most words are repeats, and folding is slow
+        yield {_folded(word) for word in set(words)}  # most words are repeated, and case folding is slow
     yield {_folded(begun)}
 
 
@@ -83,7 +83,7 @@ def _shortened(begun: str, longest: int) -> str:
     A text without whitespace is one word. Without this, every chunk would be added to the ones before it.
     """
     core = _core(begun)
-    if len(core) > longest:  # however it continues, it is too long
+    if len(core) > longest:  # the word is too long, however it continues
         return "x" * (longest + 1)
     # Past `longest` characters there is only punctuation: if a letter follows, the word is too long anyway.
     return begun[begun.find(core) :][:longest]

@@ -107,7 +107,7 @@ class CharTokenizer:
 
     @cached_property
     def _id_of(self) -> np.ndarray:
-        # The entry past the highest code point stands for all that lie beyond it: `take` clips to it.
+        # The entry after the highest code point stands for all higher ones: `take` clips to it.
         table = np.full(int(self._code_point_of.max()) + 2, -1, dtype=np.int32)
         table[self._code_point_of] = np.arange(self.vocab_size, dtype=np.int32)
         return table

@@ -46,7 +46,7 @@ def largest_gradient(
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
             diverged = [path for path, norm in norms.items() if not np.isfinite(norm)]
-            if len(diverged) == len(norms) and finding is not None:  # the step before is more informative
+            if len(diverged) == len(norms) and finding is not None:  # the previous step is more informative
                 break
             parameter = diverged[0] if diverged else max(norms, key=lambda path: norms[path])
             finding = Finding(parameter, norms[parameter], step + 1)

@@ -72,7 +72,7 @@ class Loop:
         Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
         """
         self._begin(start)
-        with np.errstate(all="ignore"):  # numbers that are not finite show in the loss, which is checked
+        with np.errstate(all="ignore"):  # numbers that are not finite show up in the loss, which is checked
             try:
                 reason = self._until_the_end()
             except KeyboardInterrupt:
@@ -136,7 +136,7 @@ class Loop:
         batch = self.dataset.batches.batch(self.step)
         state, metrics = self._step(self.state, on_device(self.backend, batch))
         unread = [*self._unread, (self.step, metrics, batch.inputs.size)]
-        # at once, and with no call between: a KeyboardInterrupt falls before the step or after it
+        # in one statement without calls, so a KeyboardInterrupt comes before the step or after it
         self.state, self.step, self._unread = state, self.step + 1, unread
 
     def _read(self) -> None:
@@ -150,7 +150,7 @@ class Loop:
                 raise Diverged(f"loss became {loss}", step + 1)
         now, progress = time.perf_counter(), dict(self.progress)
         progress |= {name: number(self._unread[-1][1], name) for name in ("lr", "grad_norm")}
-        for loss in losses:  # one by one: the sum must not depend on how many are read at once
+        for loss in losses:  # one by one, because the sum must not depend on how many are read at once
             progress["total"] += loss
         progress["count"] += len(losses)
         progress["tokens"] += sum(tokens for _, _, tokens in self._unread)
@@ -231,7 +231,7 @@ class Loop:
         self._read()
         if self._version() == self._kept:
             return
-        self.dataset.check()  # a text that has changed meanwhile is an error
+        self.dataset.check()  # raises an error if the text has changed in the meantime
         checkpoint = self._checkpoint()
         if not all(np.isfinite(checkpoint.state[name]).all() for name in ("params", "m", "v")):
             raise Diverged("parameters became NaN or infinite", self.step)

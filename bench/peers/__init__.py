@@ -123,7 +123,7 @@ def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, bac
     return {**asdict(outcome), "ms": ms[-tokens:]}
 
 
-# what they share ----------------------------------------------------------------------------------------
+# used by several peers ----------------------------------------------------------------------------------
 
 
 def first_weights(model: Model) -> dict:
@@ -152,7 +152,7 @@ def steps_per_reading(backend: str) -> int:
     return 1 if backend in ("numpy", "torch", "array-api-strict") else READ_EVERY
 
 
-# who can take part --------------------------------------------------------------------------------------
+# which peers are available ------------------------------------------------------------------------------
 
 
 def present(peers: list[str], backend: str, program: str) -> list[str]:
@@ -174,7 +174,7 @@ def missing(peer: str, backend: str) -> str | None:
         if peer == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return f"no C++ compiler is installed, which {peer} needs: it is left out"
         return None
-    # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
+    # in a separate process, because JAX would take most of the GPU's memory and keep it until the process ends
     works = harness.ask(f"bench.peers.{library}:sees_gpu")
     return None if works else f"this {library} sees no GPU: {peer} is left out"
 

@@ -33,7 +33,7 @@ def train(
         state, value = step(state, batch.inputs, batch.targets)
         unread.append(value)
         if not on_gpu(backend):
-            value.block_until_ready()  # else a step would seem to end when it was asked for
+            value.block_until_ready()  # otherwise a step would seem to end when it is launched
         if len(unread) == READ_EVERY or number + 1 == len(clock):
             read, unread = float(sum(unread)) / len(unread), []  # waits for the device
     loss_of, start = jax.jit(loss, static_argnums=1), clock.batches[0]

@@ -104,7 +104,7 @@ def train_run(preset: str, settings: dict[str, Any], place: dict[str, Any]) -> d
 
     place: backend and precision. The first reading, in which caches fill and kernels are compiled, does not count.
     """
-    import baby_xp.cli  # the command line is in the process of a real run
+    import baby_xp.cli  # imported, because a real run has loaded the command line
 
     watched = Watched()
     with TemporaryDirectory() as folder:

@@ -131,7 +131,7 @@ def about(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "device": f"{device} ({name})"}
-    # PyTorch links its BLAS in, where threadpoolctl cannot see it
+    # PyTorch links its BLAS statically, so threadpoolctl does not find it
     library = "MKL" if torch.backends.mkl.is_available() else "BLAS of its build"
     return {
         "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
