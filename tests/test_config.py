@@ -148,7 +148,7 @@ def test_numbers_of_numpy_and_paths_are_kept_as_plain_values(kind, values, plain
     assert json.loads(json.dumps(to_dict(config))) == to_dict(made(kind, **plain))
 
 
-def test_training_ends_somewhere_and_the_cosine_does_not_rise():
+def test_training_needs_an_end_and_min_lr_below_lr():
     with pytest.raises(BabyError, match="num_steps nor num_epochs"):
         TrainConfig()
     with pytest.raises(BabyError, match=r"min_lr 0\.1 is above lr 0\.01"):
@@ -163,19 +163,19 @@ def test_training_ends_somewhere_and_the_cosine_does_not_rise():
     # what a step learns from decides, not in how many parts it is computed
     (12, 1, 4, 3e-3), (3, 4, 4, 3e-3), (1, 12, 4, 3e-3),
 ])  # fmt: skip
-def test_the_rate_grows_with_the_whole_step_only_where_a_base_is_given(batch_size, accumulate, base, expected):
+def test_the_rate_scales_with_the_step_size_only_if_a_base_is_given(batch_size, accumulate, base, expected):
     config = TrainConfig(num_steps=1, batch_size=batch_size, accumulate=accumulate, base_batch_size=base)
     assert config.step_size == batch_size * accumulate
     assert config.peak_lr == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(2**16, 2**15), (2**31 - 1, 2), (2**30, 2**30)])
-def test_a_step_that_no_int32_counts_is_too_large(batch_size, accumulate):
+def test_a_step_beyond_int32_is_too_large(batch_size, accumulate):
     with pytest.raises(BabyError, match=f"a step of {batch_size} x {accumulate} sequences is too large"):
         TrainConfig(num_steps=1, batch_size=batch_size, accumulate=accumulate)
 
 
-def test_the_lowest_rate_is_compared_with_the_rate_after_the_rule():
+def test_min_lr_is_compared_with_the_scaled_rate():
     with pytest.raises(BabyError, match="min_lr"):
         TrainConfig(num_steps=1, lr=1e-3, min_lr=5e-4, batch_size=4, base_batch_size=16)
     TrainConfig(num_steps=1, lr=1e-3, min_lr=2e-3, batch_size=64, base_batch_size=16)
@@ -196,7 +196,7 @@ def test_a_preset_survives_json(name):
     assert data_from_dict({**data, "file": None, "sha256": "1"}, "here") == chosen.data
 
 
-def test_a_model_says_its_kind_and_a_training_has_none():
+def test_only_model_configs_have_a_kind():
     assert to_dict(GPTConfig())["kind"] == "gpt"
     assert to_dict(EquationConfig())["kind"] == "equations"
     assert "kind" not in to_dict(TrainConfig(num_steps=1))
@@ -218,7 +218,7 @@ def test_an_unknown_kind_of_model_names_the_file(values):
 @pytest.mark.parametrize("kind", [GPTConfig, EquationConfig, TrainConfig, DataConfig, EquationData])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_damaged_json_raises_nothing_but_BabyError(kind, data):
+def test_damaged_json_raises_only_BabyError(kind, data):
     names = st.sampled_from([field.name for field in fields(kind)])
     values = {**({"num_steps": 9} if kind is TrainConfig else {}), data.draw(names): data.draw(JSON)}
     message = ""
@@ -231,7 +231,7 @@ def test_damaged_json_raises_nothing_but_BabyError(kind, data):
 
 @settings(max_examples=100, deadline=None)
 @given(JSON)
-def test_json_that_is_no_config_raises_nothing_but_BabyError(value):
+def test_json_that_is_not_a_config_raises_only_BabyError(value):
     for kind in (GPTConfig, TrainConfig):
         try:
             assert from_dict(kind, value, "some.json") == made(kind)

@@ -36,7 +36,7 @@ def test_only_backends_import_an_array_library_other_than_numpy():
         assert not imported(path) & (ARRAYS - {"numpy"}), path
 
 
-def test_each_backend_file_imports_its_own_library_alone():
+def test_each_backend_file_imports_only_its_own_library():
     known = {"numpy": {"numpy"}, "cupy": {"numpy", "cupy"}, "torch": {"torch"}}
     known |= {"jax": {"numpy", "jax"}, "strict": {"numpy", "array_api_strict"}}
     for name, libraries in known.items():
@@ -100,7 +100,7 @@ def test_no_module_is_too_long_and_the_root_not_too_full():
     assert len(list((ROOT / "baby_xp").glob("*.py"))) <= 13
 
 
-def test_import_needs_nothing_but_the_standard_library():
+def test_import_needs_only_the_standard_library():
     code = "import sys, baby_xp; print([m for m in ('numpy', 'torch', 'argparse', 'tqdm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 

@@ -211,7 +211,7 @@ def broken_links(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*TEXTS, *NOTEBOOKS], ids=name_of)
-def test_links_lead_somewhere(path):
+def test_links_have_targets(path):
     assert broken_links(path) == []
 
 
@@ -231,13 +231,13 @@ def all_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("beginning", [row[0] for row in (*docs_blocks.SHORTER, *docs_blocks.HELP)])
-def test_the_table_of_shorter_commands_has_no_idle_row(beginning):
+def test_every_row_of_shorter_commands_is_used(beginning):
     pattern = rf"python -m {re.escape(beginning)}{'' if beginning.endswith('.') else '( |$)'}"
     assert any(re.match(pattern, command) for command in all_commands())
 
 
 @pytest.mark.parametrize("text", [row[0] for row in docs_blocks.SHORTER_PYTHON])
-def test_the_table_of_shorter_python_has_no_idle_row(text):
+def test_every_row_of_shorter_python_is_used(text):
     pages = [block for page in PAGES for block in blocks_of(page.read_text("utf-8"))]
     assert any(text in block.text for block in pages if block.kind == "python")
 
@@ -286,7 +286,7 @@ def test_each_block_has_a_verdict(run, text, outcomes):
     assert run(text) == outcomes
 
 
-def test_commands_go_on_in_the_next_line():
+def test_commands_may_continue_on_the_next_line():
     text = "```sh\n# first\npython a.py \\\n  --b\npython -m c [--d 1]\n            [--e]\n\npython f.py\n```\n"
     (block,) = blocks_of(text)
     assert [(command.line, command.text) for command in block.commands] == [
@@ -316,7 +316,7 @@ def test_an_error_names_the_line_of_the_page_and_ends_the_page(run):
         ("```sh\npython -m bench.train --fast\n```\n", "does not know --fast"),
     ],
 )
-def test_what_fails(run, text, reason):
+def test_failing_blocks_are_reported(run, text, reason):
     outcome, said = next(reversed(run(text).values()))
     assert outcome == "failed"
     assert reason in said
@@ -388,7 +388,7 @@ def test_the_rules_for_what_is_skipped(monkeypatch, no_gpu, text, reason):
     assert bool(found) == bool(reason)
 
 
-def test_what_needs_a_library_that_is_missing_is_skipped(monkeypatch):
+def test_blocks_that_need_a_missing_library_are_skipped(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "jax") else find(name))
     assert docs_blocks.skipped("python -m baby_xp train --backend torch") == "needs torch"
@@ -396,14 +396,14 @@ def test_what_needs_a_library_that_is_missing_is_skipped(monkeypatch):
 
 
 @pytest.mark.parametrize("holds", [True, False])
-def test_shakespeare_is_there_where_the_folder_holds_it(tmp_path, monkeypatch, holds):
+def test_shakespeare_is_available_if_the_folder_has_it(tmp_path, monkeypatch, holds):
     monkeypatch.setenv("BABY_XP_DATA", str(tmp_path))
     if holds:
         (tmp_path / "shakespeare.txt").touch()
     assert bool(docs_blocks.skipped("python -m baby_xp train nanogpt-cpu")) != holds
 
 
-def test_what_is_shortened(tmp_path, monkeypatch):
+def test_commands_are_shortened(tmp_path, monkeypatch):
     monkeypatch.setenv("BABY_XP_DATA", str(tmp_path))
     (tmp_path / "shakespeare.txt").touch()
     (train,) = docs_blocks.plans("python -m baby_xp train nanogpt-cpu --num-steps 5000")
@@ -418,7 +418,7 @@ def test_what_is_shortened(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_page_asks_of_the_reader_is_there(run):
+def test_files_that_a_page_expects_are_made(run):
     text = "```sh\npython -c 'open(\"my.txt\")'\n```\n\n    python -m baby_xp evaluate RUN   measures\n"
     assert {outcome for outcome, _ in run(text).values()} == {"passed"}
 
@@ -485,7 +485,7 @@ def test_broken_links_are_found(tmp_path):
     ]  # fmt: skip
 
 
-def test_flags_take_the_place_of_those_that_are_there():
+def test_flags_replace_existing_ones():
     words = ["train", "--num-steps", "5000", "--lr=1", "--greedy"]
     assert docs_blocks.with_flags(words, {"--num-steps": "2", "--lr": "3", "--no-measure": None}) == [
         "train", "--greedy", "--num-steps", "2", "--lr", "3", "--no-measure",

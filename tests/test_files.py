@@ -31,7 +31,7 @@ each_way = pytest.mark.parametrize("write", WAYS.values(), ids=WAYS)
 
 
 @each_way
-def test_what_was_written_is_there_and_a_second_write_replaces_the_first(tmp_path, write):
+def test_a_second_write_replaces_the_first(tmp_path, write):
     for data in (b"\x00\xff first, and longer", b"second", b""):
         write(tmp_path / "a", data)
         assert (tmp_path / "a").read_bytes() == data
@@ -101,7 +101,7 @@ def test_the_data_is_synced_before_the_rename(tmp_path, monkeypatch, write):
     assert order == [5, "replace"]
 
 
-def test_files_that_libraries_write_have_the_default_mode(tmp_path):
+def test_files_written_by_libraries_have_the_default_mode(tmp_path):
     def private(path: Path) -> None:
         path.unlink()
         path.touch(0o600)
@@ -112,7 +112,7 @@ def test_files_that_libraries_write_have_the_default_mode(tmp_path):
 
 
 @pytest.mark.parametrize("locked", [True, False])
-def test_a_file_is_locked_while_it_grows_and_only_one_that_was_left_is_removed(tmp_path, locked):
+def test_a_file_is_locked_while_written_and_only_abandoned_ones_are_removed(tmp_path, locked):
     def pieces():
         (growing,) = tmp_path.iterdir()
         files.remove_unless_locked(growing)
@@ -133,7 +133,7 @@ def test_a_missing_folder_is_made(tmp_path):
     assert all_of(tmp_path) == {"gone", "gone/b", "gone/b/a", "lines", "lines/a.jsonl"}
 
 
-def test_a_folder_that_others_remove_again_and_again_is_made_again(tmp_path, monkeypatch):
+def test_a_folder_that_is_removed_repeatedly_is_created_again(tmp_path, monkeypatch):
     """As a run that fails does with a folder that it made and that is still empty."""
     opened, replace, left = open, os.replace, {"open": 3, "replace": 2}
 

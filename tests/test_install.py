@@ -76,7 +76,7 @@ def python(request, installed, tmp_path):
     return run
 
 
-def test_the_copy_is_what_is_imported_unless_the_checkout_is_the_current_folder(python, installed):
+def test_the_installed_copy_is_imported_outside_the_checkout(python, installed):
     package, backends = json.loads(python("-c", WHERE))
     expected = installed if python.cwd != CHECKOUT else CHECKOUT  # `python -c` looks here first
     assert Path(package) == expected / "baby_xp" / "__init__.py"
@@ -91,7 +91,7 @@ def test_the_backends_are_found(python):
     assert lines[-1].startswith("auto selects ")
 
 
-def test_it_trains_and_generates(python, tmp_path):
+def test_the_installed_package_trains_and_generates(python, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     place = [f"--path={tmp_path / 'runs'}", "--backend=numpy"]
@@ -108,7 +108,7 @@ def test_every_package_is_in_the_installation(installed):
         assert here == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
 
 
-def test_the_entry_points_lead_somewhere(installed, distribution):
+def test_the_entry_points_can_be_loaded(installed, distribution):
     points = {(point.group, point.name): point.value for point in distribution.entry_points}
     assert points.pop(("console_scripts", "baby_xp")) == "baby_xp.cli:main"
     assert points.keys() == {("baby_xp.backends", name) for name in BACKENDS}

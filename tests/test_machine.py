@@ -610,14 +610,14 @@ def machine(tmp_path_factory):
         yield type("Machine", (Machine,), parts)
 
 
-def test_a_folder_of_runs_stands_a_few_random_sequences(machine):
+def test_a_folder_of_runs_survives_a_few_random_sequences(machine):
     quick = settings(SEARCH, max_examples=8, stateful_step_count=12, derandomize=True)
     run_state_machine_as_test(machine, settings=quick)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 15, (0.01, 0.08)), (2, 3, (0.8, 1.2))])
-def test_a_run_killed_again_and_again_ends_like_one_left_alone(machine, tmp_path, workers, kills, seconds):
+def test_a_run_killed_repeatedly_ends_like_an_uninterrupted_one(machine, tmp_path, workers, kills, seconds):
     """At random moments, by the clock; with workers too."""
     (tmp_path / "text.txt").write_bytes(TEXTS["a"])
     settings = {

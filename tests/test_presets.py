@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs/presets.md"
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_page_has_the_size_and_the_time_of_each(name):
+def test_the_page_has_the_size_and_time_of_each_preset(name):
     row = re.search(rf"^\| `{name}` \|(.*)\|$", PAGE.read_text("utf-8"), re.M)
     size = sum(counts.parameters(PRESETS[name].model, VOCABULARIES[name]).values())
     cells = [cell.strip() for cell in row[1].split("|")]
@@ -24,7 +24,7 @@ def test_the_page_has_the_size_and_the_time_of_each(name):
 
 
 @pytest.mark.parametrize("name", ["baby", "equations", "equations-2", "nanogpt-cpu"])
-def test_the_vocabulary_is_that_of_its_text(name, tmp_path):
+def test_the_vocabulary_size_matches_the_text(name, tmp_path):
     config = PRESETS[name]
     if config.data.data == "shakespeare" and not os.environ.get("BABY_XP_DATA"):
         pytest.skip("BABY_XP_DATA is not set: it names the folder with these files")
@@ -32,5 +32,5 @@ def test_the_vocabulary_is_that_of_its_text(name, tmp_path):
     assert found.tokenizer.vocab_size == VOCABULARIES[name]
 
 
-def test_each_is_described():
+def test_each_preset_has_a_description():
     assert ABOUT.keys() == PRESETS.keys() == VOCABULARIES.keys()

@@ -49,7 +49,7 @@ def test_a_child_answers_request_after_request(child):
     pytest.param("die", "was killed by signal 9",
                  marks=pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")),
 ])  # fmt: skip
-def test_how_a_child_ended(child, how, end, tmp_path):
+def test_the_end_of_a_child_is_described(child, how, end, tmp_path):
     for _ in range(2):  # asked again, it has ended already
         with pytest.raises(processes.Ended) as caught:
             processes.ask(child, {"how": how})
@@ -60,14 +60,14 @@ def test_how_a_child_ended(child, how, end, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_an_interrupted_child_ends_without_a_word(child, tmp_path):
+def test_an_interrupted_child_prints_nothing(child, tmp_path):
     processes.ask(child, {"how": "begin"})  # it listens by now
     child.send_signal(signal.SIGINT)
     assert processes.how_it_ended(child) == "ended with exit code 130"
     assert (tmp_path / "log").read_text() == "not the answer\nnor this\n"
 
 
-def test_cores_and_environment(monkeypatch):
+def test_the_number_of_cores_and_the_environment(monkeypatch):
     assert 1 <= processes.cores() <= os.cpu_count()
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
@@ -82,7 +82,7 @@ def test_cores_and_environment(monkeypatch):
     (errno.ENOMEM, ", or stop other programs that use memory"),
     (errno.EIO, ""),
 ])  # fmt: skip
-def test_a_process_that_the_system_refuses(monkeypatch, code, hint):
+def test_a_refused_process_is_one_line_of_advice(monkeypatch, code, hint):
     def refuse(*args, **options):
         raise OSError(code, os.strerror(code))
 
@@ -93,7 +93,7 @@ def test_a_process_that_the_system_refuses(monkeypatch, code, hint):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal.pause")
-def test_a_child_that_is_still_at_work_is_killed():
+def test_a_working_child_is_killed():
     with processes.started("signal:pause", "a process") as child:
         child.stdin.write("{}\n")
         child.stdin.flush()

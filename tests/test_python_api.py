@@ -49,7 +49,7 @@ def run(folder):
 # what is taken ------------------------------------------------------------------------------------------
 
 
-def test_numbers_of_numpy_and_paths_as_objects_train_as_plain_ones_do(run, folder):
+def test_train_accepts_numpy_numbers_and_path_objects(run, folder):
     numbers = {
         "num_steps": np.int64(4), "batch_size": np.uint8(4), "n_emb": np.int32(16), "seed": np.uint64(0),
         "lr": np.float64(run.config["train"]["lr"]), "dropout": np.float32(0), "clip": np.int16(1),
@@ -69,7 +69,7 @@ def test_numbers_of_numpy_and_paths_as_objects_train_as_plain_ones_do(run, folde
     assert tuned.config["data"]["data"] == str(folder / "text.txt")
 
 
-def test_numbers_of_numpy_generate_as_plain_ones_do(run):
+def test_generate_accepts_numpy_numbers(run):
     settings = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float64(0.9), "seed": np.int8(3)}
     plain = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 3}
     assert run.generate("the", np.int64(9), np.True_, **settings) == run.generate("the", 9, **plain)
@@ -79,7 +79,7 @@ def test_numbers_of_numpy_generate_as_plain_ones_do(run):
     assert run.generate("the", 5, seed=-1) == run.generate("the", 5, seed=2**64 - 1)
 
 
-def test_numbers_of_numpy_measure_as_plain_ones_do(run, folder):
+def test_evaluate_and_check_accept_numpy_numbers(run, folder):
     assert run.evaluate(Path(folder / "text.txt"), np.int64(20), np.int8(1)) == run.evaluate(None, 20, 1)
     numbers = {"tokens": 4, "batch": 1, "seed": 1, "elements": 0, "directions": 1}
     checked = run.check(**{name: np.int64(number) for name, number in numbers.items()}, data=folder / "text.txt")
@@ -92,14 +92,14 @@ def test_numbers_of_numpy_measure_as_plain_ones_do(run, folder):
     assert found.facts.workers == 1
 
 
-def test_a_trial_takes_them_too(folder, monkeypatch):
+def test_a_trial_accepts_numpy_numbers(folder, monkeypatch):
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     numbers = {**TINY, "workers": np.int64(1), "lr": np.float32(0.5), "data": folder / "text.txt"}
     found = baby_xp.estimate("baby", **numbers)
     assert (found.facts.workers, found.trial.ms_a_step > 0) == (1, True)
 
 
-def test_numbers_of_numpy_are_for_the_lab_too():
+def test_the_lab_accepts_numpy_numbers():
     chosen = preset("equations").override({"num_steps": np.int64(3), "held_out": "4+4"})
     results = leave_one_out.experiment(chosen, seeds=np.int64(2), workers=np.int8(1))
     assert results.models == 2
@@ -143,7 +143,7 @@ def refused(call, *words: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), each(LINE))
-def test_what_train_cannot_take_is_named(folder, tmp_path, monkeypatch, name, value):
+def test_train_names_a_bad_argument(folder, tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
     asked = {"preset": "baby", "data": folder / "text.txt", "path": tmp_path / "runs", **TINY, name: value}
     refused(lambda: baby_xp.train(**asked), name)
@@ -168,7 +168,7 @@ GENERATE = {
 
 
 @pytest.mark.parametrize(("name", "value"), each(GENERATE))
-def test_what_generate_cannot_take_is_named(run, name, value):
+def test_generate_names_a_bad_argument(run, name, value):
     arguments = {"num_tokens": 3, name: value}
     refused(lambda: run.generate(**arguments), name)
     refused(lambda: run.stream(**arguments), name)  # at the call, not at the first piece
@@ -221,7 +221,7 @@ def test_what_generate_cannot_take_is_named(run, name, value):
         (lambda run: registry.load(5), "backend"),
     ],
 )
-def test_what_else_cannot_be_taken_is_named(run, call, word):
+def test_other_functions_name_a_bad_argument(run, call, word):
     refused(lambda: call(run), word)
 
 
@@ -245,7 +245,7 @@ def sums(folder):
     return baby_xp.train("equations", path=folder / "sums", **{**EQUATIONS, "num_steps": 400, "n_hidden": 64})
 
 
-def test_a_question_may_have_spaces_and_lack_its_sign(sums):
+def test_a_question_may_have_spaces_and_no_equals_sign(sums):
     expected = sums.answer("3+2=")
     assert expected == "3+2=5"
     for question in ("3+2", "3 + 2 =", " 3+2 ", "3 +2=\n", np.str_("3+2=")):
@@ -257,11 +257,11 @@ def test_a_question_may_have_spaces_and_lack_its_sign(sums):
     ["", "=", "a", "4", "4+", "+4=", "4+4=8", "4+4==", "4++4=", "04+4=", "12+3=", "4-4=", "4*4=", "٤+4=", "9+9=",
      44, None, b"4+4="],
 )  # fmt: skip
-def test_what_is_no_question_of_the_table_is_refused_with_an_example(sums, question):
+def test_a_text_that_is_not_a_question_is_refused_with_an_example(sums, question):
     refused(lambda: sums.answer(question), "question" if not isinstance(question, str) else "4+4=")
 
 
-def test_the_table_of_a_run_decides_what_can_be_asked(folder):
+def test_the_table_of_a_run_determines_the_questions(folder):
     both = baby_xp.train("equations-2", path=folder / "both", **EQUATIONS)
     assert both.answer("12 - 34").startswith("12-34=")
     assert both.answer("99+99").startswith("99+99=")
@@ -275,7 +275,7 @@ def test_the_table_of_a_run_decides_what_can_be_asked(folder):
 
 
 @pytest.mark.parametrize("name", ["numpy", "array-api-strict"])
-def test_a_copy_of_a_run_generates_what_the_run_does(run, folder, name):
+def test_a_copy_of_a_run_generates_the_same_text(run, folder, name):
     try:
         loaded = baby_xp.load(run.guid, path=folder / "runs", backend=name)
     except BackendUnavailable as error:
@@ -351,7 +351,7 @@ def small_machine(monkeypatch):
         ({"workers": 100_000, "batch_size": 100_000}, ("workers",)),
     ],
 )
-def test_what_cannot_fit_is_not_even_begun(small_machine, folder, tmp_path, monkeypatch, settings, words):
+def test_a_run_that_cannot_fit_is_refused_at_once(small_machine, folder, tmp_path, monkeypatch, settings, words):
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
     monkeypatch.chdir(folder)  # the message repeats the path of the text, and is not to be long by that
     asked = {"data": "text.txt", **TINY, **settings}
@@ -379,7 +379,7 @@ def only_small(spec):
         {"batch_size": 2**31 - 1, "num_epochs": 2**31 - 1, "num_steps": None},
     ],
 )
-def test_an_estimate_counts_what_does_not_fit(small_machine, folder, monkeypatch, settings):
+def test_an_estimate_counts_a_run_that_does_not_fit(small_machine, folder, monkeypatch, settings):
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
     asked = {"data": folder / "text.txt", **TINY, **settings}
     lines = estimate.lines(baby_xp.estimate("baby", measure=False, **asked))
@@ -387,7 +387,7 @@ def test_an_estimate_counts_what_does_not_fit(small_machine, folder, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["equations", "equations-gpt"])
-def test_equations_in_a_context_of_absurd_length_are_never_made(tmp_path, name):
+def test_equations_with_a_huge_context_are_refused(tmp_path, name):
     asked = {"n_ctx": 2**31 - 1, "num_steps": 1, "backend": "numpy"}
     refused(lambda: baby_xp.train(name, path=tmp_path / "runs", **asked), "n_ctx", "hold every equation")
     refused(lambda: baby_xp.estimate(name, measure=False, **asked), "n_ctx")
@@ -395,14 +395,14 @@ def test_equations_in_a_context_of_absurd_length_are_never_made(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_finetuning_is_refused_likewise_and_resuming_is_not(run, folder, monkeypatch):
+def test_memory_limits_apply_to_finetuning_but_not_to_resuming(run, folder, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: 2**10)
     where = {"path": folder / "runs", "data": folder / "text.txt", "backend": "numpy"}
     refused(lambda: baby_xp.finetune(run.guid, **where), "KiB")
     assert baby_xp.resume(run.guid, path=folder / "runs", num_steps=5).config["result"]["steps"] == 5
 
 
-def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_path, monkeypatch):
+def test_a_batch_larger_than_the_data_counts_only_the_data(folder, tmp_path, monkeypatch):
     """Which is so in one process: an epoch, or a table of equations, is the largest batch there is."""
     monkeypatch.setattr(process_memory, "free", lambda: 2**30)
     more = {"batch_size": 2**31 - 1, "path": tmp_path}
@@ -414,7 +414,7 @@ def test_a_batch_larger_than_the_data_takes_no_more_than_the_data(folder, tmp_pa
     refused(lambda: baby_xp.train("equations", **{**EQUATIONS, **more, "workers": 2}), "--batch-size")
 
 
-def test_other_backends_and_systems_without_sizes_are_left_alone(folder, tmp_path, monkeypatch):
+def test_other_backends_and_systems_without_sizes_have_no_limit(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: None)
     assert baby_xp.train("baby", data=folder / "text.txt", path=tmp_path, **TINY)
     model, strict = models.Model(GPTConfig(), 50), registry.load("numpy")
@@ -436,7 +436,7 @@ def test_the_memory_of_the_machine_is_in_bytes(monkeypatch, tmp_path):
     assert process_memory.free() is None
 
 
-def test_more_texts_than_fit_are_refused_with_the_number_that_does(run, small_machine):
+def test_too_many_texts_are_refused_with_the_number_that_fits(run, small_machine):
     with pytest.raises(BabyError, match=r"1,000,000,000 texts at once need .* ask for at most ([\d,]+)") as caught:
         run.generate_several(10**9, num_tokens=1)
     most = int(str(caught.value).split("ask for at most ")[1].split()[0].replace(",", ""))

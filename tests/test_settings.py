@@ -72,7 +72,7 @@ def asked(monkeypatch):
     (["--num-steps=None", "--num-epochs=1"], {"num_steps": None, "num_epochs": 1}),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "estimate"])
-def test_the_settings_that_are_typed_are_asked_for(asked, call, command, arguments, expected):
+def test_train_gets_only_the_typed_settings(asked, call, command, arguments, expected):
     if expected is None:
         assert call(command, *arguments)[0] == 2
         return
@@ -84,7 +84,7 @@ def test_the_settings_that_are_typed_are_asked_for(asked, call, command, argumen
     assert named == {"tf32": True, **where, **expected}
 
 
-def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
+def test_finetune_and_resume_get_only_the_typed_settings(asked, call):
     assert call("train", "--data=text.txt", *flags(**TINY))[0] == 0
     (name,), named = asked(api, "finetune", "finetune", "--data=text.txt", "--dropout=0.1", "--num-epochs=1")
     del named["listener"]
@@ -107,12 +107,12 @@ def test_finetuning_and_resuming_are_asked_for_what_is_typed(asked, call):
     ("3-months", {"num_epochs": 2}, (None, 2)),
     ("equations", {"num_epochs": 3}, (None, 3)),
 ])  # fmt: skip
-def test_who_names_epochs_means_epochs(name, overrides, expected):
+def test_num_epochs_overrides_num_steps(name, overrides, expected):
     train = preset(name).override(overrides).train
     assert (train.num_steps, train.num_epochs) == expected
 
 
-def test_an_epoch_is_trained_where_one_is_asked_for(call):
+def test_one_epoch_is_trained_if_requested(call):
     settings = {name: value for name, value in TINY.items() if name != "num_steps"}
     for command in (["train"], ["finetune", "last"]):
         if command[0] == "finetune":
@@ -147,7 +147,7 @@ WITH_EFFECT = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "words"), IN_VAIN)
-def test_a_setting_that_would_change_nothing_is_refused(call, work, name, overrides, words):
+def test_a_setting_without_effect_is_refused(call, work, name, overrides, words):
     with pytest.raises(BabyError) as refused:
         preset(name).override(overrides)
     for word in words:
@@ -158,13 +158,13 @@ def test_a_setting_that_would_change_nothing_is_refused(call, work, name, overri
 
 
 @pytest.mark.parametrize(("name", "overrides"), WITH_EFFECT)
-def test_a_setting_that_changes_something_is_not(name, overrides):
+def test_a_setting_with_an_effect_is_accepted(name, overrides):
     chosen = preset(name).override(overrides)
     found = {**vars(chosen.model), **vars(chosen.train), **vars(chosen.data)}
     assert overrides.items() <= found.items()
 
 
-def test_what_a_run_was_once_trained_with_is_not_refused():
+def test_stored_settings_are_not_refused():
     """Its config may hold what is refused by now."""
     train = config.from_dict(TrainConfig, {"num_steps": 9, "stride": 3, "schedule": "constant"}, "x")
     chosen = replace(preset("baby"), train=train)
@@ -181,7 +181,7 @@ def test_finetuning_keeps_the_tokenizer(call):
 
 
 @pytest.mark.parametrize("name", leave_one_out.IGNORED)
-def test_the_lab_refuses_what_it_ignores(call, name):
+def test_the_lab_refuses_settings_that_it_ignores(call, name):
     value = {"max_minutes": 2.0, "checkpoint_minutes": 2.0}.get(name, 2)
     code, out, err = call("equations", *flags(**{name: value}))
     assert (code, out) == (2, "")
@@ -197,7 +197,7 @@ def test_the_lab_refuses_what_it_ignores(call, name):
     (["--temperature=1.0"], "--temperature"),
     (["--top-p=0.5", "--top_k", "2"], "--top-k and --top-p"),
 ])  # fmt: skip
-def test_greedy_leaves_nothing_to_draw(call, more, named):
+def test_greedy_refuses_sampling_options(call, more, named):
     line = f"baby_xp: --greedy always takes the most likely token: leave out {named} or --greedy\n"
     assert call("generate", "--greedy", *more) == (2, "", line)
 
@@ -214,7 +214,7 @@ def test_greedy_leaves_nothing_to_draw(call, more, named):
     ({"operators": "-", "held_out": "4+4"}, "4+4"),  # it was asked for, and will be refused
     ({"digits": 2, "max_sum": 99, "n_ctx": 9}, "4+4"),
 ])  # fmt: skip
-def test_a_table_has_a_held_out_case_of_its_own(overrides, expected):
+def test_a_changed_table_gets_a_held_out_case_that_it_has(overrides, expected):
     assert preset("equations").override(overrides).data.held_out == expected
     for share in ("10%", leave_one_out.EACH):
         chosen = replace(preset("equations"), data=replace(preset("equations").data, held_out=share))
@@ -231,7 +231,7 @@ def test_a_table_has_a_held_out_case_of_its_own(overrides, expected):
     ("4*4", (9, 1, "-"), "4*4"),
     ("", (9, 1, "-"), ""),
 ])  # fmt: skip
-def test_what_suits_a_table_is_in_it(held_out, table, expected):
+def test_a_suitable_case_is_in_the_table(held_out, table, expected):
     found = EquationTable(*table).suitable(held_out)
     assert found == expected
     if found != held_out:
@@ -255,19 +255,19 @@ def test_a_table_of_differences_alone_is_trained_and_measured(call):
     ("12+34=4", (0, 2, "+-"), True), ("8-4=", (9, 1, "+"), False), ("4-8=-", (9, 1, "+-"), True),
     ("04+4=", (0, 2, "+"), False), ("x4+4=", (9, 1, "+"), False), ("4+4= 4+4=", (9, 1, "+"), False),
 ])  # fmt: skip
-def test_what_is_a_question_of_a_table(text, table, expected):
+def test_a_prompt_is_recognised_as_a_question_of_the_table(text, table, expected):
     assert EquationTable(*table).begins_answer(text) is expected
 
 
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("operators", ["+", "-", "+-"])
-def test_an_example_is_a_question_of_its_table(digits, operators):
+def test_the_example_is_a_question_of_its_table(digits, operators):
     for max_sum in (0, 9):
         table = EquationTable(max_sum, digits, operators)
         assert table.begins_answer(table.question(table.example))
 
 
-def test_a_prompt_that_is_no_question_is_generated_from_with_a_note(call):
+def test_a_prompt_that_is_not_a_question_gets_a_note(call):
     assert call("train", "equations", *flags(num_steps=2, backend="numpy"))[0] == 0
     for prompt, noted in (("4+4=", False), ("4 + 4 =", True), ("4+4", True), ("9+9=", True), ("", False)):
         code, out, err = call("generate", f"--prompt={prompt}", "--num-tokens=2", "--greedy", "--backend=numpy")
@@ -313,11 +313,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), WRONG)
-def test_what_is_wrong_with_a_flag_is_one_sentence(monkeypatch, command, arguments, message):
+def test_a_bad_flag_is_reported_in_one_sentence(monkeypatch, command, arguments, message):
     check_sentence(monkeypatch, command, arguments, message, "ascii")
 
 
-def test_where_more_characters_can_be_shown_it_is_the_same_sentence(monkeypatch):
+def test_the_sentence_is_the_same_on_a_unicode_terminal(monkeypatch):
     for wrong in (WRONG[1], WRONG[8], WRONG[-3]):
         check_sentence(monkeypatch, *wrong, "utf-8")
 
@@ -347,7 +347,7 @@ def test_a_signal_before_training_ends_it_in_one_line(call, work, monkeypatch, s
 
 @needs_signals
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_before_the_first_step_has_the_code_of_one(call, monkeypatch, signals, number):
+def test_a_signal_before_the_first_step_has_its_exit_code(call, monkeypatch, signals, number):
     monkeypatch.setattr(Screen, "started", lambda self, *_: os.kill(os.getpid(), number))
     monkeypatch.setattr(Screen, "note", lambda self, text: None)
     line = "baby_xp: interrupted before the first step was done; nothing was trained\n"
@@ -355,18 +355,18 @@ def test_a_signal_before_the_first_step_has_the_code_of_one(call, monkeypatch, s
 
 
 @pytest.mark.parametrize("line", [b"", b'{"file": 3, "ra'])
-def test_a_worker_whose_main_process_is_gone_before_it_began_says_nothing(line):
+def test_a_worker_without_a_main_process_prints_nothing(line):
     done = subprocess.run([sys.executable, "-c", PROGRAM], input=line, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_a_value_may_be_negative_and_a_name_be_written_with_underscores(call):
+def test_values_may_be_negative_and_flags_may_have_underscores(call):
     for arguments in (["--min-lr", "-1e-3"], ["--min_lr=-1e-3"], ["--min_lr", "-.001"]):
         code, out, err = call("train", *arguments, *flags(backend="numpy"))
         assert (code, out, err) == (2, "", "baby_xp: min_lr must be a number of at least 0, not -0.001\n")
 
 
-def test_what_is_given_is_distinguished_from_what_results():
+def test_given_settings_are_distinguished_from_resulting_ones():
     def given(part, *arguments):
         return options.parse([("", part)], "", "baby_xp x", arguments)
 

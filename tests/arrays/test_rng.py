@@ -32,7 +32,7 @@ def test_the_hash_is_lowbias32_on_every_backend(backend):
     assert [int(b) % 2**32 for b in bits] == [lowbias32(c) for c in counters]
 
 
-def test_bits_wrap_alike_over_many_counters(backend, plain):
+def test_int32_overflow_is_the_same_on_every_backend(backend, plain):
     counters = np.random.default_rng(0).integers(-(2**31), 2**31, 100_000).astype(np.int32)
     found = backend.to_numpy(rng.mix(backend.xp, backend.asarray(counters)))
     assert np.array_equal(found, plain.to_numpy(rng.mix(plain.xp, plain.asarray(counters))))
@@ -55,24 +55,24 @@ def test_a_mask_does_not_depend_on_how_the_batch_is_split(backend):
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"step": 3}, {"samples": SAMPLES + 6}])
-def test_every_part_of_the_place_changes_the_mask(plain, change):
+def test_seed_step_place_and_sample_each_change_the_mask(plain, change):
     agreement = np.mean(mask(plain, size=20_000) == mask(plain, size=20_000, **change))
     assert agreement == pytest.approx(0.75**2 + 0.25**2, abs=0.01)  # that of independent masks
 
 
-def test_places_and_samples_have_masks_of_their_own(plain):
+def test_places_and_samples_have_different_masks(plain):
     table = plain.to_numpy(streams(plain, 0, 0, np.arange(1000, dtype=np.int32), 50))
     assert len(np.unique(table)) > 0.9999 * table.size
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
-def test_the_share_of_survivors_is_that_of_the_rate(plain, rate):
+def test_the_share_of_kept_elements_matches_the_rate(plain, rate):
     kept = mask(plain, size=200_000, rate=rate)
     assert np.mean(kept) == pytest.approx(1 - rate, abs=5 * np.sqrt(rate * (1 - rate) / kept.size) + 2**-16)
     assert rng.survivor_scale(rate) == pytest.approx(1 / (1 - rate), rel=1e-3)
 
 
-def test_neighbours_are_independent(plain):
+def test_neighbouring_elements_are_independent(plain):
     """Elements, halves of one hash, and samples: their correlation is that of chance."""
     kept = mask(plain, size=200_000, rate=0.5).astype(float) - 0.5
     bound = 5 * 0.25 / np.sqrt(kept.size)

@@ -48,7 +48,7 @@ def on_cpu() -> dict:
 # child processes, the machine and turns -----------------------------------------------------------------
 
 
-def test_a_child_process_inherits_no_setting_that_decides_a_race(monkeypatch):
+def test_a_child_process_does_not_inherit_settings_that_distort_the_comparison(monkeypatch):
     names = ["OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NVIDIA_TF32_OVERRIDE", "BENCH_TEST"]
     for name in names:
         monkeypatch.setenv(name, "1")
@@ -56,14 +56,14 @@ def test_a_child_process_inherits_no_setting_that_decides_a_race(monkeypatch):
     assert set(names[:3]) < set(harness.REMOVED)
 
 
-def test_a_child_process_that_fails_has_a_reason_and_no_answer():
+def test_a_failed_child_process_reports_the_reason():
     unknown = ("baby_xp.arrays.registry:load", {"name": "fortran"}, "'fortran'")
     for task, request, reason in (unknown, ("os:_exit", {"status": 3}, "exit code 3")):
         with pytest.raises(harness.Failed, match=f"bench: .*{reason}"):
             harness.ask(task, **request)
 
 
-def test_a_library_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+def test_a_library_that_fails_is_left_out_and_the_others_continue(monkeypatch, capsys, tmp_path):
     turns = []
 
     def answer(task, name, **request):
@@ -84,7 +84,7 @@ def test_a_library_that_fails_is_left_out_and_the_others_go_on(monkeypatch, caps
     assert FAILURE in capsys.readouterr().out
 
 
-def test_where_all_are_needed_a_failure_ends_the_measurement(monkeypatch):
+def test_with_all_needed_a_failure_ends_the_measurement(monkeypatch):
     def fail(task, **request):
         raise harness.Failed(FAILURE)
 
@@ -93,7 +93,7 @@ def test_where_all_are_needed_a_failure_ends_the_measurement(monkeypatch):
         harness.take_turns("bench.peers:generate", {"baby_xp": {}}, 2, "W1", all_needed=True)
 
 
-def test_a_result_says_on_which_class_of_machine_it_was_measured(monkeypatch):
+def test_a_result_names_the_machine_class(monkeypatch):
     found = harness.machine()
     assert {"vendor", "vectors", "blas", "cores"} <= found.keys()
     assert all(str(found[name]) in harness.class_of(found) for name in ("vendor", "vectors", "blas", "cores"))
@@ -230,7 +230,7 @@ def test_a_busy_machine_is_reported(on_cpu, rate, busy):
 
 
 @pytest.mark.parametrize(("number", "small"), [(1, True), (1, False), (2, False)])
-def test_steps_are_measured_in_the_setting_that_train_runs_them_in(monkeypatch, tmp_path, number, small):
+def test_steps_are_measured_with_the_workers_and_threads_of_train(monkeypatch, tmp_path, number, small):
     seen, run = [], Loop.run
 
     def watched(*arguments):
@@ -253,7 +253,7 @@ def test_steps_are_measured_in_the_setting_that_train_runs_them_in(monkeypatch, 
         assert set(by_bench[0]) <= {1}
 
 
-def test_the_device_is_waited_for_at_readings_alone(monkeypatch):
+def test_the_clock_waits_for_the_device_only_at_readings(monkeypatch):
     happened = []
     monkeypatch.setattr(peers.time, "perf_counter", lambda: happened.append("mark") or 0.0)
     clock = peers.Clock(TINY.batches(5), every=2)
@@ -274,7 +274,7 @@ def stub_generator(workload, batch, num_tokens, backend):
     return peers.Outcome([], {}), [float(number) for number in range(num_tokens - 1)]
 
 
-def test_what_counts_are_means_between_readings_and_the_steps_after_the_warm_up(monkeypatch):
+def test_times_are_means_between_readings_after_the_warm_up(monkeypatch):
     monkeypatch.setitem(peers.TRAINERS, "stub", (f"{__name__}:stub_trainer", {}))
     monkeypatch.setitem(peers.GENERATORS, "stub", (f"{__name__}:stub_generator", {}))
     request = {"steps": 15, "warmup": 3, "dropout": 0.0, "backend": "cupy", "precision": "float32"}
@@ -295,7 +295,7 @@ def test_tokens_per_second_come_from_the_mean_and_count_all_texts():
 
 
 @pytest.mark.parametrize("name", ["baby_xp", "torch", "jax"])
-def test_all_train_alike(name):
+def test_all_libraries_train_the_same_model(name):
     pytest.importorskip(peers.library_of(name))
     own = peers.losses("baby_xp", TINY_FIELDS, workers=1)
     assert peers.losses(name, TINY_FIELDS) == pytest.approx(own, rel=workloads.TOLERANCES["float32"])
@@ -303,7 +303,7 @@ def test_all_train_alike(name):
 
 
 @pytest.mark.parametrize("fault", [None, "window", "positions", "cache"])
-def test_a_peer_that_generates_something_else_is_noticed(monkeypatch, fault):
+def test_a_peer_that_generates_other_tokens_is_detected(monkeypatch, fault):
     pytest.importorskip("torch")
     from bench.peers import torch
 
@@ -343,14 +343,14 @@ def point(value: int, ms: float, flops: int = 100, peak: int | None = 10, needed
         (point(2, ms=2.0, peak=20, workers=2), ["time", "memory"]),
     ],
 )
-def test_a_jump_is_more_than_the_counts_explain(later, jumps):
+def test_a_jump_is_growth_beyond_the_counts(later, jumps):
     assert growth.jumps(point(1, ms=1.0), later) == jumps
     note = growth.scaling_row(point(1, ms=1.0), later)["note"]
     assert (note.count("JUMP"), "1 -> 2" in note) == (len(jumps), later["workers"] == 2)
 
 
 @pytest.mark.parametrize(("medians", "runs", "jumped"), [([9, 2, 8], 2, []), ([9, 8, 7], 3, ["time"])])
-def test_what_seems_to_jump_is_measured_again_and_the_least_counts(monkeypatch, medians, runs, jumped):
+def test_a_suspected_jump_is_measured_again_and_the_minimum_counts(monkeypatch, medians, runs, jumped):
     left, peaks = iter(medians), iter([30, 25, 28])
     answering(monkeypatch, lambda task, **request: run(next(left), peak=next(peaks)))
     flops = growth.flops_of(growth.at("n_layers", 1))
@@ -363,7 +363,7 @@ def test_what_seems_to_jump_is_measured_again_and_the_least_counts(monkeypatch, 
     assert found["arrays"] == counts.arrays(config, growth.BASE.vocab_size, growth.BASE.batch_size, 1)
 
 
-def test_every_point_is_a_model_with_heads_of_one_width_and_steps_within_bounds(monkeypatch):
+def test_every_point_has_heads_of_the_same_width_and_a_bounded_number_of_steps(monkeypatch):
     taken = []
     for axis, values in growth.AXES.items():
         for value in values:
@@ -385,7 +385,7 @@ def test_every_point_is_a_model_with_heads_of_one_width_and_steps_within_bounds(
 
 
 @pytest.mark.slow
-def test_growth_is_drawn(tmp_path):
+def test_growth_is_plotted(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra plots is not installed")
     points = [point(1, ms=1.0), point(2, ms=3.0, flops=200)]
     growth.plot({"axes": {"n_ctx": points, "n_emb": points}}, tmp_path / "x.svg")
@@ -428,7 +428,7 @@ def test_the_crossover_runs_with_another_backend_in_place_of_a_gpu(monkeypatch, 
 # memory and estimates -----------------------------------------------------------------------------------
 
 
-def test_what_is_needed_counts_each_array_once_and_a_view_as_the_whole_of_it(monkeypatch):
+def test_needed_memory_counts_each_array_once_and_a_view_as_its_base(monkeypatch):
     whole, other = np.zeros(100, np.float32), np.zeros(3)
     found = memory.owners(([whole[:5], {"a": whole.reshape(10, 10)[2]}], other, None, 3))
     assert sorted(found.values()) == [24, 400]
@@ -490,7 +490,7 @@ def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, 
 
 
 @pytest.mark.slow
-def test_a_real_run_is_one_of_train_with_the_memory_of_its_workers():
+def test_a_real_run_uses_train_and_includes_the_memory_of_workers():
     settings = {"num_steps": 21, "eval_every": 10, "sample_tokens": 0, "n_ctx": 16, "n_layers": 1, "n_emb": 16}
     found = ours.train_run("baby", settings, {"backend": "numpy", "tf32": False})
     assert found["ms"] > 0

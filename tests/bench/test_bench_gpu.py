@@ -46,14 +46,14 @@ def test_w5_is_gpt_2_small_and_measured_on_a_cpu_only_by_name(monkeypatch):
         assert (warmup >= 2 * peers.READ_EVERY, steps >= 3 * peers.READ_EVERY) == (True, True)
 
 
-def test_who_lacks_a_precision_is_left_out_and_named(capsys):
+def test_a_library_without_a_precision_is_left_out_and_named(capsys):
     assert train.able(["torch", "jax"], "half") == ["torch"]
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert train.able(["torch", "jax"], "tf32") == ["baby_xp", "torch", "jax"]
     assert capsys.readouterr().err == ""
 
 
-def test_pytorch_gets_its_precision(monkeypatch):
+def test_pytorch_is_set_to_the_precision(monkeypatch):
     torch = pytest.importorskip("torch")
     from bench.peers.torch import set_precision
 
@@ -71,7 +71,7 @@ def test_pytorch_gets_its_precision(monkeypatch):
     assert 0 < abs(half[1] - exact[1]) <= workloads.TOLERANCES["half"] * exact[1]
 
 
-def test_jax_gets_its_precision():
+def test_jax_is_set_to_the_precision():
     jax = pytest.importorskip("jax")
     from bench.peers.jax import set_precision
 
@@ -85,7 +85,7 @@ def test_jax_gets_its_precision():
 
 
 @pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("tf32", {"tf32": True})])
-def test_baby_xp_gets_its_precision_and_reports_its_memory(monkeypatch, kind, options):
+def test_baby_xp_is_set_to_the_precision_and_reports_its_memory(monkeypatch, kind, options):
     asked, load = [], ours.load
 
     def fake(*arguments, **extra):
@@ -102,7 +102,7 @@ def test_baby_xp_gets_its_precision_and_reports_its_memory(monkeypatch, kind, op
     assert found.gpu_memory == {"used": 3, "held": 5}
 
 
-def test_a_peer_is_asked_for_a_gpu_in_a_process_of_its_own(monkeypatch, capsys):
+def test_a_peer_is_checked_for_a_gpu_in_a_separate_process(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(harness, "ask", lambda task: asked.append(task) or "torch" in task)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
@@ -116,7 +116,7 @@ def test_a_peer_is_asked_for_a_gpu_in_a_process_of_its_own(monkeypatch, capsys):
     ("code", "said", "found"),
     [(0, "H200, 143771 MiB\n", "H200, 143771 MiB"), (0, "A\nB\n", "A; B"), (9, "failed\n", None), (0, "\n", None)],
 )
-def test_nvidia_smi_is_asked(monkeypatch, code, said, found):
+def test_the_gpu_is_read_from_nvidia_smi(monkeypatch, code, said, found):
     monkeypatch.setattr(harness.shutil, "which", lambda name: "/bin/nvidia-smi")
     done = SimpleNamespace(returncode=code, stdout=said)
     monkeypatch.setattr(harness.subprocess, "run", lambda *arguments, **options: done)
@@ -126,7 +126,7 @@ def test_nvidia_smi_is_asked(monkeypatch, code, said, found):
 # the roofline -------------------------------------------------------------------------------------------
 
 
-def test_bytes_of_a_step_by_hand():
+def test_step_bytes_match_a_count_by_hand():
     config = GPTConfig(n_ctx=2, n_emb=2, head_size=4, n_heads=2, n_layers=3, dropout=0.0)
     # 3 sequences of 2 tokens: N = 6 rows of C = 2 channels, S = 4, F = 8, V = 5
     qkv, out = 3 * (6 * 2 + 2 * 12 + 6 * 12), 3 * (6 * 4 + 4 * 2 + 6 * 2)
@@ -138,7 +138,7 @@ def test_bytes_of_a_step_by_hand():
     assert roofline.step_bytes(config, 5, 3, itemsize=2) == 2 * passed + 32 * parameters
 
 
-def test_operations_of_a_step_by_hand():
+def test_step_flops_match_a_count_by_hand():
     config = GPTConfig(n_ctx=4, n_emb=2, head_size=6, n_heads=2, n_layers=3, dropout=0.0)
     # 5 sequences of 4 tokens; of 16 pairs of tokens the mask leaves 10, each with 6 channels in all heads
     weights = 3 * (2 * 18 + 6 * 2 + 2 * 8 + 8 * 2) + 2 * 11
@@ -268,7 +268,7 @@ def test_the_stages_of_a_session(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["cupy", "torch"], ids=["gpu", "cpu"])
-def test_the_programs_take_what_a_session_gives_them(monkeypatch, tmp_path, backend):
+def test_each_program_accepts_the_arguments_of_a_session(monkeypatch, tmp_path, backend):
     trained, known = [], set()
 
     def refuse(chosen, **asked):
@@ -296,7 +296,7 @@ def job(name: str, code: str, **more) -> gpu.Job:
     return gpu.Job(name, ["-c", code], **more)
 
 
-def test_a_session_goes_on_after_a_failure_and_says_what_failed(monkeypatch, capsys, tmp_path):
+def test_a_session_continues_after_a_failure_and_reports_it(monkeypatch, capsys, tmp_path):
     passed = r"\d+ passed"
     stages = {
         "check": [job("broken", "raise SystemExit(3)"), job("next", "print('- goal, x: 1, met')")],
@@ -323,7 +323,7 @@ def test_a_session_goes_on_after_a_failure_and_says_what_failed(monkeypatch, cap
 
 
 @pytest.mark.skipif(os.name == "nt", reason="looks for processes as POSIX does")
-def test_what_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+def test_a_stage_past_its_limit_is_killed_with_its_children(monkeypatch, tmp_path):
     file = tmp_path / "pid"
     outer = (
         "import subprocess, sys, time; print('begun', flush=True);"
@@ -365,7 +365,7 @@ def test_a_session_trains_and_reads_the_result(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_train_goes_all_the_way_on_a_pretended_gpu(monkeypatch, capsys, tmp_path):
+def test_bench_train_runs_completely_on_a_fake_gpu(monkeypatch, capsys, tmp_path):
     """The CuPy backend on tests/fake_cupy.py; child processes are calls; W1 is tiny."""
     import fake_cupy
 

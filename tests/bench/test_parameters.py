@@ -36,7 +36,7 @@ def variants(monkeypatch, *some: Variant) -> list[str]:
     return [one.key for one in some]
 
 
-def test_the_tables_of_the_page_are_those_of_the_newest_results():
+def test_the_tables_of_the_page_match_the_newest_results():
     kept, text = parameters.read(parameters.newest()), PAGE.read_text("utf-8")
     assert parameters.filled(text, parameters.tables(kept)) == text
     assert sorted(re.findall(parameters.MARK.format("(.*)"), text)) == sorted(parameters.groups())
@@ -53,7 +53,7 @@ def test_every_parameter_has_its_section(config):
     assert [field.name for field in fields(config) if f"`{field.name}`" not in headings] == []
 
 
-def test_each_variant_is_a_run_that_differs_from_the_base_where_it_says(tmp_path, monkeypatch):
+def test_each_variant_differs_from_the_base_only_as_named(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters.catalog, "find", lambda name: tmp_path / "text.txt")
     (tmp_path / "text.txt").write_text("x" * parameters.SHORT + "y", "utf-8")
     value_of = lambda chosen, name: next(  # noqa: E731
@@ -94,7 +94,7 @@ def test_a_variant_is_trained(tiny, monkeypatch):
     assert "n_heads" in parameters.trained(bad)["failed"]
 
 
-def test_one_that_was_stopped_is_not_kept(tiny, monkeypatch):
+def test_a_stopped_training_is_not_kept(tiny, monkeypatch):
     stopped, ended = variants(
         monkeypatch, Variant("seed", "0", {"max_minutes": 1e-9}),
         Variant("patience", "1", {"patience": 1, "lr": 1e-9, "min_lr": 1e-9}),
@@ -104,7 +104,7 @@ def test_one_that_was_stopped_is_not_kept(tiny, monkeypatch):
     assert parameters.trained(ended)["failed"] is None
 
 
-def test_the_short_text_is_what_it_learns(tiny, monkeypatch):
+def test_the_short_text_is_used_for_training(tiny, monkeypatch):
     monkeypatch.setattr(parameters, "SHORT", 800)
     monkeypatch.setattr(parameters, "SHORT_STEPS", 2)
     keys = variants(monkeypatch, *(Variant("short text", "x", short=short) for short in (False, True)))
@@ -113,7 +113,7 @@ def test_the_short_text_is_what_it_learns(tiny, monkeypatch):
     assert (whole["steps"], short["steps"]) == (4, 2)
 
 
-def test_what_is_kept_is_not_trained_again_nor_mixed_with_another_base(tmp_path, monkeypatch):
+def test_kept_results_are_not_trained_again_nor_mixed_with_another_base(tmp_path, monkeypatch):
     asked = []
     answering(monkeypatch, lambda task, key: asked.append(key) or found_of(1.0))
     file = tmp_path / "new" / "of-parameters.json"
@@ -128,7 +128,7 @@ def test_what_is_kept_is_not_trained_again_nor_mixed_with_another_base(tmp_path,
         parameters.train_all(file, 1, ["seed"])
 
 
-def test_a_training_that_ends_without_an_answer_ends_the_others(tmp_path, monkeypatch):
+def test_a_training_that_dies_ends_the_others(tmp_path, monkeypatch):
     asked = []
 
     def fail(task, key):
@@ -141,7 +141,7 @@ def test_a_training_that_ends_without_an_answer_ends_the_others(tmp_path, monkey
     assert len(asked) < len(parameters.to_train())
 
 
-def test_a_step_is_timed_in_the_setting_that_train_runs_it_in(tiny, monkeypatch):
+def test_a_step_is_timed_with_the_workers_and_threads_of_train(tiny, monkeypatch):
     fits, fit = [], ours.fit_as_train_does
     monkeypatch.setattr(ours, "fit_as_train_does", lambda *arguments: fits.append(1) or fit(*arguments))
     found = parameters.timed("base", steps=3)
@@ -149,7 +149,7 @@ def test_a_step_is_timed_in_the_setting_that_train_runs_it_in(tiny, monkeypatch)
     assert min(found["ms"]) > 0
 
 
-def test_times_of_all_rounds_make_the_median():
+def test_the_median_is_over_the_times_of_all_rounds():
     idle, sizes = [{"peak": 10 << 20, "shared": 0}], [([1.0, 2.0, 9.0], 30), ([3.0, 4.0], 25)]
     runs = [{"ms": ms, "memory": [{"peak": mib << 20, "shared": 0}], "workers": 1} for ms, mib in sizes]
     found = parameters.speed_of(runs, idle)
@@ -189,7 +189,7 @@ def test_rows_and_tables():
     assert any("BUSY" in line for line in parameters.document(result))
 
 
-def test_a_page_is_filled_in_its_places_alone():
+def test_only_the_marked_tables_of_a_page_are_replaced():
     page = "text\n\n<!-- table: n_ctx -->\n| old |\n| - |\n\nmore | text\n<!-- table: seed -->\nend\n"
     found = {"n_ctx": ["| a |", "| b |"], "seed": ["| c |"], "lr": ["| d |"]}
     filled = "text\n\n<!-- table: n_ctx -->\n| a |\n| b |\n\nmore | text\n<!-- table: seed -->\n| c |\nend\n"
@@ -198,7 +198,7 @@ def test_a_page_is_filled_in_its_places_alone():
         parameters.filled(page, {"seed": ["| c |"]})
 
 
-def test_the_newest_results_count(tmp_path, monkeypatch):
+def test_the_newest_results_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters, "RESULTS", tmp_path)
     assert parameters.newest() is None
     for name in ("2026-01-02-a-parameters.json", "2026-02-01-a-parameters.json", "2026-03-01-a-generate.json"):

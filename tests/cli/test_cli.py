@@ -73,7 +73,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=lambda value: ascii(value[:2])[:60])
-def test_what_cannot_be_used_is_named_and_changes_nothing(work, copied, refused, arguments, words):
+def test_bad_input_is_named_and_changes_nothing(work, copied, refused, arguments, words):
     (work / "latin1.txt").write_bytes(b"caf\xe9 " * 99)
     (work / "short.txt").write_bytes(b"12345678")
     refused(*arguments, *["--backend=numpy"] * (arguments[0] == "generate"), words=tuple(words))
@@ -97,7 +97,7 @@ def test_a_message_of_several_lines_becomes_one(call, monkeypatch):
     assert call("presets") == (2, "", "baby_xp: one two\n")
 
 
-def test_the_program_ends_with_its_exit_code_and_shows_another_character_where_one_is_lacking(work):
+def test_the_program_returns_its_exit_code_and_replaces_unprintable_characters(work):
     done = subprocess.run(
         [sys.executable, "-m", "baby_xp", "train", "--data", "\u20ac.txt".encode()], capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
@@ -134,7 +134,7 @@ def states(out: str) -> dict[str, str]:
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines()[:-1]}
 
 
-def test_a_library_that_is_missing_is_named_with_the_remedy(refused, monkeypatch):
+def test_a_missing_library_is_named_with_the_remedy(refused, monkeypatch):
     for name, (module, remedy) in LIBRARIES.items():
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(BackendUnavailable) as caught:
@@ -144,7 +144,7 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(refused, monkeypatch
     refused("train", *flags(backend=name), words=words)
 
 
-def test_workers_are_for_numpy(refused):
+def test_workers_are_only_for_numpy(refused):
     pytest.importorskip("array_api_strict", exc_type=ImportError)
     words = ("workers are processes of the numpy backend", "leave out --workers")
     refused("train", *flags(backend="array-api-strict", workers=2), words=words)
@@ -161,7 +161,7 @@ def test_all_backends_are_listed_with_their_state(call):
     assert out.splitlines()[-1].startswith(f"auto selects {expected}: ")
 
 
-def test_backends_without_any_library_but_numpy(call, monkeypatch):
+def test_backends_works_with_numpy_as_the_only_library(call, monkeypatch):
     without_libraries(monkeypatch, *(module for module, _ in LIBRARIES.values()))
     code, out, err = call("backends")
     assert (code, err) == (0, "")
@@ -172,7 +172,7 @@ def test_backends_without_any_library_but_numpy(call, monkeypatch):
     assert out.splitlines()[-1].startswith("auto selects numpy: no GPU to use (CuPy cannot be imported")
 
 
-def test_a_library_that_is_broken_does_not_stand_in_the_way(work, call, monkeypatch):
+def test_a_broken_library_does_not_prevent_the_use_of_others(work, call, monkeypatch):
     """A folder called cupy in the current one is enough to import as an empty module."""
     without_libraries(monkeypatch, "torch", "jax", "array_api_strict")
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
@@ -183,7 +183,7 @@ def test_a_library_that_is_broken_does_not_stand_in_the_way(work, call, monkeypa
     assert call("train", *flags(backend="auto"))[0] == 0
 
 
-def test_a_device_that_auto_cannot_give_is_an_error(refused, monkeypatch):
+def test_a_device_that_auto_does_not_have_is_an_error(refused, monkeypatch):
     for module in (None, types.ModuleType("cupy")):
         monkeypatch.setitem(sys.modules, "cupy", module)
         refused("train", *flags(backend="auto", device="cuda:1"), words=("'cupy' cannot work here",))
@@ -245,7 +245,7 @@ DIFFERENT = [name for name in PRESETS if name not in AGES[1:]]
 """One age stands for all: they differ in the context alone, which is shortened here."""
 
 
-def test_the_ages_differ_in_their_context_alone():
+def test_the_ages_differ_only_in_their_context():
     assert [PRESETS[name].model.n_ctx for name in AGES] == [8, 16, 32, 64, 128]
     assert len({(replace(PRESETS[name].model, n_ctx=1), PRESETS[name].train) for name in AGES}) == 1
 
@@ -302,7 +302,7 @@ def test_a_preset_gives_the_same_losses_on_every_backend(work, call, short_nurse
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
 
 
-def test_the_equation_model_answers_what_it_never_saw(work, call):
+def test_the_equation_model_answers_a_held_out_sum(work, call):
     code, out, err = call("train", "equations", "--backend=numpy", "--num-steps=600")
     assert (code, err) == (0, "")
     assert "4+4=8" in out

@@ -107,7 +107,7 @@ def test_the_order_of_writing_makes_a_run_safe(work, rate_times, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_kill_between_a_checkpoint_and_its_weights_is_made_good_by_going_on(work, monkeypatch):
+def test_resuming_repairs_a_kill_between_a_checkpoint_and_its_weights(work, monkeypatch):
     """The checkpoint has the best weights already; their own file has those of before."""
 
     class Killed(BaseException):
@@ -133,7 +133,7 @@ def test_a_kill_between_a_checkpoint_and_its_weights_is_made_good_by_going_on(wo
     np.testing.assert_array_equal(best.params, last.params)
 
 
-def test_a_run_is_there_from_its_start(work):
+def test_a_run_exists_from_its_start(work):
     """Whatever happens later: it can be found, loaded, and gone on with; but by nobody else meanwhile."""
     seen = []
 
@@ -177,7 +177,7 @@ def test_epochs_decide_the_number_of_steps(work):
     assert config["result"]["steps"] == config["train"]["num_steps"] == -(-windows // 4)
 
 
-def test_bytes_are_a_tokenizer_too(work, call):
+def test_the_byte_tokenizer_can_be_chosen(work, call):
     (work / "text.txt").write_text("\u20ac and \u00e9. " * 60, encoding="utf-8")
     assert call("train", *flags(tokenizer="byte"))[0] == 0
     code, out, _ = call("generate", "--prompt=\u00e9", "--num-tokens=40")
@@ -188,7 +188,7 @@ def test_bytes_are_a_tokenizer_too(work, call):
 
 
 @pytest.mark.parametrize("number", [0, 7, 80])
-def test_a_sample_of_this_length_is_shown_with_each_measurement(work, call, number):
+def test_each_evaluation_prints_a_sample_of_the_given_length(work, call, number):
     code, out, _ = call("train", *flags(sample_tokens=number))
     assert code == 0
     last = baby_xp.load(weights="last")
@@ -205,7 +205,7 @@ def test_a_sample_of_this_length_is_shown_with_each_measurement(work, call, numb
 @pytest.mark.first_case
 @pytest.mark.parametrize("epochs", [True, False], ids=["an epoch with a smaller last step", "random windows"])
 @pytest.mark.parametrize("workers", [2, 1])
-def test_gradients_that_are_accumulated_train_as_a_large_batch_does(work, workers, epochs):
+def test_accumulated_gradients_train_like_a_large_batch(work, workers, epochs):
     how = {"num_steps": 4, "eval_every": 1, "dropout": 0.2, "dtype": "float64", "base_batch_size": 4}
     if epochs:  # 19 windows: a step of 12 and one of 7, of which a part of 3 and one of 1 are the last
         how |= {"num_epochs": 2, "num_steps": None, "stride": 49}
@@ -230,7 +230,7 @@ def generated(call, *arguments: str) -> str:
     return out.removesuffix("\n")
 
 
-def test_a_prompt_is_continued_by_as_many_tokens_as_from_python(copied, call):
+def test_generate_prints_the_same_text_as_from_python(copied, call):
     text = generated(call, "--prompt=the cat ", "--num-tokens=30", "--seed=4", "--top-k=5")
     assert text.startswith("the cat ")
     assert len(text) == len("the cat ") + 30
@@ -240,7 +240,7 @@ def test_a_prompt_is_continued_by_as_many_tokens_as_from_python(copied, call):
     assert len(generated(call, "--num-tokens=7")) == 7  # without a prompt it begins by itself
 
 
-def test_the_cache_is_used_unless_it_is_refused(copied, call, monkeypatch):
+def test_the_cache_is_used_unless_switched_off(copied, call, monkeypatch):
     asked, init = [], Logits.__init__
     monkeypatch.setattr(Logits, "__init__", lambda self, *args: asked.append(args[-1]) or init(self, *args))
     for more in ([], ["--cache"], ["--no-cache"]):
@@ -248,14 +248,14 @@ def test_the_cache_is_used_unless_it_is_refused(copied, call, monkeypatch):
     assert asked == [True, True, False]
 
 
-def test_greedy_does_not_ask_the_seed(copied, call):
+def test_greedy_ignores_the_seed(copied, call):
     texts = {generated(call, "--num-tokens=20", *how) for how in (["--greedy"], ["--top-k=1", "--seed=9"])}
     run = baby_xp.load(backend="numpy")
     assert texts == {run.generate(num_tokens=20, greedy=True, seed=seed) for seed in range(3)}
     assert len(texts) == 1
 
 
-def test_each_generation_is_kept_under_a_name_of_its_own(copied, call):
+def test_each_generation_is_saved_under_a_new_name(copied, call):
     """Also those that end in the same second."""
     texts = [generated(call, "--num-tokens=20", f"--seed={seed}") for seed in range(3)]
     kept = sorted((copied.folder / "outputs").glob(f"completion_{copied.guid}_*.txt"))
@@ -263,14 +263,14 @@ def test_each_generation_is_kept_under_a_name_of_its_own(copied, call):
     assert all(re.fullmatch("[0-9]{14}", path.stem.rpartition("_")[2]) for path in kept)
 
 
-def test_inference_is_another_word_for_generate(copied, call):
+def test_inference_is_an_alias_of_generate(copied, call):
     place = ["--backend=numpy", "--num-tokens=9"]
     expected = call("generate", copied.guid, *place)[:2]
     for names in (["last"], [], [copied.guid[:8]]):
         assert call("inference", *names, *place)[:2] == expected
 
 
-def test_the_weights_that_are_asked_for_are_loaded(trained):
+def test_the_requested_weights_are_loaded(trained):
     best, last = (baby_xp.load(path=trained.folder, weights=weights) for weights in ("best", "last"))
     assert best.params.tobytes() == baby_xp.load(path=trained.folder).params.tobytes()
     np.testing.assert_array_equal(last.params, load_file(trained.state)["params"], strict=True)

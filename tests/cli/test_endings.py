@@ -39,7 +39,7 @@ def suggestions(out: str) -> list[list[str]]:
 # how it ends --------------------------------------------------------------------------------------------
 
 
-def test_training_says_what_it_does_and_how_to_go_on(work, call):
+def test_training_prints_what_it_does_and_how_to_continue(work, call):
     code, out, err = call("train", "--path=my runs", *flags())
     assert (code, err) == (0, "")
     files = baby_xp.load(path="my runs").files
@@ -51,7 +51,7 @@ def test_training_says_what_it_does_and_how_to_go_on(work, call):
 
 
 @pytest.mark.parametrize("eval_every", [2, 100], ids=["measured before", "never measured before"])
-def test_the_time_is_up_and_the_run_can_go_on(work, call, clock, at_step, eval_every):
+def test_a_run_stopped_by_the_time_limit_can_be_resumed(work, call, clock, at_step, eval_every):
     at_step(lambda step, batch: clock.tick(30.0))
     code, out, err = call("train", "--path=my runs", *flags(num_steps=6, eval_every=eval_every, max_minutes=1.5))
     assert (code, err) == (0, "")
@@ -66,7 +66,7 @@ def test_the_time_is_up_and_the_run_can_go_on(work, call, clock, at_step, eval_e
     assert (run.config["result"]["state"], run.config["result"]["steps"]) == ("done", 6)
 
 
-def test_the_best_weights_are_kept_and_patience_ends_a_run_whose_loss_no_longer_falls(work, call, rate_times):
+def test_the_best_weights_are_kept_and_patience_ends_the_run(work, call, rate_times):
     rate_times(3, 1e4)
     code, out, err = call("train", *flags(num_steps=50, eval_every=1, sample_tokens=0, patience=3))
     assert (code, err) == (0, "")
@@ -106,7 +106,7 @@ INTERRUPTS = [
 
 @needs_signals
 @pytest.mark.parametrize(("step", "numbers", "steps", "evaluations"), INTERRUPTS)
-def test_a_signal_ends_a_training_after_the_step_at_hand_and_an_interrupt_before_it(
+def test_a_signal_ends_training_after_the_current_step_and_a_second_one_at_once(
     work, call, at_step, signals, step, numbers, steps, evaluations
 ):
     """An evaluation that is due by then is left out: it can be made later. The state is that of a shorter run."""
@@ -148,7 +148,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(refused, at_step):
     refused("train", *flags(), words=("interrupted before the first step",), code=130)
 
 
-def test_an_interrupt_elsewhere_ends_with_the_code_of_one(work, call, monkeypatch):
+def test_an_interrupt_outside_training_has_its_exit_code(work, call, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -218,7 +218,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_leaves_nothing(
     assert all_of(work) == before
 
 
-def test_only_what_may_be_the_cause_is_named(work):
+def test_only_possible_causes_are_named(work):
     quiet = {"clip": 1, "warmup_steps": 100, "lr": 1e30, "num_steps": 30}
     for settings, causes in (
         ({"clip": 0}, ["gradients that are not clipped (--clip 1)"]),
@@ -233,7 +233,7 @@ def test_only_what_may_be_the_cause_is_named(work):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_that_diverges_after_a_checkpoint_is_kept_as_of_that(
+def test_a_run_that_diverges_after_a_checkpoint_keeps_the_checkpoint(
     work, diverging, call, at_step, rate_times, workers
 ):
     kept = {}
@@ -264,7 +264,7 @@ def test_a_run_that_diverges_after_a_checkpoint_is_kept_as_of_that(
     assert listed() == [("done", 6)]
 
 
-def test_a_run_that_diverges_when_it_goes_on_is_left_as_it_was(copied, diverging, call):
+def test_a_resumed_run_that_diverges_is_left_as_it_was(copied, diverging, call):
     before = {path: path.read_bytes() for path in copied.of_training}
     line = diverging("resume", "--num-steps=9", "--lr=1e30", "--clip=0")
     assert f"the last good checkpoint, of step 3, is kept: run {copied.guid} can be resumed" in line
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_when_it_goes_on_is_left_as_it_was(copied, diverging
     assert listed() == [("done", 9)]
 
 
-def test_a_run_without_a_step_that_goes_on_to_nothing_is_as_it_was(work, diverging, call):
+def test_a_resumed_run_without_a_step_is_left_as_it_was(work, diverging, call):
     """Its settings too: or it could never go on."""
     run = train(max_minutes=1e-9)
     assert run.config["result"]["steps"] == 0

@@ -211,7 +211,7 @@ def smallest(watch: Watch, line: Line, kind: str) -> Line:
 # the tests ----------------------------------------------------------------------------------------------
 
 
-def test_the_program_names_its_commands():
+def test_the_overview_has_every_tried_command():
     """The tests below try what the usage lists; one command has a second name."""
     named = set(re.findall(r"^  ([a-z]+) ", USAGE, re.M))
     assert named == COMMANDS.keys() - {"inference"}
@@ -237,7 +237,7 @@ def test_help_names_the_flags_that_are_tried(watch, command):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("command", DIFFERENT)
-def test_the_sizes_that_are_not_tried_are_good(watch, command):
+def test_the_default_sizes_are_valid(watch, command):
     """Otherwise nothing but messages about them would be seen."""
     different = {form.flags: form for form in watch.forms if form.command == command}
     for form in different.values():
@@ -308,7 +308,7 @@ BAD_PROGRAMS = {
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", BAD_PROGRAMS)
-def test_bad_programs_are_found(watch, name):
+def test_faulty_programs_are_detected(watch, name):
     """What looks for faults finds each kind of them."""
     if name.startswith("process left") and not os.path.isdir("/proc/self"):
         pytest.skip("processes cannot be counted here")
@@ -327,7 +327,7 @@ def test_a_good_program_has_no_faults(watch):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_what_takes_long_can_be_stopped(watch, name):
+def test_long_commands_can_be_stopped(watch, name):
     line = ["generate", "@char", "--num-tokens", str(2**31 - 1), "--backend", "numpy"]
     ended = watch.ask(line, "begun", name, after=0.5)
     assert ended["stopped"]

@@ -66,7 +66,7 @@ EVERY_COMMAND = [
 
 
 @pytest.mark.parametrize("arguments", EVERY_COMMAND, ids=" ".join)
-def test_output_that_cannot_be_written_is_one_line_and_nobody_who_reads_on_no_error(copied, call, arguments):
+def test_unwritable_output_is_one_line_and_a_closed_pipe_no_error(copied, call, arguments):
     """At a write or at the flush."""
     for at_write in (True, False):
         assert call(*arguments, out=Broken(errno.EPIPE, at_write))[::2] == (141, "")
@@ -77,7 +77,7 @@ def test_output_that_cannot_be_written_is_one_line_and_nobody_who_reads_on_no_er
 @pytest.mark.parametrize("at_write", [True, False], ids=["write", "flush"])
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141), (errno.EIO, 2)])
 @pytest.mark.parametrize("command", ["train", "finetune"])
-def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, number, code, at_write):
+def test_training_continues_if_its_progress_cannot_be_printed(call, command, number, code, at_write):
     arguments = ["train", *TINY]
     assert call(*arguments)[0] == 0
     if command == "finetune":
@@ -97,7 +97,7 @@ def test_a_training_that_cannot_be_shown_goes_on_to_its_end(call, command, numbe
     assert [one.partition(";")[0] for one in line] == ([f"baby_xp: {problem}"] if code == 2 else [])
 
 
-def test_errors_that_cannot_be_written_do_not_matter(call):
+def test_unwritable_stderr_is_ignored(call):
     broken = Broken(errno.ENOSPC)
     code, out, _ = call("train", *TINY, err=broken)
     assert (code, "to generate text: python -m baby_xp generate" in out) == (0, True)
@@ -106,7 +106,7 @@ def test_errors_that_cannot_be_written_do_not_matter(call):
     assert call("presets", out=Broken(errno.EIO), err=broken)[0] == 2
 
 
-def test_a_signal_in_the_middle_of_a_message_does_not_matter():
+def test_a_signal_during_a_message_is_harmless():
     """Python refuses a write inside a write."""
 
     class Busy(io.StringIO):
@@ -116,7 +116,7 @@ def test_a_signal_in_the_middle_of_a_message_does_not_matter():
     assert streams.Errors(Busy()).write("stopping") == 8
 
 
-def test_an_error_is_the_commands_own_where_output_is_lost_too(call, monkeypatch):
+def test_the_commands_own_error_wins_over_lost_output(call, monkeypatch):
     def fail(arguments):
         print("something", flush=False)
         raise baby_xp.BabyError("the text is empty")
@@ -131,7 +131,7 @@ def test_an_error_is_the_commands_own_where_output_is_lost_too(call, monkeypatch
     (FileNotFoundError(errno.ENOENT, "No such file", "x\n.txt"), ["'x\\n.txt' cannot be read (No such file)"]),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), ["a file or a process cannot be used (Broken pipe)"]),
 ], ids=lambda one: type(one).__name__)  # fmt: skip
-def test_whatever_else_the_system_refuses_is_one_line(refused, monkeypatch, error, words):
+def test_any_other_system_error_is_one_line(refused, monkeypatch, error, words):
     def fail(arguments):
         raise error
 
@@ -141,7 +141,7 @@ def test_whatever_else_the_system_refuses_is_one_line(refused, monkeypatch, erro
 
 @pytest.mark.parametrize("missing", ["stdout", "stderr", "both"])
 @pytest.mark.parametrize("command", ["train", "presets", "fly"])
-def test_streams_that_are_not_there(monkeypatch, capsys, command, missing):
+def test_closed_standard_streams(monkeypatch, capsys, command, missing):
     """Python has None for a stream whose descriptor was closed, and prints for stderr then what is for stdout."""
     with monkeypatch.context() as patch:
         for name in ("stdout", "stderr"):
@@ -166,7 +166,7 @@ def with_closed(numbers: str, *arguments: str) -> subprocess.CompletedProcess:
 @needs_posix
 @pytest.mark.first_case
 @pytest.mark.parametrize("numbers", ["012", "0", "1", "2", "12", "02"])
-def test_no_file_takes_the_place_of_a_closed_stream(work, numbers):
+def test_no_file_gets_the_descriptor_of_a_closed_stream(work, numbers):
     """And processes that are started then have these streams too."""
     program = """if True:
         import os
@@ -197,7 +197,7 @@ def test_nothing_is_left_to_write_when_the_interpreter_ends(monkeypatch):
         assert subprocess.run([*program, "fly"], stdout=full, stderr=full).returncode == 2
 
 
-def test_a_pipe_that_nobody_reads_is_no_error():
+def test_a_closed_pipe_is_no_error():
     """As in `python -m baby_xp presets | head -0`."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "baby_xp", "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -215,13 +215,13 @@ ESCAPED = "a\\x1b[31mb\\x00c\\x07d\\re\\x9bf\\x7fg\n\th\u00e4"
 
 
 @pytest.mark.parametrize(("stream", "shown"), [(Terminal, ESCAPED), (io.StringIO, ODD)])
-def test_control_characters_are_escaped_on_a_terminal_alone(monkeypatch, stream, shown):
+def test_control_characters_are_escaped_only_on_a_terminal(monkeypatch, stream, shown):
     monkeypatch.setattr(sys, "stdout", stream())
     assert streams.printable(ODD) == shown
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-def test_what_a_run_says_cannot_steer_the_terminal(work, call, terminal):
+def test_generated_text_cannot_control_the_terminal(work, call, terminal):
     (work / "text.txt").write_text("\x1b\0\x1b\x07" * 200, encoding="utf-8", newline="\n")
     raw, escaped = {"\x1b", "\0", "\x07"}, {"\\x1b", "\\x00", "\\x07"}
     for arguments in (["train", *TINY], ["generate", "--prompt=\x1b\0\x07", "--num-tokens=30"]):

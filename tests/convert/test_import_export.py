@@ -66,7 +66,7 @@ def test_it_generates_the_same_text_and_can_be_finetuned(imported):
     assert tuned.tokenizer.vocab[-1] == "Ü"
 
 
-def test_it_has_no_last_weights(imported, capsys):
+def test_an_imported_run_has_no_last_weights(imported, capsys):
     _, run, _ = imported
     with pytest.raises(BabyError, match=f"run {run.guid} was imported and has no last checkpoint"):
         api.load(path=run.files.folder, backend="numpy", weights="last")
@@ -74,7 +74,7 @@ def test_it_has_no_last_weights(imported, capsys):
     assert "was imported" in capsys.readouterr().err
 
 
-def test_there_is_nothing_to_resume_and_no_text_of_its_own(imported):
+def test_an_imported_run_cannot_be_resumed_and_has_no_text(imported):
     _, run, text = imported
     with pytest.raises(BabyError, match="imported and has no training to resume"):
         api.resume(path=run.files.folder)
@@ -107,7 +107,7 @@ def test_an_export_that_fails_half_way_leaves_nothing_and_names_its_own_flag(imp
     assert not (tmp_path / "out").exists()  # nor any of the folders
 
 
-def test_the_command_line_goes_there_and_back(imported, tmp_path, capsys):
+def test_the_command_line_imports_and_exports(imported, tmp_path, capsys):
     _, run, _ = imported
     there = ["export", "littlebaby", run.guid[:8], f"--path={run.files.folder}", f"--to={tmp_path / 'out'}"]
     assert main(there) == 0

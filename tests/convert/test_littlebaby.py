@@ -77,7 +77,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_what_is_written_is_what_the_original_wrote(reference_folder, tmp_path, name):
+def test_exported_files_equal_the_originals(reference_folder, tmp_path, name):
     found = littlebaby.read(reference_folder / f"model_{name}.json")
     train = TrainConfig(**found.train)
     files = littlebaby.write(tmp_path, GUID, found.config, found.tokenizer, found.params, train)
@@ -90,7 +90,7 @@ def test_what_is_written_is_what_the_original_wrote(reference_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
-def test_all_eight_kinds_come_back_bit_for_bit(tmp_path, switches):
+def test_all_eight_kinds_survive_a_round_trip_bit_for_bit(tmp_path, switches):
     config = config_of(switches)
     flat = parameters(config)
     files = littlebaby.write(tmp_path, GUID, config, TOKENIZER, flat)
@@ -110,7 +110,9 @@ def test_all_eight_kinds_come_back_bit_for_bit(tmp_path, switches):
     *[st.integers(1, 3)] * 5,
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
 )
-def test_models_of_any_size_come_back(tmp_path_factory, switches, n_ctx, n_emb, n_heads, width, n_layers, text):
+def test_models_of_any_size_survive_a_round_trip(
+    tmp_path_factory, switches, n_ctx, n_emb, n_heads, width, n_layers, text
+):
     sizes = {"n_ctx": n_ctx, "n_emb": n_emb, "n_heads": n_heads, "n_layers": n_layers}
     config, tokenizer = GPTConfig(**switches, **sizes, head_size=n_heads * width), CharTokenizer.from_text(text)
     flat = params.draw(Model(config, tokenizer.vocab_size).spec, 0)
@@ -120,7 +122,7 @@ def test_models_of_any_size_come_back(tmp_path_factory, switches, n_ctx, n_emb, 
     assert found.params.astype("float32").tobytes() == flat.tobytes()
 
 
-def test_the_training_settings_are_those_the_original_can_follow(tmp_path):
+def test_training_settings_are_exported_in_the_originals_form(tmp_path):
     config, train = config_of({}), TrainConfig(num_steps=9, batch_size=8, accumulate=3, lr=1e-3, base_batch_size=6)
     files = littlebaby.write(tmp_path, GUID, config, TOKENIZER, parameters(config), train)
     found = littlebaby.read(files[2])
@@ -131,7 +133,7 @@ def test_the_training_settings_are_those_the_original_can_follow(tmp_path):
 
 
 @pytest.mark.parametrize("tag", [GUID, "small", ""])
-def test_files_are_found_beside_the_model_and_their_tag_is_kept_where_it_is_a_guid(
+def test_files_are_found_beside_the_model_and_a_guid_is_kept(
     tmp_path, made, monkeypatch, tag
 ):
     for kind in KINDS:
@@ -141,7 +143,7 @@ def test_files_are_found_beside_the_model_and_their_tag_is_kept_where_it_is_a_gu
         assert littlebaby.read(model).guid == (tag if tag == GUID else None)
 
 
-def test_files_that_are_named_are_used(tmp_path, made):
+def test_the_given_files_are_used(tmp_path, made):
     documents(tmp_path, SWITCHES[0])
     paths = [tmp_path / name for name in ("a", "b", "c.weights")]
     for path, kind in zip(paths, KINDS, strict=True):
@@ -151,7 +153,7 @@ def test_files_that_are_named_are_used(tmp_path, made):
     assert (found.config, found.guid) == (config_of(SWITCHES[7]), None)
 
 
-def test_a_finetuned_model_has_the_config_of_the_one_it_was_made_from(tmp_path):
+def test_a_finetuned_model_uses_the_config_of_its_base(tmp_path):
     documents(tmp_path, SWITCHES[0])
     model = tmp_path / f"models/model_{GUID}_finetuned.json"
     shutil.copy(tmp_path / f"models/model_{GUID}.json", model)
@@ -162,7 +164,7 @@ def test_a_finetuned_model_has_the_config_of_the_one_it_was_made_from(tmp_path):
     assert littlebaby.read(model).config == config_of(SWITCHES[0])
 
 
-def test_models_from_before_there_were_switches_are_read(tmp_path):
+def test_models_without_switches_are_read(tmp_path):
     new = documents(tmp_path, SWITCHES[0])
     names = {"mlp_proj_up_": "mlp_fc_", "mlp_proj_dn_": "mlp_proj_"}
     older = re.compile("|".join(names))
@@ -240,7 +242,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_file_is_one_line(tmp_path, made, fault):
+def test_an_invalid_file_is_one_line(tmp_path, made, fault):
     kind, *change, message = FAULTS[fault]
     changed = copy.deepcopy(made)
     match change:
@@ -312,7 +314,7 @@ def mutate(draw, value):
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_change_of_the_values_raises_anything_else(tmp_path_factory, made, data):
+def test_changed_values_raise_only_baby_error(tmp_path_factory, made, data):
     changed = copy.deepcopy(made)
     for _ in range(data.draw(st.integers(1, 2))):
         kind = data.draw(st.sampled_from(KINDS))
@@ -327,7 +329,7 @@ def test_no_change_of_the_values_raises_anything_else(tmp_path_factory, made, da
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.binary(max_size=3), st.booleans())
-def test_no_damage_to_the_bytes_raises_anything_else(tmp_path_factory, made, kind, at, new, cut):
+def test_damaged_bytes_raise_only_baby_error(tmp_path_factory, made, kind, at, new, cut):
     folder = tmp_path_factory.mktemp("damaged")
     for one in KINDS:
         data = json.dumps(made[one]).encode("ascii")
@@ -350,7 +352,7 @@ def test_no_damage_to_the_bytes_raises_anything_else(tmp_path_factory, made, kin
     ({"params": parameters(config_of({})) * np.nan}, "finite numbers"),
     ({"params": np.zeros((1, 1))}, "finite numbers"),
 ], ids=str)  # fmt: skip
-def test_what_the_original_cannot_hold_is_refused(tmp_path, change, message):
+def test_models_that_the_original_lacks_are_refused(tmp_path, change, message):
     fine = {"guid": GUID, "config": config_of({}), "tokenizer": TOKENIZER, "params": parameters(config_of({}))}
     with pytest.raises(BabyError, match=message) as caught:
         littlebaby.write(tmp_path / "new", **{**fine, **change})
@@ -359,7 +361,7 @@ def test_what_the_original_cannot_hold_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_written_over(tmp_path, kind):
+def test_no_file_is_overwritten(tmp_path, kind):
     config = config_of({})
     there = tmp_path / f"{kind}s" / f"{kind}_{GUID}.json"
     there.parent.mkdir()

@@ -103,7 +103,7 @@ def test_download_once(server, cache, add, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_spoilt_file_in_the_cache_is_downloaded_again(server, cache, add):
+def test_a_damaged_file_in_the_cache_is_downloaded_again(server, cache, add):
     add(url(server))
     catalog.find("moon").write_bytes(TEXT[:-1])
     assert catalog.find("moon").read_bytes() == TEXT
@@ -162,7 +162,7 @@ def test_a_wrong_file_in_the_folder_of_the_user(server, cache, add, tmp_path, mo
 
 
 @pytest.mark.parametrize("folder", ["~nobody-of-this-name/texts", "nowhere", "moon.txt/texts"])
-def test_a_folder_of_the_user_that_is_not_there_holds_nothing(server, cache, add, tmp_path, monkeypatch, folder):
+def test_a_missing_folder_of_the_user_counts_as_empty(server, cache, add, tmp_path, monkeypatch, folder):
     add(url(server))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moon.txt").write_bytes(TEXT)
@@ -191,7 +191,7 @@ def test_a_folder_or_file_of_the_user_without_permission(server, cache, add, tmp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege")
-def test_links_of_the_user_that_lead_in_a_circle(server, cache, add, tmp_path, monkeypatch):
+def test_circular_links_of_the_user(server, cache, add, tmp_path, monkeypatch):
     (tmp_path / "moon.txt").symlink_to("moon.txt")
     add(url(server))
     monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))

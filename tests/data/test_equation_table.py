@@ -60,7 +60,7 @@ def test_windows_of_two_digit_sums():
     assert as_text(pairs(["8+9=17 "])) == windows(["8+9=17 "]) == [("8+9=", "1"), ("+9=1", "7"), ("9=17", " ")]
 
 
-def test_windows_of_a_longer_context_are_those_of_the_docstring():
+def test_windows_of_a_longer_context_match_the_docstring():
     assert windows(["9+8=17 "], 6) == [("  9+8=", "1"), (" 9+8=1", "7"), ("9+8=17", " ")]
     contexts, targets = pairs(["9-8=1 "], n_ctx=6)
     assert [decode(row, "+-") for row in contexts] == ["  9-8=", " 9-8=1"]
@@ -78,7 +78,7 @@ def test_rows_for_a_model_that_predicts_every_token():
 # tables ---------------------------------------------------------------------------------------------------
 
 
-def test_which_equations():
+def test_the_equations_of_each_table():
     every = set(BABYLLM.equations())
     assert every - set(BABYLLM.equations(["4+4"])) == {"4+4=8 "}
     assert every - set(BABYLLM.equations(["3+5"])) == {"3+5=8 ", "5+3=8 "}
@@ -108,7 +108,7 @@ def test_the_equations_of_a_table_are_true_and_written_without_leading_zeros(max
     assert sorted(table.held_out_equations(named)) == sorted(every)
 
 
-def test_no_window_comes_twice():
+def test_no_window_is_repeated():
     for max_sum in range(9, 19):
         every = EquationTable(max_sum).equations()
         found = windows(every)
@@ -124,7 +124,7 @@ def test_undetermined_contexts():
 # what is held out -----------------------------------------------------------------------------------------
 
 
-def test_no_training_window_shows_a_held_out_case():
+def test_no_training_window_reveals_a_held_out_case():
     for max_sum in (9, 10, 18):
         table = EquationTable(max_sum)
         every, leave_out = set(windows(table.equations())), table.undetermined()
@@ -144,7 +144,7 @@ def test_no_training_window_shows_a_held_out_case():
             assert len({context for context, _ in trained + asked}) == len(trained + asked), where
 
 
-def test_holding_out_does_not_make_a_context_look_certain():
+def test_holding_out_does_not_make_a_context_appear_determined():
     """With sums up to 10, "+1=1" goes on with " " in 0+1=1 and with "0" in 9+1=10, held out or not."""
     table = EquationTable(10)
     trained = table.equations(["9+1"])
@@ -158,7 +158,7 @@ def test_holding_out_does_not_make_a_context_look_certain():
     pytest.param(2, "+", "40+4", 0, marks=pytest.mark.slow),
     pytest.param(2, "+", "40+4", 1, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_context_that_holds_an_equation_shows_nothing_of_a_held_out_one(digits, operators, case, longer):
+def test_a_whole_equation_context_reveals_no_held_out_case(digits, operators, case, longer):
     table = EquationTable(0, digits, operators)
     n_ctx = table.longest + longer
     assert not table.undetermined(n_ctx)
@@ -188,7 +188,7 @@ def test_the_cases_that_no_model_could_answer(max_sum, expected):
     assert found == expected
 
 
-def test_a_share_is_drawn_by_the_seed():
+def test_a_share_is_drawn_with_the_seed():
     table = EquationTable(0, 2, "+-")
     drawn = table.draw(0.1, 3)
     assert len(drawn) == len(set(drawn)) == 1010  # of 2 x 5050 pairs

@@ -105,7 +105,7 @@ def sample():
     return stories, nats, np.array([len(story) for story in stories])
 
 
-def test_small_grammar_by_brute_force(small):
+def test_a_small_grammar_matches_enumeration(small):
     stories = enumerate_stories()
     assert len({text for text, _ in stories}) == len(stories)
     assert math.isclose(sum(p for _, p in stories), 1.0)
@@ -121,7 +121,7 @@ def test_small_grammar_by_brute_force(small):
     assert math.isclose(nursery.entropy_per_character(small), entropy / length)
 
 
-def test_small_grammar_is_drawn_with_its_probabilities(small):
+def test_a_small_grammar_is_sampled_with_its_probabilities(small):
     n = 20_000
     drawn = list(islice(nursery.stories(1, small), n))
     for text, p in enumerate_stories():
@@ -161,7 +161,7 @@ def test_every_rule_counts(rule):
     assert more_nats - nats == pytest.approx(2 * math.log(2) * (more_length - length))
 
 
-def test_one_changed_character_shows(sample):
+def test_one_changed_character_is_detected(sample):
     stories, nats, _ = sample
     rng = np.random.default_rng(0)
     for story, before in zip(stories[:100], nats[:100], strict=True):
@@ -183,7 +183,7 @@ def test_anything_but_whole_stories_has_no_probability(broken):
     assert log_probability(broken(nursery.generate(1000, 3))) == -math.inf
 
 
-def test_a_memory_is_kept():
+def test_a_story_remembers_its_rows():
     """A story that forgets who it is about, or which sound the animal makes, is not in the grammar."""
     story = next(story for story in nursery.stories(0) if story.count("Max") > 1 and "She" not in story)
     sounds = "Woof|Meow|Quack|Oink|Cluck|Moo|Buzz|Croak|Grr|Roar|Honk|Squeak|Baa|Coo"
@@ -192,7 +192,7 @@ def test_a_memory_is_kept():
     assert log_probability(re.sub(sounds, "Ding", story, count=1)) == -math.inf
 
 
-def test_a_seed_gives_one_text():
+def test_the_same_seed_gives_the_same_text():
     text = nursery.generate(10_000, 0)
     digest = hashlib.sha256(text[:10_000].encode()).hexdigest()
     assert digest == "8b2fa6b4939f3fe8c9d2ebd63467b6d1b26fa2acadbe395a169e19e4cfa3b779"
@@ -203,14 +203,14 @@ def test_a_seed_gives_one_text():
 
 
 @pytest.mark.parametrize("n_chars", [1, 300, 5000])
-def test_generate_stops_with_the_first_story_that_suffices(n_chars):
+def test_generate_stops_after_enough_characters(n_chars):
     text = nursery.generate(n_chars, 5)
     last = text[:-2].rpartition("\n\n")
     assert len(text) >= n_chars > len(last[0] + last[1])
     assert text.endswith("\n\n")
 
 
-def test_characters_and_words_are_few():
+def test_the_vocabulary_is_small():
     text = nursery.generate(300_000, 0)
     assert set(text) <= set("\n .,!?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'")
     assert len(set(text)) <= 60

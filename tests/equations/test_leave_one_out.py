@@ -52,7 +52,7 @@ def test_bad_settings_are_refused(name, overrides, match, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_training_sees_what_the_settings_say():
+def test_training_uses_the_settings():
     four = preset("equations").override({"max_sum": 18, "held_out": "4+4,9+7"})
     batch, table = dataset.prepare(four.data, four.model, four.train, None).batches.batch(0), EquationTable(18)
     # without the contexts that do not determine what follows
@@ -71,7 +71,7 @@ def test_training_sees_what_the_settings_say():
 # the six steps --------------------------------------------------------------------------------------------
 
 
-def test_the_six_steps_answer_what_they_never_saw():
+def test_the_six_steps_answer_a_held_out_sum():
     assert equations.encode("1+1=2 ").tolist() == [3, 1, 3, 12, 4, 0]
     known = equations.make_equations(held_out="4+4")
     assert "4+4=8 " not in known
@@ -127,7 +127,7 @@ def test_evaluate_reports_the_share_of_held_out_equations(name, tmp_path, capsys
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", OF_EQUATIONS)
-def test_answers_are_those_that_generation_gives(name, tmp_path):
+def test_answers_equal_generated_ones(name, tmp_path):
     table = preset(name).data.table
     small = table.digits == 1
     run_config = shortened(name, num_steps=400 if small else 20, eval_every=400)
@@ -144,7 +144,7 @@ def test_answers_are_those_that_generation_gives(name, tmp_path):
     assert np.all((probability > 0) & (probability < 1))
 
 
-def test_the_probability_of_an_answer_is_that_of_all_its_tokens():
+def test_the_probability_of_an_answer_includes_all_its_tokens():
     config = EquationConfig(n_ctx=6, n_emb=2, n_hidden=8)
     weights = equations.initial_weights(config, 13, seed=5)
     weights = {part: {name: 10 * array for name, array in values.items()} for part, values in weights.items()}
@@ -159,7 +159,7 @@ def test_the_probability_of_an_answer_is_that_of_all_its_tokens():
     assert probability[0] == pytest.approx(equations.predict(weights, "9+8=", four)["1"])
 
 
-def test_an_answer_that_does_not_end_is_shown_as_one_token_more_than_any_has(tmp_path):
+def test_an_answer_without_an_end_has_one_token_too_many(tmp_path):
     run = baby_xp.train(shortened("equations-table"), path=tmp_path, backend="numpy", workers=1)
     weights = run.model.layout.unpack(np, run.params.copy())
     weights["output"]["bias"][equations.encode("1")] = 1e3
@@ -196,7 +196,7 @@ def test_each_case_in_turn_and_every_seed(name, overrides, seeds):
     assert asked == sorted((first + i, equation) for i in range(seeds) for equation in table.equations())
 
 
-def test_a_share_is_another_one_for_each_seed():
+def test_each_seed_draws_another_share():
     run_config, seen = shortened("equations-2", digits=1, held_out="20%", seed=3, n_hidden=8), []
     results = leave_one_out.experiment(run_config, 2, workers=1, progress=lambda *args: seen.append(args))
     assert seen == [(1, 2), (2, 2)]
@@ -207,7 +207,7 @@ def test_a_share_is_another_one_for_each_seed():
     assert results.models == 2
 
 
-def test_processes_give_what_one_gives():
+def test_several_processes_give_the_results_of_one():
     run_config = shortened("equations-table", num_steps=30).override({"held_out": "4+4,9+8"})
     one, two = (leave_one_out.experiment(run_config, seeds=3, workers=workers) for workers in (1, 2))
     assert one.answers == two.answers
@@ -216,7 +216,7 @@ def test_processes_give_what_one_gives():
     assert (one.processes, two.processes) == (1, 2)
 
 
-def test_the_model_of_a_case_is_the_run_of_that_case(tmp_path):
+def test_the_model_of_a_case_equals_a_run_with_that_case(tmp_path):
     run_config = shortened("equations", num_steps=200, eval_every=200, held_out="2+3", seed=4)
     run = baby_xp.train(run_config, path=tmp_path, backend="numpy", workers=1)
     (answers, loss, _), found = leave_one_out.run_job(run_config), run.model.layout.unpack(np, run.params)
@@ -228,7 +228,7 @@ def test_the_model_of_a_case_is_the_run_of_that_case(tmp_path):
 
 
 @pytest.mark.slow
-def test_answerable_sums_are_answered():
+def test_answerable_sums_are_answered_correctly():
     """The accuracy that docs/equations.md reports, on a few cases of the table."""
     cases = ["4+4", "1+2", "2+6", "0+7"]
     run_config = preset("equations")
@@ -263,7 +263,7 @@ def test_the_figures_of_known_answers():
     assert rows[2].split() == ["2", ".", "100", *"........"]
 
 
-def test_the_map_of_larger_operands_goes_by_their_tens():
+def test_the_map_of_larger_operands_groups_them_by_tens():
     run_config = preset("equations-2")
     rows = [("12+34=46 ", 0, True, 1.0), ("15+30=45 ", 0, False, 0.0), ("34-12=22 ", 0, True, 1.0)]
     results = fixed(run_config, *rows)
@@ -302,7 +302,7 @@ def test_copying_the_nearest(asked, known, whole, expected):
     assert leave_one_out.nearest_copies([asked], known, whole).tolist() == [expected]
 
 
-def test_a_text_is_not_for_the_lab():
+def test_the_lab_refuses_texts():
     with pytest.raises(BabyError, match="the equation lab cannot use baby"):
         leave_one_out.experiment(preset("baby"))
 
@@ -335,7 +335,7 @@ def test_a_killed_process_ends_the_lab_in_one_line(children):
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
-def test_processes_that_the_system_refuses_end_the_lab_in_one_line(children, monkeypatch):
+def test_refused_processes_end_the_lab_in_one_line(children, monkeypatch):
     popen = subprocess.Popen
 
     def refuse(*args, **options):
@@ -352,7 +352,7 @@ def test_processes_that_the_system_refuses_end_the_lab_in_one_line(children, mon
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_its_processes_leave_the_request_to_end_to_their_parent():
+def test_lab_processes_ignore_signals():
     run_config = preset("equations").override({"num_steps": 1})
     parts = {name: config.to_dict(getattr(run_config, name)) for name in ("model", "train", "data")}
     with processes.started(leave_one_out.TASK, "a process") as child:
@@ -367,7 +367,7 @@ def test_its_processes_leave_the_request_to_end_to_their_parent():
 @pytest.mark.parametrize(("name", "line"), [
     ("SIGINT", "baby_xp: interrupted"), ("SIGTERM", "baby_xp: interrupted by SIGTERM"),
 ])  # fmt: skip
-def test_a_signal_ends_it_and_leaves_no_process(signals, name, line):
+def test_a_signal_ends_the_lab_and_leaves_no_process(signals, name, line):
     """SIGTERM comes to all processes of a group, as job schedulers send it."""
     # who runs the tests may ignore Ctrl-C, and then all that it starts does
     program = """if True:

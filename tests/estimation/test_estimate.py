@@ -71,7 +71,7 @@ def test_parameters_by_kind_add_up(config):
     assert kinds["token embeddings"] == V * config.n_emb
 
 
-def test_parameters_of_a_kind_by_hand():
+def test_parameters_of_a_kind_match_a_count_by_hand():
     config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=4, n_layers=4)
     assert counts.parameters(config, 65) == {
         "token embeddings": 65 * 128,
@@ -83,7 +83,7 @@ def test_parameters_of_a_kind_by_hand():
     }
 
 
-def test_the_formula_of_the_little_baby_by_hand():
+def test_the_formula_of_the_little_baby_matches_a_count_by_hand():
     config = GPTConfig(n_ctx=64, n_emb=128, head_size=128, n_heads=16, n_layers=4)
     assert counts.formula_parameters(config, 65) == 8_320 + 4 * (65_536 + 262_144)
     assert counts.formula_parameters(EQUATIONS[0], 13) is None
@@ -114,7 +114,7 @@ def counting_namespace() -> Namespace:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
-def test_flops_are_those_of_all_products_of_a_step(config, accumulate, monkeypatch):
+def test_step_flops_count_all_products(config, accumulate, monkeypatch):
     monkeypatch.setattr(Counted, "flops", 0)
     model, xp = Model(config, V), counting_namespace()
     state = state_of(model, registry.load("numpy"))
@@ -125,7 +125,7 @@ def test_flops_are_those_of_all_products_of_a_step(config, accumulate, monkeypat
 
 
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
-def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
+def test_forward_flops_count_its_products(config, monkeypatch):
     monkeypatch.setattr(Counted, "flops", 0)
     model, xp = Model(config, V), counting_namespace()
     flat = state_of(model, registry.load("numpy"))["params"].view(Counted)
@@ -139,7 +139,7 @@ def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
     (70, 9, 0.3, "float32"), (100, 129, 0.0, "float32"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
-def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, head_size, dropout, dtype):
+def test_saved_bytes_count_the_arrays_that_forward_keeps(config, n_ctx, head_size, dropout, dtype):
     if isinstance(config, GPTConfig):
         config = dataclasses.replace(config, dropout=dropout, n_ctx=n_ctx, head_size=head_size)
     backend, model, batch = registry.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
@@ -155,7 +155,7 @@ def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, h
 
 
 @pytest.mark.parametrize("config", GPTS, ids=name_of)
-def test_cache_bytes_are_those_of_a_full_context(config):
+def test_cache_bytes_count_a_full_context(config):
     backend, model = registry.load("numpy"), Model(config, V)
     logits = Logits(backend, model, model.layout.unpack(backend.xp, state_of(model, backend)["params"]))
     logits.next([[1] * (config.n_ctx - 1)])
@@ -163,7 +163,7 @@ def test_cache_bytes_are_those_of_a_full_context(config):
     assert counts.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
 
 
-def test_arrays_of_workers_are_those_of_their_shares():
+def test_arrays_of_workers_count_their_shares():
     config = GPTS[0]
     alone, three = counts.arrays(config, V, 7), counts.arrays(config, V, 7, workers=3)
     assert three["activations"] == sum(counts.saved_bytes(config, V, share) for share in (3, 2, 2))
@@ -184,7 +184,7 @@ def test_parameters_are_counted_without_a_tree_of_all_blocks(config, n_layers):
 
 
 @pytest.mark.parametrize(("B", "at_once"), [(1, None), (7, None), (7, 100), (50, 1024), (3, 8)])
-def test_the_arrays_of_a_step_are_those_of_its_largest_tile(B, at_once):
+def test_activations_count_the_largest_tile(B, at_once):
     config = GPTS[0]
     largest = max(tile_sizes(B, config.n_ctx, at_once))
     found = counts.arrays(config, V, B, tokens_at_once=at_once)
@@ -192,7 +192,7 @@ def test_the_arrays_of_a_step_are_those_of_its_largest_tile(B, at_once):
 
 
 @pytest.mark.parametrize("settings", [{"num_steps": 7}, {"num_epochs": 2, "num_steps": None, "stride": 20}])
-def test_tokens_are_those_of_all_batches(work, monkeypatch, settings):
+def test_tokens_count_all_batches(work, monkeypatch, settings):
     sizes, windows = [], EpochWindows if "num_epochs" in settings else RandomWindows
     draw = windows.batch
     monkeypatch.setattr(windows, "batch", lambda *args: sizes.append(draw(*args).inputs.size) or draw(*args))
@@ -246,7 +246,7 @@ def test_a_trial_of_the_equation_model(folder):
     assert "The Little Baby's V H" not in "\n".join(estimate.lines(found))
 
 
-def test_a_trial_is_not_held_up_by_what_would_end_or_interrupt_the_run(folder, monkeypatch):
+def test_a_trial_ignores_time_limits_and_patience(folder, monkeypatch):
     """Where the system has no sizes, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
@@ -281,14 +281,14 @@ def test_an_unknown_preset_is_an_error():
         estimate.estimate("teenager")
 
 
-def test_a_trial_that_diverges_says_so(folder):
+def test_a_trial_that_diverges_is_reported(folder):
     diverging = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(BabyError, match="learning rate"):
         estimate.estimate("baby", **{**TINY, **diverging})
 
 
 @needs_signals
-def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
+def test_a_killed_trial_is_reported(folder, monkeypatch):
     monkeypatch.setattr(processes, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(BabyError, match="killed by signal 9"):
         estimate.estimate("baby", **TINY)
@@ -296,7 +296,7 @@ def test_a_trial_that_is_killed_says_so(folder, monkeypatch):
 
 @pytest.mark.slow
 @needs_signals
-def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
+def test_an_orphaned_trial_cleans_up(folder, signals):
     """SIGTERM ends a Python process where it stands: its `finally` is not run."""
     settings = {**TINY, "workers": 2}
     call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
@@ -312,7 +312,7 @@ def test_a_trial_whose_asker_is_gone_cleans_up(folder, signals):
 
 
 @needs_proc
-def test_memory_finds_a_child_and_what_it_takes():
+def test_the_memory_of_a_child_process_is_measured():
     program = "block = b'x' * (64 << 20); print(len(block), flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

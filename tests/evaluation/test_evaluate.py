@@ -67,7 +67,7 @@ def test_a_batch_is_measured_in_tiles(run, monkeypatch, tokens_at_once):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_loss_perplexity_bits_and_accuracy_are_those_computed_by_hand(tmp_path, tokenizer):
+def test_loss_perplexity_bits_and_accuracy_match_values_computed_by_hand(tmp_path, tokenizer):
     run = trained(tmp_path, tokenizer=tokenizer)
     found, (loss, accuracy, n_targets) = run.evaluate(num_tokens=50), by_hand(run, TEXT)
     assert found.tokens == n_targets
@@ -81,11 +81,11 @@ def test_loss_perplexity_bits_and_accuracy_are_those_computed_by_hand(tmp_path, 
     assert found.bits_per_character == pytest.approx(loss * per_character / math.log(2), rel=1e-5)
 
 
-def test_the_run_says_the_same_of_itself(run):
+def test_the_reported_loss_equals_the_evaluated_one(run):
     assert run.evaluate(num_tokens=50).loss == pytest.approx(run.config["result"]["val_loss"], rel=1e-6)
 
 
-def test_the_shares_are_of_the_generated_text_against_the_training_part(run):
+def test_the_shares_compare_generated_text_with_the_training_part(run):
     found, text = run.evaluate(num_tokens=300, seed=3), run.generate(num_tokens=300, seed=3)
     training = [TEXT[: int(0.9 * len(TEXT))]]
     assert found.known_words == text_metrics.known_words(text, training)
@@ -93,7 +93,7 @@ def test_the_shares_are_of_the_generated_text_against_the_training_part(run):
     assert 0 < found.known_words < 1
 
 
-def test_what_was_generated_is_compared_with_the_training_part_alone(tmp_path, monkeypatch):
+def test_generated_text_is_compared_only_with_the_training_part(tmp_path, monkeypatch):
     """Of bytes too, where a character may lie in two of the pieces that are read."""
     written = "the cät sat on the 😀 mat " * 36 + "no tam eht no tas täc eht " * 4
     (tmp_path / "other.txt").write_text(written, encoding="utf-8")
@@ -130,7 +130,7 @@ def test_a_character_that_the_run_does_not_know_is_named(run, tmp_path):
         run.evaluate(data=str(other))
 
 
-def test_the_equation_model_is_measured_on_what_was_held_out(tmp_path):
+def test_the_equation_model_is_measured_on_held_out_equations(tmp_path):
     run = api.train("equations", path=tmp_path, num_steps=400, backend="numpy")
     found = run.evaluate()
     assert found.loss == pytest.approx(run.config["result"]["val_loss"], rel=1e-6)
@@ -138,7 +138,7 @@ def test_the_equation_model_is_measured_on_what_was_held_out(tmp_path):
     assert "words" not in "\n".join(found.lines())
 
 
-def test_two_evaluations_say_the_same(run):
+def test_evaluation_is_reproducible(run):
     assert asdict(run.evaluate(num_tokens=50)) == asdict(run.evaluate(num_tokens=50))
 
 
@@ -159,7 +159,7 @@ def test_bad_arguments_of_evaluate_are_one_line(run, arguments, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_texts_generated_together_are_those_generated_one_by_one(run):
+def test_texts_generated_together_equal_those_generated_one_by_one(run):
     settings = {"temperature": 0.9, "top_k": 9}
     found = run.generate_several(3, "the ", 30, seed=5, **settings)
     assert found == [run.generate("the ", 30, seed=5 + i, **settings) for i in range(3)]

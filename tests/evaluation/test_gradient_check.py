@@ -112,14 +112,14 @@ def one_element(key):
     ],
     ids=["gain", "bias", "one gain", "embedding", "linear bias", "linear weight", "one weight"],
 )  # fmt: skip
-def test_a_fault_in_a_layer_is_found_in_its_arrays_alone(run, monkeypatch, module, spoil, ends):
+def test_an_error_in_a_layer_shows_only_in_its_arrays(run, monkeypatch, module, spoil, ends):
     fault_in(monkeypatch, module, spoil)
     expected = [path for path in run.model.layout.paths if path.endswith(ends)]
     assert expected
     assert wrong(run.check(elements=6)) == expected
 
 
-def test_a_fault_in_the_gradient_that_goes_on_is_found_in_all_arrays_before_it(run, monkeypatch):
+def test_an_error_in_a_passed_on_gradient_shows_in_all_earlier_arrays(run, monkeypatch):
     plain = layernorm.backward
 
     def backward(xp, p, saved, dy):
@@ -134,7 +134,7 @@ def test_a_fault_in_the_gradient_that_goes_on_is_found_in_all_arrays_before_it(r
     ]
 
 
-def test_a_fault_in_a_fast_kernel_shows_in_its_column_alone(run, monkeypatch):
+def test_an_error_in_a_fast_kernel_shows_only_in_its_column(run, monkeypatch):
     plain = KERNELS["layernorm.backward"]
 
     def backward(xp, p, saved, dy):
@@ -186,20 +186,20 @@ def test_directions_and_elements():
     assert len(list(gradient_check.chosen_directions(np.random.default_rng(0), gradient, 0, 1))) == 1
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_one_others(run):
+def test_rows_depend_on_the_seed(run):
     rows = run.check(directions=1, elements=0)
     assert rows == run.check(directions=1, elements=0)
     assert rows != run.check(directions=1, elements=0, seed=1)
 
 
-def test_dropout_is_that_of_the_run(tmp_path, monkeypatch):
+def test_the_check_uses_the_dropout_of_the_run(tmp_path, monkeypatch):
     run = trained(tmp_path, dropout=0.3)
     rows = run.check(directions=1, elements=0)
     monkeypatch.setattr(gradient_check, "step_noise", lambda *_: None)
     assert run.check(directions=1, elements=0)[0].gradient != rows[0].gradient
 
 
-def test_the_batch_is_of_the_training_text(run, monkeypatch):
+def test_the_batch_is_from_the_training_text(run, monkeypatch):
     batches, windows = [], gradient_check.RandomWindows
 
     def watched(ids, *more):
@@ -216,7 +216,7 @@ def test_the_batch_is_of_the_training_text(run, monkeypatch):
         np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
 
-def test_a_changed_text_is_noticed_and_another_one_can_be_named(tmp_path):
+def test_a_changed_text_is_refused_and_another_one_can_be_given(tmp_path):
     run = trained(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT[:-1], encoding="utf-8", newline="\n")
     with pytest.raises(BabyError, match="no longer the text"):
@@ -274,7 +274,7 @@ def test_a_table_of_equations_bounds_a_check_by_itself(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_row_an_array_and_ends_with_0(run, capsys):
+def test_the_command_prints_a_row_per_array_and_returns_0(run, capsys):
     assert main(["check", run.guid[:8], f"--path={run.files.folder}"]) == 0
     out = capsys.readouterr().out
     rows = run.check()
@@ -290,7 +290,7 @@ def test_the_command_prints_a_row_an_array_and_ends_with_0(run, capsys):
     assert out.splitlines()[-1] == f"28 arrays, worst relative error {worst.worst:.1e} at {worst.name}: all agree"
 
 
-def test_the_command_ends_with_1_where_one_disagrees(run, capsys, monkeypatch):
+def test_the_command_returns_1_if_one_array_disagrees(run, capsys, monkeypatch):
     fault_in(monkeypatch, layernorm, scaled("gain", 1.5))
     assert main(["check", run.guid[:8], f"--path={run.files.folder}", "--directions=1", "--elements=0"]) == 1
     out, err = capsys.readouterr()
@@ -301,7 +301,7 @@ def test_the_command_ends_with_1_where_one_disagrees(run, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [["--tokens=0"], ["--elements=x"], ["--data=nothing.txt"], ["1234"]])
-def test_what_cannot_be_checked_ends_in_one_line(run, capsys, arguments):
+def test_a_run_that_cannot_be_checked_is_one_line(run, capsys, arguments):
     name = [] if arguments == ["1234"] else [run.guid[:8]]
     assert main(["check", *name, *arguments, f"--path={run.files.folder}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -24,7 +24,7 @@ def model_and_weights(case, switches):
     return model, model.layout.unpack(case.xp, case.asarray(flat))
 
 
-def test_token_by_token_gives_the_logits_of_the_whole(backend):
+def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
     if backend.variant == "jax jit":
         pytest.skip("generation is not compiled")
     # slow where each operation takes long: there, the two combinations that have nothing in common serve
@@ -56,7 +56,7 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
 
 @ALL_SWITCHES
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
-def test_past_the_context_cached_and_uncached_logits_stay_equal(kind, switches):
+def test_cached_and_uncached_logits_are_equal_past_the_context(kind, switches):
     """And both are those of the window, computed at once, whatever the length of the prompt."""
     case = case_of(kind)
     model, p = model_and_weights(case, switches)
@@ -74,7 +74,7 @@ def test_past_the_context_cached_and_uncached_logits_stay_equal(kind, switches):
 
 @pytest.mark.parametrize("size", [30.0, 3e3])
 @pytest.mark.parametrize("first", [1, 4])
-def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size, first):
+def test_decoding_handles_scores_that_are_far_apart(size, first):
     """exp of such a score is infinite or 0: NumPy's step must see that, and leave the cache as it has to be."""
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
@@ -87,7 +87,7 @@ def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size
 
 
 @pytest.mark.parametrize("size", [3.0, 30.0])
-def test_scores_that_are_all_very_low_are_decoded_as_they_are_computed_at_once(size):
+def test_decoding_handles_scores_that_are_all_very_low(size):
     """With keys that are the queries' opposites, a token's own score is -|q|^2: exp gives 0, and 0 is the sum."""
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
@@ -102,7 +102,7 @@ def test_scores_that_are_all_very_low_are_decoded_as_they_are_computed_at_once(s
 
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
-def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
+def test_decoding_computes_only_the_new_tokens(kind, monkeypatch):
     case = case_of(kind)
     model, p = model_and_weights(case, SWITCHES[0])
     lengths, decode = [], gpt.decode
@@ -122,7 +122,7 @@ def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch):
     assert all(logits.next([IDS[:length].tolist()]).shape == (1, V) for length in range(3, 10))
 
 
-def test_blas_has_its_threads_back_after_a_token():
+def test_blas_gets_its_threads_back_after_a_token():
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
     threads = lambda: [library.get_num_threads() for library in numpy_decoding.blas()]  # noqa: E731

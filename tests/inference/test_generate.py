@@ -67,19 +67,19 @@ def by_definition(logits, temperature, top_k, top_p) -> list[float]:
 )
 @example([0.0, 0.0, 0.0, 0.0], 1.0, 0, 0.5)
 @example([0.0, 0.0, 0.0, 0.0], 1.0, 2, 0.5)
-def test_the_distribution_is_that_of_its_definition(logits, temperature, top_k, top_p):
+def test_the_distribution_matches_its_definition(logits, temperature, top_k, top_p):
     settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     found = distribution(np.array(logits), settings)
     np.testing.assert_allclose(found, by_definition(logits, temperature, top_k, top_p), rtol=1e-12, atol=1e-300)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
-def test_a_tiny_temperature_takes_the_most_likely(temperature):
+def test_a_tiny_temperature_selects_the_most_likely_token(temperature):
     found = distribution(np.array([1.0, 3.0, -2.0]), Sampling(temperature=temperature))
     np.testing.assert_array_equal(found, [0, 1, 0])
 
 
-def test_a_huge_temperature_makes_all_alike():
+def test_a_huge_temperature_makes_tokens_equally_likely():
     np.testing.assert_allclose(
         distribution(np.array([9.0, 0.0, -9.0]), Sampling(temperature=1e300)), [1 / 3] * 3
     )
@@ -102,7 +102,7 @@ def test_a_huge_temperature_makes_all_alike():
         ({"top_k": 2, "top_p": 0.6}, [1, 3]),
     ],
 )
-def test_which_tokens_are_kept(settings, kept):
+def test_top_k_and_top_p_keep_the_right_tokens(settings, kept):
     found = distribution(np.log([0.15, 0.4 + 1e-12, 0.15, 0.3]), Sampling(**settings))
     assert np.flatnonzero(found).tolist() == kept
     assert np.sum(found) == pytest.approx(1, rel=1e-15)
@@ -121,7 +121,7 @@ def test_settings_are_kept_as_plain_values():
     assert kinds == [float, int, float, bool, int]
 
 
-def test_a_misspelt_setting_is_named_with_those_there_are():
+def test_a_misspelt_setting_is_named_with_the_known_ones():
     message = r"unknown setting 'temprature'; the sampling settings are temperature, top_k, top_p, greedy, seed"
     with pytest.raises(BabyError, match=message):
         Sampling.of({"seed": 1, "temprature": 1.0})
@@ -146,7 +146,7 @@ def test_draws_follow_the_distribution(vary, settings):
     assert chi_square < 20.5  # with 5 degrees of freedom, 1 seed in 1000 would give more
 
 
-def test_a_draw_depends_on_seed_and_position_alone():
+def test_a_draw_depends_only_on_seed_and_position():
     logits = np.zeros(1000)
     draws = {(seed, at): sample(logits, Sampling(seed=seed), at) for seed in range(5) for at in range(5)}
     for (seed, at), token in reversed(draws.items()):
@@ -161,13 +161,13 @@ def test_draws_do_not_touch_the_global_generator():
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
-def test_any_whole_number_is_a_seed_of_its_own():
+def test_any_whole_number_is_a_different_seed():
     seeds = [-2, -1, 0, 1, 2**63, 2**63 + 1, 2**64 - 3, 2**32]
     assert len({sample(np.zeros(10**6), Sampling(seed=seed), 0) for seed in seeds}) == len(seeds)
     assert sample(np.zeros(10**6), Sampling(seed=2**70 + 1), 0) == sample(np.zeros(10**6), Sampling(seed=1), 0)
 
 
-def test_greedy_takes_the_most_likely_and_of_equals_the_first():
+def test_greedy_takes_the_most_likely_token_and_the_first_of_equal_ones():
     settings = Sampling(greedy=True, temperature=100.0)
     assert all(sample(np.array([1.0, 4.0, 4.0, 2.0]), settings, at) == 1 for at in range(50))
 
@@ -209,7 +209,7 @@ def gpt(n_ctx=6, **switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=" ".join)
-def test_with_and_without_the_cache_the_ids_are_the_same(numpy_backend, switches):
+def test_the_cache_does_not_change_the_ids(numpy_backend, switches):
     model, flat = gpt(**dict(zip(("c_sequence", "c_attention", "c_network"), switches, strict=True)))
     for prompt in ([1], [1, 2, 3, 4, 5, 6], list(range(V)) * 2):  # the last is longer than the context
         for greedy in (False, True) if switches == SWITCHES[0] else (False,):
@@ -229,7 +229,7 @@ def test_the_smallest_contexts_generate(numpy_backend, n_ctx):
     assert texts[0] == texts[1]
 
 
-def test_a_text_continues_the_same_from_any_place_in_it(numpy_backend):
+def test_a_text_continues_the_same_from_any_position(numpy_backend):
     model, flat = gpt()
     whole = list(generate(numpy_backend, model, flat, [3], 20, Sampling(seed=2)))
     for cut in range(1, 20):
@@ -239,7 +239,7 @@ def test_a_text_continues_the_same_from_any_place_in_it(numpy_backend):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"greedy": True}, {"top_k": 4, "top_p": 0.9}], ids=str)
-def test_texts_computed_together_are_those_computed_alone(numpy_backend, settings, use_cache):
+def test_texts_computed_together_equal_those_computed_alone(numpy_backend, settings, use_cache):
     model, flat = gpt()
     prompts = [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
     found = generate_several(numpy_backend, model, flat, prompts, 20, Sampling(**settings, seed=7), use_cache)
@@ -262,7 +262,7 @@ def test_seeds_give_different_texts(numpy_backend):
     assert len(texts) == 5
 
 
-def test_tokens_come_one_by_one(numpy_backend, monkeypatch):
+def test_tokens_are_yielded_one_by_one(numpy_backend, monkeypatch):
     model, flat = gpt()
     asked = []
     step = Logits.next
@@ -286,7 +286,7 @@ def test_a_model_of_a_fixed_context_sees_the_last_tokens(numpy_backend):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
 @pytest.mark.parametrize("greedy", [False, True])
-def test_weights_that_diverged_are_an_error_and_no_text(numpy_backend, value, greedy):
+def test_diverged_weights_are_an_error(numpy_backend, value, greedy):
     model, flat = gpt()
     flat[:] = value
     with pytest.raises(BabyError, match="not finite"):
@@ -307,7 +307,7 @@ def pieces(tokenizer, ids):
 )
 @example([0xC3, 0xF0, 0x9F, 0x98, 0x80])
 @example([0xF0, 0x9F, 0x98])
-def test_bytes_give_the_same_text_piece_by_piece_as_at_once(ids):
+def test_bytes_decode_the_same_piece_by_piece_and_at_once(ids):
     assert "".join(pieces(ByteTokenizer(), ids)) == ByteTokenizer().decode(ids)
 
 
@@ -315,5 +315,5 @@ def test_a_character_of_several_bytes_is_one_piece():
     assert pieces(ByteTokenizer(), "a\u20acb\U0001f600".encode()) == ["a", "\u20ac", "b", "\U0001f600"]
 
 
-def test_each_character_is_a_piece_at_once():
+def test_each_character_is_yielded_immediately():
     assert pieces(CharTokenizer(("\n", "a", "\ufffd")), [1, 2, 0, 2]) == ["a", "\ufffd", "\n", "\ufffd"]

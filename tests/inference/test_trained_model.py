@@ -23,14 +23,14 @@ def trained(config, characters: str) -> TrainedModel:
 
 
 @pytest.mark.parametrize("prompt", ["a", "abc", "abcabcabcabc"])
-def test_logits_are_those_of_the_token_to_come(prompt):
+def test_logits_predict_the_next_token(prompt):
     model = trained(CONFIG, "abc\n")
     found = model.logits(prompt)
     assert (found.shape, found.dtype) == ((4,), np.float64)
     assert model.generate(prompt, 1, greedy=True) == prompt + "abc\n"[found.argmax()]
 
 
-def test_logits_of_a_short_prompt_are_those_of_the_forward_pass():
+def test_logits_of_a_short_prompt_equal_those_of_the_forward_pass():
     model = trained(CONFIG, "abc\n")
     weights = model.model.layout.unpack(np, model.params)
     expected, _ = model.model.forward(model.backend.xp, weights, np.array([[1, 2, 0]], np.int32))
@@ -43,7 +43,7 @@ def test_a_prompt_that_cannot_be_encoded_is_named():
         trained(CONFIG, "abc").logits("x")
 
 
-def test_an_answer_ends_where_the_equation_does():
+def test_an_answer_ends_at_the_end_of_the_equation():
     """A table says what can be asked; the answer has no more digits than it, and no space."""
     table = EquationTable(max_sum=0)
     model = trained(EquationConfig(n_ctx=table.longest, n_hidden=4), table.vocabulary)
@@ -55,7 +55,7 @@ def test_an_answer_ends_where_the_equation_does():
         model.ask("9-8=", table)
 
 
-def test_an_answer_has_nothing_of_what_follows_it(monkeypatch):
+def test_an_answer_has_no_text_after_it(monkeypatch):
     model = trained(EquationConfig(n_ctx=6, n_hidden=4), EquationTable().vocabulary)
     monkeypatch.setattr(TrainedModel, "stream", lambda *_, **__: iter(["8", " ", "7"]))
     assert model.ask("4+4", EquationTable()) == "4+4=8"

@@ -87,7 +87,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @EVERY_MODEL
-def test_logits_loss_and_every_gradient_are_those_of_the_plain_modules_bit_for_bit(
+def test_logits_loss_and_gradients_equal_the_plain_modules_bit_for_bit(
     config, tokenizer, prompt, dtype
 ):
     run = a_run(config, tokenizer, dtype)
@@ -105,7 +105,7 @@ def test_logits_loss_and_every_gradient_are_those_of_the_plain_modules_bit_for_b
 
 
 @pytest.mark.parametrize("one", SWITCHES, ids=" ".join)
-def test_with_dropout_too(one):
+def test_copies_with_dropout_equal_the_plain_modules(one):
     """The copies themselves, on a batch of training."""
     run = a_run(gpt_config(*one, dropout=0.3))
     xp, model = registry.load("numpy", None, run.backend.dtype, "plain").xp, run.model
@@ -152,7 +152,7 @@ def test_the_plain_modules_are_left_as_they_were(run):
     assert not any(name.startswith("__see") for name in vars(heads))
 
 
-def test_copies_refer_to_copies_alone(run):
+def test_copies_refer_only_to_copies(run):
     recorder = Recorder(np, np.asarray, {})
     copies = Copies(recorder)
     for name in trace.found():
@@ -166,7 +166,7 @@ def test_copies_refer_to_copies_alone(run):
 # names ----------------------------------------------------------------------------------------------------
 
 
-def test_names_are_those_of_the_source_after_the_place(run):
+def test_names_are_the_layers_path_and_the_name_in_the_source(run):
     seen = run.inspect("the cat", backward=True)
     for name, shape in {
         "tokens": (7, 8), "blocks.0.norm1.xhat": (7, 8), "blocks.0.attention.heads.q": (1, 3, 7, 4),
@@ -184,7 +184,7 @@ def test_names_are_those_of_the_source_after_the_place(run):
     assert not seen.arrays.keys() & seen.gradients.keys()
 
 
-def test_arrays_come_in_the_order_of_computation(run):
+def test_arrays_are_in_the_order_of_computation(run):
     names = list(run.inspect("the cat").arrays)
     order = [
         "tokens", "blocks.0.norm1.y", "blocks.0.attention.heads.scores", "blocks.0.attention.heads.scores:2",
@@ -193,7 +193,7 @@ def test_arrays_come_in_the_order_of_computation(run):
     assert [name for name in names if name in order] == order
 
 
-def test_the_masked_scores_are_those_before_softmax(run):
+def test_the_recorded_scores_are_masked(run):
     arrays = run.inspect("the cat").arrays
     first, masked = (arrays[f"blocks.0.attention.heads.scores{n}"] for n in ("", ":2"))
     above = np.triu(np.ones((7, 7), bool), 1)
@@ -202,7 +202,7 @@ def test_the_masked_scores_are_those_before_softmax(run):
     assert same(masked[..., ~above], first[..., ~above])
 
 
-def test_every_array_is_what_its_formula_says(run):
+def test_every_array_matches_its_formula(run):
     arrays = run.inspect("the cat").arrays
     p = run.model.layout.unpack(np, run.params)["blocks"]["0"]
     xhat = arrays["blocks.0.norm1.xhat"]
@@ -214,7 +214,7 @@ def test_every_array_is_what_its_formula_says(run):
     np.testing.assert_allclose(arrays["blocks.0.x"], arrays["x"] + arrays["blocks.0.attention.y:2"])
 
 
-def test_gradients_are_those_of_finite_differences_at_any_array(run):
+def test_gradients_of_any_array_match_finite_differences(run):
     """dL/da of an array on the way, by moving that array alone."""
     seen = run.inspect("the cat", backward=True)
     pairs = {"blocks.0.attention.heads.scores:2": "blocks.0.attention.heads.dscores", "logits": "dlogits",
@@ -244,7 +244,7 @@ def with_source(monkeypatch, module, old: str, new: str) -> None:
     monkeypatch.setattr(trace, "source_of", source_of)
 
 
-def test_a_new_local_name_shows_up_by_itself(run, monkeypatch):
+def test_a_new_local_variable_is_recorded(run, monkeypatch):
     assert "blocks.0.network.gelu.cube" not in run.inspect("the cat").arrays
     square, dq = "    square = x * x ", "    dq = dscores @ k"
     with_source(monkeypatch, gelu, square, f"    cube, (twice, *_) = x * x * x, [2 * x]\n{square}")
@@ -293,7 +293,7 @@ def backward(xp, p, saved, dy):
 '''
 
 
-def test_every_way_to_bind_a_name_is_seen(monkeypatch):
+def test_every_kind_of_assignment_is_recorded(monkeypatch):
     monkeypatch.setattr(trace, "source_of", lambda name: TOY)
     x = np.arange(3.0)
     recorder = Recorder(np, np.asarray, {})
@@ -316,7 +316,7 @@ def test_every_way_to_bind_a_name_is_seen(monkeypatch):
     assert same(recorder.gradients["tanh.dx"], x * saved[0])
 
 
-def test_what_backward_takes_from_saved_is_no_gradient(monkeypatch):
+def test_arrays_saved_for_backward_are_not_gradients(monkeypatch):
     toy = TOY.replace("    (a,) = saved", "    a = taken = saved[0]")
     monkeypatch.setattr(trace, "source_of", lambda name: toy)
     recorder, x = Recorder(np, np.asarray, {}), np.arange(3.0)
@@ -327,7 +327,7 @@ def test_what_backward_takes_from_saved_is_no_gradient(monkeypatch):
     assert list(recorder.gradients) == ["tanh.dx"]
 
 
-def test_a_helper_of_another_module_has_a_place_of_its_own(monkeypatch):
+def test_a_helper_of_another_module_has_its_own_path(monkeypatch):
     sources = {
         "baby_xp.layers.tanh": "from baby_xp.layers import softmax\n\n"
         "def forward(xp, p, x):\n    y = softmax.helper(xp, x) + own(x)\n    return y, ()\n\n"
@@ -341,7 +341,7 @@ def test_a_helper_of_another_module_has_a_place_of_its_own(monkeypatch):
 
 
 @EVERY_MODEL
-def test_an_array_that_goes_on_under_its_name_has_no_second_number(config, tokenizer, prompt):
+def test_an_array_reassigned_to_its_name_is_not_numbered_again(config, tokenizer, prompt):
     seen = a_run(config, tokenizer).inspect(prompt, backward=True)
     for names in seen.names:
         bases = [name.partition(":")[0] for name in names]
@@ -360,7 +360,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
     assert "scores = q @" in lines[at]
 
 
-def test_all_sources_are_rewritten_without_loss():
+def test_all_sources_can_be_rewritten():
     """What is added are calls of see alone: without them, the tree is the plain one again."""
     for name in trace.found():
         source = trace.source_of(name)
@@ -531,7 +531,7 @@ def test_the_loss_is_the_mean_over_the_own_next_tokens(run):
         run.inspect("t", backward=True)
 
 
-def test_what_generation_sees_is_what_is_inspected(run):
+def test_inspection_uses_the_window_of_generation(run):
     of = Logits(run.backend, run.model, run.model.layout.unpack(np, run.params))
     logits = of.next([list(LETTERS.encode("the c"))])
     np.testing.assert_allclose(run.inspect("the c").logits[-1], logits[0], rtol=1e-10)
@@ -550,7 +550,7 @@ def test_prompts(run):
         run.inspect("the!")
 
 
-def test_bytes_are_tokens_that_can_be_read():
+def test_byte_tokens_are_readable():
     run = a_run(gpt_config(), ByteTokenizer())
     seen = run.inspect("aé\n")
     assert seen.tokens == ["a", "\\xc3", "\\xa9", "\n"]
@@ -592,7 +592,7 @@ def test_an_equation_model_answers_after_each_window(n_ctx, prompt, answers):
     assert answers == 1 or seen.loss == pytest.approx(-np.mean(np.log(shares)))
 
 
-def test_what_an_equation_model_does_not_have():
+def test_an_equation_model_has_no_attention():
     run = a_run(EquationConfig(n_emb=2, n_hidden=5), SUMS)
     with pytest.raises(BabyError, match="the equation model has no attention"):
         run.inspect("4+4=").attention(0, 0)
@@ -678,7 +678,7 @@ def test_the_table_has_every_array_once_with_its_figures(run):
         run.inspect("the cat").gradient_table()
 
 
-def test_the_map_of_a_head_is_drawn_by_its_weights(run):
+def test_the_map_of_a_head_shows_its_weights(run):
     seen = run.inspect("the cat")
     weights = np.tril(np.array([[1.0, 0, 0], [0.2, 0.8, 0], [0.01, 0.5, 0.49]]))
     seen.arrays["blocks.0.attention.heads.weights"][0, 0, :3, :3] = weights
@@ -754,7 +754,7 @@ def test_the_output_is_short_by_default(call, trained):
     assert len(out.splitlines()) < 60
 
 
-def test_heads_compared(call):
+def test_the_heads_are_compared(call):
     out = call("--prompt=the cat", "--attention=all")[1]
     assert re.search(r"^layer 1( +[\d.]+ +\d+%){3}$", out, re.MULTILINE)
 
@@ -770,7 +770,7 @@ def test_ablated_heads_change_the_loss_that_is_shown(call, trained):
     assert "head 0.1 ablated; a prompt of one token has no loss" in out
 
 
-def test_a_terminal_without_block_characters(trained):
+def test_the_plain_output_is_ascii(trained):
     every = {"backward": True, "layer": "0", "off": ("0.0",), "neighbours": "t"}
     for asked in ({}, {"attention": "all"}, {"backward": True}, every):
         options = printing.InspectOptions("the cat", **asked)
@@ -817,7 +817,7 @@ def test_bad_arguments_of_inspect_are_one_line(call, arguments, words):
         assert word in err
 
 
-def test_a_prompt_is_needed_for_little(call):
+def test_inspect_works_without_a_prompt(call):
     code, out, _ = call()
     assert code == 0
     assert "the prompt is empty" in out

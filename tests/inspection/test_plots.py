@@ -58,14 +58,14 @@ def test_all_heads_make_a_grid(figures, seen):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(("kind", "begins"), [("PNG", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_name_decides_the_kind_of_file(drawing, seen, tmp_path, kind, begins):
+def test_the_file_name_determines_the_format(drawing, seen, tmp_path, kind, begins):
     path = tmp_path / f"a.{kind}"
     assert plots.attention(seen, path, (0, 0)) == path
     assert path.read_bytes().startswith(begins)
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
-def test_characters_that_mean_something_to_matplotlib_or_that_it_lacks(drawing, tmp_path):
+def test_special_and_missing_characters_are_drawn(drawing, tmp_path):
     run = a_run(gpt_config(), CharTokenizer(("$", "_", "漢", "\u0e01", "\n")))
     plots.attention(run.inspect("$_$漢\u0e01\n$"), tmp_path / "a.png", (0, 0))
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_written(drawing, tmp_path, monkeypatch, name, 
 
 
 @pytest.mark.slow
-def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
+def test_every_offered_format_can_be_written(drawing, seen, tmp_path):
     with pytest.raises(BabyError, match="ends in one of") as caught:
         plots.check(tmp_path / "a.pgf")  # for which another program is needed
     kinds = [kind.strip(" .") for kind in str(caught.value).split("one of")[1].split(",")]
@@ -104,7 +104,7 @@ def test_every_kind_that_is_offered_can_be_written(drawing, seen, tmp_path):
         assert plots.attention(seen, tmp_path / f"a.{kind}", (0, 0)).stat().st_size
 
 
-def test_whatever_fails_while_a_picture_is_drawn_is_one_line(drawing, seen, tmp_path, monkeypatch):
+def test_any_error_of_drawing_is_one_line(drawing, seen, tmp_path, monkeypatch):
     for error in (RuntimeError("xelatex\nnot found"), OSError(28, "full"), KeyError("x"), ValueError()):
 
         def savefig(*_, error=error, **__):

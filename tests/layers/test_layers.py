@@ -54,7 +54,7 @@ def distance(a, b) -> float:
 
 
 @ENTRIES
-def test_backward_answers_forward(backend, entry):
+def test_backward_mirrors_forward(backend, entry):
     """The same tree of gradients as of parameters, and a gradient for the input, all shaped alike."""
     numbers = numbers_for(entry)
     _, dp, dx = run(backend, entry)
@@ -65,7 +65,7 @@ def test_backward_answers_forward(backend, entry):
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
 @ENTRIES
-def test_gradients_are_those_of_finite_differences(entry, kind):
+def test_gradients_match_finite_differences(entry, kind):
     """Along random directions, each parameter array on its own: (f(w + h d) - f(w - h d)) / 2 h = gradient . d."""
     numbers = numbers_for(entry)
     dy = numbers.dy(forward_on_numpy(entry, numbers).shape)
@@ -90,7 +90,7 @@ def _slope(function, dy, h: float) -> float:
 
 
 @ENTRIES
-def test_gradients_are_those_of_jax(entry):
+def test_gradients_match_jax(entry):
     """jax.vjp of the same forward source."""
     case, numbers = case_of("jax"), numbers_for(entry)
     import jax
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_jax(entry):
 
 
 @ENTRIES
-def test_gradients_are_those_of_torch(entry):
+def test_gradients_match_torch(entry):
     """PyTorch's autograd through the same forward source."""
     case, numbers = case_of("torch"), numbers_for(entry)
     flat = case.asarray(numbers.flat).requires_grad_(True)
@@ -132,13 +132,13 @@ def _compare_with_oracle(entry, numbers, oracle):
 
 @pytest.mark.parity
 @ENTRIES
-def test_every_backend_gives_the_numbers_of_numpy(backend, plain, entry):
+def test_every_backend_matches_numpy(backend, plain, entry):
     _compare(run(backend, entry), run(plain, entry), "float64")
 
 
 @pytest.mark.parity
 @ENTRIES
-def test_every_backend_gives_the_numbers_of_numpy_in_float32(backend32, plain, entry):
+def test_every_backend_matches_numpy_in_float32(backend32, plain, entry):
     y, dp, dx = run(backend32, entry)
     assert y.dtype == np.float32
     assert all(leaf.dtype == np.float32 for leaf in dp.values())

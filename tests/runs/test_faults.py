@@ -108,7 +108,7 @@ def near_the_front(data: bytes) -> int:
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits=st.lists(EDITS, min_size=1, max_size=3), front=st.booleans())
-def test_a_damaged_file_is_an_error_or_loads_as_it_was(stopped, kept, part, edits, front):
+def test_a_damaged_file_is_an_error_or_loads_unchanged(stopped, kept, part, edits, front):
     """Never another exception, never another model."""
     weights = "last" if part == "state" else "best"
     path = getattr(stopped.files, part)
@@ -143,7 +143,7 @@ def kept(stopped) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("command", ["generate", "resume", "evaluate", "finetune", "export", "runs"])
-def test_every_command_says_in_one_line_what_is_damaged(stopped, tmp_path, command, capsys, text):
+def test_every_command_reports_damage_in_one_line(stopped, tmp_path, command, capsys, text):
     arguments = {
         "finetune": ["last", f"--data={text}", "--num-steps=1"], "evaluate": ["last", "--num-tokens=9"],
         "export": ["littlebaby", "last", f"--to={tmp_path / 'out'}"], "runs": [],
@@ -167,7 +167,7 @@ def test_every_command_says_in_one_line_what_is_damaged(stopped, tmp_path, comma
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_file_of_another_run_is_noticed(copy, text, part):
+def test_a_file_of_another_run_is_refused(copy, text, part):
     """Though both runs have the same settings and the same text."""
     other = api.train("baby", path=copy.folder, data=text, listener=StopAt(5), **TINY)
     shutil.copyfile(getattr(other.files, part), getattr(copy, part))

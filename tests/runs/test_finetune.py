@@ -58,7 +58,7 @@ def tree(run: Run) -> dict:
     return run.model.layout.unpack(np, run.params)
 
 
-def test_new_characters_come_after_the_old_ones_whose_rows_stay_and_are_drawn_as_at_the_start(base, texts):
+def test_new_characters_get_new_rows_and_old_rows_are_kept(base, texts):
     tuned = finetune(base, texts["other"], **AT_ONCE)
     old, new = base.tokenizer.vocab, tuned.tokenizer.vocab
     V = len(old)
@@ -90,7 +90,7 @@ def test_a_grown_model_keeps_every_bit_and_draws_the_rest_from_its_seed(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "float64"), ("float64", "float32")])
-def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path, texts, dtype, other):
+def test_finetuning_in_another_precision_uses_it_from_the_start(tmp_path, texts, dtype, other):
     more = {"num_steps": 1, "dtype": dtype}
     base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
     kept = []
@@ -104,7 +104,7 @@ def test_a_run_finetuned_in_another_precision_is_in_that_from_its_start(tmp_path
     assert kept == [np.dtype(other)] * 2
 
 
-def test_finetuning_begins_at_the_base_runs_peak_rate_with_limits_of_its_own(tmp_path, texts, at_step):
+def test_finetuning_starts_at_the_bases_peak_rate_with_its_own_limits(tmp_path, texts, at_step):
     more = {"num_steps": None, "num_epochs": 1, "stride": 400, "max_minutes": 9.0, "base_batch_size": 16}
     base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
     peak = TrainConfig(**base.config["train"]).peak_lr
@@ -121,14 +121,14 @@ def test_finetuning_begins_at_the_base_runs_peak_rate_with_limits_of_its_own(tmp
     assert (chosen.num_steps, chosen.num_epochs, chosen.max_minutes) == (api.FINETUNE_STEPS, None, 0.0)
 
 
-def test_a_text_of_known_characters_changes_no_size_and_is_measured_first(base, texts):
+def test_a_text_of_known_characters_keeps_the_size_and_is_evaluated_first(base, texts):
     tuned = finetune(base, texts["first"], **AT_ONCE)
     assert tuned.tokenizer == base.tokenizer
     np.testing.assert_array_equal(tuned.params, base.params)
     assert tuned.config["result"]["val_loss"] == pytest.approx(base.evaluate(num_tokens=50).loss, rel=1e-6)
 
 
-def test_the_loss_falls_below_that_before_and_that_from_scratch(base, texts):
+def test_finetuning_reduces_the_loss_more_than_training_from_scratch(base, texts):
     tuned = finetune(base, texts["other"])
     before = records_of(tuned)[0]
     assert (before["step"], before["train_loss"]) == (0, None)
@@ -144,7 +144,7 @@ def records_of(run: Run) -> list[dict]:
     return [{**record, "seconds": 0} for record in metrics_of(run.files)]
 
 
-def test_the_files_are_called_as_the_seed_calls_them_and_none_is_overwritten(base, texts):
+def test_finetuned_files_have_the_originals_names_and_none_is_overwritten(base, texts):
     runs = [finetune(base, texts["other"], num_steps=2) for _ in range(3)]
     suffixes = "_finetuned", "_finetuned-2", "_finetuned-3"
     assert [run.guid for run in runs] == [base.guid + suffix for suffix in suffixes]
@@ -181,7 +181,7 @@ def test_a_finetuned_run_resumes_exactly(base, texts):
     assert records_of(resumed) == records_of(whole)
 
 
-def test_bytes_need_no_new_ids(tmp_path, texts):
+def test_the_byte_tokenizer_needs_no_new_ids(tmp_path, texts):
     base = api.train("baby", path=tmp_path / "runs", data=texts["first"], tokenizer="byte", **TINY)
     tuned = finetune(base, texts["other"], num_steps=3)
     assert (tuned.tokenizer.kind, tuned.model.vocab_size) == ("byte", 256)

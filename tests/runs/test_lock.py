@@ -95,7 +95,7 @@ def test_a_lock_that_is_released_while_waiting_is_acquired(path):
     second.release()
 
 
-def test_is_held_changes_no_file(path):
+def test_is_held_does_not_change_files(path):
     assert not Lock(path).is_held()
     assert not path.exists()
     path.write_bytes(b"")  # its holder was killed
@@ -143,7 +143,7 @@ def test_is_held_needs_no_permission(path, holder, monkeypatch, allowed):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
-def test_a_lock_on_a_file_that_was_removed_is_none(path, monkeypatch):
+def test_a_lock_on_a_removed_file_does_not_count(path, monkeypatch):
     """Its last holder removes it after the next one has opened it: who then locked it would not be alone."""
     removed = []
 

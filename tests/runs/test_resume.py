@@ -126,7 +126,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("workers", "at", "where", "how"), STOPS)
-def test_a_run_that_was_stopped_ends_like_one_left_alone(text, tmp_path, alone, workers, at, where, how):
+def test_a_stopped_run_ends_like_an_uninterrupted_one(text, tmp_path, alone, workers, at, where, how):
     stopped = train(text, tmp_path, Stopper(at, where, how), workers=workers)
     result = stopped.config["result"]
     assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", at)
@@ -163,7 +163,7 @@ def test_a_killed_run_resumes_exactly(text, tmp_path, alone, at_step):
     {"dtype": "float64", "c_attention": "moh", "c_network": "moe", "c_sequence": "post"},
     {"tokenizer": "byte"},
 ], ids=["epochs", "accumulation", "float64 post moh moe", "bytes"])  # fmt: skip
-def test_other_settings_resume_as_exactly(text, tmp_path, alone, more):
+def test_runs_with_other_settings_resume_exactly(text, tmp_path, alone, more):
     train(text, tmp_path, Stopper(9), workers=1, **more)
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1, **more)
 
@@ -190,14 +190,14 @@ def test_every_backend_resumes_exactly(text, tmp_path, name):
         assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
 
 
-def test_the_time_limit_is_of_a_session_and_the_run_goes_on_exactly(text, tmp_path, alone):
+def test_the_time_limit_is_per_session_and_the_run_resumes_exactly(text, tmp_path, alone):
     stopped = train(text, tmp_path, workers=1, max_minutes=1e-9)
     assert (stopped.config["result"]["reason"], stopped.config["result"]["steps"]) == ("time", 0)
     done = api.resume(path=tmp_path, max_minutes=0)
     assert Ending.of(done) == alone(workers=1)
 
 
-def test_a_run_interrupted_once_more_before_its_first_step_is_no_failed_one(text, tmp_path, alone):
+def test_a_resumed_run_interrupted_before_its_first_step_has_not_failed(text, tmp_path, alone):
     class Impatient(baby_xp.Listener):
         def started(self, session, step):
             os.kill(os.getpid(), signal.SIGINT)
@@ -289,7 +289,7 @@ def test_missing_metrics_are_restored(text, tmp_path, alone):
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1)
 
 
-def test_a_text_that_was_changed_is_noticed(text, tmp_path):
+def test_a_changed_text_is_refused(text, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text(TEXT, encoding="utf-8", newline="\n")
     train(own, tmp_path / "runs", Stopper(3), workers=1)

@@ -72,7 +72,7 @@ def state_failure(path, size=LAYOUT.size, dtype="float32") -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_weights_come_back_bit_for_bit(tmp_path, dtype):
+def test_weights_are_loaded_bit_for_bit(tmp_path, dtype):
     flat = np.random.default_rng(0).normal(size=LAYOUT.size).astype(dtype)
     flat[:3] = [-0.0, np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal]
     state_file.save_weights(tmp_path / "a", LAYOUT, flat, {"step": "3"})
@@ -111,7 +111,7 @@ PROGRESS = {
 
 @pytest.mark.parametrize("best", [None, FLAT * 5], ids=["the present is the best", "another was the best"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, best, dtype):
+def test_a_checkpoint_is_loaded_bit_for_bit(tmp_path, best, dtype):
     state = {name: array if name == "step" else array.astype(dtype) for name, array in STATE.items()}
     best = None if best is None else best.astype(dtype)
     state_file.save_state(tmp_path / "state", Checkpoint(state, best, PROGRESS), {"guid": "a-b", "step": "7"})
@@ -144,7 +144,7 @@ def state_path(tmp_path):
     return path
 
 
-def test_a_checkpoint_of_another_size_or_precision_is_none_of_this_model(state_path):
+def test_a_checkpoint_of_another_size_or_precision_is_refused(state_path):
     n = LAYOUT.size
     message = "is not a checkpoint of this model ({} parameters in {})"
     assert message.format(n + 1, "float32") in state_failure(state_path, size=n + 1)
@@ -157,24 +157,24 @@ def test_a_checkpoint_of_another_size_or_precision_is_none_of_this_model(state_p
     {"best": FLAT.reshape(1, -1)}, {"step": np.zeros(2, np.int32)}, {"step": np.array(7, np.int32)},
 ], ids=lambda change: " ".join(f"{name} {getattr(array, 'shape', None)}" for name, array in change.items())
 )  # fmt: skip
-def test_arrays_that_make_no_checkpoint(state_path, change):
+def test_arrays_that_are_not_a_checkpoint_are_refused(state_path, change):
     arrays = {name: array for name, array in {**STATE, "best": FLAT, **change}.items() if array is not None}
     state_path.write_bytes(sealed(arrays, {"progress": json.dumps(PROGRESS)}))
     assert "is not a checkpoint of this model" in state_failure(state_path)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"progress": "{"}, {"progress": ""}])
-def test_a_checkpoint_without_progress_is_none(state_path, metadata):
+def test_a_checkpoint_without_progress_is_refused(state_path, metadata):
     state_path.write_bytes(sealed(STATE, metadata))
     assert "is not a checkpoint of a run" in state_failure(state_path)
 
 
-def test_weights_are_no_checkpoint_and_a_checkpoint_no_weights(path, state_path):
+def test_weights_and_checkpoints_are_not_interchangeable(path, state_path):
     assert "is not a checkpoint of this model" in state_failure(path)
     assert "does not belong to this model" in failure(state_path)
 
 
-def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
+def test_a_flipped_bit_is_detected_anywhere(path, state_path):
     """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
     for damaged, error_of in ((path, failure), (state_path, state_failure)):
         data = damaged.read_bytes()
@@ -187,7 +187,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(path, state_path):
 # files that do not serve --------------------------------------------------------------------------------
 
 
-def test_a_file_without_a_checksum_is_no_file_of_a_run(path):
+def test_a_file_without_a_checksum_is_refused(path):
     header = {name: value for name, value in header_of(path).items() if name != "__metadata__"}
     null = with_header({"__metadata__": None, **header}, FLAT.tobytes())
     for data in (save(ARRAYS), save(ARRAYS, {}), save(ARRAYS, {"guid": "a-b"}), null):

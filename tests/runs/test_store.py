@@ -37,13 +37,13 @@ def runs(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} x', b"[" * 100_000, b"9" * 5000, b"\xff"])
-def test_a_file_that_is_no_json_is_named(tmp_path, data):
+def test_a_file_that_is_not_json_is_named(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(BabyError, match=r"a\.json is not JSON, so it is not as baby_xp wrote it"):
         store.read_json(tmp_path / "a.json")
 
 
-def test_json_that_is_missing_or_cannot_be_read_is_named(tmp_path):
+def test_a_missing_or_unreadable_json_file_is_named(tmp_path):
     with pytest.raises(BabyError, match=r"a\.json is missing: the run is incomplete; restore the original file"):
         store.read_json(tmp_path / "a.json")
     (tmp_path / "a.json").mkdir()
@@ -62,7 +62,7 @@ def sealed(tmp_path) -> Path:
     return tmp_path / "a.json"
 
 
-def test_a_sealed_file_comes_back_without_its_seal(sealed):
+def test_a_sealed_file_is_read_without_its_seal(sealed):
     assert store.read_sealed(sealed) == VALUE
     assert list(store.read_sealed(sealed)) == list(VALUE)  # people read it in this order
     assert json.loads(sealed.read_text()) == {**VALUE, "checksum": store.digest(VALUE)}
@@ -70,13 +70,13 @@ def test_a_sealed_file_comes_back_without_its_seal(sealed):
     assert store.read_sealed(sealed) == VALUE
 
 
-def test_the_digest_asks_neither_order_nor_space():
+def test_the_digest_ignores_order_and_whitespace():
     assert store.digest({"a": 1, "b": [2]}) == store.digest(json.loads('{ "b":[2],\n"a":1}'))
     assert len({store.digest(value) for value in (None, {}, [], "", 0, False, "0", 0.0, {"a": None})}) == 9
     assert re.fullmatch("[0-9a-f]{64}", store.digest(VALUE))
 
 
-def test_each_change_of_a_byte_is_noticed_or_changes_nothing(sealed):
+def test_each_changed_byte_is_detected_or_harmless(sealed):
     data = sealed.read_bytes()
     changed = [data[:at] + bytes([other]) + data[at + 1 :]
                for at in range(len(data)) for other in (data[at] ^ 1, ord(" "), ord("9"))]  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_change_without_a_new_seal_is_an_error(sealed, change):
 
 
 @pytest.mark.parametrize("data", ["{}", "[]", "null", "3", '"checksum"', json.dumps(VALUE), '{"checksum": null}'])
-def test_a_file_without_a_seal_is_no_file_of_a_run(sealed, data):
+def test_a_file_without_a_seal_is_refused(sealed, data):
     sealed.write_text(data)
     with pytest.raises(BabyError, match=r"a\.json has no checksum"):
         store.read_sealed(sealed)
@@ -129,7 +129,7 @@ def test_an_ambiguous_beginning_says_how_many_runs_fit(runs):
         store.find(runs, "aaaa")
 
 
-def test_a_beginning_that_fits_none_names_the_last(runs):
+def test_an_unknown_beginning_names_the_last_run(runs):
     with pytest.raises(BabyError, match=f"no run in .* begins with 'abc'; the last is {GUIDS[2]}"):
         store.find(runs, "abc")
 
@@ -154,7 +154,7 @@ def test_a_folder_without_runs_says_so(tmp_path, kind):
         store.find(folder, "last")
 
 
-def test_a_config_is_all_that_makes_a_run(runs):
+def test_a_config_alone_makes_a_run(runs):
     """Reading a run reports its other missing files."""
     files = RunFiles(runs, GUIDS[2])
     files.model.unlink()
@@ -172,7 +172,7 @@ def test_a_config_is_all_that_makes_a_run(runs):
     "config_aaaaaaaa_finetuned.json", f"config_{GUIDS[0].upper()}.json", f".config_{GUIDS[0]}.json.tmp",
     f".config_{GUIDS[0]}.lock",
 ])  # fmt: skip
-def test_other_files_among_the_configs_are_passed_over(runs, name):
+def test_other_files_among_the_configs_are_ignored(runs, name):
     (runs / "configs" / name).write_text("{}")
     assert store.guids(runs) == GUIDS[::-1]
 
@@ -211,7 +211,7 @@ def test_a_suffix_of_finetuning_must_match_completely(tuned, name):
         store.find(tuned, name)
 
 
-def test_finetuned_runs_of_two_bases_are_ambiguous_as_their_bases_are(tuned):
+def test_finetuned_runs_of_two_bases_are_ambiguous(tuned):
     for guid in GUIDS[:2]:
         RunFiles(tuned, f"{guid}_finetuned").config.write_text("{}")
     with pytest.raises(BabyError, match="2 runs begin with 'aaaa_finetuned'; give more characters of the GUID"):
@@ -222,7 +222,7 @@ def test_finetuned_runs_of_two_bases_are_ambiguous_as_their_bases_are(tuned):
 # files of a run -----------------------------------------------------------------------------------------
 
 
-def test_the_names_are_those_of_the_layout():
+def test_file_names_follow_the_layout():
     files = RunFiles(Path("runs"), GUIDS[0])
     for path in (*files.of_training, files.completion(datetime(2026, 1, 2, 3, 4, 5))):
         folder, name = path.parts[1:]
@@ -236,7 +236,7 @@ def test_the_names_are_those_of_the_layout():
 # a run that is held -------------------------------------------------------------------------------------
 
 
-def test_a_run_is_held_by_one_at_a_time(runs):
+def test_a_run_is_held_by_one_process_at_a_time(runs):
     files = RunFiles(runs, GUIDS[0])
     with store.hold(files):
         with pytest.raises(BabyError, match=f"run {GUIDS[0]} is being trained by another process; wait for it"):
@@ -264,7 +264,7 @@ def test_a_lock_that_cannot_be_written_is_an_error(runs):
         store.hold(files).__enter__()
 
 
-def test_sweeping_takes_away_the_halves_of_this_run_alone(runs):
+def test_sweeping_removes_only_half_written_files_of_this_run(runs):
     (runs / "outputs").mkdir()
     (runs / "tokenizers").mkdir()
     mine, other = RunFiles(runs, GUIDS[0]), RunFiles(runs, GUIDS[1])
@@ -280,7 +280,7 @@ def test_sweeping_takes_away_the_halves_of_this_run_alone(runs):
     assert all_of(runs) == before
 
 
-def test_what_a_write_that_was_killed_leaves_is_swept(runs, monkeypatch):
+def test_files_left_by_a_killed_write_are_swept(runs, monkeypatch):
     files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the tidying took place

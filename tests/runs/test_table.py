@@ -55,7 +55,7 @@ def listed(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("state", ["done", "stopped", "failed"])
-def test_a_run_that_ended_says_how(tmp_path, state):
+def test_a_run_that_ended_shows_how(tmp_path, state):
     a_run(tmp_path, GUIDS[0], state, losses=[9.0])
     assert table.summaries(tmp_path) == [expected(GUIDS[0], state)]
 
@@ -85,7 +85,7 @@ def test_a_run_that_says_it_is_running_but_is_not_held_was_killed(tmp_path):
 @pytest.mark.parametrize(
     "metrics", [None, b"", b"{", b"[]\n", b"5\n", b'{"step": 1}\n', b"\xff\n", b'"val_loss"\n']
 )
-def test_a_running_run_without_a_measurement_has_no_loss_yet(tmp_path, metrics):
+def test_a_running_run_without_an_evaluation_has_no_loss(tmp_path, metrics):
     files = a_run(tmp_path, GUIDS[0], "running", val_loss=None)
     if metrics is not None:
         files.metrics.write_bytes(metrics)
@@ -106,7 +106,7 @@ def test_a_running_run_without_a_measurement_has_no_loss_yet(tmp_path, metrics):
         lambda config: store.write_sealed(config, {"result": {"state": "done", "val_loss": 1}, "data": 3}),
     ],
 )
-def test_a_damaged_run_is_in_the_table_and_hides_no_other(tmp_path, damage):
+def test_a_damaged_run_is_listed_and_hides_no_other(tmp_path, damage):
     a_run(tmp_path, GUIDS[0], "done")
     damage(a_run(tmp_path, GUIDS[1], "done").config)
     found = {run.guid: run for run in table.summaries(tmp_path)}
@@ -114,7 +114,7 @@ def test_a_damaged_run_is_in_the_table_and_hides_no_other(tmp_path, damage):
 
 
 @pytest.mark.parametrize("metadata", [{"step": "many"}, {"num_steps": ""}, {"step": "3.5"}])
-def test_a_checkpoint_that_counts_no_steps_makes_a_damaged_run(tmp_path, metadata):
+def test_a_checkpoint_without_a_step_makes_a_damaged_run(tmp_path, metadata):
     files = a_run(tmp_path, GUIDS[0], "done")
     save_file({"params": np.zeros(2, np.float32)}, files.state, metadata)
     assert table.summaries(tmp_path) == [Summary(GUIDS[0], "damaged")]
@@ -144,7 +144,7 @@ def test_a_folder_without_runs_has_an_empty_table(tmp_path, kind):
 # on the command line ------------------------------------------------------------------------------------
 
 
-def test_the_command_line_lists_all_runs_a_line_each(tmp_path):
+def test_the_command_line_lists_one_run_per_line(tmp_path):
     tuned = f"{GUIDS[0]}_finetuned-2"
     states = ("done", "stopped", "failed", "running", "done")
     runs = list(zip((GUIDS[0], GUIDS[1], tuned, GUIDS[3], GUIDS[4]), states, strict=True))
@@ -168,7 +168,7 @@ def test_the_command_line_lists_all_runs_a_line_each(tmp_path):
         assert store.find(tmp_path, line.split()[0]).guid in [guid for guid, _ in runs]
 
 
-def test_real_runs_are_in_the_table(tmp_path):
+def test_trained_runs_are_in_the_table(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 20)
     sizes = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 2, "num_steps": 2}
     seen = []

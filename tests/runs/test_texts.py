@@ -118,7 +118,7 @@ def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_file_named_like_a_built_in_text_is_not_it(home):
+def test_a_file_named_like_a_built_in_text_needs_a_path(home):
     Path("nursery").write_text("not a rhyme\n" * 200)
     Path("shakespeare").write_text("not a play\n" * 200)
     run = api.train("baby", **{**TINY, "num_steps": 2})
@@ -176,7 +176,7 @@ DAMAGE = {
 }
 
 
-def test_damaged_ids_are_made_anew(home, whole):
+def test_damaged_ids_are_created_again(home, whole):
     run = api.train("baby", data="input.txt", listener=Meddler(stop), **TINY)
     loss, path = run.evaluate(num_tokens=5).loss, ids_of(Path("runs"))
     data = path.read_bytes()
@@ -194,7 +194,7 @@ def test_damaged_ids_are_made_anew(home, whole):
         run.evaluate()
 
 
-def test_ids_that_change_while_they_are_trained_on_do_no_harm(home, whole):
+def test_ids_that_change_during_training_have_no_effect(home, whole):
     """Cut short, even: what is mapped ends the process then."""
     for name, damage in DAMAGE.items():
 
@@ -221,7 +221,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
     assert_same(api.resume(), whole)
 
 
-def test_mapped_ids_that_only_look_changed_or_were_removed_do_no_harm(home, monkeypatch, whole):
+def test_touched_or_removed_mapped_ids_have_no_effect(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     touched = api.train(
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
@@ -255,7 +255,7 @@ BAD = {
 @pytest.mark.first_case
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("keep_text", [False, True])
-def test_a_run_that_fails_removes_nothing_of_one_that_trains(home, content, keep_text, whole):
+def test_a_failed_run_keeps_the_files_of_one_that_trains(home, content, keep_text, whole):
     """Whose folder of outputs is still empty, and which shares the folder of ids."""
     Path("bad.txt").write_bytes(content)
 
@@ -284,7 +284,7 @@ def test_a_text_that_cannot_be_used_leaves_no_ids_and_keeps_those_of_others(home
         assert ids_of(Path("runs")).read_bytes() == before
 
 
-def test_a_config_that_is_a_link_to_nowhere_hides_no_other_run(home):
+def test_a_broken_link_among_the_configs_hides_no_run(home):
     run = api.train("baby", data="input.txt", **{**TINY, "num_steps": 2})
     other = store.RunFiles(Path("runs"), "aaaaaaaa-1111-4111-8111-111111111111")
     try:
@@ -299,13 +299,13 @@ def test_a_config_that_is_a_link_to_nowhere_hides_no_other_run(home):
         api.load(other.guid, backend="numpy")
 
 
-def test_the_hash_of_a_text_is_that_of_its_corpus(home):
+def test_the_hash_of_a_text_equals_that_of_its_corpus(home):
     for data in (b"a\r\nb\rc", b"\xef\xbb\xbfcaf\xc3\xa9"):
         Path("input.txt").write_bytes(data)
         assert text_hash("input.txt") == Corpus.from_file("input.txt", "byte", "cache").sha256
 
 
-def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch):
+def test_a_run_in_a_read_only_folder_can_be_evaluated(home, monkeypatch):
     """Its ids are then in memory."""
     run = api.train("baby", data="input.txt", **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
@@ -322,7 +322,7 @@ def test_a_run_in_a_folder_that_takes_no_files_can_be_measured(home, monkeypatch
     assert before == all_of(Path("runs"))
 
 
-def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
+def test_ids_that_cannot_be_stored_leave_no_folder(home, monkeypatch):
     run = api.train("baby", data="input.txt", **TINY)
     shutil.rmtree("runs/corpora")
 
@@ -338,7 +338,7 @@ def test_ids_that_cannot_be_kept_leave_no_folder(home, monkeypatch):
     assert os.listdir("runs/corpora")
 
 
-def test_a_removed_current_folder_does_no_harm(home, monkeypatch):
+def test_a_removed_current_folder_is_harmless(home, monkeypatch):
     run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
     loss = run.evaluate(num_tokens=5).loss
 
@@ -349,7 +349,7 @@ def test_a_removed_current_folder_does_no_harm(home, monkeypatch):
     assert api.load(path=home.parent / "runs", backend="numpy").evaluate(num_tokens=5).loss == loss
 
 
-def test_an_interrupt_before_an_evaluation_has_its_line_leaves_the_line(home, monkeypatch):
+def test_an_interrupt_after_an_evaluation_still_writes_its_line(home, monkeypatch):
     """The second Ctrl-C falls anywhere."""
     append = baby_xp.session.append_line
 

@@ -55,7 +55,7 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @quick
 @given(st.integers(1, 3000) | st.sampled_from([2**i + j for i in range(2, 13) for j in (-1, 0, 1)]), SEEDS, SEEDS)
-def test_a_shuffle_is_one_to_one(n, seed, epoch):
+def test_a_shuffle_is_a_permutation(n, seed, epoch):
     assert np.array_equal(np.sort(shuffled(n, seed, epoch)), np.arange(n))
 
 
@@ -70,7 +70,7 @@ def test_a_huge_shuffle_needs_no_table(n, seed, epoch):
 
 @quick
 @given(st.integers(1, 500), SEEDS, st.data())
-def test_a_position_is_shuffled_alike_among_any_others(n, seed, data):
+def test_shuffling_some_positions_equals_the_whole_shuffle(n, seed, data):
     positions = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     part = permuted(np.array(positions, dtype=np.uint64), n, seed, 0)
     assert part.tolist() == shuffled(n, seed, 0)[positions].tolist()
@@ -82,14 +82,14 @@ def test_orders_differ_between_epochs_and_seeds():
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_every_order_of_a_few_is_about_as_likely(n):
+def test_every_order_of_a_few_is_about_equally_likely(n):
     orders = Counter(tuple(shuffled(n, 1, epoch)) for epoch in range(600))
     assert len(orders) == [1, 1, 2, 6, 24][n]
     assert chi_square(np.array(list(orders.values()))) < 2.5
 
 
 @pytest.mark.parametrize("n", [5, 9, 16, 23])
-def test_places_and_pairs_are_about_as_likely(n):
+def test_positions_and_pairs_are_about_equally_likely(n):
     n_keys = 500
     orders = np.array([shuffled(n, seed, seed % 7) for seed in range(n_keys)])
     for position in (0, n // 2, n - 1):
@@ -108,7 +108,7 @@ def test_a_large_order_has_no_trend():
     assert chi_square(steps) < 2.5
 
 
-def test_the_numbers_never_change():
+def test_the_random_numbers_never_change():
     """A run that was saved by an older version goes on as it would have done."""
     ids = np.arange(1000, dtype=np.uint16)
     assert EpochWindows(ids, 4, 5, stride=1, seed=1).batch(402).inputs[:, 0].tolist() == PINNED_SHUFFLE
@@ -120,7 +120,7 @@ def test_the_numbers_never_change():
 
 @quick
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(1, 59), SEEDS, st.integers(0, 2**40))
-def test_random_windows_are_windows(n, batch_size, n_ctx, seed, step):
+def test_random_windows_are_windows_of_the_text(n, batch_size, n_ctx, seed, step):
     n_ctx = min(n_ctx, n - 1)
     ids = np.arange(n, dtype=np.uint8)
     batch = RandomWindows(ids, n_ctx, batch_size, seed).batch(step)
@@ -128,7 +128,7 @@ def test_random_windows_are_windows(n, batch_size, n_ctx, seed, step):
     check_windows(batch, ids, n_ctx)
 
 
-def test_every_offset_is_about_as_likely():
+def test_every_offset_is_about_equally_likely():
     windows = RandomWindows(np.arange(30, dtype=np.uint8), 10, 50, seed=4)
     starts = np.concatenate([windows.batch(step).inputs[:, 0] for step in range(100)])
     counts = np.bincount(starts)
@@ -137,7 +137,7 @@ def test_every_offset_is_about_as_likely():
     assert chi_square(counts) < 2.5
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def test_a_batch_depends_only_on_seed_and_step():
     ids = np.arange(10_000, dtype=np.int32)
     for make in (lambda seed: RandomWindows(ids, 8, 4, seed), lambda seed: EpochWindows(ids, 8, 4, 1, seed)):
         windows, fresh = make(1), make(1)
@@ -180,7 +180,7 @@ def test_an_epoch_visits_every_window_once(n, n_ctx, batch_size, stride, seed):
         assert sorted(starts) == expected
 
 
-def test_stride_1_has_the_originals_windows():
+def test_stride_1_gives_the_originals_windows():
     windows = EpochWindows(np.zeros(1_003_854, dtype=np.uint8), 64, 16, 1, 0)
     assert windows.n_windows == 1_003_854 - 64
     assert windows.steps_per_epoch == 62_737
@@ -213,14 +213,14 @@ def pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("batch_size", [None, 5, 6])
-def test_a_full_batch_is_the_whole_set(batch_size):
+def test_a_full_batch_is_the_whole_dataset(batch_size):
     contexts, targets = pairs(5)
     batch = PairBatches(contexts, targets, batch_size, seed=1).batch(9)
     assert same(batch, (contexts, targets, np.arange(5)))
     assert {array.dtype for array in batch} == {np.dtype(np.int32)}
 
 
-def test_pairs_are_drawn_anew_and_stay_together():
+def test_pairs_are_shuffled_each_epoch_and_stay_together():
     contexts, targets = pairs(50)
     batches = PairBatches(contexts, targets, 8, seed=1)
     drawn = [batches.batch(step) for step in range(200)]

@@ -55,7 +55,7 @@ def first_bad_byte(data: bytes) -> int | None:
 
 @quick
 @given(st.text("ab\r\né€\U0001f600\ufeff", min_size=1), st.integers(1, 9))
-def test_reading_is_pythons_text_mode_at_every_chunk_size(folder, text, chunk_size):
+def test_reading_equals_pythons_text_mode_at_every_chunk_size(folder, text, chunk_size):
     assume(text != "\ufeff")
     path = write(folder, text.encode())
     chunks = list(read_text(path, chunk_size))
@@ -85,7 +85,7 @@ def test_an_empty_file_is_refused(tmp_path, data):
     assert str(path) in message_of(error)
 
 
-def test_a_missing_file_a_folder_and_a_pipe_have_errors_of_their_own(tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe_have_different_errors(tmp_path):
     for path, said in [
         (tmp_path / "none\n.txt", "there is no file"),
         (tmp_path, "is a folder"),
@@ -121,7 +121,7 @@ def test_a_file_and_its_text_give_the_same_corpus(folder, text, kind):
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (65536, "u2"), (65537, "i4")]
 )
-def test_ids_take_the_smallest_type_that_holds_them(tmp_path, vocab_size, dtype):
+def test_ids_have_the_smallest_type_that_holds_them(tmp_path, vocab_size, dtype):
     tokenizer = CharTokenizer([chr(0x20000 + i) for i in range(vocab_size)])
     text = tokenizer.vocab[-1] + tokenizer.vocab[0]
     for folder in (None, tmp_path):
@@ -130,7 +130,7 @@ def test_ids_take_the_smallest_type_that_holds_them(tmp_path, vocab_size, dtype)
         assert corpus.ids.tolist() == [vocab_size - 1, 0]
 
 
-def test_the_split_is_the_originals():
+def test_the_split_equals_the_originals():
     text = "abcdefghijklm" * 7
     corpus = Corpus.from_text(text, "text", "char")
     n = int(0.9 * len(text))
@@ -147,7 +147,7 @@ def test_many_chunks_are_one_text(tmp_path, monkeypatch):
         assert corpus.tokenizer.decode(corpus.ids) == text.replace("\r\n", "\n")
 
 
-def test_ids_are_written_once_and_mapped_where_they_are_many(tmp_path, monkeypatch):
+def test_ids_are_written_once_and_many_are_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     path, cache = write(tmp_path, b"to be or not to be"), tmp_path / "new" / "cache"
     first = Corpus.from_file(path, "char", cache)
@@ -166,7 +166,7 @@ def test_ids_are_written_once_and_mapped_where_they_are_many(tmp_path, monkeypat
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
 
 
-def test_another_tokenizer_has_a_file_of_its_own(tmp_path):
+def test_another_tokenizer_has_another_file(tmp_path):
     path, cache = write(tmp_path, b"abab"), tmp_path / "cache"
     assert Corpus.from_file(path, CharTokenizer("ab"), cache).ids.tolist() == [0, 1, 0, 1]
     assert Corpus.from_file(path, CharTokenizer("ba"), cache).ids.tolist() == [1, 0, 1, 0]
@@ -175,7 +175,7 @@ def test_another_tokenizer_has_a_file_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_stays_bounded(tmp_path, monkeypatch):
+def test_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 1_000_000)
     line = "It was the best of times, it was the worst of times, “it was” the age of wisdom;\n"
     path = write(tmp_path, line.encode() * (20_000_000 // len(line.encode())))
@@ -192,7 +192,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 # Failures leave nothing behind
 
 
-def test_an_unknown_character_in_a_file_is_placed_in_the_whole(tmp_path, monkeypatch):
+def test_an_unknown_character_is_located_in_the_whole_file(tmp_path, monkeypatch):
     path, cache = write(tmp_path, b"aab\nabb\nba?b\n"), tmp_path / "new" / "cache"
     monkeypatch.setattr("baby_xp.text.corpus.read_text", lambda path: read_text(path, 4))
     with pytest.raises(BabyError) as error:
@@ -258,7 +258,7 @@ def test_a_text_that_changes_between_the_passes(tmp_path, monkeypatch, later):
 
 @pytest.mark.parametrize("text", ["", "ab\udc9f"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", CharTokenizer("ab")])
-def test_a_text_that_cannot_be_a_corpus(tmp_path, text, tokenizer):
+def test_a_text_that_cannot_be_a_corpus_is_refused(tmp_path, text, tokenizer):
     with pytest.raises(BabyError) as error:
         Corpus.from_text(text, "the story", tokenizer, tmp_path / "cache")
     assert message_of(error).startswith("the story")

@@ -54,7 +54,7 @@ def test_cases_worked_out_by_hand(text, expected):
 
 @quick
 @given(st.lists(TEXT, max_size=8))
-def test_the_counts_are_the_definitions_at_every_chunking(chunks):
+def test_the_counts_match_the_definitions_at_every_chunking(chunks):
     text = "".join(chunks)
     counts = count(iter(chunks))
     assert counts == count([text]) == count(text) == by_definition(text)  # a string is its characters
@@ -62,7 +62,7 @@ def test_the_counts_are_the_definitions_at_every_chunking(chunks):
 
 
 @pytest.mark.parametrize("chunk_size", [1 << 18, 997, 64])
-def test_shakespeare_has_the_counts_that_the_original_states(data_folder, chunk_size):
+def test_shakespeare_has_the_originals_counts(data_folder, chunk_size):
     counts = count(read_text(data_folder / "shakespeare.txt", chunk_size))
     # The original's file lacks the last of the newlines, and none of its four counts depends on it.
     assert counts == Statistics(32777, 12519, 202651, 1075394, newlines=40000)

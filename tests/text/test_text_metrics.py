@@ -70,7 +70,7 @@ def test_case_folding_is_not_lower_case():
 
 @quick
 @given(WORDY, CHUNKS)
-def test_known_words_are_the_definition_at_every_chunking(generated, chunks):
+def test_known_words_match_the_definition_at_every_chunking(generated, chunks):
     text = "".join(chunks)
     expected = known_by_definition(generated, text)
     assert known_words(generated, chunks) == known_words(generated, text) == expected
@@ -115,7 +115,7 @@ def test_copied_sequences_by_hand(generated, n, expected):
 
 @quick
 @given(BARE, st.lists(BARE, max_size=8), st.integers(1, 9))
-def test_copied_sequences_are_the_definition_at_every_chunking(generated, chunks, n):
+def test_copied_sequences_match_the_definition_at_every_chunking(generated, chunks, n):
     text = "".join(chunks)
     expected = copied_by_definition(generated, text, n)
     assert copied_ngrams(generated, chunks, n) == copied_ngrams(generated, text, n) == expected

@@ -29,7 +29,7 @@ def same(a: np.ndarray, b) -> bool:
 
 @quick
 @given(TEXT.filter(len))
-def test_characters_come_back(text):
+def test_characters_survive_a_round_trip(text):
     tokenizer = CharTokenizer.from_text(text)
     assert same(tokenizer.encode(text), [tokenizer.vocab.index(character) for character in text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -39,7 +39,7 @@ def test_characters_come_back(text):
 
 @quick
 @given(TEXT)
-def test_bytes_come_back(text):
+def test_bytes_survive_a_round_trip(text):
     tokenizer = ByteTokenizer()
     assert same(tokenizer.encode(text), text.encode())
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -55,7 +55,7 @@ def test_chunks_give_the_tokenizer_of_the_whole(chunks):
 
 @quick
 @given(TEXT.filter(len), TEXT)
-def test_old_ids_outlive_an_extension(text, more):
+def test_an_extension_keeps_old_ids(text, more):
     old = CharTokenizer.from_text(text)
     new = old.extended(more)
     assert new.vocab[: old.vocab_size] == old.vocab
@@ -93,7 +93,7 @@ def test_the_original_projects_file_loads():
     ("unknown", "code"),
     [("c", "U+0063"), ("A", "U+0041"), ("\U0001f600", "U+1F600"), (SURROGATE, "U+DC9F"), ("\r", "U+000D")],
 )
-def test_an_unknown_character_is_named_with_its_place(unknown, code):
+def test_an_unknown_character_is_named_with_its_position(unknown, code):
     tokenizer = CharTokenizer("ab\U00010000\n")
     with pytest.raises(BabyError) as error:
         tokenizer.encode("a\U00010000b" + unknown + "?", "prompt")
@@ -117,7 +117,7 @@ def test_an_unknown_character_in_several_lines():
 
 @quick
 @given(st.lists(st.text("ab\n")))
-def test_places_add_up(pieces):
+def test_positions_add_up(pieces):
     place = START
     for piece in pieces:
         place = place.after(piece)
@@ -127,7 +127,7 @@ def test_places_add_up(pieces):
 
 
 @pytest.mark.parametrize("text", [SURROGATE, "", []])
-def test_a_text_without_characters_makes_no_tokenizer(text):
+def test_an_empty_text_makes_no_tokenizer(text):
     with pytest.raises(BabyError) as error:
         CharTokenizer.from_text(text)
     message_of(error)
@@ -149,7 +149,7 @@ def test_only_rows_of_integers_are_decoded(ids):
         message_of(error)
 
 
-def test_bytes_that_stop_inside_a_character_decode():
+def test_incomplete_characters_decode():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode("aé")[:-1]) == "a\ufffd"
     assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
@@ -187,7 +187,7 @@ def test_a_damaged_file_is_refused(d, named):
     assert len(message) < 300
 
 
-def test_a_kind_of_tokenizer():
+def test_an_unknown_kind_of_tokenizer_is_refused():
     chunks = iter(["a", "b"])
     assert create("byte", chunks).vocab_size == 256
     assert list(chunks) == ["a", "b"]  # it does not read them

@@ -68,7 +68,7 @@ def test_the_largest_gradient_of_the_last_good_step_is_named(steps, last, parame
     assert finding.norm == pytest.approx(norm, rel=1e-12, nan_ok=True)
 
 
-def test_where_the_first_loss_is_nan_there_is_nothing_to_find():
+def test_a_first_step_that_diverges_has_no_earlier_gradient():
     assert found(3, workers=Scripted((np.nan, "ln_f.gain", 1.0))) is None
     assert found(0) is None
 
@@ -83,7 +83,7 @@ def test_gradients_are_accumulated_as_in_training_and_give_the_same_finding():
     assert parts.norm == pytest.approx(whole.norm, rel=1e-10)
 
 
-def test_a_gradient_whose_square_no_float32_holds_has_a_norm():
+def test_a_gradient_whose_square_overflows_float32_has_a_norm():
     workers = Scripted((3.0, "ln_f.gain", 1e30), dtype="float32")
     finding = found(1, replace(CONFIG, dtype="float32"), workers)
     assert finding.parameter == "ln_f.gain"

@@ -124,7 +124,7 @@ def test_progress_is_reported_every_few_steps_or_after_each_slow_one(clock, at_s
         assert one.config["result"]["tokens_per_second"] == round(12 / seconds)
 
 
-def test_the_speed_is_that_of_the_steps_alone(clock, at_step, monkeypatch):
+def test_the_speed_counts_only_the_steps(clock, at_step, monkeypatch):
     class Slow(Noting):
         def evaluated(self, record):
             clock.tick(100.0)
@@ -141,7 +141,7 @@ def test_the_speed_is_that_of_the_steps_alone(clock, at_step, monkeypatch):
 # the best model -----------------------------------------------------------------------------------------
 
 
-def test_the_first_of_models_that_are_equally_good_is_the_best():
+def test_the_first_of_equally_good_models_is_the_best():
     run = train(lr=1e-30, min_lr=0)
     assert run.config["result"]["best_step"] == 2
     assert progress_of(run)["best"]["step"] == 2
@@ -221,7 +221,7 @@ def test_checkpoints_are_written_every_few_steps_or_minutes(tmp_path, clock, at_
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["losses wait", "losses are read each step"])
-def test_an_interrupt_at_any_line_of_the_loop_falls_before_a_step_or_after_it(
+def test_an_interrupt_at_any_line_of_the_loop_is_between_steps(
     tmp_path, clock, at_step, monkeypatch, seconds
 ):
     """What is kept is a state of the run, and has the losses of as many steps."""

@@ -23,7 +23,7 @@ def send(*numbers: int) -> None:
 @needs_signals
 @each_signal
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second):
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts(signals, number, second):
     """The fixture sees that the handlers are as before at the end."""
     calls = []
     with Stop(lambda: calls.append("once")) as stop:
@@ -37,7 +37,7 @@ def test_the_first_signal_asks_and_the_second_interrupts(signals, number, second
 
 
 @needs_signals
-def test_after_a_stop_the_handlers_are_as_before_even_where_it_raised(signals):
+def test_the_handlers_are_restored_even_after_an_error(signals):
     with pytest.raises(KeyboardInterrupt), Stop():
         send(signal.SIGTERM, signal.SIGTERM)
 
@@ -52,7 +52,7 @@ def test_closing_the_terminal_interrupts_nothing(signals):
 
 @needs_signals
 @each_signal
-def test_a_signal_that_is_ignored_stays_so(signals, number):
+def test_an_ignored_signal_stays_ignored(signals, number):
     """As nohup has it."""
     usual = signal.signal(number, signal.SIG_IGN)
     with interruptible(), Stop() as stop:
@@ -63,7 +63,7 @@ def test_a_signal_that_is_ignored_stays_so(signals, number):
 
 @needs_signals
 @pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
-def test_outside_training_a_signal_interrupts_and_clean_up_code_runs(signals, monkeypatch, number):
+def test_outside_training_a_signal_interrupts_and_cleanup_runs(signals, monkeypatch, number):
     cleaned = []
     monkeypatch.setattr("baby_xp.training.signals.ONCE_SECONDS", 1000.0)
 
@@ -84,7 +84,7 @@ def test_outside_training_a_signal_interrupts_and_clean_up_code_runs(signals, mo
                 send(number)
 
 
-def test_in_another_thread_signals_are_left_alone(signals):
+def test_signals_are_unchanged_in_other_threads(signals):
     seen = []
 
     def elsewhere():
@@ -98,7 +98,7 @@ def test_in_another_thread_signals_are_left_alone(signals):
     assert seen == [signals, False]
 
 
-def test_work_over_items_is_cut_short_by_the_request():
+def test_a_stop_request_ends_a_loop_over_items():
     stop, done = Stop(), []
     assert list(stop.over("abc")) == ["a", "b", "c"]
 

@@ -92,7 +92,7 @@ def test_one_batch_is_overfitted(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
-def test_first_weights_predict_almost_nothing(switches):
+def test_initial_weights_predict_almost_uniformly(switches):
     """The loss of a fresh model is near log V: neither confident nor broken."""
     model = Model(GPTConfig(n_ctx=16, n_emb=32, head_size=32, n_heads=4, n_layers=4, **switches), 65)
     case, flat = case_of("numpy"), params.draw(model.spec, 0, "float64")
@@ -101,7 +101,7 @@ def test_first_weights_predict_almost_nothing(switches):
     assert float(total_loss(case.xp, model, flat, batch)[0]) / 128 == pytest.approx(np.log(65), abs=0.15)
 
 
-def test_shares_of_a_batch_add_up_to_the_batch(plain):
+def test_gradients_of_shards_add_up_to_those_of_the_batch(plain):
     model, batch = Model(GPTConfig(**SMALL), 17), RandomWindows(TEXT, 8, 5, 0).batch(0)
     flat = params.draw(model.spec, 0, "float64")
 
@@ -148,7 +148,7 @@ def check_parts(case, expected, **how):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
-def test_a_step_in_four_parts_is_the_step(quick_backend, request, epochs):
+def test_a_step_in_four_parts_equals_the_step(quick_backend, request, epochs):
     """With dropout on, and where an epoch ends in a smaller step."""
     if quick_backend.variant == "jax jit":
         if epochs:
@@ -160,7 +160,7 @@ def test_a_step_in_four_parts_is_the_step(quick_backend, request, epochs):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
-def test_in_however_many_parts_a_step_is_the_step(dropout, epochs):
+def test_a_step_in_any_number_of_parts_equals_the_step(dropout, epochs):
     case = case_of("numpy")
     expected = steps_in_parts(case, 12, 1, dropout, epochs)
     for size in (1, 2, 4, 6):
@@ -180,7 +180,7 @@ def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):
         check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": pool})
 
 
-def test_the_equation_model_in_parts_is_the_whole_too():
+def test_the_equation_model_in_parts_equals_the_whole():
     case, model, draw = case_of("numpy"), Model(EquationConfig(n_hidden=8), 13), np.random.default_rng(0).integers
     batch = PairBatches(draw(0, 13, (40, 4)), draw(0, 13, 40), 12, 0).batch(0)
     state = initial_state(case, params.draw(model.spec, 0, "float64") * 3, params.decay_mask(model.spec), 0)
@@ -190,7 +190,7 @@ def test_the_equation_model_in_parts_is_the_whole_too():
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
-def test_no_more_than_a_part_is_computed_at_a_time():
+def test_only_one_part_is_computed_at_a_time():
     """What accumulating is for: the memory of a step is that of its part."""
     case, model, sizes = case_of("numpy"), Model(GPTConfig(**SMALL), 17), []
 
@@ -208,7 +208,7 @@ def test_no_more_than_a_part_is_computed_at_a_time():
 # optimizer ----------------------------------------------------------------------------------------------
 
 
-def test_adamw_is_the_adamw_of_the_paper(plain):
+def test_adamw_matches_the_paper(plain):
     """Three steps against the formulas in plain Python floats, one number at a time."""
     config = TrainConfig(num_steps=3, lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip=0.0)
     w0, gradients = [1.0, -2.0], [[0.3, -0.1], [0.2, 0.4], [-0.5, 0.1]]
@@ -224,7 +224,7 @@ def test_adamw_is_the_adamw_of_the_paper(plain):
         assert state["params"][i] == pytest.approx(w, rel=1e-12)
 
 
-def test_clipping_brings_the_global_norm_down_to_the_limit(plain):
+def test_clipping_reduces_the_global_norm_to_the_limit(plain):
     norm = np.array([5.0])
     assert optimizers.clip_scale(plain.xp, norm, 1.0)[0] * 5 == pytest.approx(1.0, rel=1e-6)
     assert optimizers.clip_scale(plain.xp, norm, 10.0)[0] == 1

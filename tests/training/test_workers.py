@@ -110,7 +110,7 @@ def agree(setting: Setting, found, expected, factor: int = 1):
 
 
 @pytest.mark.parametrize("size", [BATCH, 3, 2, 1])
-def test_loss_and_gradients_are_those_of_one_process(together, size):
+def test_loss_and_gradients_equal_those_of_one_process(together, size):
     """Also for a batch with fewer samples than there are workers."""
     setting, pool = together
     batch = samples(setting.batch, 0, size)
@@ -119,14 +119,14 @@ def test_loss_and_gradients_are_those_of_one_process(together, size):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_accumulated_gradients_are_those_of_one_process(together, size):
+def test_accumulated_gradients_equal_those_of_one_process(together, size):
     """The gradients of a part outlast the next part, and its samples have the dropout of the whole."""
     setting, pool = together
     found = accumulated(pool.loss_and_gradients, size)(setting.xp, setting.model, setting.state, setting.batch)
     agree(setting, found, setting.alone(setting.batch), 3)  # more sums, more roundings
 
 
-def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
+def test_dropout_depends_on_the_sample_index_in_the_whole_batch(together):
     setting, pool = together
     numbered = Batch(*setting.batch[:2], setting.batch.samples[::-1] + 5)
     found = pool.loss_and_gradients(setting.xp, setting.model, setting.state, numbered)
@@ -138,7 +138,7 @@ def test_samples_have_the_dropout_of_their_place_in_the_whole_batch(together):
 
 
 @pytest.mark.parametrize("size", [BATCH, 2, 1])
-def test_the_total_loss_is_that_of_one_process(together, size):
+def test_the_total_loss_equals_that_of_one_process(together, size):
     setting, pool = together
     batch = samples(setting.batch, 0, size)
     found = pool.total_loss(setting.state["params"], batch)
@@ -146,7 +146,7 @@ def test_the_total_loss_is_that_of_one_process(together, size):
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
 
-def test_a_shorter_window_is_evaluated_too(together):
+def test_a_shorter_window_can_be_evaluated(together):
     setting, pool = together
     batch = Batch(setting.batch.inputs[:3, :5], setting.batch.targets[:3, :5], setting.batch.samples[:3])
     expected = total_loss(setting.xp, setting.model, setting.state["params"], batch)
@@ -154,7 +154,7 @@ def test_a_shorter_window_is_evaluated_too(together):
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE[setting.backend.dtype])
 
 
-def test_a_repetition_is_the_same_bit_for_bit(together):
+def test_repeated_steps_are_equal_bit_for_bit(together):
     setting, pool = together
     compute = lambda workers: [  # noqa: E731
         array.tobytes()
@@ -167,7 +167,7 @@ def test_a_repetition_is_the_same_bit_for_bit(together):
     assert len(set(map(tuple, runs))) == 1
 
 
-def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
+def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together):
     """For a state from elsewhere, for one that an update gave, and for gradients that are not in the arena."""
     setting, pool = together
     config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1)
@@ -186,7 +186,7 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
 
 
-def test_a_command_that_was_cut_short_does_not_spoil_the_next(together, monkeypatch):
+def test_an_interrupted_command_does_not_affect_the_next(together, monkeypatch):
     """Ctrl-C may come between a command and its answers; the loss is then measured by the same workers."""
     setting, pool = together
     expected = total_loss(setting.xp, setting.model, setting.state["params"], setting.batch)
@@ -231,7 +231,7 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
     assert two[0].config["result"]["val_loss"] == pytest.approx(alone.config["result"]["val_loss"], rel=1e-5)
 
 
-def test_the_best_weights_outlast_the_steps_after_them(tmp_path, text_file):
+def test_the_best_weights_survive_later_steps(tmp_path, text_file):
     """Too high a rate makes the first steps the best; the last record measures the weights that were kept."""
     run = baby_xp.api.train(
         "baby", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
@@ -271,7 +271,7 @@ def test_there_are_no_more_workers_than_samples():
 
 
 @pytest.mark.first_case
-def test_leaving_ends_all_processes_and_a_file_without_a_name_is_gone_while_they_work(arenas, request):
+def test_leaving_ends_all_processes_and_removes_the_shared_file(arenas, request):
     setting = Setting("float32")
     with setting.pool(3) as pool:
         children = list(pool.children)
@@ -397,7 +397,7 @@ fallocate = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the s
 @fallocate
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
 @pytest.mark.parametrize("arenas", ["memory"], indirect=True)
-def test_a_full_memory_falls_back_to_the_folder_for_temporary_files(arenas, monkeypatch):
+def test_full_shared_memory_falls_back_to_the_temporary_folder(arenas, monkeypatch):
     reserve, failed = os.posix_fallocate, []
 
     def full_once(*args):
@@ -417,7 +417,7 @@ def test_a_full_memory_falls_back_to_the_folder_for_temporary_files(arenas, monk
 
 @fallocate
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OverflowError("too large")])
-def test_without_room_anywhere_no_worker_starts(arenas, children, monkeypatch, error):
+def test_without_space_anywhere_no_worker_starts(arenas, children, monkeypatch, error):
     def full(*args):
         raise error
 
@@ -475,7 +475,7 @@ def training(tmp_path, text_file, signals):
 
 @needs_proc
 @needs_signals
-def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path):
+def test_a_killed_main_process_leaves_no_worker_and_no_file(training, tmp_path):
     workers = children_of(training.pid)
     assert len(workers) == 1
     training.kill()
@@ -491,7 +491,7 @@ def test_the_main_process_killed_leaves_no_worker_and_no_file(training, tmp_path
 @pytest.mark.parametrize(("number", "group"), [
     ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
 ])  # fmt: skip
-def test_the_first_request_to_end_keeps_the_run_and_says_how_to_resume(training, tmp_path, number, group):
+def test_the_first_stop_request_keeps_the_run_and_prints_how_to_resume(training, tmp_path, number, group):
     """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
     (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
     out, err = (text.decode() for text in training.communicate(timeout=120))
