@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: a tiny workload, runs as child processes return them, command lines."""
+"""Helpers of the benchmark tests: a tiny workload, runs as child processes return them, command lines."""
 
 import re
 import sys
@@ -42,7 +42,7 @@ def result(backend: str, rooflines: dict, **runs) -> dict:
 
 
 def answering(monkeypatch, function) -> None:
-    """Child processes are replaced by a function; no rates are measured and every peer is there."""
+    """Child processes are replaced by a function; no rates are measured and every peer is available."""
     special = {"bench.harness:machine": MACHINE, "bench.peers.ours:idle": [{"peak": 1, "shared": 0}]}
     answer = lambda task, **request: special[task] if task in special else function(task, **request)  # noqa: E731
     monkeypatch.setattr(harness, "ask", answer)
@@ -51,7 +51,7 @@ def answering(monkeypatch, function) -> None:
 
 
 def nothing(*arguments, **options):
-    """Stands for what must not happen."""
+    """Replaces a function that must not be called."""
     pytest.fail("something was measured")
 
 

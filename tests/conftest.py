@@ -1,4 +1,4 @@
-"""The `backend` fixture: every law runs on every array library that is there, and a table says what ran."""
+"""The `backend` fixture: its tests run on every installed array library, and a table shows which ran."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from baby_xp.text.batches import RandomWindows
 from baby_xp.training import schedules
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # a shell starts what runs in the background so, and what the tests start would ignore Ctrl-C too
+    # a shell starts background jobs with SIGINT ignored, and processes of the tests would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -35,7 +35,7 @@ def quick_compilation():
     """XLA without its optimizations: it compiles in a third of the time."""
     import jax
 
-    with contextlib.suppress(AttributeError):  # a version that does not know it
+    with contextlib.suppress(AttributeError):  # a version without this option
         jax.config.update("jax_disable_most_optimizations", True)
     yield
     with contextlib.suppress(AttributeError):
@@ -45,7 +45,7 @@ def quick_compilation():
 VARIANTS = {
     "numpy": ("numpy", None),
     "numpy readonly": ("numpy", None),  # writes in place then raise
-    "numpy plain": ("numpy", None),  # the text itself, with none of the faster functions
+    "numpy plain": ("numpy", None),  # the plain code, without the faster functions
     "strict": ("array-api-strict", None),
     "strict device1": ("array-api-strict", "device1"),
     "strict device2": ("array-api-strict", "device2"),
@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 class Case:
-    """A backend as a test uses it: in one precision, with its variant's way to hand arrays over."""
+    """A backend as a test uses it: in one precision, and with its variant's way to pass arrays."""
 
     def __init__(self, variant: str, dtype: str):
         name, device = VARIANTS[variant]
@@ -85,7 +85,7 @@ _reasons: dict[str, str] = {}
 
 
 def case_of(variant: str, dtype: str = "float64") -> Case:
-    """The variant in this precision; skips the test with the reason where it is absent."""
+    """The variant in this precision; skips the test with the reason if it is not available."""
     if (variant, dtype) not in _cases:
         try:
             _cases[variant, dtype] = Case(variant, dtype)
@@ -121,19 +121,19 @@ def _not_op_by_op(variant: str):
 
 @pytest.fixture(params=_parameters())
 def quick_backend(request) -> Case:
-    """Every variant in float64 but for JAX operation by operation, for tests of many steps."""
+    """Every variant in float64 except JAX without jit, for tests with many steps."""
     return case_of(_not_op_by_op(request.param))
 
 
 @pytest.fixture(params=_parameters())
 def quick_backend32(request) -> Case:
-    """Every variant in float32 but for JAX operation by operation."""
+    """Every variant in float32 except JAX without jit."""
     return case_of(_not_op_by_op(request.param), "float32")
 
 
 @pytest.fixture
 def plain() -> Case:
-    """NumPy in float64 without faster functions: what the others are compared with."""
+    """NumPy in float64 without faster functions, with which the others are compared."""
     return case_of("numpy plain")
 
 
@@ -169,7 +169,7 @@ def rate_times(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time.perf_counter, which goes on only when `clock.tick(seconds)` is called."""
+    """time.perf_counter, which advances only when `clock.tick(seconds)` is called."""
 
     class Clock:
         now = 1000.0
@@ -191,7 +191,7 @@ def _folder(variable: str) -> Path:
 
 @pytest.fixture
 def signals():
-    """Whatever the handlers are for who runs the tests: here those that a program begins with."""
+    """Sets the signal handlers that a program starts with, whatever they are where the tests run."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     usual = dict.fromkeys(before, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
@@ -217,7 +217,7 @@ def reference_folder() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test that is marked `first_case`, all but the first are slow."""
+    """In a test marked `first_case`, all cases except the first are slow."""
     for item in items:
         if item.get_closest_marker("first_case") and any(item.callspec.indices.values()):
             item.add_marker("slow")

@@ -1,13 +1,13 @@
-"""Finds what a page asks its reader to run, and runs it as the reader would: in order, in one folder.
+"""Finds what a page tells its reader to run, and runs it as the reader would: in order, in one folder.
 
     python docs_blocks.py PAGE RESULTS      run a page; RESULTS becomes JSON, one outcome a block
 
-What is run: blocks of Python, as one script; blocks of commands; commands in code inside a sentence. What is not,
-and by which rule, stands in SKIPPED; what is shortened, and why, in SHORTER and SHORTER_PYTHON.
+It runs blocks of Python, as one script; blocks of commands; commands in code inside a sentence. SKIPPED has the
+rules for what is not run; SHORTER and SHORTER_PYTHON have what is shortened, and why.
 
 A block of text that the page marks with `<!-- output -->` is what the block before it prints, and is compared with
 it. A block of Python marked with `<!-- code: baby_xp/layers/gelu.py -->` is a quotation from that file; it is not
-run, it must stand there word for word.
+run, but it must occur there word for word.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ LANGUAGES = RUN | COMMANDS | SESSION | NOT_RUN
 SECONDS_PER_COMMAND = 600
 
 PLACEHOLDERS = {"RUN": "last", "PRESET": "baby", "FOLDER": "a-folder"}
-"""What stands in a page for a thing of the reader's."""
+"""Placeholders in a page for things of the reader."""
 
 MADE = ("my.txt", "other.txt")
-"""Files of the reader's: a text is made for each that a page names."""
+"""Files of the reader: a text is created for each one that a page names."""
 
 SHORTER = (
     # beginning of the command, flags that it gets, why
@@ -74,19 +74,19 @@ HELP = (
 
 @dataclass
 class Block:
-    """One thing of a page: `line` is that of its first line of code, from 1."""
+    """One block of a page: `line` is the number of its first line of code, from 1."""
 
     line: int
     kind: str  # a language, "indented" or "inline"
     text: str
-    mark: str = ""  # what a comment in the line before says: "output", "code: path"
+    mark: str = ""  # from a comment in the line before: "output", "code: path"
     commands: list["Command"] = field(default_factory=list)
     place: str = ""  # its line, with a letter where it is not the first of its line
 
 
 @dataclass
 class Command:
-    """A line for the shell, with what the page says that it prints: None where it says nothing."""
+    """A shell command, with the output that the page shows: None if it shows none."""
 
     line: int
     text: str
@@ -123,7 +123,7 @@ def _commands(block: Block) -> list[Command]:
     lines = list(enumerate(block.text.splitlines(), block.line))
     if block.kind in SESSION or (block.kind == "indented" and any(one.startswith("$ ") for _, one in lines)):
         return _session(lines, compared=block.kind in SESSION)
-    if block.kind == "indented":  # what a command is for may stand beside it
+    if block.kind == "indented":  # the purpose of a command may be beside it
         return [Command(at, re.split(r" {2,}", one)[0]) for at, one in lines if re.match(r"(python|pip) ", one)]
     if block.kind in COMMANDS:
         return _script(lines)
@@ -160,7 +160,7 @@ def _script(lines: list[tuple[int, str]]) -> list[Command]:
 
 @dataclass
 class Plan:
-    """How a command is run: `skip` is why it is not, `flags` are those that its help must name."""
+    """How a command is run: `skip` is the reason not to run it, `flags` are those that its help must list."""
 
     arguments: list[str]
     skip: str = ""
@@ -169,7 +169,7 @@ class Plan:
 
 
 def plans(text: str) -> list[Plan]:
-    """What a line for the shell comes to: several plans where it joins commands by &&."""
+    """The plans for a shell line: several if it joins commands with &&."""
     return [_plan(part.strip()) for part in text.split("&&")]
 
 
@@ -203,7 +203,7 @@ def with_flags(words: list[str], flags: dict[str, str | None]) -> list[str]:
 
 
 def skipped(text: str) -> str:
-    """Why a command or a block of Python cannot run here; empty if it can."""
+    """The reason why a command or a block of Python cannot run here; empty if it can."""
     return next((reason for applies, reason in SKIPPED if applies(text)), "")
 
 
@@ -250,7 +250,7 @@ SKIPPED = (
     (lambda text: re.search(r"matplotlib|--picture|--plot", text) and _missing("matplotlib"), "needs matplotlib"),
     (_needs_shakespeare, "needs shakespeare.txt: BABY_XP_DATA names no folder that holds it"),
 )
-"""Rules for what cannot run everywhere, each with its reason."""
+"""Rules for blocks that cannot run everywhere, each with its reason."""
 
 
 # comparing ----------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ DUST = 1e-6
 
 
 def difference(expected: str, found: str) -> str:
-    """What a page says that is printed, against what is; empty if they agree.
+    """The difference between the output on a page and the printed one; empty if they agree.
 
     Line by line; a line `...` stands for any lines. Spaces do not count. Numbers with a fraction agree if they
     differ by no more than one in the last digit that the page shows, or if both are below DUST: errors of
@@ -306,7 +306,7 @@ def _close(expected: str, found: str) -> bool:
 
 
 class Failed(Exception):
-    """A block that does not do what its page says."""
+    """A block that does not do what its page shows."""
 
 
 def run_page(page: Path, results: Path) -> None:
@@ -371,7 +371,7 @@ def _run_python(page: Path, block: Block, namespace: dict) -> str:
 
 
 def _run_command(command: Command, line: int) -> tuple[str, str]:
-    """Run it -> why it was skipped, if it was, and what it printed."""
+    """Run it -> the reason if it was skipped, and its output."""
     out, reasons, changed = "", [], False
     try:
         todo = plans(command.text)
@@ -423,14 +423,14 @@ _started: set[str] = set()
 
 
 def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
-    """As `python -m` does."""
+    """Run it in this process, as `python -m` does."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(mock.patch.object(sys, "argv", arguments))
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a module that is run once more
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a module that is run again
         try:
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         except SystemExit as stop:
@@ -442,7 +442,7 @@ def _ran_here(arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def environment() -> dict[str, str]:
-    """That of the commands: plain UTF-8 output; `python -m bench...` works as it does in a checkout."""
+    """The environment of the commands: plain UTF-8 output; `python -m bench...` works as in a checkout."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONUTF8": "1", "NO_COLOR": "1", "COLUMNS": "115", "PYTHONPATH": path}
 
@@ -482,5 +482,5 @@ def _tiny_run(path: str):
 
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # what a page imports, it finds where its reader does
+    sys.path[0] = ""  # a page finds its imports where its reader does
     run_page(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))

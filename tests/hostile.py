@@ -1,7 +1,7 @@
 """Runs command lines of baby_xp, each in a fork, and reports how each one ended. test_hostile.py starts it.
 
 It takes a folder and trains a few runs there. Then it reads JSON objects, one per line: a command line and how to
-run it; it answers each with one JSON object. It forks from a process that has loaded nothing but baby_xp, since
+run it; it answers each with one JSON object. It forks from a process that has loaded only baby_xp, since
 JAX and PyTorch, which the tests may have loaded, cannot be forked. No command can take more than its share of
 memory, disk, processes and time, and before each command the folder is as it was at the start.
 """
@@ -34,7 +34,7 @@ MEMORY = 4 * 2**30
 FILE = 64 * 2**20
 """Bytes of a file."""
 MODULES = [f"matplotlib.backends.backend_{kind}" for kind in ("agg", "svg", "pdf", "ps", "pgf")]
-"""What is imported only when it is needed, and by then may not be readable."""
+"""Modules that are imported on demand, when their files may no longer be readable."""
 LONG = 2.0
 """Seconds after which a command that may take long is stopped."""
 NOBODY = 65534
@@ -42,14 +42,14 @@ NOBODY = 65534
 MARK = "BABY_XP_TESTS_COMMAND"
 """Environment variable of the processes that a command starts: some have a session of their own."""
 PATIENCE = 10.0
-"""Seconds of computing (or three times as many of waiting) after which a command hangs."""
+"""Seconds of computing (or three times as many of waiting) after which a command counts as hanging."""
 TEXT = "the cat sat on the mat.\nit sat and sat, and so did the hat. " * 30
 TINY = ["--n-layers=1", "--n-emb=16", "--head-size=16", "--n-heads=2", "--n-ctx=16", "--batch-size=4"]
 TINY += ["--eval-every=10", "--sample-tokens=5", "--backend=numpy", "--workers=1"]
 
 
 class Base:
-    """The folder that every command begins with: runs, and things that can be named in place of a file.
+    """The folder that every command starts with: runs, and things that can be given in place of a file.
 
     Commands run in a folder below it, so that ../.. is a part of it too.
     """
@@ -60,7 +60,7 @@ class Base:
         self.names: dict[str, str] = {}
 
     def make(self) -> None:
-        """Train what is there from the start. All that the program imports, it imports now."""
+        """Train the runs that exist from the start, and import all modules that the program imports."""
         self.source.mkdir()
         for name, text in {"text.txt": TEXT, "other.txt": TEXT.replace("cat", "dög")}.items():
             (self.source / name).write_text(text, encoding="utf-8", newline="\n")
@@ -94,14 +94,14 @@ class Base:
         self.names[name] = next(line.split()[1] for line in printed.splitlines() if line.startswith("run "))
 
     def furnish(self) -> None:
-        """Bring the folder back to what it was."""
+        """Restore the folder."""
         _remove(self.folder)
         self.here.mkdir(parents=True)
         shutil.copytree(self.source, self.here, dirs_exist_ok=True)
         (self.here / "folder" / "inner").mkdir(parents=True)
         (self.here / "binary.bin").write_bytes(bytes(range(256)) * 20)
         (self.here / "empty.txt").write_bytes(b"")
-        with contextlib.suppress(OSError):  # some file systems take no such name
+        with contextlib.suppress(OSError):  # some file systems do not allow such names
             (self.here / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT, encoding="utf-8")
         (self.here / "loop").symlink_to("loop")
         (self.here / "dangling").symlink_to("nowhere")
@@ -119,7 +119,7 @@ class Base:
         return self.names[argument[1:]] if argument[:1] == "@" and argument[1:] in self.names else argument
 
     def all(self) -> dict[str, str]:
-        """Everything in the folder, with a digest of what it holds."""
+        """Everything in the folder, with a digest of its contents."""
         found = {}
         for parent, folders, files in os.walk(self.folder):
             for name in [*folders, *files]:
@@ -145,7 +145,7 @@ def _call(*arguments: str) -> str:
 
 def _remove(folder: Path) -> None:
     for parent, folders, _ in os.walk(folder):
-        for name in folders:  # before they are looked into
+        for name in folders:  # before they are listed
             path = os.path.join(parent, name)
             if not os.path.islink(path):
                 os.chmod(path, 0o755)
@@ -193,7 +193,7 @@ def run(base: Base, asked: dict) -> dict:
 
 
 def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err, where) -> None:
-    """What the fork does. It never returns."""
+    """Runs the command in the fork. It never returns."""
     result = {"code": None, "error": "", "exit": False}
     try:
         os.setsid()
@@ -233,7 +233,7 @@ def _be_the_command(base: Base, asked: dict, memory: int, answer: int, out, err,
 
 
 def _watch(child: int, asked: dict, begin: float, patience: float, out) -> dict:
-    """Wait for the end of the command, stop it where it may take long, and kill it where it takes too much."""
+    """Wait for the end of the command, stop it if it may take long, and kill it if it takes too much."""
     ended = {"signal": 0, "hang": "", "stopped": ""}
     computed_at_stop = stopped_at = looked = 0.0
     pause = 0.002
@@ -257,7 +257,7 @@ def _watch(child: int, asked: dict, begin: float, patience: float, out) -> dict:
                 ended["hang"] = f"{what}, {patience:g} s"
             if ended["hang"]:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGUSR1)  # says where it is
+                    os.kill(child, signal.SIGUSR1)  # prints where it is
                     time.sleep(0.2)
                     os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
@@ -275,7 +275,7 @@ def _stop(child: int, name: str) -> None:
 
 
 def _processes(leader: int) -> list[tuple[int, list[bytes]]]:
-    """The processes of a command, each with what /proc says about it; none where there is no /proc."""
+    """The processes of a command, each with its data from /proc; none without /proc."""
     found, mark = [], f"{MARK}={leader}".encode()
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if not entry.isdigit():
@@ -289,7 +289,7 @@ def _processes(leader: int) -> list[tuple[int, list[bytes]]]:
 
 
 def _seconds_computed(leader: int) -> float:
-    """By all processes of a command."""
+    """Seconds that all processes of a command have computed."""
     ticks = sum(int(fields[11]) + int(fields[12]) for _, fields in _processes(leader))
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -307,7 +307,7 @@ def _end_group(leader: int) -> int:
 
 
 def _text(file) -> str:
-    """The beginning and the end of what was written."""
+    """The start and the end of the output."""
     file.seek(0)
     text = file.read()
     if len(text) > 60000:
@@ -318,7 +318,7 @@ def _text(file) -> str:
 def main() -> None:
     """Answer until the input ends."""
     base = Base(Path(sys.argv[1]))
-    if os.geteuid() == 0:  # nobody may pass
+    if os.geteuid() == 0:  # the user nobody may enter the folder
         for folder in base.folder.parents:
             if Path(tempfile.gettempdir()) in folder.parents:
                 folder.chmod(0o755)

@@ -29,7 +29,7 @@ FORMS = {
     "presets": [[]],
     "backends": [[]],
 }
-"""What a command needs before its flags; where nothing is said, it is a run."""
+"""The arguments that a command needs before its flags; by default, a run."""
 BASE = {
     "n-layers": "1", "n-emb": "16", "head-size": "16", "n-heads": "2", "n-ctx": "16", "n-hidden": "8",
     "batch-size": "4", "num-steps": "8", "eval-every": "4", "sample-tokens": "5", "max-minutes": "0.01",
@@ -70,7 +70,7 @@ STRINGS = [
     "@byte", "@equations", "@littlebaby", "@model",
 ]  # fmt: skip
 FORBIDDEN = ["/", "/x", "/x/y.png", "locked", "locked/text.txt", "locked/x.png"]
-"""What nobody but root can write, or read: a line with one of them is not run as root."""
+"""Files that only root can write, or read: a line with one of them is not run as root."""
 STRINGS += FORBIDDEN
 FEW = {bool: ["", "True", "False", "1", "no", "\0"], type(None): ["None", "none"]}
 MILD = {
@@ -78,7 +78,7 @@ MILD = {
     float: ["0.1", "0.5", "1e-3", "1e-9", "3"],
     str: ["text.txt", "x", "1.0", "0.0"],
 }
-"""Values that are odd at most: with them, other faults are reached."""
+"""Values that are probably valid, so that the command gets far enough to show other faults."""
 UNKNOWN = [
     ["--no-such-flag"], ["--no-such-flag", "1"], ["--no-such-flag=1"], ["-x"], ["-n", "5"], ["---"], ["--=1"],
     ["--no"], ["--no-"], ["-"], ["--"], ["--", "--help"], ["--" + "a" * 5000], ["--\0"], ["--\udce9=1"], ["--é"],
@@ -107,7 +107,7 @@ def values_of(kind: Any) -> list[list[str]]:
 
 
 def mild_values_of(kind: Any) -> list[list[str]]:
-    """Values of a type that may well be good."""
+    """Values of a type that are probably valid."""
     if kind in MILD:
         return [[value] for value in MILD[kind]]
     parts = [part for part in typing.get_args(kind) if part in MILD]
@@ -116,15 +116,15 @@ def mild_values_of(kind: Any) -> list[list[str]]:
     return [[str(name)] for name in typing.get_args(kind) if isinstance(name, str)] or [["True"], ["False"]]
 
 
-# what the program has -----------------------------------------------------------------------------------
+# commands and flags of the program ----------------------------------------------------------------------
 
 
 class Caught(BaseException):
-    """What the program was about to parse."""
+    """Raised in place of parsing, with what would be parsed."""
 
 
 def flags_of(arguments: list[str]) -> dict[str, Any]:
-    """The flags of a command line, with their types: those of the dataclasses that it stands for."""
+    """The flags of a command line, with their types, from the dataclasses that it is parsed into."""
 
     def catch(parts, *_):
         raise Caught(*(part for _, part in parts))
@@ -147,7 +147,7 @@ def negative(flag: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """A command with what it needs before its flags, and the flags."""
+    """A command with the arguments that it needs before its flags, and the flags."""
 
     command: str
     needs: tuple[str, ...]
@@ -159,7 +159,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Line:
-    """A command line in parts; the hostile ones apart, so that each can be left out."""
+    """A command line in parts; the hostile parts are separate, so that each can be left out."""
 
     start: tuple[str, ...]
     base: tuple[tuple[str, ...], ...]
@@ -186,7 +186,7 @@ class Line:
 
 @st.composite
 def lines(draw, forms: list[Form]) -> Line:
-    """A command line with one to three things that are wrong, or odd."""
+    """A command line with one to three wrong or unusual parts."""
     form = draw(st.sampled_from(forms))
     start, flags = (form.command, *form.needs), dict(form.flags)
     names = list(flags)
@@ -220,7 +220,7 @@ def lines(draw, forms: list[Form]) -> Line:
             hostile.append((draw(st.sampled_from(["@char", "@byte", "last", "baby", "littlebaby"])),))
         else:
             start = (*start[:-1], draw(st.sampled_from(STRINGS))) if len(start) > 1 else start
-    # as nobody, processes may not be able to read what they are to run
+    # as the user nobody, processes may not be able to read the files that they run
     assume("--workers" not in tried or not set(FORBIDDEN) & {argument for part in hostile for argument in part})
     return Line(
         start,
@@ -231,8 +231,8 @@ def lines(draw, forms: list[Form]) -> Line:
 
 
 def base_of(form: Form, tried: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Small sizes for the flags that are not tried. Equations are made by the program, and have contexts of their
-    own; a run has its own text and steps."""
+    """Small sizes for the flags that are not tried. Equations are generated and have their own contexts; a run
+    has its own text and steps."""
     flags = dict(form.flags)
     own = {"--data", "--n-ctx", "--head-size", "--n-emb", "--n-heads"} if "--held-out" in flags else set()
     if form.command in ("check", "evaluate", "resume"):

@@ -1,4 +1,4 @@
-"""Every layer and model, in one table: the laws in test_layers.py hold for each of them."""
+"""Every layer and model, in one table: test_layers.py runs its tests for each of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def _cross_entropy() -> Entry:
     targets = np.random.default_rng(7).integers(0, V, N).astype(np.int32)
 
     def forward(xp, p, logits, streams):
-        # made from a range, so that the targets live where the other arrays do
+        # made from a range, so that the targets are on the same device as the other arrays
         at = xp.arange(V, dtype=xp.int32, device=xp.device)
         return cross_entropy.forward(xp, p, logits, xp.concat([at[int(t) : int(t) + 1] for t in targets]))
 
@@ -180,7 +180,7 @@ class Numbers:
 
 
 def numbers_for(entry: Entry, seed: int = 0) -> Numbers:
-    """Parameters far from their usual small first values, so that every term of a gradient counts."""
+    """Parameters far from their usual small initial values, so that every term of a gradient matters."""
     rng = np.random.default_rng(seed)
     layout = Layout.of(entry.spec)
     usual = params.draw(entry.spec, seed, "float64") if list(leaves(entry.spec)) else np.zeros(0)

@@ -1,6 +1,6 @@
-"""Does steps of test_machine.py in forks of a process that has loaded nothing but baby_xp, and ends them.
+"""Does steps of test_machine.py in forks of a process that has loaded only baby_xp, and ends them.
 
-JAX and PyTorch, which the tests have loaded by then, do not stand a fork. test_machine.py starts it with
+JAX and PyTorch, which the tests may have loaded, cannot be forked. test_machine.py starts it with
 baby_xp.processes.
 """
 
@@ -50,8 +50,8 @@ def done(seconds: float | None = None, **job: Any) -> dict:
 
 
 def in_child(job: dict, slow: bool) -> dict:
-    """What a fork does."""
-    signal.alarm(60)  # in case it never ends
+    """Runs the job in the fork."""
+    signal.alarm(60)  # in case the process never ends
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
     machine_faults.GUIDS.source = machine_faults.Guids(job["guid"])

@@ -30,7 +30,7 @@ from baby_xp.training.listener import Listener
 SMALL = {"workers": 1, "backend": "numpy", "schedule": "constant", "warmup_steps": 0, "sample_tokens": 0}
 GPT = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 2, "lr": 1e-2}
 STEPS, MORE, TUNED = 6, 9, 4
-"""Steps of a run, of one that is prolonged, and of finetuning; evaluations fall on the last of each."""
+"""Steps of a run, of an extended one, and of finetuning; the last step of each has an evaluation."""
 SENTENCES = "the cat sat on the mat.\nit sat and sat, and so did the hat. "
 TEXTS = {
     "a": (SENTENCES * 9).encode(),
@@ -42,11 +42,11 @@ PARTS = ("config", "tokenizer", "model", "state")
 OUTPUTS = ("report", "metrics", "completion")
 FOLDERS = ("configs", "tokenizers", "models", "outputs", "corpora")
 OF_A_SESSION = {"max_minutes", "checkpoint_every", "checkpoint_minutes", "sample_tokens"}
-"""Settings that change no number of a run."""
+"""Settings that do not change the numbers of a run."""
 NOBODY = 65534
 
 
-# what goes wrong ----------------------------------------------------------------------------------------
+# faults -------------------------------------------------------------------------------------------------
 
 WRITES = {"os.mkdir", "os.rename", "os.fsync", "save"}
 READS = {"os.listdir", "os.scandir"}
@@ -61,10 +61,10 @@ class Watch:
         self.root, self.action, self.count, self.hooked = "", None, 0, False
 
     def event(self, event: str, args: tuple) -> None:
-        """What Python calls for each event, of which there are many others."""
+        """The audit hook, which Python also calls for many other events."""
         if self.action is None or event not in EVENTS or not self._is_here(event, args):
             return
-        action, self.action = self.action, None  # what it does itself is not watched
+        action, self.action = self.action, None  # its own file operations are not watched
         try:
             self.count += 1
             action(self.count - 1, event, args)
@@ -133,7 +133,7 @@ class Fault:
         if self.seen <= self.at or (self.once and self.fired):
             return
         self.fired += 1
-        if event == "save":  # as the library says it
+        if event == "save":  # as the library reports it
             what = f"Error while serializing: I/O error: {os.strerror(self.code)} (os error {self.code})"
             raise SafetensorError(what)
         raise OSError(self.code, os.strerror(self.code), *(arg for arg in args[:1] if isinstance(arg, str)))
@@ -160,7 +160,7 @@ class Writing:
 
 
 def fsync(file: Any) -> None:
-    """In the place of os.fsync: a power cut is not what is tried here."""
+    """Replaces os.fsync, because no power cut is simulated here."""
     WATCH.event("os.fsync", (file,))
 
 
@@ -184,7 +184,7 @@ class Guids:
 
 
 class Clock:
-    """Some seconds go by whenever it is read."""
+    """A clock that advances by some seconds whenever it is read."""
 
     def __init__(self, seconds: float = 1.0):
         self.now, self.seconds = 0.0, seconds
@@ -236,7 +236,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_user(root: Path) -> Iterator[None]:
-    """Work as a user whom permissions hold back, and who owns all under `root`."""
+    """Work as a user who is subject to permissions and owns everything under `root`."""
     if os.geteuid() != 0:
         yield
         return
@@ -254,7 +254,7 @@ def plain_user(root: Path) -> Iterator[None]:
         give_to(0)
 
 
-# what can be done, here or in a child -------------------------------------------------------------------
+# calls, here or in a child ------------------------------------------------------------------------------
 
 
 class Interrupting(Listener):

@@ -1,4 +1,4 @@
-"""What is on disk, and how a run goes that nothing disturbs, for test_machine.py."""
+"""The state on disk, and undisturbed runs to compare with, for test_machine.py."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ from baby_xp.runs.store import GUID, RunFiles
 
 @dataclass
 class Tree:
-    """All below a folder: SHA-256 of each file by its relative path, and the folders."""
+    """Everything below a folder: SHA-256 of each file by its relative path, and the folders."""
 
     files: dict[str, str] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
@@ -59,7 +59,7 @@ _OWNED = re.compile(rf"(?:config|tokenizer|model|state|report|metrics|completion
 
 
 def owner(name: str) -> str | None:
-    """The GUID that a file's name holds."""
+    """The GUID in a file's name."""
     found = _OWNED.search(os.path.basename(name))
     return found and found[1]
 
@@ -84,7 +84,7 @@ def without_times(progress: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Twin:
-    """How a run goes that nothing disturbs: digests by step."""
+    """The course of an undisturbed run: digests by step."""
 
     params: dict[int, str] = field(default_factory=dict)
     states: dict[int, str] = field(default_factory=dict)
@@ -171,14 +171,14 @@ class Twins:
 
 
 def settings_key(config: dict[str, Any]) -> str:
-    """What the numbers of a run follow from, except text and weights."""
+    """What determines the numbers of a run, except text and weights."""
     train = {name: value for name, value in config["train"].items() if name not in OF_A_SESSION}
     data = {name: value for name, value in config["data"].items() if name not in ("data", "file")}
     return json.dumps([config["model"], train, data, config["vocab_size"]], sort_keys=True)
 
 
 def metrics_of(files: RunFiles) -> list[dict[str, Any]]:
-    """What the metrics hold except the times; nothing before the first evaluation."""
+    """The metrics without the times; empty before the first evaluation."""
     if not files.metrics.is_file():
         return []
     return [{**json.loads(line), "seconds": 0} for line in files.metrics.read_text("ascii").splitlines()]

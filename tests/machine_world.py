@@ -1,4 +1,4 @@
-"""A folder of small runs, what happens to it, and what must hold after each step. See test_machine.py."""
+"""A folder of small runs, what happens to it, and the invariants after each step. See test_machine.py."""
 
 import hashlib
 import itertools
@@ -33,7 +33,7 @@ from baby_xp.runs.store import GUID, RunFiles
 
 
 class Broken(AssertionError):
-    """Something does not hold. Each kind has a class of its own, so that hypothesis can tell them apart."""
+    """An invariant is violated. Each kind has its own class, so that hypothesis can distinguish them."""
 
     kinds: ClassVar[dict[str, type]] = {}
 
@@ -50,20 +50,20 @@ class Known:
     guid: str
     config: dict[str, Any]
     text: str | None
-    """Which text it learned from; None: equations, or imported."""
+    """The text that it was trained on; None: equations, or imported."""
     base: str | None = None
-    """What the base's weights are found by, of a finetuned run."""
+    """The key of the base's weights, for a finetuned run."""
     imported: str | None = None
     """Digest of the parameters of an imported run."""
     hurt: dict[str, tuple[bytes | None, str | None]] = field(default_factory=dict)
-    """Of each damaged file: what it was, and the digest of what it is now."""
+    """For each damaged file: its original content, and the digest of the current content."""
     step: int = 0
     old: bytes | None = None
     """An older checkpoint."""
 
     @property
     def is_sound(self) -> bool:
-        """Whether all that loading and resuming need is as it was written."""
+        """Whether the files that loading and resuming need are unchanged."""
         return not any(name.startswith(("configs", "tokenizers", "models")) for name in self.hurt)
 
 
@@ -116,9 +116,9 @@ class Op:
     may_stop: bool = False
     """Whether something may end it early."""
     may_fail_late: bool = False
-    """Whether something stands where it is to write a file."""
+    """Whether something blocks the path of a file that it has to write."""
     keeps_outputs: bool = True
-    """False where its outputs are deleted meanwhile."""
+    """False if its outputs are deleted in the meantime."""
 
     def __str__(self) -> str:
         given = {name: value for name, value in self.arguments.items() if name not in {*SMALL, *GPT, "path"}}
@@ -139,11 +139,11 @@ class Frame:
 
 
 SEEN: dict[str, str] = {}
-"""What was computed, by what it was computed from: it must be the same each time."""
+"""Results by their inputs: they must be the same each time."""
 
 
 class World:
-    """A folder of runs, the texts that they learn from, and a record of all that is known of them."""
+    """A folder of runs, the texts that they are trained on, and a record of everything known about them."""
 
     def __init__(self, twins: Twins, in_fork: Callable[..., dict], failures: list[tuple[str, str]]):
         self.twins, self.in_fork, self.failures = twins, in_fork, failures
@@ -186,7 +186,7 @@ class World:
         self.journal.append(line)
 
     def fail(self, kind: str, text: str = "") -> None:
-        """Something does not hold: raises Broken with all steps."""
+        """Raises Broken with all steps."""
         self.note(f"BROKEN: {kind}")
         steps = "\n".join(f"{number:>3}  {line}" for number, line in enumerate(self.journal, 1))
         if self.pending is None:
@@ -196,7 +196,7 @@ class World:
         raise self.pending
 
     def surroundings(self) -> Tree:
-        """Texts and exports: what no step changes unless it says so."""
+        """Texts and exports, which a step changes only if it declares so."""
         tree = Tree()
         for name in ("texts", "elsewhere", "out"):
             found = Tree.of(self.root / name)
@@ -233,10 +233,10 @@ class World:
         found = (re.fullmatch(rf"configs/config_({GUID.pattern})\.json", n) for n in {*tree.files, *tree.folders})
         return {one[1] for one in found if one}
 
-    # by hand ---------------------------------------------------------------------------------------------
+    # manual changes --------------------------------------------------------------------------------------
 
     def damage(self, guid: str, path: Path, act: Callable[[], None]) -> None:
-        """Let a file of a run be damaged by `act`, and remember what it was."""
+        """Damage a file of a run with `act`, and remember its content."""
         name, before = self.relative(path), path.read_bytes()
         act()
         original = self.known[guid].hurt.get(name, (before,))[0]
@@ -246,7 +246,7 @@ class World:
             self.known[guid].hurt[name] = original, now
 
     def heal(self, known: Known) -> None:
-        """Bring back the files of a run that were damaged."""
+        """Restore the damaged files of a run."""
         for name, (original, _) in known.hurt.items():
             path = self.folder / name
             if path.is_symlink() or path.is_file():
@@ -284,7 +284,7 @@ class World:
     def do(
         self, op: Op, trouble: Any = None, how: str = "", harmless: Callable[[], bool] = lambda: False
     ) -> Outcome:
-        """Do it, in trouble or without, and see that all holds.
+        """Do it, with or without a fault, and check the invariants.
 
         trouble: a context manager that the call runs in, or a job for a child, as keywords of machine_child.done.
         harmless: whether, afterwards, the trouble turns out to be none.
@@ -304,7 +304,7 @@ class World:
                     outcome = self._here(op)
                 if writing.wrong:
                     self.fail("a file may be half-written", ", ".join(writing.wrong))
-                if self.pending:  # what a step inside of this one found
+                if self.pending:  # what a nested step found
                     raise self.pending
             self.journal[line] = self.journal[line].removesuffix("...") + f"-> {outcome}"
             self.verify(frame, outcome, trouble is not None and not harmless())
@@ -346,7 +346,7 @@ class World:
         return Outcome(error=found.get("error"), crashed=found["kind"] in ("killed", "interrupted"))
 
     def _bring_up_to_date(self) -> None:
-        """What the step at hand has changed is no change to the steps around it."""
+        """Tell the enclosing steps about the changes of the current step."""
         if self.frames:
             now, active = Tree.of(self.folder), self.active()
             for frame in self.frames:
@@ -355,14 +355,14 @@ class World:
                 frame.before = Tree({**rest, **kept}, now.folders | frame.before.folders)
 
     def active(self) -> set[str]:
-        """Runs that a step around this one works on; of a new one, the GUID is not known."""
+        """Runs that an enclosing step works on; the GUID of a new one is not known."""
         return set().union(*(frame.active for frame in self.frames))
 
     def _is_of_active(self, name: str, active: set[str]) -> bool:
         who = owner(name)
         return who in active or (who is not None and who not in self.known) or name.startswith("corpora")
 
-    # what must hold --------------------------------------------------------------------------------------
+    # invariants ------------------------------------------------------------------------------------------
 
     def verify(self, frame: Frame, outcome: Outcome, in_trouble: bool) -> None:
         op, inner = frame.op, len(self.frames) > 1
@@ -374,7 +374,7 @@ class World:
             self.fail("what cannot work does", str(op))
         listed = self.listed(after)
         fresh = listed - self.known.keys() - around
-        if inner and any(one.op.makes for one in self.frames[:-1]):  # the run that is being made around this step
+        if inner and any(one.op.makes for one in self.frames[:-1]):  # the run that an enclosing step creates
             value = getattr(outcome.value, "guid", None)
             fresh &= {value}
         self._check_fresh(op, outcome, fresh, in_trouble)
@@ -399,7 +399,7 @@ class World:
             self._check_surroundings()
 
     def _check_surroundings(self) -> None:
-        """Texts and exports are as before, except what was exported just now."""
+        """Checks that texts and exports are unchanged, except what was exported just now."""
         now, places = self.surroundings(), tuple(f"{place}/" for place in self.just_exported)
         odd = now.differences(self.others) | (now.folders ^ self.others.folders)
         odd = {name for name in odd if not f"{name}/".startswith(places)}
@@ -421,7 +421,7 @@ class World:
     def _check_others(
         self, frame: Frame, after: Tree, touched: set[str], around: set[str], outcome: Outcome, inner: bool
     ) -> None:
-        """All files of other runs are as before, and there are none without a run."""
+        """Checks that all files of other runs are unchanged, and that there are no files without a run."""
         swept: set[str] = set()
         for name in sorted(frame.before.differences(after)):
             who = owner(name)
@@ -447,13 +447,13 @@ class World:
                 self.fail("a step that failed left folders", ", ".join(sorted(made)))
 
     def _is_orphan(self, guid: str, outcome: Outcome, gone: bool) -> bool:
-        """Whether a file without a run is left of a process that was killed, or of such a run and now removed."""
+        """Whether a file without a run was left by a killed process, or was removed with the run of one."""
         if outcome.crashed:
             self.orphans.add(guid)
         return guid in self.orphans or gone
 
     def _was_never_trained(self, guid: str, frame: Frame, name: str) -> bool:
-        """A run that was killed before its first step, and then lost its config, may be tidied up."""
+        """A run that was killed before its first step and then lost its config may be removed."""
         known = self.known[guid]
         config = self.relative(self.files(guid).config)
         return known.hurt.get(config, ("", ""))[1] is None and known.step == 0 and name in frame.before.files
@@ -483,7 +483,7 @@ class World:
         if frame.op.makes and outcome.value is not None and not in_trouble:
             if left:
                 self.fail("what a kill left is not swept", ", ".join(sorted(left)))
-            # a finetuning may have the name by now of one that was killed
+            # a finetuned run may now have the name of one that was killed
             here = {owner(name) for name in after.files} - {outcome.value.guid}
             if left := here & self.orphans - self.unmarked:
                 self.fail("files of a run that was killed are not swept", ", ".join(sorted(left)))
@@ -497,7 +497,7 @@ class World:
         self.known[guid] = Known(guid, config, op.text, op.base, imported)
 
     def _refresh(self, known: Known, after: Tree) -> None:
-        """What a step may have changed of a run."""
+        """Update what a step may have changed in a run."""
         known.hurt = {name: hurt for name, hurt in known.hurt.items() if after.files.get(name) == hurt[1]}
         if self.relative(self.files(known.guid).config) not in known.hurt:
             known.config = json.loads(self.files(known.guid).config.read_bytes())
@@ -556,14 +556,14 @@ class World:
                 self.fail("a run is done without its outputs", path.name)
 
     def _expected_params(self, known: Known, part: str) -> str:
-        """Digest of the parameters that a file should hold, by the step that it is of."""
+        """Digest of the parameters that a file should contain, given its step."""
         if known.imported is not None:
             return known.imported
         step = int(read_arrays(getattr(self.files(known.guid), part))[1]["step"])
         return self.twin(known).params.get(step, f"no step {step}")
 
     def check_list(self, listed: set[str], inner: bool = False) -> None:
-        """Every run is in the list, and loads or says why not."""
+        """Checks that every run is listed, and loads or reports why not."""
         found = self._here(Op("runs", {"path": str(self.folder)}))
         if found.error is not None:
             self.fail("runs cannot be listed", found.error)
@@ -612,7 +612,7 @@ class World:
         self.compare(op, outcome.value)
 
     def compare(self, op: Op, value: Any, text: str | None = None) -> None:
-        """What was computed of the same weights before must be the same now."""
+        """Checks that results from the same weights are the same as before."""
         run, result = value
         result = [asdict(one) for one in result] if isinstance(result, list) and op.name == "check" else result
         result = {**asdict(result), "data": None} if op.name == "evaluate" else result

@@ -1,4 +1,4 @@
-"""What makes small runs quick, for the tests and for the processes that they start."""
+"""Makes small runs fast, for the tests and for the processes that they start."""
 
 import functools
 import importlib.metadata

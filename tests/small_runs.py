@@ -1,4 +1,4 @@
-"""Small runs, and fixtures that give commands to the program; conftest.py takes them from here."""
+"""Small runs, and fixtures that run commands; conftest.py imports them from here."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from baby_xp.runs.store import RunFiles
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 LONGEST = 600
-"""Characters of a message; it may repeat a name of the longest that a file can have."""
+"""The most characters of a message, which may contain the longest possible file name."""
 TEXT = "the cat sat on the mat.\nit sat and sat. " * 25
 TINY = {
     "n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "batch_size": 4, "num_steps": 3,
@@ -61,7 +61,7 @@ def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
 
 
 def all_of(folder: Path) -> dict[str, bytes | None]:
-    """All files with what they hold, and all folders."""
+    """All files with their contents, and all folders."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
     }
@@ -105,7 +105,7 @@ def refused(call, work):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> RunFiles:
-    """A run of the tiny settings, made by a command, which no test changes."""
+    """A run with the tiny settings, made by a command; no test changes it."""
     folder, out = tmp_path_factory.mktemp("trained"), io.StringIO()
     (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     with quick(), contextlib.chdir(folder), contextlib.redirect_stdout(out):

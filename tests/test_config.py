@@ -1,4 +1,4 @@
-"""Configs: every field is checked when a config is made, and a config survives the way to JSON and back."""
+"""Configs: every field is checked when a config is created, and a config survives a round trip through JSON."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def test_training_needs_an_end_and_min_lr_below_lr():
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "base", "expected"), [
     (16, 1, None, 1e-3), (16, 1, 16, 1e-3), (64, 1, 16, 4e-3), (4, 1, 16, 2.5e-4),
-    # what a step learns from decides, not in how many parts it is computed
+    # the size of the step counts, not the number of parts in which it is computed
     (12, 1, 4, 3e-3), (3, 4, 4, 3e-3), (1, 12, 4, 3e-3),
 ])  # fmt: skip
 def test_the_rate_scales_with_the_step_size_only_if_a_base_is_given(batch_size, accumulate, base, expected):

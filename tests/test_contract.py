@@ -1,4 +1,4 @@
-"""What the house promises of itself: who imports what, and that the code is tidy."""
+"""The project's own rules: which module may import which, and that the code is tidy."""
 
 import ast
 import shutil
@@ -45,7 +45,7 @@ def test_each_backend_file_imports_only_its_own_library():
 
 
 def test_imports_run_one_way():
-    """The contracts of pyproject.toml: every module has a rank, and there is no circle."""
+    """The contracts of pyproject.toml: every module has a rank, and there are no cycles."""
     pytest.importorskip("importlinter", reason="import-linter is not installed")
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -59,7 +59,7 @@ PACKAGES = ("baby_xp", "baby_xp_backends", "baby_xp_data", "bench")
 
 
 def modules_used(tree: ast.AST) -> dict[str, str]:
-    """The modules and names of ours that a file imports, by the name that they have there."""
+    """The modules and names of this project that a file imports, by their names in the file."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
@@ -68,7 +68,7 @@ def modules_used(tree: ast.AST) -> dict[str, str]:
 
 
 def misnamed(path: Path) -> list[str]:
-    """What goes by another name in a file, and what is private elsewhere."""
+    """Names that a file imports under an alias, or that are private in another module."""
     tree = ast.parse(path.read_text("utf-8"))
     found = []
     for node in ast.walk(tree):
@@ -84,7 +84,7 @@ def misnamed(path: Path) -> list[str]:
 
 
 def test_one_name_one_thing():
-    """No module or name of ours goes by another one, and none that is private is used elsewhere."""
+    """No module or name of this project is imported under an alias, and no private name is used elsewhere."""
     assert {str(path.relative_to(ROOT)): found for path in OURS if (found := misnamed(path))} == {}
 
 

@@ -1,4 +1,4 @@
-"""What a page says can be done, can be done: every block and command runs, every quotation and link is right."""
+"""The pages are true: every block and command runs, every quotation and link is right."""
 
 import functools
 import importlib.util
@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
 LONG = ("equations", "glossary", "inspect", "life-of-a-run", "parameters", "presets", "tour")
 LONG_PAGES = {"README.md", *(f"docs/{name}.md" for name in LONG)}
-"""They train for more than some seconds."""
+"""Pages whose blocks train for more than some seconds."""
 SECONDS_PER_PAGE, SECONDS_PER_CELL = 1800, 1800
 
 
@@ -47,12 +47,12 @@ def is_run(block: Block) -> bool:
     return bool(block.mark == "output" or block.commands or (block.kind == "python" and not block.mark))
 
 
-# what is run --------------------------------------------------------------------------------------------
+# blocks that are run ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def outcomes_of(page: Path) -> dict[str, list[str]]:
-    """Run a page in a new folder and a process of its own -> outcome by place."""
+    """Run a page in a new folder and a separate process -> outcome by place."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results, cwd = Path(folder) / "results.json", Path(folder) / "reader"
         cwd.mkdir()
@@ -71,12 +71,12 @@ def outcomes_of(page: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(("page", "place"), blocks_to_run())
 def test_block(page, place):
-    """It runs after all blocks before it; what it is said to print, it prints."""
+    """It runs after all blocks before it and prints the output that the page shows."""
     judge(page, place)
 
 
 def judge(page: Path, place: str) -> None:
-    """Pass, fail or skip, as the block's outcome has it."""
+    """Pass, fail or skip, according to the block's outcome."""
     found = outcomes_of(page)
     if place not in found and any(outcome == "failed" for at, (outcome, _) in found.items() if at != "end"):
         pytest.skip("a block before it failed")
@@ -97,10 +97,10 @@ def test_notebook(run_notebook, notebook):
 
 @pytest.fixture
 def run_notebook(tmp_path, monkeypatch):
-    """Run a notebook in a folder of its own, its outputs thrown away."""
+    """Run a notebook in a separate folder, without keeping its outputs."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    # neither the user's kernels and settings, nor a home that can be written
+    # without the user's kernels and settings, and without a writable home folder
     for name in ("IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
     monkeypatch.setenv("PYTHONUTF8", "1")
@@ -115,12 +115,12 @@ def run_notebook(tmp_path, monkeypatch):
     return run
 
 
-# what is not run ----------------------------------------------------------------------------------------
+# blocks that are not run --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_is_of_a_known_kind(page):
-    """So that none is left out in silence."""
+    """So that none is silently left out."""
     assert faults_of(page.read_text("utf-8")) == []
 
 
@@ -153,7 +153,7 @@ def quotations() -> list:
 
 @pytest.mark.parametrize("block", quotations())
 def test_quotation(block):
-    """Code that a page shows stands word for word where it says."""
+    """Code that a page quotes is in the named file, word for word."""
     path = ROOT / block.mark.removeprefix("code:").strip()
     assert path.is_file(), f"{path} is not there"
     assert is_quoted(block.text, path.read_text("utf-8")), f"not in {path.name} word for word:\n{block.text}"

@@ -1,4 +1,4 @@
-"""Files are whole or as before, whatever fails; and what the system refuses is one line with advice."""
+"""Files are complete or unchanged, whatever fails, and system errors become one line with advice."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def test_a_second_write_replaces_the_first(tmp_path, write):
 
 
 def test_a_text_is_written_in_utf_8_with_escapes_for_half_characters(tmp_path):
-    """A file name may have such, and a report names its text."""
+    """A file name may contain them, and a report names its text."""
     files.write(tmp_path / "a", "caf\u00e9 \U0001f600\n")
     assert (tmp_path / "a").read_bytes() == "caf\u00e9 \U0001f600\n".encode()
     files.write(tmp_path / "a", os.fsdecode(b"caf\xe9"))
@@ -47,7 +47,7 @@ def test_a_text_is_written_in_utf_8_with_escapes_for_half_characters(tmp_path):
 
 
 class FullFile:
-    """A file on a disk that fills up in the middle of a write."""
+    """A file on a disk that becomes full in the middle of a write."""
 
     def __init__(self, file):
         self.file = file
@@ -134,7 +134,7 @@ def test_a_missing_folder_is_made(tmp_path):
 
 
 def test_a_folder_that_is_removed_repeatedly_is_created_again(tmp_path, monkeypatch):
-    """As a run that fails does with a folder that it made and that is still empty."""
+    """As a failed run does with a folder that it created and that is still empty."""
     opened, replace, left = open, os.replace, {"open": 3, "replace": 2}
 
     def removed_before_open(path, mode):

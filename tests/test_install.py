@@ -1,4 +1,4 @@
-"""An installation that is a copy works from anywhere, the checkout's own folder included."""
+"""A non-editable installation works from any folder, including the checkout."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ BACKENDS = {"numpy", "cupy", "torch", "jax", "array-api-strict"}
 WHERE = """import json, baby_xp, baby_xp_backends, baby_xp_data
 print(json.dumps([baby_xp.__file__, *baby_xp_backends.__path__]))
 """
-# Libraries that take long to import are made missing: test_cli.py shows them.
+# Libraries that take long to import are hidden; test_cli.py tests them.
 LIST_BACKENDS = """import sys
 sys.modules["torch"] = sys.modules["jax"] = None
 from baby_xp.cli import main
@@ -49,13 +49,13 @@ def installed(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def distribution(installed):
-    """What the installation says of itself."""
+    """The metadata of the installation."""
     (found,) = importlib.metadata.distributions(name="baby_xp", path=[str(installed)])
     return found
 
 
 def environment(installed: Path) -> dict[str, str]:
-    """That of who runs the tests, with the installation before all else but the folder that Python begins with."""
+    """The environment of the tests, with the installation first on the path after the script's folder."""
     return {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": ""}
 
 

@@ -1,9 +1,9 @@
-"""A machine that looks for more: random steps on one folder of small runs, with all that can happen to it.
+"""A state machine that searches for faults: random steps on one folder of small runs, with all kinds of failures.
 
 After each step, other runs are as they were, bit for bit; every error is one BabyError of one line; every run in
-the list loads or says why not; nothing is left over; and a run that was stopped and resumed ends with the numbers
-of a twin that nothing disturbed. machine_faults.py has what is done and what goes wrong, machine_twins.py the
-twins, machine_world.py what must hold, this file the rules.
+the list loads or reports why not; no files are left over; and a run that was stopped and resumed ends with the
+numbers of an undisturbed twin. machine_faults.py has the calls and the faults, machine_twins.py the twins,
+machine_world.py the invariants, this file the rules.
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/test_machine.py -k hour -s
 
@@ -58,7 +58,7 @@ class Machine(RuleBasedStateMachine):
     in_fork: Callable[..., dict]
     """Does a job in a fork: see machine_child.done."""
     real_time = False
-    """Whether children are killed by the clock too: such a sequence may go otherwise the next time."""
+    """Whether children are also killed by the clock: such a sequence may differ the next time."""
     counts: ClassVar[Counter] = Counter()
     failures: ClassVar[list] = []
 
@@ -75,7 +75,7 @@ class Machine(RuleBasedStateMachine):
             self.world.close()
 
     def finish(self):
-        """At the end, what was damaged is mended, and every run that was stopped goes on to its twin's end."""
+        """At the end, damaged files are restored, and every stopped run is resumed to the end of its twin."""
         self.world.note("at the end:")
         self.bring_texts_back()
         for known in list(self.world.known.values()):
@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         for guid in list(self.world.known):
             self.world.do(self.resume_of(guid))
 
-    # what is drawn ---------------------------------------------------------------------------------------
+    # random choices --------------------------------------------------------------------------------------
 
     def has_runs(self) -> bool:
         return bool(self.world.known)
@@ -95,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         return chance.choice(list(self.world.known))
 
     def name_of(self, chance: Random, guid: str) -> str:
-        """The run's GUID, or the beginning of it where that is enough, or "last" where it is that one."""
+        """The run's GUID, or an unambiguous beginning of it, or "last" if it is the last one."""
         if chance.random() < 0.8:
             return guid
         listed = store.guids(self.world.folder)
@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         can = known.config["model"]["kind"] == "gpt"
         must = None if "interrupt" in stop or not known.is_sound or name in self.world.changed else can
         base = self.world.twins.keep_base(self.world.files(guid)) if known.is_sound and can else None
-        if base is None or name in self.world.changed:  # it may work all the same, and has no twin then
+        if base is None or name in self.world.changed:  # it may succeed nevertheless, and then has no twin
             arguments["data"] = str(self.bad_text(chance))
             must = False
         return Op("finetune", arguments, makes=True, must=must, text=name, base=base, may_stop=bool(stop))
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         return Op("resume", arguments, touches=guid, must=must, may_stop=stops, may_fail_late=not may_write)
 
     def has_files_to_write(self, known: machine_world.Known) -> bool:
-        """Whether no folder or link stands where a file of the run is to be written."""
+        """Whether no folder or link blocks the path of a file that the run has to write."""
         paths = [self.world.path_of(known.guid, part) for part in (*PARTS, *machine_faults.OUTPUTS)]
         return not any(path.is_symlink() or path.is_dir() for path in paths)
 
@@ -215,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         op = Op(name, arguments, must=must)
         if name == "load":
             return op
-        if name == "stream":  # as an iterator, it does nothing by itself
+        if name == "stream":  # an iterator does nothing until it is consumed
             op.name = "generate"
             op.arguments["use_cache"] = False
         op.check = lambda value: self.world.compare(op, value, text)
@@ -241,7 +241,7 @@ class Machine(RuleBasedStateMachine):
     def import_of(self, chance: Random) -> Op:
         export = chance.choice(self.world.exports)
         arguments = {"model": export.model, "path": str(self.world.folder), "dtype": "float64"}
-        if chance.random() < 0.6:  # under a name that is no GUID
+        if chance.random() < 0.6:  # under a name that is not a GUID
             self.world.exported += 1
             folder = self.world.root / f"out/{self.world.exported}"
             folder.mkdir()
@@ -304,14 +304,14 @@ class Machine(RuleBasedStateMachine):
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def go_on(self, chance):
-        """With a run: train it on, use it, finetune or export it."""
+        """With a run: resume, use, finetune or export it."""
         self.world.do(self.op_on(chance, self.a_run(chance)))
 
-    # with something going wrong --------------------------------------------------------------------------
+    # calls with faults -----------------------------------------------------------------------------------
 
     @rule(chance=CHANCE)
     def a_fault(self, chance):
-        """The system refuses something meanwhile: the disk is full, broken, read-only, without locks."""
+        """During a step, the system refuses something: the disk is full, broken, read-only, without locks."""
         op, name = self.an_op(chance), chance.choice(sorted(FAULTS))
         whole = FAULTS[name][1] & {"remove", "lock"}
         fault = Fault(name, 0 if whole else chance.randrange(60), not whole and chance.choice([False, True]))
@@ -321,7 +321,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def no_file_may_grow(self, chance):
-        """Real writes fail, wherever they are done."""
+        """Real writes fail, in Python or in compiled code."""
         op, limit = self.an_op(chance), chance.choice([0, 10, 300, 1500, 3000, 6000, 9000, 12000, 20000])
         self.world.do(op, machine_faults.file_size_limit(limit), f"files up to {limit} bytes")
 
@@ -342,18 +342,18 @@ class Machine(RuleBasedStateMachine):
                     yield
                 finally:
                     if before is not None:
-                        with contextlib.suppress(FileNotFoundError):  # what a kill left was tidied up
+                        with contextlib.suppress(FileNotFoundError):  # what a kill left was removed
                             target.chmod(before)
 
         self.world.do(op, trouble(), f"mode {mode:03o} of {target.relative_to(self.world.root)}")
 
     def paths(self) -> list[Path]:
-        """All that is in the folder of runs, except what links lead to."""
+        """Everything in the folder of runs, without following links."""
         return [path for path in self.world.folder.rglob("*") if not path.is_symlink()]
 
     @rule(chance=CHANCE)
     def killed(self, chance):
-        """In a process that is ended meanwhile."""
+        """A step in a process that is killed."""
         op = self.an_op(chance)
         while op.name not in ("train", "finetune", "resume"):
             op = self.an_op(chance)
@@ -371,7 +371,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def meanwhile(self, chance):
-        """Another step comes in between."""
+        """Another step happens during a step."""
         outer, at = self.an_op(chance), chance.randrange(120)
         inner = [None]
 
@@ -383,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         self.world.do(outer, trouble, f"at operation {at}:", harmless=lambda: inner[0] in (None, "harmless"))
 
     def inner_step(self, chance: Random, outer: Op) -> str:
-        """A step while another is at work -> "harmless" if that must succeed all the same."""
+        """A step during another one -> "harmless" if the other one must succeed nevertheless."""
         self.counts["steps"] += 1
         kinds = ["bad train", "bad train", "train", "runs", "outputs", "corpora", "ids"]
         others = [guid for guid in self.world.known if guid != outer.touches]
@@ -415,10 +415,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def damage(self, chance):
-        """A file of a run is no longer what it was."""
+        """A file of a run is damaged."""
         guid = self.a_run(chance)
         part = chance.choice([*PARTS, *PARTS, *machine_faults.OUTPUTS])
-        # a file of another run is noticed least where the two are alike
+        # a file of another run is hardest to detect if the two runs are similar
         others = sorted(self.world.known, key=lambda other: not self.are_alike(guid, other))
         others.remove(guid)
         kinds = ["zero", "cut", "longer", "empty", "gone", "link", "circle", "folder"]
@@ -440,7 +440,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(known.hurt for known in self.world.known.values()))
     @rule(chance=CHANCE)
     def heal(self, chance):
-        """The old files of a run are brought back."""
+        """The original files of a run are restored."""
         hurt = [known for known in self.world.known.values() if known.hurt]
         self.heal_run(chance.choice(hurt))
         self.world.check_list(self.world.listed())
@@ -453,7 +453,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(has_runs)
     @rule(chance=CHANCE)
     def an_older_checkpoint(self, chance):
-        """The state of an earlier time is brought back: the run goes on from there."""
+        """An older checkpoint is restored: the run continues from there."""
         known = self.world.known[self.a_run(chance)]
         path = self.world.files(known.guid).state
         if known.is_sound and path.is_file():
@@ -495,7 +495,7 @@ class Machine(RuleBasedStateMachine):
         if folder.is_dir():
             self.world.note(f"delete the folder {name}")
             self.world.delete_folder(folder)
-            if name == "configs":  # with the locks that mark what a kill has left
+            if name == "configs":  # with the locks that mark the files that a kill has left
                 self.world.unmarked |= self.world.orphans
 
     @precondition(has_runs)
@@ -519,14 +519,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def go_elsewhere(self, chance):
-        """Into another current folder, which has another text of the same name."""
+        """Changes to another current folder, which has another text of the same name."""
         folder = chance.choice(["", "elsewhere"])
         self.world.note(f"cd ./{folder}")
         os.chdir(self.world.root / folder)
 
     @rule(chance=CHANCE)
     def a_text_goes(self, chance):
-        """A text is renamed, altered, or brought back."""
+        """A text is renamed, changed or restored."""
         name, how = chance.choice(sorted(TEXTS)), chance.choice(["rename", "alter", "back", "back"])
         home, place = self.world.root / f"texts/{name}.txt", self.world.places[name]
         if how == "rename" and place == home:
@@ -555,7 +555,7 @@ def spoil(chance: Random, path: Path, kind: str, source: Path | None) -> None:
     """Damage a file."""
     data = path.read_bytes()
     place = chance.randrange(len(data)) if data and kind in ("flip", "cut") else 0
-    front = chance.choice([False, True])  # most of a file are its arrays: what stands before them is hit seldom
+    front = chance.choice([False, True])  # most of a file is arrays, so the part before them is hit seldom
     place = place % 400 if front else place
     written = {
         "flip": lambda: data[:place] + bytes([data[place] ^ (1 << chance.randrange(8))]) + data[place + 1 :],
@@ -581,7 +581,7 @@ def spoil(chance: Random, path: Path, kind: str, source: Path | None) -> None:
 
 
 def with_another_digit(chance: Random, data: bytes) -> bytes:
-    """The data with one digit changed, in what is text of them."""
+    """The data with one digit changed in its text part."""
     places = [place for place in range(min(len(data), 4000)) if data[place : place + 1].isdigit()]
     if not places:
         return data
@@ -599,7 +599,7 @@ SEARCH = settings(
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """The class, with what all sequences share."""
+    """The class, with the data that all sequences share."""
     shrinking = mock.patch.object(engine, "MAX_SHRINKING_SECONDS", 30, create=True)
     quickly, twins_folder = machine_faults.small_and_quick(), tempfile.TemporaryDirectory(prefix="baby_xp_twins_")
     child = processes.started("machine_child:done", "the process that forks")
@@ -618,7 +618,7 @@ def test_a_folder_of_runs_survives_a_few_random_sequences(machine):
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "kills", "seconds"), [(1, 15, (0.01, 0.08)), (2, 3, (0.8, 1.2))])
 def test_a_run_killed_repeatedly_ends_like_an_uninterrupted_one(machine, tmp_path, workers, kills, seconds):
-    """At random moments, by the clock; with workers too."""
+    """At random times; also with workers."""
     (tmp_path / "text.txt").write_bytes(TEXTS["a"])
     settings = {
         **SMALL, **GPT, "preset": "baby", "data": str(tmp_path / "text.txt"), "workers": workers, "num_steps": 400,
@@ -664,7 +664,7 @@ def test_an_hour_of_random_sequences(machine, capsys):
 
 
 class Hour:
-    """Runs the machine with one seed after the other, and goes on after a failure."""
+    """Runs the machine with one seed after the other, and continues after a failure."""
 
     def __init__(self, machine: type, end: float, log: Path | None):
         self.machine, self.end, self.log = machine, end, log
@@ -675,7 +675,7 @@ class Hour:
         said = time.monotonic()
         while time.monotonic() < self.end:
             seed = time.time_ns()
-            self.machine.real_time = seed % 3 == 0  # such a failure cannot be shortened: it may not come again
+            self.machine.real_time = seed % 3 == 0  # such a failure cannot be shortened: it may not happen again
             for kind, steps in self.tried(seed, [Phase.generate], 10, self.machine.counts)[:1]:
                 self.failed(seed, kind, steps)
             if time.monotonic() > said + 60:
@@ -695,14 +695,14 @@ class Hour:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            if not failures:  # it is the machine's own
+            if not failures:  # it is a fault of the state machine itself
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 kind = f"{type(error).__name__} in {last.name}, line {last.lineno}"
                 failures.append((kind, "".join(traceback.format_exception(error))))
         return failures
 
     def failed(self, seed: int, kind: str, steps: str) -> None:
-        """Report a failure of a new kind, in as few steps as a short search finds."""
+        """Report a failure of a new kind, with as few steps as a short search finds."""
         if kind in self.found:
             return
         if not self.machine.real_time:

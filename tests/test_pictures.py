@@ -1,4 +1,4 @@
-"""The picture of the README: the script that makes it works, and its files are there."""
+"""The picture of the README: the script that makes it works, and its files exist."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ FOLDER = ROOT / "docs/pictures"
 
 @pytest.fixture(scope="module")
 def make():
-    """The module docs/pictures/make.py, which belongs to no package."""
+    """The module docs/pictures/make.py, which is not in a package."""
     pytest.importorskip("matplotlib", reason="the extra plots is not installed")
     spec = importlib.util.spec_from_file_location("make", FOLDER / "make.py")
     module = importlib.util.module_from_spec(spec)

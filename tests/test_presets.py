@@ -1,4 +1,4 @@
-"""The presets: what is said of them is true."""
+"""The presets match their documentation."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Child processes: they answer as the function does, and how they end is reported."""
+"""Child processes: they return what the function returns, and the way they end is reported."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_a_child_answers_request_after_request(child):
                  marks=pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")),
 ])  # fmt: skip
 def test_the_end_of_a_child_is_described(child, how, end, tmp_path):
-    for _ in range(2):  # asked again, it has ended already
+    for _ in range(2):  # the second request comes after its end
         with pytest.raises(processes.Ended) as caught:
             processes.ask(child, {"how": how})
         assert str(caught.value) == end
@@ -61,7 +61,7 @@ def test_the_end_of_a_child_is_described(child, how, end, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupted_child_prints_nothing(child, tmp_path):
-    processes.ask(child, {"how": "begin"})  # it listens by now
+    processes.ask(child, {"how": "begin"})  # it is running now
     child.send_signal(signal.SIGINT)
     assert processes.how_it_ended(child) == "ended with exit code 130"
     assert (tmp_path / "log").read_text() == "not the answer\nnor this\n"

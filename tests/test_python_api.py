@@ -1,4 +1,4 @@
-"""The program from Python: NumPy's numbers and paths as objects are taken, what cannot be is named in a sentence,
+"""The program from Python: NumPy numbers and path objects are accepted, bad arguments are named in one sentence,
 and runs can be copied and pickled.
 """
 
@@ -46,7 +46,7 @@ def run(folder):
     return baby_xp.train("baby", data=folder / "text.txt", path=folder / "runs", **TINY)
 
 
-# what is taken ------------------------------------------------------------------------------------------
+# accepted arguments -------------------------------------------------------------------------------------
 
 
 def test_train_accepts_numpy_numbers_and_path_objects(run, folder):
@@ -105,7 +105,7 @@ def test_the_lab_accepts_numpy_numbers():
     assert results.models == 2
 
 
-# what is not --------------------------------------------------------------------------------------------
+# refused arguments --------------------------------------------------------------------------------------
 
 LINE = {
     "preset": (5, None, b"baby", ["baby"]),
@@ -326,7 +326,7 @@ def test_every_error_survives_pickling():
             assert repr(vars(other)) == repr(vars(error))
 
 
-# what does not fit the machine --------------------------------------------------------------------------
+# runs that do not fit the machine -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def small_machine(monkeypatch):
         ({"batch_size": 10**6}, ("--batch-size", "64.0 MiB")),
         ({"batch_size": 2**31 - 1}, ("--batch-size", "64.0 MiB")),
         ({"accumulate": 10**6}, ("--accumulate", "64.0 MiB")),
-        ({"n_ctx": 2**31 - 1}, ("too short",)),  # there is no text of that length
+        ({"n_ctx": 2**31 - 1}, ("too short",)),  # no text is that long
         ({"n_layers": 10_000, "n_emb": 2048, "head_size": 2048}, ("--n-layers",)),
         ({"n_emb": 2**31 - 1}, ("parameters are too many for any machine",)),
         ({"head_size": 2**31 - 1, "n_heads": 1}, ("--head-size",)),
@@ -353,14 +353,14 @@ def small_machine(monkeypatch):
 )
 def test_a_run_that_cannot_fit_is_refused_at_once(small_machine, folder, tmp_path, monkeypatch, settings, words):
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
-    monkeypatch.chdir(folder)  # the message repeats the path of the text, and is not to be long by that
+    monkeypatch.chdir(folder)  # the message contains the path of the text, which should be short
     asked = {"data": "text.txt", **TINY, **settings}
     refused(lambda: baby_xp.train("baby", path=tmp_path / "runs", **asked), *words)
-    assert not list(tmp_path.rglob("*_*"))  # no file of a run
+    assert not list(tmp_path.rglob("*_*"))  # no file of a run was created
 
 
 def only_small(spec):
-    """The specs of a model, where few blocks are asked for: a tree of many takes long."""
+    """The spec of a model, only for few blocks, because a tree of many blocks takes long."""
 
     def small(config, V):
         assert config.n_layers < 100
@@ -403,14 +403,14 @@ def test_memory_limits_apply_to_finetuning_but_not_to_resuming(run, folder, monk
 
 
 def test_a_batch_larger_than_the_data_counts_only_the_data(folder, tmp_path, monkeypatch):
-    """Which is so in one process: an epoch, or a table of equations, is the largest batch there is."""
+    """In one process: an epoch, or a table of equations, is the largest possible batch."""
     monkeypatch.setattr(process_memory, "free", lambda: 2**30)
     more = {"batch_size": 2**31 - 1, "path": tmp_path}
     asked = {**TINY, "num_epochs": 1, "num_steps": None, "data": folder / "text.txt", **more}
     assert baby_xp.train("baby", **asked).config["result"]["steps"] == 1
     assert baby_xp.train("equations", **{**EQUATIONS, "num_steps": 2, **more}).config["result"]["steps"] == 2
     monkeypatch.setattr(process_memory, "free", lambda: 2**28)
-    more["batch_size"] = 10**7  # what two processes exchange has room for all of it
+    more["batch_size"] = 10**7  # the buffers shared by two processes have room for all of it
     refused(lambda: baby_xp.train("equations", **{**EQUATIONS, **more, "workers": 2}), "--batch-size")
 
 

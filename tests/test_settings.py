@@ -1,4 +1,4 @@
-"""What is asked for: flags that are typed, settings that need one another, and those that would change nothing."""
+"""Settings: typed flags, settings that depend on each other, and settings without effect."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def flags(**values) -> list[str]:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Run a command -> what it would call the library with."""
+    """Run a command -> the arguments with which it would call the library."""
 
     def run(module, function: str, *arguments: str) -> tuple[list, dict]:
         class Enough(Exception):
@@ -66,7 +66,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize(("arguments", "expected"), [
     ([], {}),
     (["--lr", "0.5"], {"lr": 0.5}),
-    (["--lr=0.003"], {"lr": 0.003}),  # the preset's own: it was asked for all the same
+    (["--lr=0.003"], {"lr": 0.003}),  # the preset's own value, but it was typed
     (["--num_epochs", "2", "--gelu=erf", "--data", "--lr"], None),
     (["--num_epochs", "2", "--gelu=erf", "--data=--lr"], {"num_epochs": 2, "gelu": "erf", "data": "--lr"}),
     (["--num-steps=None", "--num-epochs=1"], {"num_steps": None, "num_epochs": 1}),
@@ -80,7 +80,7 @@ def test_train_gets_only_the_typed_settings(asked, call, command, arguments, exp
     values, named = asked(module, command, command, *arguments, "--tf32", "--path=elsewhere")
     assert [one.name for one in values] == ["baby"]
     named.pop("listener", None)
-    where = {"train": {"path": "elsewhere"}, "estimate": {}}[command]  # nothing is written by an estimate
+    where = {"train": {"path": "elsewhere"}, "estimate": {}}[command]  # an estimate writes nothing
     assert named == {"tf32": True, **where, **expected}
 
 
@@ -142,7 +142,7 @@ WITH_EFFECT = [
     ("3-months", {"schedule": "cosine", "min_lr": 1e-5}),
     ("baby", {"schedule": "constant"}),
     ("equations", {"operators": "+-", "max_sum": 12}),
-    ("equations", {"operators": "-", "max_sum": 0}),  # all sums: of none, that is none
+    ("equations", {"operators": "-", "max_sum": 0}),  # 0 means all sums, and this table has none
 ]
 
 
@@ -165,7 +165,7 @@ def test_a_setting_with_an_effect_is_accepted(name, overrides):
 
 
 def test_stored_settings_are_not_refused():
-    """Its config may hold what is refused by now."""
+    """Its config may contain settings that are refused today."""
     train = config.from_dict(TrainConfig, {"num_steps": 9, "stride": 3, "schedule": "constant"}, "x")
     chosen = replace(preset("baby"), train=train)
     assert chosen.override({}) == chosen
@@ -187,7 +187,7 @@ def test_the_lab_refuses_settings_that_it_ignores(call, name):
     assert (code, out) == (2, "")
     assert err.startswith(f"baby_xp: {name} has no effect in the equation lab")
     assert err.endswith(f": leave out --{name.replace('_', '-')}\n")
-    if name != "eval_every":  # presets have one, and none is the usual one
+    if name != "eval_every":  # each preset has one that differs from the default
         with pytest.raises(BabyError, match=f"{name} has no effect"):
             leave_one_out.experiment(preset("equations").override({name: value}), seeds=1, workers=1)
 
@@ -211,7 +211,7 @@ def test_greedy_refuses_sampling_options(call, more, named):
     ({"operators": "+-"}, "4+4"),
     ({"max_sum": 0}, "4+4"),
     ({"operators": "-", "held_out": "3-1"}, "3-1"),
-    ({"operators": "-", "held_out": "4+4"}, "4+4"),  # it was asked for, and will be refused
+    ({"operators": "-", "held_out": "4+4"}, "4+4"),  # it was given explicitly, and will be refused
     ({"digits": 2, "max_sum": 99, "n_ctx": 9}, "4+4"),
 ])  # fmt: skip
 def test_a_changed_table_gets_a_held_out_case_that_it_has(overrides, expected):
@@ -277,7 +277,7 @@ def test_a_prompt_that_is_not_a_question_gets_a_note(call):
         assert notes == ([note] if noted else [])
 
 
-# what is wrong with a flag ------------------------------------------------------------------------------
+# bad flags ----------------------------------------------------------------------------------------------
 
 DASH = "needs a value; write a value that begins with - as "
 WRONG = [

@@ -1,4 +1,4 @@
-"""What editors and type checkers see of the program, and that its own types hold."""
+"""What type checkers see of the package, and that its own types are consistent."""
 
 import os
 import subprocess
@@ -76,5 +76,5 @@ def test_keyword_arguments_are_the_fields_of_the_configs():
     kinds = {field.name: typing.get_type_hints(part)[field.name] for part in parts for field in fields(part)}
     settings = typing.get_type_hints(config.Settings)
     assert settings.keys() == kinds.keys()
-    assert {name for name in kinds if settings[name] != kinds[name]} == {"data"}  # a path may be an object
+    assert {name for name in kinds if settings[name] != kinds[name]} == {"data"}  # a path may be path-like
     assert typing.get_type_hints(SamplingSettings) == typing.get_type_hints(Sampling)

@@ -158,8 +158,8 @@ def test_training_that_differs_is_not_compared(monkeypatch, capsys, kind, theirs
     for names in ["torch"], ["baby_xp"] if kind == "tf32" else ["torch"]:  # our own coarser precision too
         lineup = {kind: ["jax", *names]}
         assert bool(train.disagreement(workloads.WORKLOADS["W1"], lineup, "cupy")) == differ
-        assert lineup == {kind: names}  # who fails the check is left out
-    assert asked[0] == ("baby_xp", "float32")  # what all are compared with
+        assert lineup == {kind: names}  # a peer that fails the check is left out
+    assert asked[0] == ("baby_xp", "float32")  # the reference for all others
     if differ and kind == "float32":
         monkeypatch.setattr(train, "measure", nothing)
         capsys.readouterr()
@@ -317,7 +317,7 @@ def test_a_peer_that_generates_other_tokens_is_detected(monkeypatch, fault):
         monkeypatch.setattr(torch, "window_start", lambda length, n_ctx: max(0, length - n_ctx))
     elif fault == "positions":  # never moves on to the second half of the context
         monkeypatch.setattr(torch, "window_start", lambda length, n_ctx: (length - 1) // 4 * 4)
-    elif fault == "cache":  # what was kept is lost
+    elif fault == "cache":  # what was cached is lost
         plain = torch.attend
         monkeypatch.setattr(torch, "attend", lambda a, x, cache, t: plain(a, x, cache.zero_() if t else cache, t))
     assert (np.max(torch.shortfalls(TINY_FIELDS, text)) <= generate.TOLERANCE) == (fault is None)
@@ -336,7 +336,7 @@ def point(value: int, ms: float, flops: int = 100, peak: int | None = 10, needed
     [
         (point(2, ms=3.0, flops=200), []),  # 1.5 times per operation, no more
         (point(2, ms=3.1, flops=200), ["time"]),
-        (point(2, ms=0.1, flops=200), []),  # a fall is no jump
+        (point(2, ms=0.1, flops=200), []),  # a decrease is not a jump
         (point(2, ms=1.0, peak=16), ["memory"]),
         (point(2, ms=1.0, peak=30, needed=20), []),
         (point(2, ms=1.6, peak=None), ["time"]),
@@ -394,7 +394,7 @@ def test_growth_is_plotted(tmp_path):
 
 
 def crossing(*pairs: tuple[float, float]) -> list[float]:
-    """The numbers of where it says that models of growing width, with these times on CPU and GPU, cross."""
+    """The numbers in the line about where models of growing width cross, with these times on CPU and GPU."""
     widths = zip(growth.BATCHES.items(), pairs, strict=False)
     points = [
         {"n_emb": width, "batch": batch, "flops": 10**6 * width, "cpu": cpu, "gpu": other}
@@ -408,8 +408,8 @@ def test_where_the_gpu_overtakes_the_cpu():
     found = [0.045, 32, 2, 64, 4, 9.0]
     assert crossing((1, 2), (1, 4), (4, 1), (9, 1)) == found
     assert crossing((1, 0.1), (1, 4), (4, 1), (9, 1)) == found  # faster at first by chance
-    assert crossing((4, 2), (9, 3)) == [2.0, 3.0]  # always, by so much
-    assert crossing((4, 2), (3, 6)) == [2.0]  # never, by so much
+    assert crossing((4, 2), (9, 3)) == [2.0, 3.0]  # always, by this factor
+    assert crossing((4, 2), (3, 6)) == [2.0]  # never, by this factor
 
 
 @pytest.mark.slow
@@ -443,7 +443,7 @@ def test_needed_memory_counts_each_array_once_and_a_view_as_its_base(monkeypatch
 
 @pytest.fixture
 def estimated(monkeypatch) -> list[dict]:
-    """What `estimate` is asked for; it says 270 s and 90 MiB. A real run takes 100 MiB."""
+    """The arguments of `estimate`, which reports 270 s and 90 MiB. A real run takes 100 MiB."""
     asked = []
 
     @dataclass

@@ -1,4 +1,4 @@
-"""The measuring side of a GPU, as far as it can be tested without one: arithmetic, rules, and how it goes on."""
+"""Measuring on a GPU, as far as it can be tested without one: arithmetic, rules, and what follows a failure."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_w5_is_gpt_2_small_and_measured_on_a_cpu_only_by_name(monkeypatch):
     assert [one.name for one in parsed(monkeypatch, train, "--workloads", "W5").workloads] == ["W5"]
     for workload in workloads.WORKLOADS.values():
         assert workload.pace("numpy") == (workload.warmup, workload.steps)
-        warmup, steps = workload.pace("cupy")  # graphs are captured meanwhile, and the device is waited for rarely
+        warmup, steps = workload.pace("cupy")  # graphs are captured during it, and waits are rare
         assert (warmup >= 2 * peers.READ_EVERY, steps >= 3 * peers.READ_EVERY) == (True, True)
 
 
@@ -186,13 +186,13 @@ def test_the_table_and_the_verdict_of_a_gpu(on_gpu):
     assert (own["ms per step"], own["share of the roofline"]) == ("9.000", "44%")
     assert (theirs["baby_xp / this"], theirs["share of the roofline"]) == ("0.75", "33%")
     assert (own["peak GPU MiB used/held"], theirs["peak GPU MiB used/held"]) == ("20 / 40", "40 / 80")
-    assert "products' share" not in own  # the speed of CPU cores is no floor of a GPU
+    assert "products' share" not in own  # the speed of CPU cores gives no lower bound for a GPU
     time, used, floor, compiled, eager = train.verdict(on_gpu, race)
     assert [numbers(line) for line in (time, used)] == [[0.75, 0.67, 0.83], [0.5]]
     assert numbers(floor)[0] == 4.0
     assert (compiled.rpartition(": ")[2], eager.rpartition(": ")[2]) == ("not measured", "0.75, MISSED")
     assert MACHINE["gpu"] in "\n".join(train.document(on_gpu))
-    race |= {"precision": "half", "runs": {"torch": [run(4, used=1)]}}  # which baby_xp does not have
+    race |= {"precision": "half", "runs": {"torch": [run(4, used=1)]}}  # a precision that baby_xp does not have
     (row,) = train.rows_of(on_gpu, race)
     assert (row["baby_xp / this"], row["share of the roofline"]) == ("", "")
     assert ["baby_xp" in line for line in train.verdict(on_gpu, race)] == [True]
@@ -316,7 +316,7 @@ def test_a_session_continues_after_a_failure_and_reports_it(monkeypatch, capsys,
     assert (code, goal) == (1, "- goal, x: 1, met")
     assert all(name in last for name in ("check broken", "exit code 3", "steps skips"))
     assert (tmp_path / "w5-says.txt").read_text() == "5 passed\n"
-    # a later call for one stage leaves what is known of the others
+    # a later call for one stage keeps the results of the others
     stages["check"] = [job("broken", "pass")]
     code, _, kept = session("check")
     assert (code, kept) == (0, {"check": ["ok"], "steps": ["failed"], "w5": ["ok"]})
@@ -332,7 +332,7 @@ def test_a_stage_past_its_limit_is_killed_with_its_children(monkeypatch, tmp_pat
     )
 
     class Begun(subprocess.Popen):
-        """Its time begins once all is started, however long that takes on a busy machine."""
+        """Its time starts when everything has started, however long that takes on a busy machine."""
 
         def wait(self, timeout=None):
             wait_until(lambda: file.exists() and file.read_text())
@@ -396,7 +396,7 @@ def test_bench_train_runs_completely_on_a_fake_gpu(monkeypatch, capsys, tmp_path
     exact, coarse = (one["runs"]["baby_xp"] for one in found["races"][:2])
     assert (len(exact), len(coarse), len(exact[0]["ms"])) == (2, 2, 1)  # ten steps between two readings
     assert exact[0]["losses"] == exact[1]["losses"]
-    assert exact[0]["losses"] != coarse[0]["losses"]  # TF32 was really on
+    assert exact[0]["losses"] != coarse[0]["losses"]  # TF32 was actually switched on
     assert coarse[0]["losses"] == pytest.approx(exact[0]["losses"], rel=workloads.TOLERANCES["tf32"])
     assert 0 < exact[0]["gpu_memory"]["used"] <= exact[0]["gpu_memory"]["held"]
     assert "TF32 on" in coarse[0]["about"]["details"]

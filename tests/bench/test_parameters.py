@@ -1,4 +1,4 @@
-"""The guide of the parameters, its tables against what was measured, and the benchmark that measures it."""
+"""docs/parameters.md, its tables compared with the results, and the benchmark that measures them."""
 
 import json
 import re
@@ -22,7 +22,7 @@ TINY = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "ba
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """A base that trains in an instant, on a text that needs no download; the text of the catalog is short."""
+    """A base that trains in no time, on a text that needs no download; the text of the catalog is short."""
     base = {"data": "nursery", "num_steps": 4, "eval_every": 2, "sample_tokens": 0, **TINY}
     monkeypatch.setattr(parameters, "BASE", base)
     monkeypatch.setattr(dataset, "NURSERY_CHARACTERS", 3000)
@@ -31,7 +31,7 @@ def tiny(monkeypatch, tmp_path):
 
 
 def variants(monkeypatch, *some: Variant) -> list[str]:
-    """Keys of the only variants that there are."""
+    """Restricts the benchmark to a few variants -> their keys."""
     monkeypatch.setattr(parameters, "ALL", list(some))
     return [one.key for one in some]
 
@@ -181,7 +181,7 @@ def test_rows_and_tables():
 
     assert row_of("n_ctx 16", "n_ctx") == ["16", "1,234", "12.3", "3", "2.150", "2.250", "+0.250"]
     assert row_of("base", "n_ctx") == ["64 (base)", "1,234", "", "", "1.900", "2.000", ""]
-    diverged = row_of("lr 0.1, min_lr 0.01", "lr")  # the reason stands in the place of the loss
+    diverged = row_of("lr 0.1, min_lr 0.01", "lr")  # the reason is shown in place of the loss
     assert ("nan" in diverged[2], "largest" in diverged[2], diverged[3]) == (True, False, "")
     assert row_of("short text", "short text")[1:] == ["2.900", "3.200", "3.000", "100"]
     found = parameters.tables(result)

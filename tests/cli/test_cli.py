@@ -1,4 +1,4 @@
-"""The command line: what cannot be used ends in one line and leaves nothing; lists, help and presets.
+"""The command line: bad input ends in one line and leaves no files; lists, help and presets.
 
 test_commands.py and test_endings.py have what the commands do.
 """
@@ -24,10 +24,10 @@ from baby_xp.errors import BabyError, BackendUnavailable
 from baby_xp.presets import PRESETS
 from baby_xp.text import dataset
 
-# input that cannot be used ------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------------
 
 REFUSED = [
-    # arguments, what must be named. test_config.py has every setting, test_settings.py what no flag can be
+    # arguments, what must be named. test_config.py tests every setting, test_settings.py invalid flags
     (["fly"], ["'fly'", *COMMANDS]),
     ([""], ["''"]),
     (["fly" * 300], ["unknown command 'flyfly"]),
@@ -106,7 +106,7 @@ def test_the_program_returns_its_exit_code_and_replaces_unprintable_characters(w
     assert done.stderr == b"baby_xp: there is no file ?.txt; check the path\n"
 
 
-# libraries that are missing -----------------------------------------------------------------------------
+# missing libraries --------------------------------------------------------------------------------------
 
 LIBRARIES = {
     "torch": ("torch", "pip install -e '.[torch]'"),
@@ -173,7 +173,7 @@ def test_backends_works_with_numpy_as_the_only_library(call, monkeypatch):
 
 
 def test_a_broken_library_does_not_prevent_the_use_of_others(work, call, monkeypatch):
-    """A folder called cupy in the current one is enough to import as an empty module."""
+    """A folder called cupy in the current folder can be imported as an empty module."""
     without_libraries(monkeypatch, "torch", "jax", "array_api_strict")
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     code, out, err = call("backends")
@@ -242,7 +242,7 @@ def test_the_version(call):
 
 AGES = [name for name in PRESETS if name.endswith("-months")]
 DIFFERENT = [name for name in PRESETS if name not in AGES[1:]]
-"""One age stands for all: they differ in the context alone, which is shortened here."""
+"""One age represents all: they differ only in the context, which is shortened here."""
 
 
 def test_the_ages_differ_only_in_their_context():
@@ -256,7 +256,7 @@ def shortened(name: str, work: Path, **more) -> list[str]:
     if isinstance(PRESETS[name].data, EquationData):
         if name == "equations-2":
             settings |= {"digits": 1, "n-hidden": 8, "held-out": "4+4"}
-        elif not isinstance(PRESETS[name].model, EquationConfig):  # a small table: some backends are slow
+        elif not isinstance(PRESETS[name].model, EquationConfig):  # a small table, because some backends are slow
             settings |= {"n-ctx": 6, "n-emb": 8, "head-size": 8, "digits": 1, "operators": "+", "held-out": "4+4"}
             settings |= {"batch-size": 8}
     else:
@@ -287,12 +287,12 @@ def test_a_preset_gives_the_same_losses_on_every_backend(work, call, short_nurse
         pytest.skip(f"{other} does not work here")
     if other == "jax":
         request.getfixturevalue("quick_compilation")
-    # 330 tokens, so that validation is one batch of one shape: what jit compiles, it compiles once
+    # 330 tokens, so that validation is one batch of one shape, which jit compiles once
     (work / "text.txt").write_text(TEXT[:330])
     found = []
     for backend in ("numpy", other):
         settings = {"backend": backend, "path": backend, "num-steps": 4, "eval-every": 1, "sample-tokens": 0}
-        with quick(sample_tokens=1):  # slow where nothing is compiled
+        with quick(sample_tokens=1):  # slow without compilation
             assert call(*shortened(name, work, **settings))[0] == 0
         *records, final = metrics_of(baby_xp.load(path=backend, backend="numpy").files)
         losses = [[record["train_loss"], record["val_loss"]] for record in records]

@@ -1,4 +1,4 @@
-"""What the commands do: training and its files, settings, generation. test_endings.py has how a training ends."""
+"""The commands: training and its files, settings, generation. test_endings.py tests how training ends."""
 
 import hashlib
 import json
@@ -76,7 +76,7 @@ def test_the_metrics_are_valid_line_by_line_and_the_report_has_them(trained):
     *records, final = metrics_of(trained)
     assert [record["step"] for record in records] == [2, 3]
     best = min(records, key=lambda record: record["val_loss"])
-    # the text is short: a part of the validation part is all of it
+    # the text is short, so the sample of the validation part is all of it
     assert final.keys() == {"step", "train_loss", "val_loss", "whole_validation", "lr", "grad_norm", "seconds"}
     assert (final["step"], final["train_loss"], final["whole_validation"]) == (best["step"], None, True)
     assert final["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
@@ -93,8 +93,8 @@ def test_the_metrics_are_valid_line_by_line_and_the_report_has_them(trained):
 
 
 def test_the_order_of_writing_makes_a_run_safe(work, rate_times, monkeypatch):
-    """The config comes last at the start and at the end; a checkpoint before the weights that follow from it, and
-    these only where they are better than before."""
+    """The config is written last at the start and at the end; a checkpoint before the weights that follow from it,
+    and these only if they are better than before."""
     order, rename = [], os.replace
     note = lambda path: order.append(Path(path).name.partition("_")[0])  # noqa: E731
     monkeypatch.setattr(os, "replace", lambda old, new: (note(new), rename(old, new)))
@@ -108,7 +108,7 @@ def test_the_order_of_writing_makes_a_run_safe(work, rate_times, monkeypatch):
 
 
 def test_resuming_repairs_a_kill_between_a_checkpoint_and_its_weights(work, monkeypatch):
-    """The checkpoint has the best weights already; their own file has those of before."""
+    """The checkpoint already has the new best weights; their own file has the previous ones."""
 
     class Killed(BaseException):
         pass
@@ -134,7 +134,7 @@ def test_resuming_repairs_a_kill_between_a_checkpoint_and_its_weights(work, monk
 
 
 def test_a_run_exists_from_its_start(work):
-    """Whatever happens later: it can be found, loaded, and gone on with; but by nobody else meanwhile."""
+    """Whatever happens later, it can be found, loaded and resumed, but not while it trains."""
     seen = []
 
     class Onlooker(Listener):
@@ -237,7 +237,7 @@ def test_generate_prints_the_same_text_as_from_python(copied, call):
     run = baby_xp.load(backend="numpy")
     assert run.generate("the cat ", 30, seed=4, top_k=5) == text
     assert "".join(run.stream("the cat ", 30, seed=4, top_k=5)) == text.removeprefix("the cat ")
-    assert len(generated(call, "--num-tokens=7")) == 7  # without a prompt it begins by itself
+    assert len(generated(call, "--num-tokens=7")) == 7  # without a prompt, generation starts by itself
 
 
 def test_the_cache_is_used_unless_switched_off(copied, call, monkeypatch):

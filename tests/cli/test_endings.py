@@ -1,4 +1,4 @@
-"""How a training ends: by itself, by the clock, by patience, by an interrupt, by a loss that diverges."""
+"""How training ends: after its steps, by the time limit, by patience, by an interrupt, by a diverging loss."""
 
 import os
 import re
@@ -32,11 +32,11 @@ def listed() -> list[tuple[str, int]]:
 
 
 def suggestions(out: str) -> list[list[str]]:
-    """The commands that the output names, as arguments."""
+    """The commands that the output suggests, as arguments."""
     return [shlex.split(line.partition("python -m baby_xp ")[2]) for line in out.splitlines() if " -m " in line]
 
 
-# how it ends --------------------------------------------------------------------------------------------
+# the end ------------------------------------------------------------------------------------------------
 
 
 def test_training_prints_what_it_does_and_how_to_continue(work, call):
@@ -86,18 +86,18 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(work, call, rate_ti
     state = load_file(best.files.state)
     np.testing.assert_array_equal(state["best"], best.params)
     np.testing.assert_array_equal(state["params"], last.params)
-    # what the end shows, and what is generated, is of the best
+    # the final loss and sample are from the best weights
     shown = best.files.completion().read_text().removesuffix("\n")
     assert shown == best.generate(num_tokens=SAMPLE_TOKENS, seed=0)
     texts = [call("generate", f"--weights={name}", "--num-tokens=60")[1] for name in ("best", "last")]
     assert texts[0] == best.generate(num_tokens=60, seed=0) + "\n" != texts[1]
 
 
-# what an interrupt leaves -------------------------------------------------------------------------------
+# after an interrupt -------------------------------------------------------------------------------------
 
 
 INTERRUPTS = [
-    # the step at hand; the signals that come in it, or None: a KeyboardInterrupt; steps that are kept; evaluations
+    # the current step; the signals during it, or None: a KeyboardInterrupt; steps that are kept; evaluations
     (3, None, 3, [2]),
     *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(SIGNALS)),
     (3, [signal.SIGINT, signal.SIGTERM], 3, [2]),
@@ -109,7 +109,7 @@ INTERRUPTS = [
 def test_a_signal_ends_training_after_the_current_step_and_a_second_one_at_once(
     work, call, at_step, signals, step, numbers, steps, evaluations
 ):
-    """An evaluation that is due by then is left out: it can be made later. The state is that of a shorter run."""
+    """An evaluation that is due then is skipped: it can be done later. The state equals that of a shorter run."""
     interrupts = [numbers]
 
     def interrupt(at, batch):
@@ -164,7 +164,7 @@ def test_an_interrupt_outside_training_has_its_exit_code(work, call, monkeypatch
 def test_a_sample_can_be_interrupted_and_no_step_is_lost(
     work, call, monkeypatch, signals, sample_tokens, numbers, steps
 ):
-    """It may be as long as the user likes; that of the end is finished, unless the user insists."""
+    """It may be of any length. The sample at the end is finished unless there is a second interrupt."""
     made, usual = [], Logits.next
 
     def interrupting(logits, texts):
@@ -183,12 +183,12 @@ def test_a_sample_can_be_interrupted_and_no_step_is_lost(
     assert len(baby_xp.load().files.completion().read_text()) == SAMPLE_TOKENS + len("\n")
 
 
-# a loss that diverges -----------------------------------------------------------------------------------
+# a diverging loss ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def diverging(call, work):
-    """Run a command whose loss becomes NaN -> the line that says so."""
+    """Run a command whose loss becomes NaN -> the line that reports it."""
 
     def run(*arguments: str) -> str:
         code, _, err = call(*arguments)
@@ -205,7 +205,7 @@ def diverging(call, work):
 def test_a_run_that_diverges_ends_in_one_line_and_leaves_nothing(
     work, request, diverging, num_steps, workers, existed
 ):
-    """At its first step the loss is still that of the first weights, and only the validation shows it."""
+    """At the first step the loss is still that of the initial weights, and only the validation loss shows it."""
     if existed:
         request.getfixturevalue("copied")
     before = all_of(work)
@@ -259,7 +259,7 @@ def test_a_run_that_diverges_after_a_checkpoint_keeps_the_checkpoint(
     assert [(one.state, one.steps, one.num_steps) for one in baby_xp.list_runs()] == [("failed", 4, 30)]
     for weights in ("best", "last"):
         assert call("generate", "--num-tokens=3", f"--weights={weights}")[0] == 0
-    rate_times(4, 1e-30)  # as it was
+    rate_times(4, 1e-30)  # unchanged
     assert call("resume", "--num-steps=6")[0] == 0
     assert listed() == [("done", 6)]
 
@@ -269,12 +269,12 @@ def test_a_resumed_run_that_diverges_is_left_as_it_was(copied, diverging, call):
     line = diverging("resume", "--num-steps=9", "--lr=1e30", "--clip=0")
     assert f"the last good checkpoint, of step 3, is kept: run {copied.guid} can be resumed" in line
     assert {path: path.read_bytes() for path in copied.of_training} == before
-    assert call("resume", "--num-steps=9")[0] == 0  # with the rate of before
+    assert call("resume", "--num-steps=9")[0] == 0  # with the previous rate
     assert listed() == [("done", 9)]
 
 
 def test_a_resumed_run_without_a_step_is_left_as_it_was(work, diverging, call):
-    """Its settings too: or it could never go on."""
+    """Its settings too: otherwise it could never be resumed."""
     run = train(max_minutes=1e-9)
     assert run.config["result"]["steps"] == 0
     before = {path: path.read_bytes() for path in run.files.of_training}

@@ -1,6 +1,6 @@
-"""Every flag of every command with hostile values ends in one clear line, or does what was asked for.
+"""Every flag of every command, given a hostile value, ends in one clear line or works as documented.
 
-hostile_lines.py finds the commands and flags from the program itself, so a new one is covered the day it is added.
+hostile_lines.py reads the commands and flags from the program itself, so new ones are covered automatically.
 hostile.py runs the command lines in processes with limits.
 
 BABY_XP_HOUR_MINUTES=60 python -m pytest tests/cli/test_hostile.py -m hour tries new ones for an hour. It reports
@@ -36,7 +36,7 @@ NOTES = (
     "stopping after this step, with a checkpoint; interrupt again to stop at once",
     r"the .* at step \d+; searching for the cause from step \d+ on",
 )
-"""What may stand on stderr before the message."""
+"""What stderr may contain before the message."""
 KEPT = re.compile(r"is kept: run \S+ can be resumed|had diverged already")
 """Messages of a training that failed with a checkpoint: its run stays."""
 GUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:_finetuned(?:-[0-9]+)?)*")
@@ -98,11 +98,11 @@ def watch(tmp_path_factory) -> Iterator[Watch]:
     watch.close()
 
 
-# what must hold -----------------------------------------------------------------------------------------
+# faults -------------------------------------------------------------------------------------------------
 
 
 def faults(line: Line, ended: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong with how a command line ended: what kind of fault, and the details."""
+    """What is wrong with the way a command line ended: the kind of fault, and the details."""
     if ended["hang"]:
         where = _innermost(ended["where"])
         return [(f"{re.sub(r', [0-9.]+ s$', '', ended['hang'])} in {_own(where)}", where)]
@@ -172,20 +172,20 @@ def _guids(names: list[str]) -> Iterator[str]:
 
 
 def _place(trace: str) -> str:
-    """The innermost line of the project's own in a traceback."""
+    """The innermost line of this project in a traceback."""
     own = re.findall(r'([\w-]+/[\w.]+\.py)"?[:,] ?(?:line )?(\d+)', trace)
     own = [f"{file}:{row}" for file, row in own if not file.startswith("tests/")] or ["?"]
     return next((one for one in reversed(own) if one.startswith(("baby_xp/", "h4/"))), own[-1])
 
 
 def _innermost(where: str) -> str:
-    """The most recent lines of the main thread, of what faulthandler wrote."""
+    """The innermost lines of the main thread in the output of faulthandler."""
     frames = re.findall(r'File "([^"]*)", line (\d+) in (.+)', where)
     return " < ".join(f"{'/'.join(file.split('/')[-2:])}:{row} {name}" for file, row, name in frames[:9])
 
 
 def _own(where: str) -> str:
-    """The innermost function of the project's own among these, without its line."""
+    """The innermost function of this project among these, without its line number."""
     return next((re.sub(r":\d+", "", row) for row in where.split(" < ") if row.startswith("baby_xp/")), "?")
 
 
@@ -200,7 +200,7 @@ def try_line(watch: Watch, line: Line) -> list[tuple[str, str]]:
 
 
 def smallest(watch: Watch, line: Line, kind: str) -> Line:
-    """The line without those of its hostile parts that the fault does not need."""
+    """The command line without the hostile parts that are not needed for the fault."""
     for part in line.hostile:
         fewer = dataclasses.replace(line, hostile=tuple(other for other in line.hostile if other is not part))
         if fewer.hostile and kind in dict(try_line(watch, fewer)):
@@ -212,7 +212,7 @@ def smallest(watch: Watch, line: Line, kind: str) -> Line:
 
 
 def test_the_overview_has_every_tried_command():
-    """The tests below try what the usage lists; one command has a second name."""
+    """The tests below try the commands that the usage lists; one command has a second name."""
     named = set(re.findall(r"^  ([a-z]+) ", USAGE, re.M))
     assert named == COMMANDS.keys() - {"inference"}
     assert FORMS.keys() <= COMMANDS.keys()
@@ -238,7 +238,7 @@ def test_help_names_the_flags_that_are_tried(watch, command):
 @pytest.mark.first_case
 @pytest.mark.parametrize("command", DIFFERENT)
 def test_the_default_sizes_are_valid(watch, command):
-    """Otherwise nothing but messages about them would be seen."""
+    """Otherwise all that is tested would be messages about the sizes."""
     different = {form.flags: form for form in watch.forms if form.command == command}
     for form in different.values():
         line = Line((form.command, *form.needs), base_of(form, set()), ())
@@ -309,7 +309,7 @@ BAD_PROGRAMS = {
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", BAD_PROGRAMS)
 def test_faulty_programs_are_detected(watch, name):
-    """What looks for faults finds each kind of them."""
+    """`faults` detects each kind of fault."""
     if name.startswith("process left") and not os.path.isdir("/proc/self"):
         pytest.skip("processes cannot be counted here")
     if name == "file in memory" and not hasattr(os, "memfd_create"):
@@ -338,7 +338,7 @@ def test_long_commands_can_be_stopped(watch, name):
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.skipif("BABY_XP_HOUR_MINUTES" not in os.environ, reason="BABY_XP_HOUR_MINUTES is not set")
 def test_hostile_values_for_an_hour(watch, capsys):
-    """New command lines all the time; each kind of fault is reported once, with the smallest line for it."""
+    """Always new command lines; each kind of fault is reported once, with the smallest line that shows it."""
     end = time.monotonic() + 60 * float(os.environ["BABY_XP_HOUR_MINUTES"])
     log = os.environ.get("BABY_XP_HOUR_LOG", os.devnull)
     found: dict[str, tuple[Line, str]] = {}

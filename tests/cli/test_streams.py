@@ -1,4 +1,4 @@
-"""Streams that are closed, full or read by nobody: one line and an exit code, and no training is lost by them."""
+"""Streams that are closed, full or not read: one line and an exit code, and no training is lost."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def call(monkeypatch):
-    """Run a command with these streams -> exit code, and what the streams hold."""
+    """Run a command with these streams -> exit code, and what was written to the streams."""
 
     def run(*arguments: str, out=None, err=None) -> tuple[int, str, str]:
         out, err = (io.StringIO() if stream is None else stream for stream in (out, err))
@@ -107,7 +107,7 @@ def test_unwritable_stderr_is_ignored(call):
 
 
 def test_a_signal_during_a_message_is_harmless():
-    """Python refuses a write inside a write."""
+    """Python refuses a write while another write is in progress."""
 
     class Busy(io.StringIO):
         def write(self, text):
@@ -142,7 +142,7 @@ def test_any_other_system_error_is_one_line(refused, monkeypatch, error, words):
 @pytest.mark.parametrize("missing", ["stdout", "stderr", "both"])
 @pytest.mark.parametrize("command", ["train", "presets", "fly"])
 def test_closed_standard_streams(monkeypatch, capsys, command, missing):
-    """Python has None for a stream whose descriptor was closed, and prints for stderr then what is for stdout."""
+    """Python sets a stream with a closed descriptor to None, and then prints to stderr what is for stdout."""
     with monkeypatch.context() as patch:
         for name in ("stdout", "stderr"):
             if missing in (name, "both"):
@@ -167,7 +167,7 @@ def with_closed(numbers: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.first_case
 @pytest.mark.parametrize("numbers", ["012", "0", "1", "2", "12", "02"])
 def test_no_file_gets_the_descriptor_of_a_closed_stream(work, numbers):
-    """And processes that are started then have these streams too."""
+    """Processes that are started later inherit these streams."""
     program = """if True:
         import os
         from baby_xp.cli.streams import guarded
@@ -189,7 +189,7 @@ def test_a_training_with_all_streams_closed(work):
 
 @needs_full
 def test_nothing_is_left_to_write_when_the_interpreter_ends(monkeypatch):
-    monkeypatch.setenv("PYTHONUNBUFFERED", "")  # nothing would be left in any case
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")  # otherwise no output would be left in the buffer
     program = [sys.executable, "-m", "baby_xp"]
     with open("/dev/full", "w") as full:
         done = subprocess.run([*program, "train", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
@@ -208,7 +208,7 @@ def test_a_closed_pipe_is_no_error():
     process.stderr.close()
 
 
-# what a terminal gets -----------------------------------------------------------------------------------
+# output on a terminal -----------------------------------------------------------------------------------
 
 ODD = "a\x1b[31mb\0c\x07d\re\x9bf\x7fg\n\th\u00e4"
 ESCAPED = "a\\x1b[31mb\\x00c\\x07d\\re\\x9bf\\x7fg\n\th\u00e4"
@@ -229,4 +229,4 @@ def test_generated_text_cannot_control_the_terminal(work, call, terminal):
         assert code == 0
         assert {one for one in raw | escaped if one in out} == (escaped if terminal else raw)
     (completion,) = (work / "runs" / "outputs").glob("completion_*_*.txt")
-    assert completion.read_text(encoding="utf-8").startswith("\x1b\0\x07")  # what is kept is the text itself
+    assert completion.read_text(encoding="utf-8").startswith("\x1b\0\x07")  # the file has the original text

@@ -1,4 +1,4 @@
-"""Models of the original Little Baby become runs of ours, and go back."""
+"""Models of the original Little Baby are imported as runs and exported again."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def imported(tmp_path, trained):
-    """A run of ours that went to the original's files and came back."""
+    """A run that was exported to the original's files and imported again."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     shutil.copytree(trained.files.folder, tmp_path / "ours")

@@ -1,5 +1,5 @@
-"""The original Little Baby's files: they compute here what they did there, come back as they were, and no fault
-in them raises anything but a BabyError.
+"""The original Little Baby's files: models give the original's numbers, survive a round trip, and invalid files
+raise only BabyError.
 """
 
 import copy
@@ -40,7 +40,7 @@ def parameters(config: GPTConfig, V: int = TOKENIZER.vocab_size) -> np.ndarray:
 
 
 def documents(folder: Path, switches: dict) -> dict[str, dict]:
-    """What the three files of a model hold."""
+    """The contents of the three files of a model."""
     config = config_of(switches)
     files = littlebaby.write(folder, GUID, config, TOKENIZER, parameters(config))
     return {kind: json.loads(path.read_text("ascii")) for kind, path in zip(KINDS, files, strict=True)}
@@ -73,7 +73,7 @@ def made(tmp_path_factory):
     return documents(tmp_path_factory.mktemp("made"), SWITCHES[7])
 
 
-# what the original wrote --------------------------------------------------------------------------------
+# files of the original ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -86,7 +86,7 @@ def test_exported_files_equal_the_originals(reference_folder, tmp_path, name):
         assert json.loads(path.read_text("ascii")) == original
 
 
-# there and back -----------------------------------------------------------------------------------------
+# round trips --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
@@ -129,7 +129,7 @@ def test_training_settings_are_exported_in_the_originals_form(tmp_path):
     assert found.train == {"num_epochs": 1, "batch_size": 24, "lr": train.peak_lr}
 
 
-# where the files lie ------------------------------------------------------------------------------------
+# locations of the files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", [GUID, "small", ""])
@@ -268,7 +268,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path, made, kind, data):
 
 
 class Trap:
-    """Unpickling it leaves a mark."""
+    """An object that creates a file when it is unpickled."""
 
     def __reduce__(self):
         return exec, ("import builtins; builtins.sprung = True",)
@@ -295,7 +295,7 @@ JSON = st.recursive(
 
 
 def mutate(draw, value):
-    """Walk to some place in a JSON value; change, drop, double or replace what is there."""
+    """Choose a place in a JSON value; change, drop, double or replace what is there."""
     if isinstance(value, dict | list) and value and draw(st.integers(0, 4)):
         key = draw(st.sampled_from(sorted(value)) if isinstance(value, dict) else st.integers(0, len(value) - 1))
         match draw(st.sampled_from(["deeper", "deeper", "deeper", "drop", "double"])):
@@ -340,7 +340,7 @@ def test_damaged_bytes_raise_only_baby_error(tmp_path_factory, made, kind, at, n
     assert found is None or np.isfinite(found.params).all()
 
 
-# what the original cannot hold --------------------------------------------------------------------------
+# models that the original lacks --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("change", "message"), [

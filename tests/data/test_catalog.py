@@ -1,4 +1,4 @@
-"""The catalog: names, files that are given, and downloads from a server on this machine."""
+"""The catalog: names, files of the user, and downloads from a server on this machine."""
 
 import errno
 import hashlib
@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def no_proxy(monkeypatch):
-    """What is on this machine is asked directly, whatever proxy the environment names."""
+    """Servers on this machine are reached without the proxy that the environment may name."""
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
 
@@ -51,7 +51,7 @@ def server(no_proxy):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache folder, not there yet, and no folder of the user's own."""
+    """A cache folder that does not exist yet, and no folder of the user."""
     folder = tmp_path / "cache" / "baby_xp"
     monkeypatch.delenv(catalog.FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(pooch, "os_cache", lambda project: folder.parent / project)
@@ -96,7 +96,7 @@ def test_download_once(server, cache, add, capfd):
     assert pooch.get_logger().level == level
     assert path == cache / "moon.txt"
     assert path.read_bytes() == TEXT
-    add("http://127.0.0.1:9/moon.txt")  # where nobody answers
+    add("http://127.0.0.1:9/moon.txt")  # an address where no server answers
     assert catalog.find("moon") == path
     assert server.paths == ["/moon.txt"]
     assert [p.name for p in cache.iterdir()] == ["moon.txt"]
@@ -146,7 +146,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error(server, cache, add):
 def test_the_folder_of_the_user_comes_first(server, cache, add, tmp_path, monkeypatch):
     add(url(server))
     monkeypatch.setenv(catalog.FOLDER_VARIABLE, str(tmp_path))
-    assert catalog.find("moon") == cache / "moon.txt"  # the folder does not hold it
+    assert catalog.find("moon") == cache / "moon.txt"  # the folder does not contain it
     (tmp_path / "moon.txt").write_bytes(TEXT)
     assert catalog.find("moon") == tmp_path / "moon.txt"
     assert len(server.paths) == 1

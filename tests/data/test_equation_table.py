@@ -1,4 +1,4 @@
-"""The equations: the seed's ids, the windows, and that nothing gives a held-out case away."""
+"""The equations: babyLLM's ids, the windows, and that training reveals no held-out case."""
 
 import numpy as np
 import pytest
@@ -121,7 +121,7 @@ def test_undetermined_contexts():
     assert EquationTable(18).undetermined() == {f"+{b}=1" for b in range(1, 10)}
 
 
-# what is held out -----------------------------------------------------------------------------------------
+# held-out cases -------------------------------------------------------------------------------------------
 
 
 def test_no_training_window_reveals_a_held_out_case():
@@ -131,10 +131,10 @@ def test_no_training_window_reveals_a_held_out_case():
         for a, _, b in table.cases():
             case, where = f"{a}+{b}", f"{a}+{b} held out of sums up to {max_sum}"
             trained, asked = windows(table.equations([case])), windows(table.held_out_equations([case]))
-            # an undetermined context may return, but with no target that was held out
+            # an undetermined context may occur, but not with a held-out target
             assert not set(trained) & set(asked), where
             assert {*trained, *asked} == every, where
-            # neither the case nor its mirror begins, whole, in any window
+            # no window contains the start of the case or its mirror
             assert not any(context[:3] in (case, case[::-1]) for context, _ in trained), where
             # without the undetermined ones, contexts determine their targets and none returns
             trained, asked = (as_text(pairs(table.equations([case]), leave_out)),
@@ -145,7 +145,7 @@ def test_no_training_window_reveals_a_held_out_case():
 
 
 def test_holding_out_does_not_make_a_context_appear_determined():
-    """With sums up to 10, "+1=1" goes on with " " in 0+1=1 and with "0" in 9+1=10, held out or not."""
+    """With sums up to 10, "+1=1" continues with " " in 0+1=1 and with "0" in 9+1=10, held out or not."""
     table = EquationTable(10)
     trained = table.equations(["9+1"])
     assert dict(windows(trained))["+1=1"] == " "
@@ -177,7 +177,7 @@ def test_a_whole_equation_context_reveals_no_held_out_case(digits, operators, ca
     (9, {"0+0", "0+1", "1+0", "0+9", "9+0"}), (18, {"0+0"}),
 ])  # fmt: skip
 def test_the_cases_that_no_model_could_answer(max_sum, expected):
-    """Training has no answer with that first character, or one of the operands nowhere: see docs/equations.md."""
+    """In training no answer has that first character, or an operand does not occur: see docs/equations.md."""
     table, found = EquationTable(max_sum), set()
     for a, _, b in table.cases():
         trained = table.equations([f"{a}+{b}"])

@@ -1,4 +1,4 @@
-"""The nursery: its entropy is exact, its texts show how they were written, and a seed gives one text."""
+"""The nursery: its entropy is exact, its texts can be parsed unambiguously, and a seed gives one text."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ from baby_xp_data.grammar import Part
 
 from baby_xp.errors import BabyError
 
-# A small grammar with all there is in the big one: weights, nested rules, draws by two fields, recalls.
+# A small grammar with all features of the large one: weights, nested rules, draws by two fields, recalls.
 ROLES = {
     "child": (("name", "she"), {("Mia", "she"): 2, ("Tom", "he"): 1}),
     "pet": (("name", "sound"), (("cat", "meow"), ("dog", "woof"), ("cow", "moo"))),
@@ -30,7 +30,7 @@ RULES = {
 
 
 def enumerate_stories(roles=ROLES, rules=RULES):
-    """(text, probability) of every derivation; written apart from the code under test."""
+    """(text, probability) of every derivation; written independently of the code under test."""
     def weighed(choices):
         items = list(choices.items()) if isinstance(choices, dict) else [(c, 1) for c in choices]
         total = sum(w for _, w in items)
@@ -136,7 +136,7 @@ def test_entropy_is_the_mean_of_minus_log_probability(sample):
     for values, mean in ((nats, expected_nats), (lengths, expected_length), (nats - rate * lengths, 0.0)):
         standard_error = values.std(ddof=1) / math.sqrt(len(stories))
         assert abs(values.mean() - mean) < 5 * standard_error
-    # so the test sees any forgotten choice worth a nat a story, of the 85 that a story has
+    # so the test detects a forgotten choice of one nat per story, of the 85 that a story has
     assert 5 * standard_error < 1
 
 
@@ -184,7 +184,7 @@ def test_anything_but_whole_stories_has_no_probability(broken):
 
 
 def test_a_story_remembers_its_rows():
-    """A story that forgets who it is about, or which sound the animal makes, is not in the grammar."""
+    """The grammar does not generate a story that changes the name of the child or the sound of the animal."""
     story = next(story for story in nursery.stories(0) if story.count("Max") > 1 and "She" not in story)
     sounds = "Woof|Meow|Quack|Oink|Cluck|Moo|Buzz|Croak|Grr|Roar|Honk|Squeak|Baa|Coo"
     assert -math.inf < log_probability(story) < 0

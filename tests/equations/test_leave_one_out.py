@@ -55,7 +55,7 @@ def test_bad_settings_are_refused(name, overrides, match, tmp_path):
 def test_training_uses_the_settings():
     four = preset("equations").override({"max_sum": 18, "held_out": "4+4,9+7"})
     batch, table = dataset.prepare(four.data, four.model, four.train, None).batches.batch(0), EquationTable(18)
-    # without the contexts that do not determine what follows
+    # without the contexts that do not determine the next token
     contexts, targets = pairs(table.equations(["4+4", "9+7"]), table.undetermined())
     assert np.array_equal(batch.inputs, contexts)
     assert np.array_equal(batch.targets, targets)
@@ -153,7 +153,7 @@ def test_the_probability_of_an_answer_includes_all_its_tokens():
         expected *= equations.predict(weights, context, config)[target]
     _, probability = equations.answers(weights, ["9+8=17 "], config)
     assert probability[0] == pytest.approx(expected)
-    four = EquationConfig(n_ctx=4, n_emb=2, n_hidden=8)  # it does not hold "9+8=17": the first token alone counts
+    four = EquationConfig(n_ctx=4, n_emb=2, n_hidden=8)  # it does not hold "9+8=17": only the first token counts
     weights = equations.initial_weights(four, 13, seed=5)
     _, probability = equations.answers(weights, ["9+8=17 "], four)
     assert probability[0] == pytest.approx(equations.predict(weights, "9+8=", four)["1"])
@@ -271,7 +271,7 @@ def test_the_map_of_larger_operands_groups_them_by_tens():
     assert results.map("-")[3, 1] == 1
     assert results.of_operators() == {"+": 0.5, "-": 1.0}
     again = fixed(run_config, *[("1+1=2 ", seed, True, 1.0) for seed in range(3)], ("2+2=4 ", 0, False, 0.0))
-    assert again.of_operators() == {"+": 0.75}  # answers count alike, not equations
+    assert again.of_operators() == {"+": 0.75}  # the mean is over answers, not over equations
     assert results.share_without_zeros is None
 
 
@@ -290,7 +290,7 @@ def test_the_preset_that_an_experiment_starts_from(asked, name, held_out):
 
 
 @pytest.mark.parametrize(("asked", "known", "whole", "expected"), [
-    ("4+4=8 ", ["4+5=9 ", "3+4=7 ", "1+1=2 "], True, 0),  # 4+5 and 3+4 are as near: 9 and 7
+    ("4+4=8 ", ["4+5=9 ", "3+4=7 ", "1+1=2 "], True, 0),  # 4+5 and 3+4 are equally near: 9 and 7
     ("4+6=10 ", ["4+5=9 ", "5+5=10 "], True, 0),
     ("9+8=17 ", ["9+7=16 ", "8+8=16 ", "2+2=4 "], True, 0),
     ("9+8=17 ", ["9+7=16 ", "8+8=16 ", "2+2=4 "], False, 1),
@@ -369,7 +369,7 @@ def test_lab_processes_ignore_signals():
 ])  # fmt: skip
 def test_a_signal_ends_the_lab_and_leaves_no_process(signals, name, line):
     """SIGTERM comes to all processes of a group, as job schedulers send it."""
-    # who runs the tests may ignore Ctrl-C, and then all that it starts does
+    # the test runner may ignore Ctrl-C, and its child processes would inherit that
     program = """if True:
         import signal, subprocess, sys
         from baby_xp.cli import main

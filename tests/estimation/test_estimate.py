@@ -207,7 +207,7 @@ def test_tokens_count_all_batches(work, monkeypatch, settings):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where this process and its children put temporary files; trials are short, and a text is there."""
+    """The folder for temporary files of this process and its children, with a text; trials are short."""
     path = tmp_path / "temporary"
     path.mkdir()
     monkeypatch.setenv("TMPDIR", str(path))
@@ -228,7 +228,7 @@ def test_a_trial_measures_and_leaves_nothing_behind(folder, workers):
     assert found.facts.workers == workers
     assert 0 < found.trial.ms_a_step < 5000
     assert all(seconds > 0 for seconds in found.seconds.values())
-    json.dumps(vars(found.trial), allow_nan=False)  # infinite numbers would not reach another program
+    json.dumps(vars(found.trial), allow_nan=False)  # JSON cannot pass infinite numbers to another program
     if process_memory.taken():
         assert 15 * workers < found.memory / 2**20 < 200 * workers
     shown = "\n".join(estimate.lines(found))
@@ -247,7 +247,7 @@ def test_a_trial_of_the_equation_model(folder):
 
 
 def test_a_trial_ignores_time_limits_and_patience(folder, monkeypatch):
-    """Where the system has no sizes, memory is None."""
+    """If the system does not report sizes, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
     found = estimate.estimate("baby", **{**TINY, **often, "max_minutes": 1e-9})
@@ -266,7 +266,7 @@ def test_without_a_trial_the_counts_remain(folder):
 
 @pytest.mark.parametrize("measure", [True, False])
 def test_a_bad_setting_is_an_error_of_one_line(folder, measure):
-    """Also where the process of the trial finds it, as in the first case."""
+    """Also if the trial process detects it, as in the first case."""
     for wrong in (
         {"data": "there-is-no-such-file.txt"}, {"n_heads": 3}, {"no_such_setting": 1}, {"workers": 0},
         *([] if measure else [{"backend": "abacus"}, {"n_emb": 2**21, "n_heads": 1}]),
@@ -297,7 +297,7 @@ def test_a_killed_trial_is_reported(folder, monkeypatch):
 @pytest.mark.slow
 @needs_signals
 def test_an_orphaned_trial_cleans_up(folder, signals):
-    """SIGTERM ends a Python process where it stands: its `finally` is not run."""
+    """SIGTERM ends a Python process immediately, without running `finally`."""
     settings = {**TINY, "workers": 2}
     call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
     program = f"from baby_xp.estimation import estimate, trial; {call}"
@@ -325,4 +325,4 @@ def test_the_memory_of_a_child_process_is_measured():
     assert other["peak"] - idle["peak"] == pytest.approx(64 << 20, rel=0.1)
     grown = process_memory.growth([main, other], idle) - process_memory.growth([main], idle)
     assert grown == pytest.approx(64 << 20, rel=0.1)
-    assert process_memory.taken([child.pid]) == []  # it is no more
+    assert process_memory.taken([child.pid]) == []  # the process has ended

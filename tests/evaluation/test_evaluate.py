@@ -1,4 +1,4 @@
-"""What `evaluate` says is what it measured, over the whole validation part."""
+"""`evaluate` reports what it measured, over the whole validation part."""
 
 import math
 from dataclasses import asdict
@@ -94,7 +94,7 @@ def test_the_shares_compare_generated_text_with_the_training_part(run):
 
 
 def test_generated_text_is_compared_only_with_the_training_part(tmp_path, monkeypatch):
-    """Of bytes too, where a character may lie in two of the pieces that are read."""
+    """Also with bytes, where a character may be split between two of the pieces that are read."""
     written = "the cät sat on the 😀 mat " * 36 + "no tam eht no tas täc eht " * 4
     (tmp_path / "other.txt").write_text(written, encoding="utf-8")
     run = trained(tmp_path, data=str(tmp_path / "other.txt"), num_steps=1, tokenizer="byte")

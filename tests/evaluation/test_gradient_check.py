@@ -1,4 +1,4 @@
-"""`check` agrees where the gradients are right, and names exactly what is wrong where they are not."""
+"""`check` agrees if the gradients are correct, and names exactly the wrong ones if they are not."""
 
 import dataclasses
 import tracemalloc
@@ -71,7 +71,7 @@ def test_the_equation_model_agrees(tmp_path):
 
 
 def fault_in(monkeypatch, module, spoil) -> None:
-    """The module's backward, with its parameter gradients spoiled."""
+    """The module's backward, with wrong parameter gradients."""
     plain = module.backward
 
     def backward(xp, p, saved, dy):
@@ -86,7 +86,7 @@ def scaled(key, factor):
 
 
 def one_element(key):
-    """All is right but the element with the largest gradient."""
+    """All elements are correct except the one with the largest gradient."""
 
     def spoil(dp):
         g = dp[key].copy().reshape(-1)
@@ -157,11 +157,11 @@ def test_nan_does_not_agree(run):
     assert "nan" in gradient_check.summary(rows)
 
 
-# what is measured -----------------------------------------------------------------------------------------
+# the batch and the directions -----------------------------------------------------------------------------
 
 
 def test_slopes_are_exact_for_polynomials_up_to_the_fourth_degree(monkeypatch):
-    """Which the plain central difference is up to the second alone: 4 D(h) - D(2h) has no h^2 left."""
+    """The plain central difference is exact only up to the second degree: 4 D(h) - D(2h) has no h^2 term."""
     slopes = gradient_check.Slopes.__new__(gradient_check.Slopes)
     slopes.flat = np.array([0.5, -0.3, 0.8])
     slopes.moving = slopes.flat.copy()
@@ -236,14 +236,14 @@ def test_bad_sizes_are_refused(run, name):
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(run, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: 64 * 2**20)
-    monkeypatch.setattr(gradient_check, "RandomWindows", None)  # it is not made
+    monkeypatch.setattr(gradient_check, "RandomWindows", None)  # the batch is not created
     with pytest.raises(BabyError, match=r"a check of 1,000,000 sequences takes .* choose a batch of") as caught:
         run.check(batch=10**6)
     most = int(str(caught.value).split("choose a batch of ")[1].split()[0].replace(",", ""))
     limits.check_batch(run.model, most, 8)
     with pytest.raises(BabyError, match=f"choose a batch of {most:,} at most"):
         limits.check_batch(run.model, most + 1, 8)
-    limits.check_batch(run.model, 4 * most, 1)  # shorter sequences take less
+    limits.check_batch(run.model, 4 * most, 1)  # shorter sequences take less memory
     monkeypatch.setattr(process_memory, "free", lambda: 1000)
     with pytest.raises(BabyError, match="that is too little for this model"):
         run.check()

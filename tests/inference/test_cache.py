@@ -27,7 +27,7 @@ def model_and_weights(case, switches):
 def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
     if backend.variant == "jax jit":
         pytest.skip("generation is not compiled")
-    # slow where each operation takes long: there, the two combinations that have nothing in common serve
+    # slow where each operation takes long: there, two combinations without a common switch are enough
     for switches in SWITCHES if backend.variant.startswith("numpy") else SWITCHES[::7]:
         model, p = model_and_weights(backend, switches)
         whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
@@ -57,7 +57,7 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
 @ALL_SWITCHES
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
 def test_cached_and_uncached_logits_are_equal_past_the_context(kind, switches):
-    """And both are those of the window, computed at once, whatever the length of the prompt."""
+    """Both equal the logits of the window computed at once, whatever the length of the prompt."""
     case = case_of(kind)
     model, p = model_and_weights(case, switches)
     uncached, expected = Logits(case.backend, model, p, False), {}
@@ -75,7 +75,7 @@ def test_cached_and_uncached_logits_are_equal_past_the_context(kind, switches):
 @pytest.mark.parametrize("size", [30.0, 3e3])
 @pytest.mark.parametrize("first", [1, 4])
 def test_decoding_handles_scores_that_are_far_apart(size, first):
-    """exp of such a score is infinite or 0: NumPy's step must see that, and leave the cache as it has to be."""
+    """exp of such a score is infinite or 0: NumPy's step must detect that and keep the cache correct."""
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
     for block in p["blocks"].values():
@@ -88,7 +88,7 @@ def test_decoding_handles_scores_that_are_far_apart(size, first):
 
 @pytest.mark.parametrize("size", [3.0, 30.0])
 def test_decoding_handles_scores_that_are_all_very_low(size):
-    """With keys that are the queries' opposites, a token's own score is -|q|^2: exp gives 0, and 0 is the sum."""
+    """If the keys are the negative queries, a token's own score is -|q|^2: exp gives 0, and the sum is 0."""
     case = case_of("numpy")
     model, p = model_and_weights(case, SWITCHES[0])
     for block in p["blocks"].values():

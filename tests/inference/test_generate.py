@@ -23,12 +23,12 @@ from baby_xp.inference.generate import (
 from baby_xp.models import Model
 from baby_xp.text.tokenizer import ByteTokenizer, CharTokenizer, decoded
 
-# Eighths: so far apart that math.exp and numpy.exp sort them alike, and with many ties.
+# Multiples of 1/8: so far apart that math.exp and numpy.exp sort them equally, and with many ties.
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=12)
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The probabilities that a token is drawn with, of logits (V,)."""
+    """The probabilities with which a token is drawn, from logits (V,)."""
     found = weights(logits[None, :], sampling)[0]
     return found / np.sum(found)
 
@@ -90,7 +90,7 @@ def test_a_huge_temperature_makes_tokens_equally_likely():
     [
         ({"top_k": 1}, [1]),
         ({"top_k": 2}, [1, 3]),
-        ({"top_k": 3}, [0, 1, 3]),  # 0 and 2 are equally likely: the smaller id stays
+        ({"top_k": 3}, [0, 1, 3]),  # 0 and 2 are equally likely: the smaller id is kept
         ({"top_k": 4}, [0, 1, 2, 3]),
         ({"top_k": 99}, [0, 1, 2, 3]),
         ({"top_p": 0.4}, [1]),
@@ -98,7 +98,7 @@ def test_a_huge_temperature_makes_tokens_equally_likely():
         ({"top_p": 0.71}, [0, 1, 3]),
         ({"top_p": 0.86}, [0, 1, 2, 3]),
         ({"top_p": 1e-9}, [1]),
-        ({"top_k": 2, "top_p": 0.55}, [1]),  # of the two that top_k left, token 1 holds 0.4 / 0.7
+        ({"top_k": 2, "top_p": 0.55}, [1]),  # of the two that top_k keeps, token 1 has 0.4 / 0.7
         ({"top_k": 2, "top_p": 0.6}, [1, 3]),
     ],
 )

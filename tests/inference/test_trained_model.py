@@ -44,7 +44,7 @@ def test_a_prompt_that_cannot_be_encoded_is_named():
 
 
 def test_an_answer_ends_at_the_end_of_the_equation():
-    """A table says what can be asked; the answer has no more digits than it, and no space."""
+    """The table determines the questions; the answer has at most its number of digits, and no space."""
     table = EquationTable(max_sum=0)
     model = trained(EquationConfig(n_ctx=table.longest, n_hidden=4), table.vocabulary)
     asked = "".join(model.stream("9+8=", table.digits + 2, greedy=True)).split(" ")[0]

@@ -1,4 +1,4 @@
-"""What an inspection shows is what the plain maths computes, under the names of its source."""
+"""An inspection shows what the plain code computes, under the names in its source."""
 
 import ast
 import dataclasses
@@ -78,11 +78,11 @@ def by_hand(run: Run, windows, targets):
 
 
 def same(a, b) -> bool:
-    """Bit for bit."""
+    """Whether two arrays are equal bit for bit."""
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-# the copies compute what the plain text computes ----------------------------------------------------------
+# the copies compute what the plain code computes ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -215,7 +215,7 @@ def test_every_array_matches_its_formula(run):
 
 
 def test_gradients_of_any_array_match_finite_differences(run):
-    """dL/da of an array on the way, by moving that array alone."""
+    """dL/da of an intermediate array, by changing only that array."""
     seen = run.inspect("the cat", backward=True)
     pairs = {"blocks.0.attention.heads.scores:2": "blocks.0.attention.heads.dscores", "logits": "dlogits",
              "blocks.1.network.h": "blocks.1.network.dh:2", "blocks.0.norm1.y": "blocks.0.attention.dx",
@@ -231,7 +231,7 @@ def test_gradients_of_any_array_match_finite_differences(run):
 
 
 def with_source(monkeypatch, module, old: str, new: str) -> None:
-    """As if a line of a module's file were another."""
+    """Replaces a line of a module's source."""
     plain = trace.source_of
 
     def source_of(name):
@@ -361,7 +361,7 @@ def test_a_traceback_through_a_copy_shows_the_source(run, monkeypatch):
 
 
 def test_all_sources_can_be_rewritten():
-    """What is added are calls of see alone: without them, the tree is the plain one again."""
+    """Only calls of `see` are added: without them, the syntax tree equals the original."""
     for name in trace.found():
         source = trace.source_of(name)
         text = ast.unparse(trace.rewritten(source))
@@ -401,7 +401,7 @@ def test_ablating_a_head_zeroes_its_slice_of_the_out_projection(network, head):
     run, D = a_run(gpt_config(network=network)), 4
 
     def zero_slice(weight):
-        weight[head * D : (head + 1) * D] = 0  # it may write into what it gets
+        weight[head * D : (head + 1) * D] = 0  # it may write into its argument
         return weight
 
     before = run.inspect("the cat sat")
@@ -411,7 +411,7 @@ def test_ablating_a_head_zeroes_its_slice_of_the_out_projection(network, head):
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert abs(found.loss - before.loss) > 1e-3
     assert (found.attention(1, head) == 0).all()
-    assert same(run.inspect("the cat sat").logits, before.logits)  # nothing stays changed
+    assert same(run.inspect("the cat sat").logits, before.logits)  # no change remains
 
 
 def test_an_ablated_head_of_a_mixture_adds_nothing():
@@ -444,7 +444,7 @@ def test_recorded_arrays_are_copies(run):
 
 
 def test_an_unchanged_array_stays_the_same_object():
-    """Its layout in memory too, on which the order of sums may depend."""
+    """With its layout in memory, on which the order of sums may depend."""
     value = np.arange(12.0).reshape(3, 4)[:, ::2].T
     recorder = Recorder(np, np.asarray, {}, {"a": lambda a: a + 0, "b": lambda a: a + 1})
     assert recorder.patched("a", value) is value
@@ -452,7 +452,7 @@ def test_an_unchanged_array_stays_the_same_object():
 
 
 def test_a_gradient_can_be_patched(run):
-    """Without the gradient of what the block adds to the stream, none of its parameters has one."""
+    """If the gradient of a block's contribution is set to zero, its parameters have no gradient."""
     patch = {"blocks.1.network.down.dx": lambda dx: dx * 0}
     gradients = run.inspect("the cat", backward=True, patch=patch).gradients
     assert not gradients["blocks.1.network.up.weight"].any()
@@ -482,7 +482,7 @@ def test_a_bad_patch_is_an_error(run, patch, words):
     assert "\n" not in str(caught.value)
 
 
-# what is read off -----------------------------------------------------------------------------------------
+# predictions and attention --------------------------------------------------------------------------------
 
 
 def test_attention_is_causal_and_adds_up_to_one(run):
@@ -637,7 +637,7 @@ def test_neighbours_among_single_numbers_are_sorted_by_distance():
     assert any("whose embedding is one number" in line for line in lines)
 
 
-# in words -------------------------------------------------------------------------------------------------
+# as text --------------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_every_array_once_with_its_figures(run):

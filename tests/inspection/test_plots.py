@@ -1,4 +1,4 @@
-"""Pictures: what they show, and that nothing but asking for one needs matplotlib."""
+"""Pictures: what they show, and that matplotlib is imported only for a picture."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def seen():
 
 @pytest.fixture
 def figures(drawing, monkeypatch) -> list:
-    """The figures that are written, in place of their files."""
+    """Collects the figures instead of writing files."""
     written: list = []
     monkeypatch.setattr(plots, "save", lambda figure, path: written.append(figure) or path)
     return written
@@ -96,7 +96,7 @@ def test_a_picture_that_cannot_be_written(drawing, tmp_path, monkeypatch, name, 
 @pytest.mark.slow
 def test_every_offered_format_can_be_written(drawing, seen, tmp_path):
     with pytest.raises(BabyError, match="ends in one of") as caught:
-        plots.check(tmp_path / "a.pgf")  # for which another program is needed
+        plots.check(tmp_path / "a.pgf")  # a format that needs another program
     kinds = [kind.strip(" .") for kind in str(caught.value).split("one of")[1].split(",")]
     assert {"png", "svg", "pdf"} <= set(kinds)
     assert "pgf" not in kinds

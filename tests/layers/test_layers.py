@@ -1,6 +1,6 @@
-"""The laws of a layer, for every row of the layer table.
+"""The tests of a layer, for every row of the layer table.
 
-Gradients are compared with finite differences, which need the forward pass alone, and with the automatic
+Gradients are compared with finite differences, which need only the forward pass, and with the automatic
 differentiation of JAX and PyTorch on the same source. Then every backend is compared with NumPy.
 """
 
@@ -38,7 +38,7 @@ def _run(variant: str, dtype: str, name: str):
 
 
 def run(case, entry):
-    """As _run, once for all tests that look at the same numbers."""
+    """Like _run, cached for all tests that use the same numbers."""
     return _run(case.variant, case.dtype, entry.name)
 
 

@@ -1,5 +1,5 @@
-"""What can go wrong on a disk: full, damaged, shared, forbidden, mixed up. Nothing is lost, nothing is silently
-wrong."""
+"""What can go wrong with files: full disks, damage, sharing, permissions, mixed-up files. Nothing is lost, and
+nothing is silently wrong."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def stopped(text, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def done(stopped, tmp_path_factory) -> np.ndarray:
-    """How it ends: parameters (P,)."""
+    """The parameters (P,) at its end."""
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(stopped.files.folder, folder, dirs_exist_ok=True)
     return api.resume(path=folder).params
@@ -100,7 +100,7 @@ def damaged(data: bytes, edit: tuple) -> bytes:
 
 
 def near_the_front(data: bytes) -> int:
-    """Length of what stands before the arrays: there a random place would seldom be."""
+    """Length of the part before the arrays, which a random position would seldom hit."""
     return 8 + int.from_bytes(data[:8], "little") if data[:1] != b"{" else len(data)
 
 
@@ -109,7 +109,7 @@ def near_the_front(data: bytes) -> int:
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits=st.lists(EDITS, min_size=1, max_size=3), front=st.booleans())
 def test_a_damaged_file_is_an_error_or_loads_unchanged(stopped, kept, part, edits, front):
-    """Never another exception, never another model."""
+    """Never another exception, and never a different model."""
     weights = "last" if part == "state" else "best"
     path = getattr(stopped.files, part)
     whole = path.read_bytes()
@@ -168,7 +168,7 @@ def test_every_command_reports_damage_in_one_line(stopped, tmp_path, command, ca
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_file_of_another_run_is_refused(copy, text, part):
-    """Though both runs have the same settings and the same text."""
+    """Although both runs have the same settings and the same text."""
     other = api.train("baby", path=copy.folder, data=text, listener=StopAt(5), **TINY)
     shutil.copyfile(getattr(other.files, part), getattr(copy, part))
     if part == "tokenizer":  # the same characters make the same tokenizer
@@ -180,7 +180,7 @@ def test_a_file_of_another_run_is_refused(copy, text, part):
 
 
 def edit(path: Path, change) -> None:
-    """Change a JSON file, and its seal, where it has one, with it: what is behind the seal has its own checks."""
+    """Change a JSON file, and its seal if it has one, to test the checks that follow the seal."""
     value = json.loads(path.read_text())
     seal = value.pop("checksum", None)
     change(value)
@@ -188,7 +188,7 @@ def edit(path: Path, change) -> None:
 
 
 def fill_with(path: Path, value: float) -> None:
-    """Other weights in a file of weights, with a seal that fits."""
+    """Replace the weights in a file, with a matching seal."""
     arrays, metadata = load_file(path), state_file.read_metadata(path)
     layout = Layout(tuple(arrays), tuple(array.shape for array in arrays.values()))
     del metadata["checksum"]
@@ -234,7 +234,7 @@ DAMAGE = [
 
 
 def test_a_damaged_run_is_refused_with_the_reason(copy):
-    """Whether it is to be loaded or, where its weights are not read, to go on; no file changes."""
+    """When it is loaded or, if its weights are not read, resumed; no file changes."""
     for number, (part, damage, words) in enumerate(DAMAGE):
         path = getattr(copy, part)
         whole = path.read_bytes()
@@ -318,7 +318,7 @@ def test_a_full_disk_while_the_last_files_are_written_loses_no_step(text, tmp_pa
 
 @pytest.mark.parametrize("name", ["state_", ""], ids=["a checkpoint", "everything"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monkeypatch, name):
-    """And the error is the first one, not that the report could not be written either."""
+    """The error is the first one, not the one from writing the report."""
     full_where(monkeypatch, lambda path: name in path and bool(list(tmp_path.glob("outputs/metrics_*"))))
     with pytest.raises(BabyError, match=r"state_.* cannot be written \(No space left on device\)") as caught:
         api.train("baby", path=tmp_path, data=text, **TINY)
@@ -333,7 +333,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monke
 
 
 def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(text, tmp_path):
-    """In two processes: each ends as it does alone, with the ids of the text shared."""
+    """In two processes: each ends as it does alone, and they share the ids of the text."""
     script = "import sys, json; from baby_xp import api; api.train('baby', **json.loads(sys.argv[1]))"
     both = [{**TINY, "data": text, "path": str(tmp_path / "both"), "seed": seed} for seed in (0, 1)]
     other = subprocess.Popen([sys.executable, "-c", script, json.dumps(both[0])])
@@ -350,7 +350,7 @@ def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(text, tmp_path
 
 
 def test_two_runs_in_two_threads(text, tmp_path):
-    """Python delivers signals to the main thread alone; training in others works all the same."""
+    """Python delivers signals only to the main thread; training in other threads works too."""
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda seed: api.train("baby", path=tmp_path, data=text, seed=seed, **TINY), (0, 1)))
     assert [run.state for run in api.list_runs(tmp_path)] == ["done", "done"]
@@ -375,7 +375,7 @@ sys.exit(main(["train", *sys.argv[1:]]) + 10 * main(["resume", *sys.argv[1:]]))
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others on this system")
 def test_a_folder_without_permission_is_one_line(copy, text):
-    """As another user where the tests run as root, whom no permission holds back.
+    """As another user if the tests run as root, to whom permissions do not apply.
 
     That user may be kept out of the folders above, and so the folder of the runs is the current one.
     """

@@ -1,4 +1,4 @@
-"""Finetuning keeps what the model knows, and adds what it does not."""
+"""Finetuning keeps the existing rows of the model and adds rows for new characters."""
 
 import shlex
 import shutil
@@ -44,7 +44,7 @@ def trained(tmp_path_factory, texts) -> Run:
 
 @pytest.fixture
 def base(tmp_path, trained) -> Run:
-    """A copy of it in a folder of its own."""
+    """A copy of it in a separate folder."""
     shutil.copytree(trained.files.folder, tmp_path / "runs")
     return api.load(trained.guid, path=tmp_path / "runs", backend="numpy")
 
@@ -140,7 +140,7 @@ def test_finetuning_reduces_the_loss_more_than_training_from_scratch(base, texts
 
 
 def records_of(run: Run) -> list[dict]:
-    """The records but for the times."""
+    """The records without the times."""
     return [{**record, "seconds": 0} for record in metrics_of(run.files)]
 
 

@@ -1,7 +1,7 @@
-"""Runs that earlier commits wrote load, generate and go on to the same end.
+"""Runs that earlier commits wrote can be loaded, generate the same text and resume to the same end.
 
-Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and what
-that commit made of each run that it stopped, when it was not stopped: text, loss and the parameters at the end.
+Each folder of tests/runs/kept is named after the commit that wrote it: its runs (`stored`), their texts, and the
+results of that commit for each stopped run without the stop: text, loss and the parameters at the end.
 """
 
 import json
@@ -24,7 +24,7 @@ RUNS = [
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch, request):
-    """A kept run: where it lies, and what is expected of it."""
+    """A kept run: its folder, and the expected results."""
     folder, name = request.param
     shutil.copytree(folder, tmp_path / "kept")
     monkeypatch.chdir(tmp_path / "kept")
@@ -45,7 +45,7 @@ def test_a_kept_run_loads_generates_and_resumes(kept):
     if run.config["result"]["state"] != "stopped":
         return
     resumed = baby_xp.resume(guid, path="stored")
-    # to the last bit on the machine that wrote them; another one's matrix products round differently
+    # to the last bit on the machine that wrote them; on others, matrix products round differently
     np.testing.assert_allclose(load_file(resumed.files.state)["params"], params, rtol=1e-4, atol=1e-6)
     assert resumed.config["result"]["val_loss"] == pytest.approx(expected["loss"], rel=1e-5)
 

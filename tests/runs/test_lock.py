@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, in this process and in others, and none once the holder is gone."""
+"""Locks: one holder at a time, in this process and in others, and none after the holder has ended."""
 
 import errno
 import os
@@ -45,11 +45,11 @@ def test_a_lock_has_one_holder_and_its_file_exists_while_it_is_held(path):
     first, second, other = Lock(path), Lock(path), Lock(path.parent / "gone" / "b.lock")
     assert not first.is_held()
     assert first.acquire()
-    for _ in range(3):  # asking does not take it from its holder
+    for _ in range(3):  # asking does not release the lock
         assert second.is_held()
     assert path.exists()
     assert not second.acquire(patience=0)
-    assert other.acquire(patience=0)  # its folder is made
+    assert other.acquire(patience=0)  # its folder is created
     other.release()
     first.release()
     assert not path.exists()
@@ -60,7 +60,7 @@ def test_a_lock_has_one_holder_and_its_file_exists_while_it_is_held(path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
 def test_the_file_of_a_lock_is_removed_while_it_is_held(path, monkeypatch):
-    """Else another process may have locked it in between, and a third would then lock a new one."""
+    """Otherwise another process might have locked it in between, and a third would then lock a new one."""
     held, unlink = Lock(path), Path.unlink
     assert held.acquire()
     taken = []
@@ -84,7 +84,7 @@ def test_acquire_waits_as_long_as_its_patience(path):
 
 
 def test_a_lock_that_is_released_while_waiting_is_acquired(path):
-    """As when another process calls is_held, and holds it for an instant."""
+    """For example, while another process calls is_held, which holds the lock for an instant."""
     first, second = Lock(path), Lock(path)
     first.acquire()
     later = threading.Timer(0.05, first.release)
@@ -100,7 +100,7 @@ def test_is_held_does_not_change_files(path):
     assert not path.exists()
     path.write_bytes(b"")  # its holder was killed
     assert not Lock(path).is_held()
-    assert path.exists()  # who asks changes nothing
+    assert path.exists()  # asking changes nothing
     assert not Lock(path.parent / "gone" / "a.lock").is_held()
 
 
@@ -130,7 +130,7 @@ def test_a_file_system_without_locks_is_an_error_and_not_a_held_lock(path, monke
 
 @pytest.mark.parametrize("allowed", ["rb", None])
 def test_is_held_needs_no_permission(path, holder, monkeypatch, allowed):
-    """As another user has none who may read the runs, or who may not even do that."""
+    """For a user who may only read the runs, or not even that."""
     opened = open
 
     def refused(file, mode="r"):
@@ -144,7 +144,7 @@ def test_is_held_needs_no_permission(path, holder, monkeypatch, allowed):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
 def test_a_lock_on_a_removed_file_does_not_count(path, monkeypatch):
-    """Its last holder removes it after the next one has opened it: who then locked it would not be alone."""
+    """The last holder removes it after the next one has opened it; a lock on it would not exclude others."""
     removed = []
 
     def removed_before(file):

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or cut short ends bit for bit like one that was left alone."""
+"""A run that was stopped, killed or interrupted ends bit for bit like an uninterrupted one."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def slow_steps(at_step, monkeypatch):
-    """The listeners below hear of every step: of slow ones they do."""
+    """Makes steps slow, so that the listeners below are called after every step."""
     time_of, steps = time.perf_counter, []
     monkeypatch.setattr(time, "perf_counter", lambda: time_of() + 2.0 * len(steps))
     at_step(lambda step, batch: steps.append(step))
@@ -53,7 +53,7 @@ def odd_end(tmp_path_factory) -> Path:
 
 
 class Stopper(baby_xp.Listener):
-    """Stops a run from inside, in one of the ways there are, when it comes to a step or an evaluation."""
+    """Stops a run from inside, in one of several ways, when it reaches a step or an evaluation."""
 
     def __init__(self, at: int, where: str = "progress", how: str = "signal"):
         self.at, self.where, self.how, self.done = at, where, how, False
@@ -74,7 +74,7 @@ class Stopper(baby_xp.Listener):
 
 @dataclass(frozen=True)
 class Ending:
-    """All that must be the same bit for bit."""
+    """Everything that must be equal bit for bit."""
 
     arrays: dict
     weights: np.ndarray
@@ -103,7 +103,7 @@ _alone: dict[tuple, Ending] = {}
 
 @pytest.fixture
 def alone(text, tmp_path):
-    """How a run ends that is left alone."""
+    """The end of an uninterrupted run."""
 
     def ending(**more) -> Ending:
         key = tuple(sorted(more.items()))
@@ -117,7 +117,7 @@ def alone(text, tmp_path):
 STOPS = [
     # workers, step, where, how
     (1, 7, "progress", "signal"), (1, 10, "evaluated", "exception"), (1, 24, "evaluated", "signal"),
-    (1, 10, "progress", "signal"),  # an evaluation is due, and is left out
+    (1, 10, "progress", "signal"),  # an evaluation is due, and is skipped
     *(pytest.param(*stop, marks=pytest.mark.slow) for stop in (
         (2, 7, "progress", "signal"), (1, 1, "progress", "term"), (1, 10, "progress", "exception"),
         (1, 23, "progress", "signal"), (1, 20, "evaluated", "term"), (2, 23, "progress", "exception"),
@@ -182,9 +182,9 @@ def test_the_best_weights_survive_a_later_checkpoint_that_is_worse(odd_end, tmp_
 
 @pytest.mark.parametrize("name", ["torch", "array-api-strict", "jax", pytest.param("cupy", marks=pytest.mark.gpu)])
 def test_every_backend_resumes_exactly(text, tmp_path, name):
-    case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips where it is absent
+    case_of({"array-api-strict": "strict"}.get(name, name), "float32")  # skips the test if it is not available
     small = {"num_steps": 4, "eval_every": 3, "sample_tokens": 0, "seed": 7, "backend": name}
-    with quick(sample_tokens=1):  # slow where every operation is compiled
+    with quick(sample_tokens=1):  # slow if every operation is compiled
         whole = Ending.of(train(text, tmp_path / "alone", **small))
         train(text, tmp_path / "runs", Stopper(2), **small)
         assert Ending.of(api.resume(path=tmp_path / "runs")) == whole
@@ -244,7 +244,7 @@ def test_a_resumed_run_keeps_its_start_time(text, tmp_path):
 
 
 def test_a_run_resumed_on_another_backend_drops_its_workers(text, tmp_path):
-    case_of("strict")  # skips where it is absent
+    case_of("strict")  # skips the test if it is not available
     train(text, tmp_path, Stopper(3), workers=2, num_steps=4)
     done = api.resume(path=tmp_path, backend="array-api-strict")
     assert (done.config["result"]["state"], done.config["place"]["workers"]) == ("done", 1)
@@ -261,7 +261,7 @@ def test_a_run_resumes_on_its_device(text, tmp_path):
 
 
 def test_a_line_of_the_metrics_is_written_before_the_listener_gets_it(text, tmp_path):
-    """Whoever hears of a measurement may kill the run."""
+    """The listener that gets the evaluation may kill the run."""
     lines = []
 
     class Reader(baby_xp.Listener):

@@ -1,5 +1,5 @@
-"""Weights and checkpoints as safetensors: the way there and back is exact, and a file that is not as it was
-written is an error, however it was damaged."""
+"""Weights and checkpoints as safetensors: saving and loading is exact, and a file that was changed or damaged in
+any way is an error."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def path(tmp_path):
 
 
 def checksum(arrays: dict, metadata: dict) -> str:
-    """What binds arrays and metadata together: files of earlier commits have it too."""
+    """The checksum over arrays and metadata, which files of earlier commits have too."""
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         total.update(f"{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
@@ -37,7 +37,7 @@ def checksum(arrays: dict, metadata: dict) -> str:
 
 
 def sealed(arrays: dict, metadata: dict | None = None) -> bytes:
-    """A file with a checksum that fits: what is behind the checksum has checks of its own."""
+    """A file with a matching checksum, to test the checks that follow it."""
     return save(arrays, {**(metadata or {}), "checksum": checksum(arrays, metadata or {})})
 
 
@@ -68,7 +68,7 @@ def state_failure(path, size=LAYOUT.size, dtype="float32") -> str:
     return refused(state_file.load_state, path, size, dtype)
 
 
-# there and back -----------------------------------------------------------------------------------------
+# round trips --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -134,7 +134,7 @@ def test_the_metadata_of_a_file_that_cannot_be_read_is_empty(tmp_path, path):
         assert state_file.read_metadata(tmp_path / name) == {}
 
 
-# checkpoints that do not serve --------------------------------------------------------------------------
+# invalid checkpoints ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -175,16 +175,16 @@ def test_weights_and_checkpoints_are_not_interchangeable(path, state_path):
 
 
 def test_a_flipped_bit_is_detected_anywhere(path, state_path):
-    """In the header, in what we wrote into it, in the arrays. test_faults.py damages files of runs at random."""
+    """In the header, in the metadata, in the arrays. test_faults.py damages files of runs at random."""
     for damaged, error_of in ((path, failure), (state_path, state_failure)):
         data = damaged.read_bytes()
         for place in range(0, len(data), 5):
             damaged.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
             assert error_of(damaged)
-            assert isinstance(state_file.read_metadata(damaged), dict)  # or nothing, but no error
+            assert isinstance(state_file.read_metadata(damaged), dict)  # or an empty dict, but no error
 
 
-# files that do not serve --------------------------------------------------------------------------------
+# invalid files ------------------------------------------------------------------------------------------
 
 
 def test_a_file_without_a_checksum_is_refused(path):
@@ -259,7 +259,7 @@ def test_a_file_of_another_kind_or_length_is_damaged(path):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2", "F4", "I16", "X", "", None, 3])
 def test_a_type_that_does_not_fit_is_an_error(path, dtype):
-    # the header of a file that a program wrote, not what a disk spoilt: sizes and offsets agree where they can
+    # a header written by a program, not damaged by a disk: sizes and offsets agree where they can
     width = {"BF16": 2, "F16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}.get(dtype, 4)
     header, end = {}, 0
     for name, array in ARRAYS.items():
@@ -269,7 +269,7 @@ def test_a_type_that_does_not_fit_is_an_error(path, dtype):
     arrays = {name: np.zeros(array.shape, numpy_type or "float32") for name, array in ARRAYS.items()}
     header["__metadata__"] = {"checksum": checksum(arrays, {})}
     path.write_bytes(with_header(header, bytes(end)))
-    if dtype == "F16":  # halves are numbers too
+    if dtype == "F16":  # float16 numbers are floats too
         assert state_file.load_weights(path, LAYOUT)[0].shape == (LAYOUT.size,)
     elif dtype == "I16":
         assert "wte.weight is int16 (5, 3), not float (5, 3)" in failure(path)

@@ -1,4 +1,4 @@
-"""Runs on disk: a name finds the run that is meant, one process trains it, and changes by hand are noticed."""
+"""Runs on disk: a name finds its run, one process trains it, and manual changes are detected."""
 
 import ast
 import errno
@@ -64,9 +64,9 @@ def sealed(tmp_path) -> Path:
 
 def test_a_sealed_file_is_read_without_its_seal(sealed):
     assert store.read_sealed(sealed) == VALUE
-    assert list(store.read_sealed(sealed)) == list(VALUE)  # people read it in this order
+    assert list(store.read_sealed(sealed)) == list(VALUE)  # in this order for human readers
     assert json.loads(sealed.read_text()) == {**VALUE, "checksum": store.digest(VALUE)}
-    sealed.write_text(json.dumps(json.loads(sealed.read_text()), sort_keys=True))  # its layout does not matter
+    sealed.write_text(json.dumps(json.loads(sealed.read_text()), sort_keys=True))  # whitespace does not matter
     assert store.read_sealed(sealed) == VALUE
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_runs_says_so(tmp_path, kind):
 
 
 def test_a_config_alone_makes_a_run(runs):
-    """Reading a run reports its other missing files."""
+    """Reading a run reports other missing files."""
     files = RunFiles(runs, GUIDS[2])
     files.model.unlink()
     assert store.guids(runs) == GUIDS[::-1]
@@ -185,7 +185,7 @@ SUFFIXES = [
 
 @pytest.fixture
 def tuned(runs) -> Path:
-    """The last of the three runs was finetuned, again and again; the others were not."""
+    """The last of the three runs was finetuned repeatedly; the others were not."""
     for age, suffix in enumerate(SUFFIXES):
         files = RunFiles(runs, GUIDS[2] + suffix)
         files.config.write_text("{}")
@@ -283,7 +283,7 @@ def test_sweeping_removes_only_half_written_files_of_this_run(runs):
 def test_files_left_by_a_killed_write_are_swept(runs, monkeypatch):
     files, before = RunFiles(runs, GUIDS[0]), all_of(runs)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the tidying took place
+        patch.setattr(os, "replace", lambda *paths: None)  # killed: neither the rename nor the cleanup happened
         patch.setattr(Path, "unlink", lambda path: None)
         write(files.model, b"x" * 100)
     assert len(all_of(runs)) == len(before) + 1
@@ -292,7 +292,7 @@ def test_files_left_by_a_killed_write_are_swept(runs, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed_is_not_swept(runs, monkeypatch):
-    """Such as a stale handle of a network file system: writing the first file reports it."""
+    """For example, a stale handle of a network file system: writing the first file reports it."""
 
     def refuse(*args):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -316,7 +316,7 @@ def test_nothing_in_the_package_can_load_code_from_a_file():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not forbidden & {name.split(".")[0] for name in names}, path
             assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), path
-            # numpy.load would read pickles if it were asked to
+            # numpy.load can read pickles if allowed to
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
                 assert (called.value.id, called.attr) not in {("np", "load"), ("np", "save")}, path

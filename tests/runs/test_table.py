@@ -67,18 +67,18 @@ def test_an_imported_run_has_no_checkpoint_and_no_steps(tmp_path):
 
 
 def test_a_run_that_is_held_is_running(tmp_path):
-    """Its steps are those of its checkpoint: the config knows them as of the start."""
+    """Its steps are read from its checkpoint, because the config has those at the start."""
     files = a_run(tmp_path, GUIDS[0], "running", val_loss=None, losses=[3.0, 2.5], steps=0)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with store.hold(files):
         assert table.summaries(tmp_path) == [expected(GUIDS[0], "running", val_loss=2.5)]
-        assert store.is_held(files)  # the table has not taken it away
+        assert store.is_held(files)  # the table has not removed it
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_says_it_is_running_but_is_not_held_was_killed(tmp_path):
     files = a_run(tmp_path, GUIDS[0], "running", val_loss=None, losses=[3.0, 2.5])
-    files.lock.write_bytes(b"")  # who was killed could not remove it
+    files.lock.write_bytes(b"")  # a killed process cannot remove it
     assert table.summaries(tmp_path) == [expected(GUIDS[0], "stopped", val_loss=2.5)]
 
 
@@ -164,7 +164,7 @@ def test_the_command_line_lists_one_run_per_line(tmp_path):
         ["00000000", "done", "baby", *steps, "1.2500", *when],
     ]
     assert len({line.find("my text.txt") for line in lines if "my text" in line} | {head.find("data")}) == 1
-    for line in lines:  # what stands first is a name that the other commands take
+    for line in lines:  # the first column is a name that the other commands accept
         assert store.find(tmp_path, line.split()[0]).guid in [guid for guid, _ in runs]
 
 

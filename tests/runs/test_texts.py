@@ -1,4 +1,4 @@
-"""A run and its text: found from any current folder, its ids checked, never silently replaced by another one."""
+"""A run and its text: it is found from any folder, its ids are checked, and no other text is used silently."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ TINY = {
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A folder with a text, in which a run is called; and another beside it, with another text of that name."""
+    """The current folder with a text, and another folder beside it with a different text of the same name."""
     for name, text in (("home", TEXT), ("other", TEXT.replace("cat", "cow"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "input.txt").write_text(text, encoding="utf-8", newline="\n")
@@ -40,7 +40,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 class Meddler(baby_xp.Listener):
-    """Does something when a training comes to its first evaluation."""
+    """Calls a function at the first evaluation of a training."""
 
     def __init__(self, meddle, at: int = 4):
         self.meddle, self.at = meddle, at
@@ -73,7 +73,7 @@ def ids_of(runs: Path) -> Path:
     return path
 
 
-# where it is --------------------------------------------------------------------------------------------
+# locations ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", ["input.txt", "../home/input.txt"])
@@ -94,7 +94,7 @@ def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypat
     monkeypatch.chdir(home.parent / "moved")
     assert api.load(backend="numpy").evaluate(num_tokens=5).loss == loss
     monkeypatch.chdir(home.parent / "other")
-    with pytest.raises(BabyError, match=r"is no longer the text .*--data"):  # another one, of the same name
+    with pytest.raises(BabyError, match=r"is no longer the text .*--data"):  # a different text with the same name
         api.load(path="../moved/runs", backend="numpy").evaluate()
     monkeypatch.chdir(home.parent)
     with pytest.raises(BabyError, match=r"no longer at .*home/input\.txt; give its new path with --data"):
@@ -124,7 +124,7 @@ def test_a_file_named_like_a_built_in_text_needs_a_path(home):
     run = api.train("baby", **{**TINY, "num_steps": 2})
     assert run.config["data"] == {**run.config["data"], "data": "nursery", "file": None}
     assert run.evaluate(num_tokens=5).entropy > 0
-    # as commits before wrote it
+    # as earlier commits wrote it
     (home.parent / "nursery").write_text("not a rhyme either")
     assert dataset.of_run(DataConfig("nursery"), str(home.parent / "nursery"), "0" * 64) == DataConfig("nursery")
     assert dataset.of_run(DataConfig("shakespeare"), str(home.parent / "nursery"), "0" * 64).data == "shakespeare"
@@ -162,7 +162,7 @@ def test_the_name_of_a_text_need_not_be_utf_8(home, whole):
     assert api.load(backend="numpy").evaluate(num_tokens=5).tokens > 0
 
 
-# its ids ------------------------------------------------------------------------------------------------
+# ids ----------------------------------------------------------------------------------------------------
 
 DAMAGE = {
     "zeros": lambda data: bytes(len(data)),
@@ -195,7 +195,7 @@ def test_damaged_ids_are_created_again(home, whole):
 
 
 def test_ids_that_change_during_training_have_no_effect(home, whole):
-    """Cut short, even: what is mapped ends the process then."""
+    """Even if they are truncated, which would kill the process if they were memory-mapped."""
     for name, damage in DAMAGE.items():
 
         def meddle(name=name, damage=damage):
@@ -210,7 +210,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
 
     def damage():
         path = ids_of(Path("runs"))
-        with path.open("r+b") as file:  # in place: the training has it mapped
+        with path.open("r+b") as file:  # in place, because the training has mapped it
             file.write(bytes(200))
 
     with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten"):
@@ -227,7 +227,7 @@ def test_touched_or_removed_mapped_ids_have_no_effect(home, monkeypatch, whole):
         "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
     )
     assert_same(touched, whole)
-    if os.name != "nt":  # which removes no file that is mapped
+    if os.name != "nt":  # where a mapped file cannot be removed
         gone = Meddler(lambda: shutil.rmtree("b/corpora"))
         assert_same(api.train("baby", data="input.txt", path="b", listener=gone, **TINY), whole)
 
@@ -235,15 +235,15 @@ def test_touched_or_removed_mapped_ids_have_no_effect(home, monkeypatch, whole):
 def test_half_written_ids_of_killed_processes_are_removed(home):
     folder = Path("runs/corpora")
     folder.mkdir(parents=True)
-    for name in ("0a.17.0b.tmp", ".0a.ids.1a2b3c4d.tmp"):  # as earlier versions called it, and as this one does
+    for name in ("0a.17.0b.tmp", ".0a.ids.1a2b3c4d.tmp"):  # the names in earlier versions and in this one
         (folder / name).write_bytes(b"half")
     with open(folder / ".0b.ids.1a2b3c4d.tmp", "wb") as growing:
-        assert try_to_lock(growing)  # as its writer has it
+        assert try_to_lock(growing)  # as its writer locks it
         api.train("baby", data="input.txt", **{**TINY, "num_steps": 2})
         assert sorted(path.suffix for path in folder.iterdir()) == [".ids", ".tmp"]
 
 
-# one run and another ------------------------------------------------------------------------------------
+# several runs -------------------------------------------------------------------------------------------
 
 BAD = {
     "not UTF-8 at its end": TEXT.encode() + b"\xff",
@@ -256,14 +256,14 @@ BAD = {
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("keep_text", [False, True])
 def test_a_failed_run_keeps_the_files_of_one_that_trains(home, content, keep_text, whole):
-    """Whose folder of outputs is still empty, and which shares the folder of ids."""
+    """The other run's folder of outputs is still empty, and the runs share the folder of ids."""
     Path("bad.txt").write_bytes(content)
 
     class Fails(baby_xp.Listener):
         def started(self, session, step):
             with pytest.raises(BabyError):
                 api.train("baby", data="bad.txt", **TINY)
-            if not keep_text:  # and even where others do worse
+            if not keep_text:  # even if others remove it
                 shutil.rmtree("runs/outputs")
 
     run = api.train("baby", data="input.txt", listener=Fails(), **TINY)
@@ -306,7 +306,7 @@ def test_the_hash_of_a_text_equals_that_of_its_corpus(home):
 
 
 def test_a_run_in_a_read_only_folder_can_be_evaluated(home, monkeypatch):
-    """Its ids are then in memory."""
+    """Its ids are then kept in memory."""
     run = api.train("baby", data="input.txt", **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     shutil.rmtree("runs/corpora")
@@ -350,7 +350,7 @@ def test_a_removed_current_folder_is_harmless(home, monkeypatch):
 
 
 def test_an_interrupt_after_an_evaluation_still_writes_its_line(home, monkeypatch):
-    """The second Ctrl-C falls anywhere."""
+    """A second Ctrl-C may come at any time."""
     append = baby_xp.session.append_line
 
     def interrupted(path, value):

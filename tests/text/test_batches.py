@@ -1,4 +1,4 @@
-"""Batches are functions of (seed, step): every window where it belongs, and every order about as likely."""
+"""Batches are functions of (seed, step): the windows are right, and all orders are about equally likely."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from baby_xp.text.batches import EpochWindows, PairBatches, RandomWindows, conse
 
 SEEDS = st.integers(0, 2**64 - 1)
 quick = settings(max_examples=60, deadline=None)
-# Drawn once and written down.
+# Drawn once and recorded here.
 PINNED_SHUFFLE = [497, 249, 760, 359, 222]
 PINNED_STARTS = [180, 463, 684, 114, 159]
 
@@ -109,7 +109,7 @@ def test_a_large_order_has_no_trend():
 
 
 def test_the_random_numbers_never_change():
-    """A run that was saved by an older version goes on as it would have done."""
+    """A run that was saved by an older version resumes exactly."""
     ids = np.arange(1000, dtype=np.uint16)
     assert EpochWindows(ids, 4, 5, stride=1, seed=1).batch(402).inputs[:, 0].tolist() == PINNED_SHUFFLE
     assert RandomWindows(ids, 4, 5, seed=1).batch(402).inputs[:, 0].tolist() == PINNED_STARTS
@@ -235,7 +235,7 @@ def test_pairs_are_shuffled_each_epoch_and_stay_together():
     assert chi_square(np.bincount(rows, minlength=50)) < 2.5
 
 
-# What is refused
+# Refused input
 
 
 @pytest.mark.parametrize("n", [0, 1, 8])

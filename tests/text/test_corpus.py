@@ -1,4 +1,4 @@
-"""Texts of any size become ids on disk: the same ids everywhere, in bounded memory, and nothing half done."""
+"""Texts of any size become ids on disk: the same ids everywhere, in bounded memory, and no incomplete files."""
 
 import errno
 import hashlib
@@ -265,11 +265,11 @@ def test_a_text_that_cannot_be_a_corpus_is_refused(tmp_path, text, tokenizer):
     assert not (tmp_path / "cache").exists()
 
 
-# Two at once
+# Two processes at once
 
 
 def test_another_process_may_write_the_ids_first(tmp_path, monkeypatch):
-    """As on Windows, where the file that the other one has mapped cannot be replaced."""
+    """As on Windows, where a file that another process has mapped cannot be replaced."""
     path, cache = write(tmp_path, b"abcabc"), tmp_path / "cache"
 
     def late(source, target):

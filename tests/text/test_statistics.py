@@ -1,4 +1,4 @@
-"""The counts of a text are those of plain definitions, wherever its chunks are cut."""
+"""The counts of a text match simple definitions, wherever the text is cut into chunks."""
 
 import re
 

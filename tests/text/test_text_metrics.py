@@ -1,4 +1,4 @@
-"""Shares of a generated text that the training text holds: those of plain definitions, at every chunking."""
+"""Shares of a generated text that occur in the training text match simple definitions, at every chunking."""
 
 import tracemalloc
 from itertools import repeat
@@ -48,12 +48,12 @@ def chunks_then_fail(*chunks: str):
         ("to be or not to flee\n", 5 / 6),
         ("zounds zounds zounds to ", 1 / 4),  # repeats count
         ("TO Be, “or” (not)! ", 1.0),
-        ("to -- ... & be ", 1.0),  # marks alone are no words
-        ("not-to be ", 1 / 2),  # marks inside a word belong to it
+        ("to -- ... & be ", 1.0),  # punctuation alone is not a word
+        ("not-to be ", 1 / 2),  # punctuation inside a word belongs to it
         ("to be or no", 1.0),  # the last one may be cut off
-        ("to be or no\n", 3 / 4),  # here it is not
+        ("to be or no\n", 3 / 4),  # here it is not cut off
         ("o be ", 1 / 2),  # the first one counts
-        ("to be --", 1.0),  # the last one is left out whatever it is
+        ("to be --", 1.0),  # the last one is ignored in any case
         ("to", None),
         ("", None),
         (" \n ", None),
@@ -79,7 +79,7 @@ def test_known_words_match_the_definition_at_every_chunking(generated, chunks):
 
 @pytest.mark.parametrize("filler", ["x", ".", "thou"])
 def test_a_text_without_whitespace_is_not_kept(filler):
-    """One endless word: neither kept nor searched again with every chunk."""
+    """One very long word is neither kept nor searched again with every chunk."""
     chunk = filler * 1000
     tracemalloc.start()
     try:

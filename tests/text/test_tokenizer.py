@@ -1,4 +1,4 @@
-"""Characters and bytes to ids and back, and what is said of a character that no id stands for."""
+"""Characters and bytes to ids and back, and the message about an unknown character."""
 
 import json
 import re
@@ -107,7 +107,7 @@ def test_an_unknown_character_in_several_lines():
     with pytest.raises(BabyError) as error:
         tokenizer.encode("a\nbb\nab?b?", "story.txt")
     assert message_of(error).startswith("story.txt: '?' (U+003F) at index 7 (line 3, column 3) ")
-    with pytest.raises(BabyError) as error:  # a piece of a text is placed in the whole
+    with pytest.raises(BabyError) as error:  # positions in a piece are those in the whole text
         tokenizer.encode("ab?", "story.txt", Place(100, 7, 5))
     assert "at index 102 (line 7, column 7)" in message_of(error)
     with pytest.raises(BabyError) as error:
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_refused(d, named):
 def test_an_unknown_kind_of_tokenizer_is_refused():
     chunks = iter(["a", "b"])
     assert create("byte", chunks).vocab_size == 256
-    assert list(chunks) == ["a", "b"]  # it does not read them
+    assert list(chunks) == ["a", "b"]  # the message does not read them
     with pytest.raises(BabyError, match=r"'word'.*char, byte") as error:
         create("word", "text")
     message_of(error)

@@ -21,7 +21,7 @@ SMALL = 1e-3
 
 
 def found(last: int, config: TrainConfig = CONFIG, workers=None):
-    """What is found in the steps from the first on, where step `last` was no longer finite."""
+    """The finding in the steps from the first on, if step `last` is not finite."""
     dataset = SimpleNamespace(batches=RandomWindows(IDS, 4, config.step_size, 0))
     backend = case_of("numpy", config.dtype).backend
     return largest_gradient(backend, MODEL, config, dataset, checkpoint.first(MODEL, config), last, workers)
@@ -56,7 +56,7 @@ NORM = np.sqrt(25 + (N - 1) * SMALL**2)
         ([GOOD, (3.0, "ln_f.gain", np.inf), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.inf),
         ([GOOD, (3.0, "ln_f.gain", np.nan), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.nan),
         ([GOOD, (3.0, "ln_f.gain", -np.inf), (3.0, "wte.weight", 7.0)], 6, "ln_f.gain", 2, np.inf),
-        # where all diverge at once, the step before is more informative, if there is one
+        # if all diverge at once, the previous step is more informative, if there is one
         ([GOOD, (3.0, "all", np.nan)], 2, "wte.weight", 1, NORM),
         ([(3.0, "all", np.nan)], 1, "wte.weight", 1, np.nan),
     ],

@@ -1,6 +1,6 @@
-"""The loop around the steps, from outside: when it evaluates, why it ends, and which checkpoints it writes.
+"""The loop around the steps: when it evaluates, why it ends, and which checkpoints it writes.
 
-test_resume.py has what an interrupt leaves, test_endings.py what is printed about it.
+test_resume.py tests what an interrupt leaves, test_endings.py what is printed about it.
 """
 
 import json
@@ -31,7 +31,7 @@ NEVER = 10**6
 
 
 class Noting(Listener):
-    """Keeps what training reports."""
+    """A listener that keeps what training reports."""
 
     def __init__(self):
         self.records, self.reports = [], []
@@ -45,7 +45,7 @@ class Noting(Listener):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """The current folder, with a text whose end is unlike the rest: learning the rest hurts there."""
+    """The current folder, with a text whose end differs from the rest, so that training increases its loss."""
     monkeypatch.chdir(tmp_path)
     text = "the cat sat on the mat. " * 30 + "tam eht no tas tac eht " * 4
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -56,13 +56,13 @@ def train(listener=None, **more) -> Run:
 
 
 def measured(run: Run) -> list[dict]:
-    """The records of a run but for the times; the last is that of the best model."""
+    """The records of a run without the times; the last is that of the best model."""
     lines = map(json.loads, run.files.metrics.read_text("ascii").splitlines())
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def progress_of(run: Run) -> dict:
-    """The progress that the last checkpoint holds."""
+    """The progress in the last checkpoint."""
     return json.loads(state_file.read_metadata(run.files.state)["progress"])
 
 
@@ -93,7 +93,7 @@ def test_the_records_contain_what_the_steps_computed(at_step):
     assert final["val_loss"] == best["val_loss"] == pytest.approx(run.evaluate(num_tokens=1).loss, rel=1e-12)
     seconds = [record["seconds"] for record in noting.records]
     assert seconds == sorted(seconds)
-    assert progress_of(run)["records"] == records  # without the last one: it can be measured again
+    assert progress_of(run)["records"] == records  # without the last one, which can be measured again
 
 
 def test_evaluations_use_a_part_of_a_large_validation_text_and_the_last_one_all_of_it(tmp_path):
@@ -105,7 +105,7 @@ def test_evaluations_use_a_part_of_a_large_validation_text_and_the_last_one_all_
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.01, [10, 20, 25]), (1.5, [*range(1, 26)])])
 def test_progress_is_reported_every_few_steps_or_after_each_slow_one(clock, at_step, seconds, steps):
-    """With mean loss and speed. How often changes no number of the run. A later session has speeds of its own."""
+    """With mean loss and speed. The frequency does not change the run. A later session measures its own speed."""
     each = measured(train(num_steps=25, eval_every=1))
     expected = measured(train(num_steps=25, eval_every=25))
     losses, noting = [record["train_loss"] for record in each], Noting()
@@ -154,7 +154,7 @@ def test_a_current_model_that_is_the_best_is_stored_once():
     np.testing.assert_array_equal(run.params, load_file(run.files.state)["params"])
 
 
-# why it ends --------------------------------------------------------------------------------------------
+# reasons to end -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
@@ -175,7 +175,7 @@ def test_patience_ends_after_that_many_evaluations_without_a_new_best(patience, 
 
 @pytest.mark.parametrize("eval_every", [2, NEVER])
 def test_the_time_limit_ends_a_session_after_the_current_step(clock, at_step, eval_every):
-    """The next session has minutes of its own, and the seconds add up."""
+    """The next session has its own limit, and the seconds add up."""
     at_step(lambda step, batch: clock.tick(25.0))
     run = train(num_steps=1000, max_minutes=2.0, eval_every=eval_every)
     again = baby_xp.resume()
@@ -192,7 +192,7 @@ def test_the_time_limit_ends_a_session_after_the_current_step(clock, at_step, ev
 # checkpoints --------------------------------------------------------------------------------------------
 
 EVERY = [
-    # settings, and the steps of which there is a checkpoint; a step takes 25 seconds
+    # settings, and the steps with a checkpoint; a step takes 25 seconds
     ({}, []),
     ({"checkpoint_every": 1}, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
     ({"checkpoint_every": 4}, [4, 8]),
@@ -214,7 +214,7 @@ def test_checkpoints_are_written_every_few_steps_or_minutes(tmp_path, clock, at_
     at_step(note)
     run = train(num_steps=10, **settings)
     assert sorted({step for step, _ in found}) == [0, *steps]
-    for step, records in found:  # a checkpoint holds the measurement of its step
+    for step, records in found:  # a checkpoint contains the evaluation of its step
         assert records == [*range(2, step + 1, 2)]
     assert state_file.read_metadata(run.files.state)["step"] == "10"
 
@@ -224,7 +224,7 @@ def test_checkpoints_are_written_every_few_steps_or_minutes(tmp_path, clock, at_
 def test_an_interrupt_at_any_line_of_the_loop_is_between_steps(
     tmp_path, clock, at_step, monkeypatch, seconds
 ):
-    """What is kept is a state of the run, and has the losses of as many steps."""
+    """The checkpoint is a consistent state of the run, with the losses of as many steps."""
     steps, lines, whole = [], [], {}
 
     def note(step, batch):
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step_even_if_losses_are_
 
 @pytest.mark.parametrize("name", ["params", "m", "v"])
 def test_parameters_that_are_not_finite_are_not_kept(monkeypatch, name):
-    """A loss shows them one step later only, or never, where they are of a token that does not occur."""
+    """A loss shows them only one step later, or never if they belong to a token that does not occur."""
     usual = optimizers.update
 
     def spoilt(xp, state, *arguments):

@@ -1,4 +1,4 @@
-"""Requests to end: Ctrl-C, SIGTERM, SIGHUP."""
+"""Stop requests: Ctrl-C, SIGTERM, SIGHUP."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ def send(*numbers: int) -> None:
 @each_signal
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_the_first_signal_requests_a_stop_and_the_second_interrupts(signals, number, second):
-    """The fixture sees that the handlers are as before at the end."""
+    """The fixture checks that the handlers are restored at the end."""
     calls = []
     with Stop(lambda: calls.append("once")) as stop:
         assert not stop.asked
@@ -44,7 +44,7 @@ def test_the_handlers_are_restored_even_after_an_error(signals):
 
 @needs_signals
 def test_closing_the_terminal_interrupts_nothing(signals):
-    """The system and the shell may both send SIGHUP: the first one has asked for the end."""
+    """The system and the shell may both send SIGHUP: only the first one counts."""
     with Stop() as stop:
         send(*[signal.SIGHUP] * 3)
         assert stop.asked
@@ -53,7 +53,7 @@ def test_closing_the_terminal_interrupts_nothing(signals):
 @needs_signals
 @each_signal
 def test_an_ignored_signal_stays_ignored(signals, number):
-    """As nohup has it."""
+    """As under nohup."""
     usual = signal.signal(number, signal.SIG_IGN)
     with interruptible(), Stop() as stop:
         send(number)

@@ -191,7 +191,7 @@ def test_the_equation_model_in_parts_equals_the_whole():
 
 
 def test_only_one_part_is_computed_at_a_time():
-    """What accumulating is for: the memory of a step is that of its part."""
+    """The purpose of accumulating: a step needs only the memory of one part."""
     case, model, sizes = case_of("numpy"), Model(GPTConfig(**SMALL), 17), []
 
     def noted(xp, model, state, batch, n_targets=None):
@@ -209,7 +209,7 @@ def test_only_one_part_is_computed_at_a_time():
 
 
 def test_adamw_matches_the_paper(plain):
-    """Three steps against the formulas in plain Python floats, one number at a time."""
+    """Three steps compared with the formulas in plain Python floats, one number at a time."""
     config = TrainConfig(num_steps=3, lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip=0.0)
     w0, gradients = [1.0, -2.0], [[0.3, -0.1], [0.2, 0.4], [-0.5, 0.1]]
     state = {"params": np.array(w0), "m": np.zeros(2), "v": np.zeros(2), "decays": np.array([1.0, 0.0])}
@@ -294,9 +294,9 @@ def test_the_original_little_baby_is_reproduced(quick_backend, reference_folder,
 
 
 def ours(model: Model, weights: dict) -> np.ndarray:
-    """The original's named weights (or gradients) in the order of our flat buffer."""
+    """The original's named weights (or gradients) in the order of the flat array."""
     flat = np.full(model.n_parameters, np.nan)
     for name, view in littlebaby.named(model.config, model.layout, flat).items():
-        if isinstance(view, np.ndarray):  # not one of its constants
+        if isinstance(view, np.ndarray):  # not one of the original's constants
             view[...] = weights[name]
     return flat

@@ -1,4 +1,4 @@
-"""Workers: together they compute what one process computes, and whatever ends, nothing of them stays behind."""
+"""Workers: together they compute what one process computes, and they leave nothing behind, however they end."""
 
 import errno
 import json
@@ -73,7 +73,7 @@ def together(request):
 
 @pytest.fixture(params=["memory", "file", "named file"])
 def arenas(request, monkeypatch) -> list[Path]:
-    """The arena files that were made, for each kind: a file in memory, one without a name, one as on Windows."""
+    """The arena files that were created, for each kind: in memory, without a name, and as on Windows."""
     made, mkstemp = [], tempfile.mkstemp
     if request.param == "memory" and not hasattr(os, "memfd_create"):
         pytest.skip("the system has no files in memory")
@@ -106,7 +106,7 @@ def agree(setting: Setting, found, expected, factor: int = 1):
     np.testing.assert_allclose(gradients, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-# what they compute --------------------------------------------------------------------------------------
+# results ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [BATCH, 3, 2, 1])
@@ -120,7 +120,7 @@ def test_loss_and_gradients_equal_those_of_one_process(together, size):
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_accumulated_gradients_equal_those_of_one_process(together, size):
-    """The gradients of a part outlast the next part, and its samples have the dropout of the whole."""
+    """The gradients of a part survive the next part, and its samples have the dropout of the whole batch."""
     setting, pool = together
     found = accumulated(pool.loss_and_gradients, size)(setting.xp, setting.model, setting.state, setting.batch)
     agree(setting, found, setting.alone(setting.batch), 3)  # more sums, more roundings
@@ -168,7 +168,7 @@ def test_repeated_steps_are_equal_bit_for_bit(together):
 
 
 def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together):
-    """For a state from elsewhere, for one that an update gave, and for gradients that are not in the arena."""
+    """For a state outside the arena, for one from an update, and for gradients outside the arena."""
     setting, pool = together
     config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1)
     alone = shared = setting.state
@@ -183,7 +183,7 @@ def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together):
         given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.adamw)
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
-            assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
+            assert given[name].tobytes() == before[name].tobytes()  # an interrupted step needs it
 
 
 def test_an_interrupted_command_does_not_affect_the_next(together, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
     alone, *two = (train(tmp_path, text_file, workers) for workers in (1, 2, 2))
     assert two[0].params.tobytes() == two[1].params.tobytes()
     np.testing.assert_allclose(two[0].params, alone.params, atol=1e-5)
-    # what a training gives does not hold the memory of its workers
+    # the result of a training does not keep the memory of its workers
     owner = two[0].params
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
@@ -232,7 +232,7 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
 
 
 def test_the_best_weights_survive_later_steps(tmp_path, text_file):
-    """Too high a rate makes the first steps the best; the last record measures the weights that were kept."""
+    """A rate that is too high makes the first steps the best; the last record evaluates the kept weights."""
     run = baby_xp.api.train(
         "baby", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
         **{**TINY, "num_steps": 9, "eval_every": 1, "lr": 50.0, "warmup_steps": 0, "schedule": "constant"},
@@ -244,7 +244,7 @@ def test_the_best_weights_survive_later_steps(tmp_path, text_file):
     assert last["val_loss"] == pytest.approx(best["val_loss"], rel=1e-9)
 
 
-# how many -----------------------------------------------------------------------------------------------
+# the number of workers ----------------------------------------------------------------------------------
 
 
 def test_small_steps_are_not_split_and_large_ones_get_a_process_per_core(monkeypatch):
@@ -267,7 +267,7 @@ def test_there_are_no_more_workers_than_samples():
         assert number_of_workers(asked, setting.backend, setting.model, BATCH) == given
 
 
-# what stays behind --------------------------------------------------------------------------------------
+# nothing is left behind ---------------------------------------------------------------------------------
 
 
 @pytest.mark.first_case
@@ -285,7 +285,7 @@ def test_leaving_ends_all_processes_and_removes_the_shared_file(arenas, request)
 
 
 def test_threads_of_the_array_library_and_paths_of_modules(tmp_path, monkeypatch):
-    """Threads are as before afterwards; workers find modules where this process finds them."""
+    """The number of threads is restored afterwards; workers find modules where this process finds them."""
     from threadpoolctl import threadpool_info
 
     (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!a}, 'w').close()")
@@ -428,11 +428,11 @@ def test_without_space_anywhere_no_worker_starts(arenas, children, monkeypatch, 
     assert not any(path.exists() for path in arenas)
 
 
-# a program that is ended from outside -------------------------------------------------------------------
+# a process that is ended from outside -------------------------------------------------------------------
 
 
 def wait_until(condition, seconds: float = 120.0):
-    """What the condition gives once it is true."""
+    """The value of the condition once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen in time"
@@ -454,7 +454,7 @@ def children_of(pid: int) -> list[str]:
 
 @pytest.fixture
 def training(tmp_path, text_file, signals):
-    """A program that trains with a worker beside itself, past its first evaluation.
+    """A process that trains with one worker, past its first evaluation.
 
     The folder "temporary" is its own for temporary files.
     """
@@ -480,7 +480,7 @@ def test_a_killed_main_process_leaves_no_worker_and_no_file(training, tmp_path):
     assert len(workers) == 1
     training.kill()
     training.wait()
-    # where nobody waits for orphans they stay as zombies, which hold nothing
+    # where no process waits for orphans, they remain as zombies, which hold no resources
     wait_until(lambda: all(parent_and_state(pid)[1] in ("gone", "Z") for pid in workers))
     assert not list((tmp_path / "temporary").iterdir())
     assert training.stderr.read() == b""
@@ -492,7 +492,7 @@ def test_a_killed_main_process_leaves_no_worker_and_no_file(training, tmp_path):
     ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
 ])  # fmt: skip
 def test_the_first_stop_request_keeps_the_run_and_prints_how_to_resume(training, tmp_path, number, group):
-    """Ctrl-C in a terminal goes to the workers too, and so does what a job scheduler sends."""
+    """Ctrl-C in a terminal also reaches the workers, and so do the signals of a job scheduler."""
     (os.killpg if group else os.kill)(training.pid, getattr(signal, number))
     out, err = (text.decode() for text in training.communicate(timeout=120))
     assert training.returncode == 128 + getattr(signal, number)
