@@ -50,7 +50,7 @@ def test_training_prints_what_it_does_and_how_to_continue(work, call):
     assert call(*suggestions(out)[0], "--num-tokens=2")[0] == 0
 
 
-@pytest.mark.parametrize("eval_every", [2, 100], ids=["measured before", "never measured before"])
+@pytest.mark.parametrize("eval_every", [2, 100], ids=["evaluated before", "never evaluated before"])
 def test_a_run_stopped_by_the_time_limit_can_be_resumed(work, call, clock, at_step, eval_every):
     at_step(lambda step, batch: clock.tick(30.0))
     code, out, err = call("train", "--path=my runs", *flags(num_steps=6, eval_every=eval_every, max_minutes=1.5))
@@ -160,7 +160,7 @@ def test_an_interrupt_outside_training_has_its_exit_code(work, call, monkeypatch
 @needs_signals
 @pytest.mark.parametrize(("sample_tokens", "numbers", "steps"), [
     (10**9, [signal.SIGINT], 2), (0, [signal.SIGINT, signal.SIGTERM], 3),
-], ids=["of an evaluation", "of the end"])  # fmt: skip
+], ids=["sample of an evaluation", "sample at the end"])  # fmt: skip
 def test_a_sample_can_be_interrupted_and_no_step_is_lost(
     work, call, monkeypatch, signals, sample_tokens, numbers, steps
 ):
