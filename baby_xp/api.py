@@ -296,7 +296,7 @@ def _check_resumable(stored: StoredRun, overrides: ResumeSettings) -> None:
         raise BabyError(f"{run} has finished all {result['steps']} steps; to continue, raise --num-steps")
     if 0 < asked < result["steps"]:
         done = result["steps"]
-        raise BabyError(f"{run} has already done {done} steps: num_steps must be above {done}, not {asked}")
+        raise BabyError(f"{run} has already done {done} steps: num_steps must be at least {done}, not {asked}")
 
 
 def _extending(tokenizer: Tokenizer) -> Any:

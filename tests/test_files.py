@@ -23,9 +23,9 @@ def refuse(code: int):
 
 
 WAYS = {
-    "ours": lambda path, data: files.write(path, data),
+    "whole": lambda path, data: files.write(path, data),
     "in pieces": lambda path, data: files.write_pieces(path, lambda: [data[:3], data[3:]]),
-    "theirs": lambda path, data: files.write(path, lambda temporary: temporary.write_bytes(data)),
+    "by a function": lambda path, data: files.write(path, lambda temporary: temporary.write_bytes(data)),
 }
 each_way = pytest.mark.parametrize("write", WAYS.values(), ids=WAYS)
 

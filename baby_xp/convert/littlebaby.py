@@ -186,9 +186,9 @@ def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
     # checks that need no memory come first, because a config may claim any size
     n_layers = len({name.split("_")[1] for name in weights if name.startswith("block_")})
     if n_layers != config.n_layers:
-        raise BabyError(f"{where} has {n_layers} blocks, but its config n_layers {config.n_layers}; {REMEDY}")
+        raise BabyError(f"{where} has {n_layers} blocks, but n_layers = {config.n_layers} in its config; {REMEDY}")
     if isinstance(rows := weights.get("wte_weight"), list) and len(rows) != V:
-        raise BabyError(f"{where} has {len(rows)} rows in wte_weight, but its tokenizer {V} characters; {REMEDY}")
+        raise BabyError(f"{where} has {len(rows)} rows of wte_weight for the {V} characters of its tokenizer; {REMEDY}")
     if model.n_parameters > path.stat().st_size:
         raise BabyError(f"{where} is too small for the {model.n_parameters} weights of its config; {REMEDY}")
     flat = np.full(model.n_parameters, np.nan)

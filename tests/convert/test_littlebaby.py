@@ -198,7 +198,7 @@ Q, BIAS = "block_0_moh_q_weight", "block_1_moe_expert_3_dn_bias"
 FAULTS = {
     "a name is missing": ("model", Q, None, f"lacks {Q}"),
     "a name is unknown": ("model", "block_0_moh_z_weight\n", [1.0], r"has 'block_0_moh_z_weight\\n'"),
-    "a block too many": ("model", "block_2_ln1_gamma", [1.0] * 4, "has 3 blocks, but its config n_layers 2"),
+    "a block too many": ("model", "block_2_ln1_gamma", [1.0] * 4, "has 3 blocks, but n_layers = 2 in its config"),
     "shape": ("model", BIAS, [1.0, 2.0], r"is of shape \(2,\), not numbers of shape \(4,\)"),
     "transposed": ("model", Q, [[1.0] * 4] * 6, r"is of shape \(6, 4\), not numbers of shape \(4, 6\)"),
     "ragged": ("model", Q, [[1.0] * 6] * 3 + [[1.0] * 5], "is lists of different lengths"),
@@ -227,7 +227,7 @@ FAULTS = {
     "size": ("config", "n_emb", 5, r"not numbers of shape \(6, 5\)"),
     "fractional size": ("config", "n_ctx", 2.5, "n_ctx must be a whole number"),
     "enormous width": ("config", "n_emb", 2**31 - 1, "is too small for the"),
-    "enormous depth": ("config", "n_layers", 10_000, "has 2 blocks, but its config n_layers 10000"),
+    "enormous depth": ("config", "n_layers", 10_000, "has 2 blocks, but n_layers = 10000 in its config"),
     "heads that do not divide": ("config", "n_heads", 4, "n_heads 4 does not divide head_size 6"),
     "dropout": ("config", "dropout", 1.0, "dropout must be a number of at least 0 and below 1"),
     "rate": ("config", "lr", "fast", "lr must be a number above 0"),
@@ -235,7 +235,7 @@ FAULTS = {
     "vocabulary": ("tokenizer", "vocab", ["a", "b"], "vocab_size"),
     "no vocabulary": ("tokenizer", "vocab", None, "not a list of characters"),
     "bytes": ("tokenizer", "kind", "byte", "vocab_size"),
-    "tokenizer of another size": ("tokenizer", {"vocab": list("ab")}, "6 rows in wte_weight, but its tokenizer 2"),
+    "tokenizer of another size": ("tokenizer", {"vocab": list("ab")}, "6 rows of wte_weight for the 2 characters"),
     "a byte tokenizer": ("tokenizer", {"kind": "byte"}, "is not a character tokenizer"),
     "a list": ("tokenizer", ["a"], "a tokenizer is a JSON object"),
 }

@@ -109,7 +109,7 @@ PROGRESS = {
 }
 
 
-@pytest.mark.parametrize("best", [None, FLAT * 5], ids=["the current weights are the best", "earlier weights are the best"])
+@pytest.mark.parametrize("best", [None, FLAT * 5], ids=["the last is the best", "an earlier one is the best"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_checkpoint_is_loaded_bit_for_bit(tmp_path, best, dtype):
     state = {name: array if name == "step" else array.astype(dtype) for name, array in STATE.items()}
