@@ -188,7 +188,8 @@ def _params(config: GPTConfig, V: int, weights: Any, path: Path) -> np.ndarray:
     if n_layers != config.n_layers:
         raise BabyError(f"{where} has {n_layers} blocks, but n_layers = {config.n_layers} in its config; {REMEDY}")
     if isinstance(rows := weights.get("wte_weight"), list) and len(rows) != V:
-        raise BabyError(f"{where} has {len(rows)} rows of wte_weight for the {V} characters of its tokenizer; {REMEDY}")
+        found = f"{len(rows)} rows of wte_weight for the {V} characters of its tokenizer"
+        raise BabyError(f"{where} has {found}; {REMEDY}")
     if model.n_parameters > path.stat().st_size:
         raise BabyError(f"{where} is too small for the {model.n_parameters} weights of its config; {REMEDY}")
     flat = np.full(model.n_parameters, np.nan)
