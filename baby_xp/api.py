@@ -65,8 +65,8 @@ def train(
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
     backend, device, workers, tf32, memory_gib, kernels: see Compute. listener: see Listener. Ctrl-C, SIGTERM and
-    SIGHUP end it after the step at hand; the run's config["result"]["state"] is then "stopped", and `resume` goes
-    on with it.
+    SIGHUP end it after the current step; the run's config["result"]["state"] is then "stopped", and `resume`
+    continues it.
     Raises BabyError for input that cannot be used, and if the loss becomes NaN or infinite: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """
@@ -94,9 +94,9 @@ def finetune(
 ) -> Run:
     """Train the best weights of a run on another text, as a new run: <guid>_finetuned.
 
-    Characters that the run did not know get new ids after the old ones, with embeddings drawn as at the start.
-    The text is measured before the first step too. overrides: fields of TrainConfig, and dropout; the others
-    are `finetuning` of the run's. Raises BabyError as `train` does, and for a run of the equation model.
+    Characters that the run does not know get new ids after the old ones, with newly initialised embeddings. The
+    loss on the text is also measured before the first step. overrides: fields of TrainConfig, and dropout; the
+    defaults are those of `finetuning`. Raises BabyError as `train` does, and for a run of the equation model.
     """
     compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
     base = load(name, path=path, backend="numpy")
@@ -131,9 +131,9 @@ def resume(
 ) -> Run:
     """Continue a run from its last checkpoint, as if it had never stopped.
 
-    On the same backend, with the same tf32, kernels and number of workers, as it does unless others are given, the
-    end is the same bit for bit. data: where the text is now; it must be the same text. overrides: see RESUMABLE.
-    Raises BabyError if there is nothing to resume, or the text is another one.
+    The backend, tf32, kernels and number of workers are those of the run unless others are given; with the same
+    ones, the end is the same bit for bit. data: the current path of the same text. overrides: see RESUMABLE.
+    Raises BabyError if there is nothing to resume, or the text has changed.
     """
     listener = listening(listener)
     files = store.find(path, name)
@@ -198,9 +198,9 @@ def import_littlebaby(
 ) -> Run:
     """Make a run of a model of the original Little Baby: its model_<guid>.json, config and tokenizer.
 
-    config, tokenizer: where they are, if not beside the model or in the original's folders. The run keeps the
-    original's GUID, where its files are named by one. It generates and can be finetuned; there is nothing to
-    resume. dtype: the original computes in float64. Raises BabyError if the files do not hold one whole model.
+    config, tokenizer: their paths, if not beside the model or in the original's folders. The run keeps the
+    original's GUID if the files are named by one. It can generate and be finetuned, but not resumed. dtype: the
+    original computes in float64. Raises BabyError if the files do not contain one complete model.
     """
     beside = [as_path(one, what) if one else None for one, what in ((config, "config"), (tokenizer, "tokenizer"))]
     found = littlebaby.read(as_path(model, "model"), *beside)
@@ -222,9 +222,9 @@ def import_littlebaby(
 
 
 def export_littlebaby(run: Run, folder: str | Path) -> list[Path]:
-    """Write a run as files of the original Little Baby, in the folders where its notebook looks -> the files.
+    """Write a run as files of the original Little Baby, in the folders that its notebook reads -> the files.
 
-    Raises BabyError for a model that the original cannot hold, and if such a file is there already.
+    Raises BabyError for a model that the original does not support, and if such a file already exists.
     """
     folder, settings = as_path(folder, "folder"), run.settings
     return littlebaby.write(folder, run.guid, settings.model, run.tokenizer, run.params, settings.train)
@@ -249,7 +249,7 @@ def finetuning(base: Run) -> RunConfig:
 
 
 def _prepared(new: NewRun, config: RunConfig, compute: Compute, tokenizer: Any = None) -> Setup:
-    """The setup of a new run, whose ids go again if the run comes to nothing."""
+    """The setup of a new run, whose ids are removed if the run fails before its first checkpoint."""
     setup = prepare(config, compute, new.files.folder / "corpora", tokenizer)
     new.undo.callback(setup.dataset.discard)
     return setup
@@ -273,7 +273,7 @@ def _as_before(
     memory_gib: float | None,
     kernels: Literal["fast", "plain"] | None,
 ) -> Compute:
-    """Where a resumed run computes: as before, except what is asked for."""
+    """Where a resumed run computes: as before, except for the options that are given."""
     if backend in (None, place["backend"]):
         device = place["device"] if device is None else device
         tf32 = place.get("tf32") if tf32 is None else tf32

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, validated when they are made.
+"""The settings of a run: frozen dataclasses, validated when they are created.
 
 Every field is a flag of the command line (n_ctx is --n-ctx) and a key of the run's config file. The names are
 The Little Baby's where it has them.
@@ -184,7 +184,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EquationData(DataConfig):
-    """Equations, and which of them training never sees."""
+    """Equations, and which of them are held out."""
 
     data: Annotated[str, checks.path] = "equations"
     """equations: sums and differences (generated here)."""
@@ -214,7 +214,7 @@ class EquationData(DataConfig):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run was asked for. A preset is one of these with a name of its own."""
+    """All settings of a run. A preset is a RunConfig with a name."""
 
     name: str
     """Name of the preset."""
@@ -240,9 +240,8 @@ class RunConfig:
     def override(self, settings: Mapping[str, Any]) -> "RunConfig":
         """The same with some fields of its parts replaced.
 
-        num_epochs without num_steps means epochs: num_steps of the preset no longer holds. Where the table of
-        equations is another one, it is given a held-out case of its own. Raises BabyError for an unknown setting,
-        and for one that would change nothing.
+        num_epochs without num_steps replaces num_steps of the preset. A changed table of equations gets a held-out
+        case that it has. Raises BabyError for an unknown setting, and for one without effect.
         """
         known = {part: {field.name for field in fields(getattr(self, part))} for part in PARTS}
         unknown = [name for name in settings if not any(name in names for names in known.values())]
@@ -263,7 +262,7 @@ class RunConfig:
 
 
 class ResumeSettings(TypedDict, total=False):
-    """What may be changed of a run that is resumed: fields of TrainConfig, as keyword arguments."""
+    """The settings that can be changed when a run is resumed: fields of TrainConfig, as keyword arguments."""
 
     num_steps: int | None
     lr: float
@@ -278,7 +277,7 @@ class ResumeSettings(TypedDict, total=False):
 
 
 class FinetuneSettings(ResumeSettings, total=False):
-    """What may be changed where a run is finetuned: fields of TrainConfig, and dropout."""
+    """The settings that can be changed when a run is finetuned: fields of TrainConfig, and dropout."""
 
     batch_size: int
     accumulate: int
@@ -297,7 +296,7 @@ class FinetuneSettings(ResumeSettings, total=False):
 
 
 class Settings(FinetuneSettings, total=False):
-    """What may be changed of a preset: all fields of its configs."""
+    """The settings that can be changed in a preset: all fields of its configs."""
 
     n_ctx: int
     n_emb: int
@@ -323,7 +322,7 @@ MODELS: dict[str, type[ModelConfig]] = {kind.kind: kind for kind in (GPTConfig, 
 
 
 def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any]) -> None:
-    """Raises BabyError for a setting that was asked for and has no effect beside the others."""
+    """Raises BabyError for a given setting that has no effect in combination with the others."""
     train, data = config.train, config.data
     of_equations = isinstance(data, EquationData)
     if "stride" in settings and train.stride != 1:
@@ -341,7 +340,7 @@ def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any])
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values; a model's with its kind."""
+    """A config as plain JSON values; a model config with its kind."""
     kind = {"kind": config.kind} if isinstance(config, ModelConfig) else {}
     return {**kind, **asdict(config)}
 

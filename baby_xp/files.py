@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, folders made on demand, and one-line errors for what the system refuses.
+"""Files and folders: atomic writes, folders created on demand, and one-line messages for system errors.
 
 Every OSError about a file that a user named, or that a run consists of, becomes a BabyError in `refusal`, the one
 place that decides what to advise.
@@ -64,13 +64,13 @@ def absolute(path: str | Path) -> str:
 def refusal(path: str | Path, error: OSError, doing: str = "written", other: str | None = None) -> BabyError:
     """The one-line error for a file or folder that could not be read or written, with advice.
 
-    doing: "written" or "read". other: the flag that names another place, such as "--path", if there is one.
+    doing: "written" or "read". other: the flag for another location, such as "--path", if there is one.
     """
     return BabyError(f"{shown(path)} cannot be {doing} ({reason(error)}); {_advice(error, doing, other)}")
 
 
 def reason(error: Exception) -> str:
-    """What the system said, in a few words."""
+    """The system's error message, in a few words."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 

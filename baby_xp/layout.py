@@ -1,4 +1,4 @@
-"""Text for people: tables of aligned columns, and numbers of bytes and seconds in words."""
+"""Text for people: tables of aligned columns, and sizes and durations with units."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ UNITS = {2**60: "EiB", 2**50: "PiB", 2**40: "TiB", 2**30: "GiB", 2**20: "MiB", 2
 
 
 def pairs(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
-    """Names and their values, the values below one another."""
+    """Names and their values, with the values aligned."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return [f"{' ' * indent}{name:<{width}}  {value}".rstrip() for name, value in rows]
@@ -33,7 +33,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], align: str, gro
 
 
 def wrapped(first: str, text: str, width: int) -> list[str]:
-    """A long text after `first`, its further lines indented as far."""
+    """A long text after `first`, wrapped, with its other lines indented to the same column."""
     margin = " " * len(first)
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=margin, break_long_words=False)
 

@@ -150,7 +150,7 @@ TIMES = {
 
 
 def preset(name: str | RunConfig) -> RunConfig:
-    """The preset of that name; one of your own is taken as it is. Raises BabyError for an unknown one."""
+    """The preset of that name; a RunConfig is returned unchanged. Raises BabyError for an unknown name."""
     if isinstance(name, RunConfig):
         return name
     if checks.text("preset", name) not in PRESETS:

@@ -1,4 +1,4 @@
-"""Child processes: a fresh interpreter that calls one function with each request it gets, and answers as JSON.
+"""Child processes: a new interpreter that calls one function for each request and returns JSON.
 
     with started("package.module:function", "a process of the lab") as child:
         result = ask(child, {"argument": 1})
@@ -59,7 +59,7 @@ def started(task: str, what: str, advice: str = "try --workers 1", **options: An
 
 
 def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
-    """What the function of a child returns for these arguments, as JSON values.
+    """The result of the child's function for these arguments, as JSON values.
 
     Raises the child's BabyError, and Ended if the process ends first.
     """
@@ -77,13 +77,13 @@ def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
 
 
 def how_it_ended(child: subprocess.Popen) -> str:
-    """What became of a process, such as "was killed by signal 9"; waits for its end."""
+    """How a process ended, such as "was killed by signal 9"; waits for its end."""
     code = child.wait()
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def serve() -> None:
-    """What a child does: a request on each line of its input, an answer on each line of its output."""
+    """The child's main loop: a request on each line of its input, an answer on each line of its output."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -104,7 +104,7 @@ def serve() -> None:
 
 
 def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> BabyError:
-    """The one line for processes (`what`, such as "workers") that could not be started, with what helps."""
+    """The one-line error for processes (`what`, such as "workers") that could not be started, with advice."""
     code, hints = getattr(error, "errno", None), [advice]
     if code in (errno.EMFILE, errno.ENFILE):
         hints.append("raise the limit of open files (ulimit -n)")

@@ -36,12 +36,12 @@ class Run(TrainedModel):
         return self.files.guid
 
     def answer(self, question: str) -> str:
-        """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" ask the same.
+        """The most likely answer to a question such as "4+4=": "4+4=8". "4+4" and "4 + 4 =" are the same question.
 
-        Its first digit alone where the context does not hold an equation whole: the other digits then do not
-        follow from what the model sees. table: None for that of the run.
+        If the context does not hold a whole equation, only the first digit of the answer, because the others do
+        not follow from what the model sees.
 
-        Raises BabyError for what is no question of the run's table, and for a run that learned no equations.
+        Raises BabyError for a text that is not a question of the table, and for a run without equations.
         """
         if not isinstance(self.settings.data, EquationData):
             raise BabyError(f"run {self.guid} did not learn equations: use generate")
@@ -51,8 +51,8 @@ class Run(TrainedModel):
         """Measure the run over the whole validation part of its text, or of another one (`data`).
 
         num_tokens are generated, with `seed`, and compared with the training part of that text.
-        Raises BabyError if the run's text is no longer there or is another one by now, or if a text has
-        characters that the run does not know.
+        Raises BabyError if the run's text is missing or has changed, or if a text has characters that the run
+        does not know.
         """
         from baby_xp.evaluation import evaluate  # imported here, because generating text does not need it
 
@@ -68,11 +68,11 @@ class Run(TrainedModel):
     ) -> "Inspection":
         """Run the model on a prompt and record every array, under its name in the source.
 
-        backward: the gradients of the prompt's mean loss too. patch: for names of arrays, gradients or
-        parameters a function each, which gets a copy of the array (of the backend) and returns what to use
-        in its place, of the same shape and type. A gradient is computed as if what was put in place had always
-        been there. There is no dropout. Without a prompt, the model sees what generation begins with; of a
-        prompt longer than n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
+        backward: the gradients of the prompt's mean loss too. patch: a dict from names of arrays,
+        gradients or parameters to functions, each of which gets a copy of the array (of the backend) and returns
+        its replacement, of the same shape and type; the rest is computed with it, gradients too. There is no
+        dropout. Without a prompt, the model sees the token that generation starts from; of a prompt longer than
+        n_ctx, a GPT sees the last n_ctx tokens. Raises BabyError for a prompt that the
         tokenizer cannot encode, a name that no array has, or a patch that does not fit.
         """
         from baby_xp.inspection import inspect  # imported here, because generating text does not need it
@@ -108,14 +108,14 @@ class Run(TrainedModel):
 
         tokens, batch: size of the batch; seed: which batch, mask of dropout and directions. For each parameter
         array, the slope of the loss along this many random directions and single elements; see gradient_check.py.
-        data: another text. Raises BabyError if the run's text is no longer there, as `evaluate` does.
+        data: another text. Raises BabyError if the run's text is missing, as `evaluate` does.
         """
         from baby_xp.evaluation import gradient_check
 
         return gradient_check.check(self, self._dataset(data).batches, tokens, batch, seed, elements, directions)
 
     def _dataset(self, data: str | Path | None) -> "TextDataset | EquationDataset":
-        """What the run learned from, or another text (`data`) with the run's ids."""
+        """The run's own data, or another text (`data`) with the run's ids."""
         from baby_xp.text import dataset  # imported here, because generating text does not need it
 
         settings, text, sha256 = self.settings, self.config["data"], None

@@ -1,7 +1,7 @@
 """One training session of a run: from a checkpoint through the loop to the files. Training, finetuning and
-resuming all come down to it.
+resuming all use it.
 
-The order of writing is what makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
+The order of writing makes a run safe: the checkpoint, a single file, is replaced as a whole; the weights
 follow it; the config file says last how it ended. A run whose config file says "running" while no process holds
 its lock was killed, and can be resumed from its checkpoint.
 """
@@ -166,7 +166,7 @@ class TrainingSession(Listener):
         }
 
     def _content(self, result: dict[str, Any]) -> dict[str, Any]:
-        """What the config file holds."""
+        """The content of the config file."""
         setup = self.setup
         return config_file.content(
             self.files, setup.config, setup.model, setup.backend, self.began, result,

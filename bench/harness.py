@@ -62,8 +62,8 @@ def take_turns(
 ) -> tuple[dict[Any, list[dict]], dict[Any, str]]:
     """Do the task with each request once per round, so that a disturbance of some minutes affects all of them.
 
-    Returns the runs of each request, and why others failed: one that fails takes no further turn, and the others
-    go on. all_needed: raise Failed instead.
+    Returns the runs of each request, and why others failed: one that fails gets no further turns, and the others
+    continue. all_needed: raise Failed instead.
     """
     runs, failed = {name: [] for name in requests}, {}
     for number in range(rounds):

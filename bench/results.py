@@ -72,7 +72,7 @@ def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
 
 
 def busy(result: dict) -> bool:
-    """Whether the product rates say that other programs used the machine meanwhile."""
+    """Whether the product rates show that other programs used the machine during the measurement."""
     rates = [result["product_rate_before"], result["product_rate_after"]]
     return any(min(rate["alone"], rate["two at once"]) < QUIET * rate["best"] for rate in rates)
 

@@ -1,4 +1,4 @@
-"""The catalog of texts: which names stand for a text, and where the file of one is found.
+"""The catalog of texts: their names, and where their files are.
 
 `nursery` and `equations` are generated (nursery.py, equation_table.py). The others are files, which are downloaded
 once, into the folder that the system keeps for caches, and checked against their SHA-256 each time.
@@ -47,8 +47,8 @@ def names() -> list[str]:
 def find(name: str) -> Path:
     """The file of a text, checked; downloaded first if need be.
 
-    Where BABY_XP_DATA names a folder that holds the file, that file is used. BabyError if the name is unknown
-    or stands for a generated text, if a file cannot be read or is not the expected one, or if it could not be
+    If BABY_XP_DATA names a folder that contains the file, that file is used. BabyError if the name is unknown
+    or is that of a generated text, if a file cannot be read or is not the expected one, or if it could not be
     downloaded.
     """
     if name in BUILT_IN:

@@ -176,7 +176,7 @@ class EquationTable:
         return {context for context, targets in followers.items() if len(targets) > 1}
 
     def question(self, text: str) -> str:
-        """A question as the equations have it: "4 + 4" -> "4+4=". Raises BabyError if it is not in the table."""
+        """A question as it is in the equations: "4 + 4" -> "4+4=". Raises BabyError if it is not in the table."""
         asked = "".join(checks.text("question", text).split()).removesuffix("=")
         case = parsed(asked)
         if case is None or not self._has_form_of(case):
@@ -259,7 +259,7 @@ def question(equation: str) -> str:
 
 
 def answer(equation: str) -> str:
-    """What stands after "=", with the space at the end."""
+    """The part of an equation after "=", with the space at the end."""
     return equation[equation.index("=") + 1 :]
 
 

@@ -1,4 +1,4 @@
-"""Probabilistic grammars whose texts show how they were written.
+"""Probabilistic grammars whose texts can be parsed unambiguously.
 
 A grammar is two tables, such as ROLES and RULES in nursery.py. In a template,
     {event}         is written by the rule of that name;

@@ -1,4 +1,4 @@
-"""Nursery: an endless text of little stories, whose entropy per character is known exactly.
+"""Nursery: an endless text of short stories, whose entropy per character is known exactly.
 
 The stories are drawn from a probabilistic grammar, independently of one another, and each ends with a blank
 line. The grammar is the two tables below, ROLES and RULES; writing a story and computing the entropy walk these

@@ -45,7 +45,7 @@ MADE = ("my.txt", "other.txt")
 
 SHORTER = (
     # beginning of the command, flags that it gets, why
-    ("baby_xp train equations", {}, "takes a second as it stands"),
+    ("baby_xp train equations", {}, "takes a second unchanged"),
     ("baby_xp train --backend numpy", {"--num-steps": "60", "--eval-every": "30"}, "the main job takes a minute"),
     (
         "baby_xp train",
@@ -54,7 +54,7 @@ SHORTER = (
     ),
     ("baby_xp equations", {"--seeds": "1", "--num-steps": "10"}, "150 models take 20 seconds and more"),
     ("baby_xp finetune", {"--num-steps": "10", "--eval-every": "5"}, "500 steps take half a minute"),
-    ("baby_xp resume", {"--num-steps": "30"}, "nobody stopped the run before it, so it goes on by more steps"),
+    ("baby_xp resume", {"--num-steps": "30"}, "the run was not stopped, so it continues with more steps"),
     ("baby_xp check", {"--directions": "1", "--elements": "1"}, "every array takes a dozen losses"),
     ("baby_xp estimate", {"--no-measure": None}, "the trial that measures takes half a minute"),
 )
@@ -279,7 +279,7 @@ def difference(expected: str, found: str) -> str:
         if not _alike(line, given[0]):
             return f"the page says {line!r}, what is printed is {given[0]!r}"
         given.pop(0)
-    return f"the page ends, what is printed goes on: {given[0]!r}" if given else ""
+    return f"the page ends, but the output continues: {given[0]!r}" if given else ""
 
 
 def _trimmed(text: str) -> list[str]:

@@ -253,7 +253,7 @@ def _watch(child: int, asked: dict, begin: float, patience: float, out) -> dict:
                 _stop(child, asked["stop"])
                 ended["stopped"], stopped_at, computed_at_stop = asked["stop"], lasted, computed
             if computed - computed_at_stop > patience or lasted - stopped_at > 3 * patience:
-                what = f"goes on after {ended['stopped']}" if ended["stopped"] else "hangs"
+                what = f"continues after {ended['stopped']}" if ended["stopped"] else "hangs"
                 ended["hang"] = f"{what}, {patience:g} s"
             if ended["hang"]:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
-"""Backends: an array library, where its arrays live, and what it does to be fast.
+"""Backends: an array library, the device of its arrays, and its faster functions.
 
-A backend is found by name among the entry points of the group "baby_xp.backends", so that a package of its
-own can add one. `auto` takes a GPU that works, else NumPy.
+A backend is found by name among the entry points of the group "baby_xp.backends", so that another
+package can add one. `auto` selects a working GPU, otherwise NumPy.
 """
 
 import traceback
@@ -19,7 +19,7 @@ from baby_xp.errors import OutOfMemory
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a device of its own, in bytes.
+    """Memory of a device that has its own, in bytes.
 
     used: by arrays of this process; held: by the process in all, including what it keeps for later arrays.
     peak_used, peak_held: the largest value of each so far. free, total: of the device. limit: of `held`, None if
@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shortage:
-    """An array did not fit: on which device, how many bytes it has (None: unknown), and the memory then."""
+    """An array did not fit: the device, the array's bytes (None: unknown), and the state of the memory."""
 
     device: str
     needed: int | None
@@ -57,7 +57,7 @@ class Backend:
     and raises BackendUnavailable with reason and remedy if it does not. Its other arguments are options that
     `load` passes on; a backend that has replacements takes kernels, "fast" or "plain".
 
-    A backend is pickled as the arguments that made it and made anew from them, because arrays of a device and
+    A backend is pickled as its constructor's arguments and created again from them, because device arrays and
     modules cannot be pickled. A deep copy of what holds a backend shares it.
     """
 
@@ -97,7 +97,7 @@ class Backend:
         return function
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done."""
+        """Wait until the device has finished all work."""
 
     def memory(self) -> Memory | None:
         """Memory of the device, where that is its own."""
@@ -108,11 +108,11 @@ class Backend:
         return None
 
     def first_use(self) -> str | None:
-        """What the user should know before the first steps on this machine."""
+        """A note for the user before the first steps on this machine."""
         return None
 
     def details(self) -> str:
-        """What the command `backends` adds."""
+        """Details for the command `backends`."""
         return ""
 
     def __new__(cls, *arguments: Any, **options: Any) -> "Backend":

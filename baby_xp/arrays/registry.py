@@ -20,7 +20,7 @@ GROUP = "baby_xp.backends"
 
 @dataclass(frozen=True)
 class State:
-    """What the command `backends` shows of one: whether it works, and if not, why and what to do."""
+    """The state of a backend for the command `backends`: whether it works, and if not, why and what to do."""
 
     name: str
     works: bool
@@ -92,7 +92,7 @@ def choose(device: str | None = None, dtype: str = "float32", **options: Any) ->
 
 
 def states() -> list[State]:
-    """The state of every registered backend; never raises because one cannot work."""
+    """The state of every registered backend; a backend that does not work raises no error."""
     return [_state(name) for name in names()]
 
 

@@ -95,7 +95,7 @@ def _ending(arguments: list[str], output: Output) -> tuple[int, str]:
 
 
 def _lost(lost: OutputLost) -> tuple[int, str]:
-    """Exit code and line where standard output was lost; of a pipe that nobody reads, there is nothing to say."""
+    """Exit code and message if standard output was lost; a closed pipe needs no message."""
     return lost.code, str(lost) if lost.code == 2 else ""
 
 

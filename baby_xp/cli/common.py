@@ -1,4 +1,4 @@
-"""What several commands have in common: where a run computes, how a command line is read, what is printed."""
+"""Shared by several commands: where a run computes, how a command line is parsed, what is printed."""
 
 import shlex
 import sys
@@ -49,7 +49,7 @@ def parsed(
 
 
 def positional(arguments: list[str], default: str) -> tuple[str, list[str]]:
-    """The first argument if it is no flag, and the rest."""
+    """The first argument if it is not a flag, and the rest."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     return default, arguments

@@ -75,7 +75,7 @@ def generate(arguments: list[str]) -> None:
 
 
 def _note_on_equations(data: "DataConfig", prompt: str) -> None:
-    """Print a note if a run that learned equations gets a prompt of another kind."""
+    """Print a note if a run that learned equations gets another kind of prompt."""
     from baby_xp.config import EquationData
 
     if prompt and isinstance(data, EquationData) and not data.table.begins_answer(prompt):

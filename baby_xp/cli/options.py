@@ -1,6 +1,6 @@
 """The flags of a command: the fields of some dataclasses, whose values are the defaults.
 
-argparse reads them; what is wrong is a BabyError with one sentence, which names the flag.
+argparse parses them; errors become a BabyError with one sentence that names the flag.
 """
 
 import argparse
@@ -25,7 +25,7 @@ METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some fields of a dataclass, as options. defaults: whether its values are what holds if nothing is given."""
+    """Some fields of a dataclass, as options. defaults: whether its values are the defaults of the options."""
 
     part: Any
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ def names_of(part: Any) -> tuple[str, ...]:
 
 
 def parse(parts: Sequence[tuple[str, Any]], about: str, program: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields that the arguments name, with their values; those that are not named are not in it.
+    """The fields that the arguments name, with their values, and no others.
 
     parts: what to call the flags in the help ("": nothing), and the dataclass, or Subset of one, that they stand
     for. about, program: for the help; about begins with what the command does, and ends with two examples.
@@ -58,7 +58,7 @@ def parse(parts: Sequence[tuple[str, Any]], about: str, program: str, arguments:
 
 
 def peek(arguments: Sequence[str], *flags: str) -> list[str | None]:
-    """The values of some flags that are needed before the others are known; None where one is not given."""
+    """The values of some flags that are needed before the others are parsed; None for a missing one."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     for flag in flags:
         parser.add_argument(flag)
@@ -122,7 +122,7 @@ def _reading(kind: Any) -> dict[str, Any]:
 
 
 def _value(kind: Any) -> Callable[[str], Any]:
-    """What makes a value of this type of an argument."""
+    """A function that converts an argument to a value of this type."""
 
     def value(text: str) -> Any:
         text = "--" if text == DASHES else text
@@ -150,7 +150,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _docstrings(part: Any) -> dict[str, str]:
-    """What is written below each field."""
+    """The docstring of each field."""
     import docstring_parser
 
     kind = type(part.part if isinstance(part, Subset) else part)
@@ -192,7 +192,7 @@ def _joined(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
 
 
 def _is_dashed_value(argument: str) -> bool:
-    """Whether it begins with a dash and is no flag: a number may be negative."""
+    """Whether it begins with a dash but is not a flag, such as a negative number."""
     body = argument.lstrip("-")
     looks_like_a_flag = body[:1].isalpha() and body.lower() not in ("inf", "infinity", "nan")
     return argument != "--" and body != argument and not looks_like_a_flag
@@ -202,7 +202,7 @@ def _is_dashed_value(argument: str) -> bool:
 
 
 def _problem(error: argparse.ArgumentError, kinds: dict[str, Any], arguments: Sequence[str]) -> str:
-    """What is wrong with the value of a flag, or that there is one, or none."""
+    """What is wrong with the value of a flag, or that it is missing or superfluous."""
     flag = (error.argument_name or "").split("/")[0]
     if error.message.startswith("must be "):
         return f"{flag} {error.message}"
@@ -224,7 +224,7 @@ def _one_with_a_dash(flag: str, kinds: dict[str, Any], arguments: Sequence[str])
 
 
 def _too_much(argument: str, kinds: dict[str, Any]) -> str:
-    """What is wrong with an argument that stands for nothing."""
+    """What is wrong with an unexpected argument."""
     flag = argument.partition("=")[0]
     if not flag.startswith("-") or argument == "--":
         return f"unexpected argument {_quoted(argument)}"
@@ -233,5 +233,5 @@ def _too_much(argument: str, kinds: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As it was given, on one line and not too long."""
+    """The argument in quotes, on one line and not too long."""
     return repr(text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}...")

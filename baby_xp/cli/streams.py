@@ -1,4 +1,4 @@
-"""The standard streams of a command: there in any case, and what happens when they cannot be written."""
+"""The standard streams of a command: they always exist, and errors of writing them are handled here."""
 
 import contextlib
 import os
@@ -30,9 +30,9 @@ class OutputLost(BabyError):
 
 
 class Output:
-    """Standard output. The first failure to write it raises OutputLost; what is written after that goes nowhere.
+    """Standard output. The first failure to write it raises OutputLost; later output is discarded.
 
-    So whoever can do without it, such as training, continues; `lost` keeps the error until the end.
+    So code that does not need it, such as training, can continue; `lost` keeps the error until the end.
     """
 
     def __init__(self, stream: Any):
@@ -63,7 +63,7 @@ class Output:
 
 
 class Errors:
-    """Standard error. That it cannot be written never matters: there is nowhere left to say so."""
+    """Standard error. Errors of writing it are ignored, because they cannot be reported."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -117,9 +117,9 @@ def one_line(message: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as a terminal shall get it: control characters, which could do anything there, as escapes.
+    """A text as it is printed on a terminal: control characters, which could control it, become escapes.
 
-    Where standard output is no terminal, the text as it is.
+    If standard output is not a terminal, the text is unchanged.
     """
     if not sys.stdout.isatty():
         return text
@@ -131,7 +131,7 @@ def printable(text: str) -> str:
 
 
 def _occupy() -> None:
-    """Fill what is closed of the descriptors 0, 1 and 2: the next file to be opened would be standard output."""
+    """Open the closed ones of the descriptors 0, 1 and 2: otherwise the next file would be standard output."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -148,7 +148,7 @@ def _nowhere() -> Any:
 
 
 def _discard(stream: Any) -> None:
-    """Lead a stream to nowhere, so that what is left in its buffer does no harm when the interpreter ends."""
+    """Redirect a stream to the null device, so that its buffer causes no error when the interpreter ends."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
         number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -78,7 +78,7 @@ def finetune(arguments: list[str]) -> None:
 
 
 def resume(arguments: list[str]) -> None:
-    """Continue a run from its last checkpoint. What is not given stays as it was.
+    """Continue a run from its last checkpoint. Settings that are not given stay unchanged.
 
     python -m baby_xp resume
     python -m baby_xp resume 1a2b --num-steps 5000
@@ -100,7 +100,7 @@ def resume(arguments: list[str]) -> None:
 def _parse_preset(
     command: Any, arguments: list[str], *more: tuple[str, Any]
 ) -> tuple["RunConfig", dict[str, Any]]:
-    """A preset, and all that is given by name: settings in place of its own, and where to compute."""
+    """A preset, and the options that are given: settings that override its own, and where to compute."""
     from baby_xp.presets import ABOUT, preset
 
     name, rest = positional(arguments, "baby")
@@ -114,7 +114,7 @@ def _parse_preset(
 
 
 def _show_end(run: "Run", given: dict[str, Any]) -> None:
-    """Print how a training session ended. Raises KeyboardInterrupt if a signal ended it: it has an exit code."""
+    """Print how a training session ended. Raises KeyboardInterrupt if a signal ended it, for the exit code."""
     result, path = run.config["result"], path_flag(given)
     resuming = f"python -m baby_xp resume {short(run.guid)}{path}"
     if result["reason"] == "interrupted":

@@ -1,7 +1,7 @@
-"""The equation lab: hold out each sum in turn, train a model without it and ask it for the sum, for several seeds.
+"""The equation lab: hold out each sum in turn, train a model without it and test it on the sum, for several seeds.
 
 A good fit to the training data says nothing about unseen cases. Here each case of the table is left out of the
-training data, together with its mirror, and a model that never saw it is asked for its answer.
+training data, together with its mirror, and a model that never saw it is tested on it.
 """
 
 import queue
@@ -41,7 +41,7 @@ TASK = "baby_xp.equations.leave_one_out:answer_job"
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to an equation that it never saw: whether it is right, and the right one's probability."""
+    """A model's answer to a held-out equation: whether it is correct, and the correct answer's probability."""
 
     equation: str
     seed: int
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Results:
-    """The answers of all models, and what training took.
+    """The answers of all models, and the time of training.
 
     copied: the share answered correctly by copying the answer of the nearest training equation.
     losses: the last training loss of each model, in nats per target.
@@ -83,7 +83,7 @@ class Results:
 
     @property
     def probability(self) -> float:
-        """Mean probability of the right answer."""
+        """Mean probability of the correct answer."""
         return float(np.mean([answer.probability for answer in self.answers]))
 
     def of_seeds(self) -> dict[int, float]:
@@ -95,8 +95,8 @@ class Results:
         return _shares((equation_table.case_of(answer.equation)[1], answer.right) for answer in self.answers)
 
     def map(self, operator: str = "+") -> np.ndarray:
-        """Share answered correctly (10, 10), by first and second operand, or by their tens; NaN where nothing was
-        asked."""
+        """Share answered correctly (10, 10), by first and second operand, or by their tens; NaN without a
+        test."""
         unit = 10 ** (self.table.digits - 1)
         right, asked = np.zeros((10, 10)), np.zeros((10, 10))
         for answer in self.answers:
@@ -146,7 +146,7 @@ class Results:
 
 
 def _shares(answers: Iterable[tuple[Any, bool]]) -> dict[Any, float]:
-    """The share of right answers for each key, sorted by key."""
+    """The share of correct answers for each key, sorted by key."""
     groups: dict[Any, list[bool]] = {}
     for key, right in answers:
         groups.setdefault(key, []).append(right)
@@ -190,7 +190,7 @@ def experiment(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Train the models of an experiment and ask them for what was held out.
+    """Train the models of an experiment and test them on the held-out cases.
 
     run_config: a preset of equations; if its data's held_out is "each", there is a model for every case of the
     table (one for a+b and b+a), else one for what it names, with `seeds` seeds each. workers: processes, None
@@ -322,7 +322,7 @@ def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
 
 
 def answer_job(**job: Any) -> dict[str, Any]:
-    """The task of a process of the lab: run a job, a preset as JSON values."""
+    """The task of a process of the equation lab: run a job, a preset as JSON values."""
     for number in SIGNALS[1:]:  # the parent process handles these signals and ends this process
         signal.signal(number, signal.SIG_IGN)
     found, loss, copied = run_job(RunConfig.from_dict(job, "lab"))

@@ -1,1 +1,1 @@
-"""What a run will take, before it is started."""
+"""The size, time and memory of a run, before it starts."""

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: exact counts, and measurements of a short trial.
+"""The size, time and memory of a run, before it starts: exact counts, and measurements of a short trial.
 
 Sizes, floating-point operations and the bytes of arrays follow from shapes alone, see counts.py. Time and the
 memory of whole processes do not: libraries, copies of arrays, what the allocator keeps. They are measured, see
@@ -28,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take. Counts are exact; what follows from `trial` is approximate; None: not measured."""
+    """An estimate of a run. Counts are exact; values from `trial` are approximate; None: not measured."""
 
     config: RunConfig
     facts: Facts
@@ -67,7 +67,7 @@ class Estimate:
 
     @property
     def memory(self) -> int | None:
-        """Bytes that the run's processes take at their peak, less a bare interpreter's; None if not measured."""
+        """Bytes that the run's processes take at their peak, minus a bare interpreter's; None if not measured."""
         return self.trial.memory if self.trial else None
 
     @property
@@ -78,7 +78,7 @@ class Estimate:
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """Of the whole run, by what it does; None if nothing was measured."""
+        """Seconds of the whole run, by activity; None if nothing was measured."""
         return _seconds(self.config, self.facts, self.trial) if self.trial else None
 
     @property
@@ -98,10 +98,10 @@ def estimate(
     measure: bool = True,
     **overrides: Unpack[Settings],
 ) -> Estimate:
-    """What `train` with the same arguments will take. measure: also try it, which takes some seconds.
+    """An estimate of `train` with the same arguments. measure: also try it, which takes some seconds.
 
-    Nothing is left behind. Raises BabyError for what `train` would not take either, or if the trial fails. Without
-    `measure`, a run that is too large for this machine is counted all the same.
+    No files are left behind. Raises BabyError for arguments that `train` refuses too, or if the trial fails.
+    Without `measure`, a run that is too large for this machine is counted nevertheless.
     """
     config = presets.preset(preset).override(overrides)
     compute = Compute(backend, device, tf32, memory_gib, kernels, workers)

@@ -1,5 +1,5 @@
-"""A trial: train with the very settings of a run for a few seconds, in a process of its own and a folder that goes
-again. It evaluates, shows samples and writes checkpoints, as the run would.
+"""A trial: train with the settings of a run for a few seconds, in a separate process and a temporary folder. It
+evaluates, generates samples and writes checkpoints, as the run would.
 """
 
 import shutil
@@ -73,7 +73,7 @@ class Trial:
 
 
 def facts_of(setup: Setup, folder: Path) -> Facts:
-    """What is known of a run before it is tried; folder: where its ids were written."""
+    """What is known of a run before its trial; folder: where its ids were written."""
     batches, n = setup.dataset.batches, setup.dataset.num_steps
     sequences = n * batches.batch_size
     if isinstance(batches, EpochWindows):  # the last batch of an epoch may be smaller
@@ -87,9 +87,9 @@ def facts_of(setup: Setup, folder: Path) -> Facts:
 
 
 def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, Trial]:
-    """Try a run in a process of its own: only there can a peak of memory be the run's alone.
+    """Run a trial in a separate process, so that the peak of its memory is that of the run.
 
-    Raises BabyError for what `train` would refuse, and if the process does not come to its end.
+    Raises BabyError for what `train` would refuse, and if the process ends early.
     """
     request = {"config": config.to_dict(), "compute": asdict(compute), "path": folder, "seconds": SECONDS}
     # in its own session, because Ctrl-C is meant for this process, which then ends the child
@@ -105,7 +105,7 @@ def run_apart(config: RunConfig, compute: Compute, folder: str) -> tuple[Facts, 
 
 
 def serve(config: dict[str, Any], compute: dict[str, Any], path: str, seconds: float) -> dict[str, Any]:
-    """What the process of a trial does -> facts and trial, as plain JSON values."""
+    """The task of a trial's process -> facts and trial, as plain JSON values."""
     import tqdm  # noqa: F401  # the command line imports it for a real run, so it counts towards the memory
 
     try:
@@ -122,7 +122,7 @@ def serve(config: dict[str, Any], compute: dict[str, Any], path: str, seconds: f
 
 
 def try_run(config: RunConfig, compute: Compute, folder: Path, seconds: float) -> dict[str, Any]:
-    """Train until enough was seen -> facts and trial, as plain JSON values."""
+    """Train until enough is measured -> facts and trial, as plain JSON values."""
     began = time.perf_counter()
     with new_run(folder) as new:
         setup = prepare(config, compute, folder / "corpora")
@@ -194,19 +194,19 @@ class Watch(Listener):
 
 @dataclass(frozen=True)
 class TrialPlan(Plan):
-    """A first reading, an evaluation with its sample, then steps and checkpoints until enough was seen. These hold
-    the best weights beside the present ones, as most of a long run do."""
+    """A first reading, an evaluation with its sample, then steps and checkpoints until enough is measured. These
+    contain the best weights beside the current ones, as most checkpoints of a long run do."""
 
     watch: Watch = field(kw_only=True)
 
     def evaluates(self, at: Position) -> bool:
-        """Once, when the loss was read for the first time."""
+        """Once, when the loss has been read for the first time."""
         return at.readings > 0 and not at.records
 
     def writes_checkpoint(self, at: Position) -> bool:
-        """As often as it takes to see what they come to."""
+        """Often enough to measure their memory."""
         return at.checkpoint_seconds > CHECKPOINT_SECONDS
 
     def ends(self, at: Position) -> str | None:
-        """As the user would end it."""
+        """When enough is measured, as if the user ended the run."""
         return "interrupted" if self.watch.ended else None

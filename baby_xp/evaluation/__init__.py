@@ -1,1 +1,1 @@
-"""What can be measured of a trained model."""
+"""Measuring a trained model."""

@@ -1,4 +1,4 @@
-"""Evaluating a trained model: figures that are named for what they measure, and no overall score."""
+"""Evaluating a trained model: several metrics, and no overall score."""
 
 import math
 from collections.abc import Iterator

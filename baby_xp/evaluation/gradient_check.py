@@ -65,7 +65,7 @@ class GradientCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether the gradient is that of the loss, as far as TOLERANCE shows."""
+        """Whether the gradient agrees with the loss within TOLERANCE."""
         return self.worst < TOLERANCE  # NaN is not
 
 
@@ -78,7 +78,7 @@ def check(
     elements: int,
     directions: int,
 ) -> list[GradientCheck]:
-    """Check each parameter array on a batch of what `batches` are made of; Run.check has the details."""
+    """Check each parameter array on a batch of the data of `batches`; Run.check has the details."""
     tokens, batch = checks.whole("tokens", tokens), checks.whole("batch", batch)
     seed, elements = checks.whole("seed", seed, least=0), checks.whole("elements", elements, least=0)
     directions, model = checks.whole("directions", directions), trained.model

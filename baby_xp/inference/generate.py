@@ -1,8 +1,8 @@
 """Generation: prefill with the prompt, decode token by token, sampling on the host.
 
 The window policy, for a text longer than the context: while it fits, the model sees all of it. When the
-context is full, the older half is dropped and the rest is computed anew at positions from 0 on. So the window
-depends on the length of the text alone, and generation with the key-value cache and without it sees the same
+context is full, the older half is dropped and the rest is recomputed at positions from 0 on. So the window
+depends only on the length of the text, and generation with the key-value cache and without it sees the same
 tokens at the same positions: the logits are equal. A model of a fixed context sees the last n_ctx tokens.
 """
 
@@ -51,7 +51,7 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Sampling":
-        """From arguments that were given by name. Raises BabyError for a name that is none of the fields."""
+        """From keyword arguments. Raises BabyError for a name that is not a field."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in settings if name not in known]:
             raise BabyError(f"unknown setting {unknown[0]!r}; the sampling settings are {', '.join(known)}")
@@ -147,7 +147,7 @@ class Logits:
 def draw(logits: np.ndarray, sampling: Sampling, position: int) -> np.ndarray:
     """Draw an id for each row of logits (B, V), row i with the seed + i -> (B,).
 
-    The random numbers depend on seed and position alone.
+    The random numbers depend only on seed and position.
     """
     if sampling.greedy:
         return np.asarray(np.argmax(logits, axis=-1))
@@ -160,7 +160,7 @@ TOGETHER = 64
 
 
 def uniform(seed: int, position: int) -> float:
-    """A random number in [0, 1) that depends on seed and position alone."""
+    """A random number in [0, 1) that depends only on seed and position."""
     return _uniforms(seed % 2**64, position // TOGETHER)[position % TOGETHER]
 
 
@@ -190,7 +190,7 @@ def weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def _cut(weights: np.ndarray, sampling: Sampling) -> None:
-    """Set to zero, in place, what top_k and top_p leave out of (V,)."""
+    """Set to zero, in place, the entries of (V,) that top_k and top_p exclude."""
     order = np.argsort(-weights, kind="stable")
     kept = len(order) if sampling.top_k == 0 else min(sampling.top_k, len(order))
     if sampling.top_p < 1:

@@ -70,7 +70,7 @@ class TrainedModel:
     def generate_several(
         self, number: int, prompt: str = "", num_tokens: int = NUM_TOKENS, **sampling: Unpack[SamplingSettings]
     ) -> list[str]:
-        """This many continuations, each with the prompt, computed together: far faster than one after the other.
+        """This many continuations, each with the prompt, computed together, which is much faster than one by one.
 
         Text i is what `generate` gives with the seed `seed` + i. Raises BabyError as `generate` does, and for more
         texts than memory holds.
@@ -96,9 +96,9 @@ class TrainedModel:
     def ask(self, question: str, table: EquationTable) -> str:
         """The most likely answer to a question of the table that the model learned: "4+4=" -> "4+4=8".
 
-        "4+4" and "4 + 4 =" ask the same. The first digit of the answer alone where the context does not hold an
-        equation whole: the others then do not follow from what the model sees. Raises BabyError for a text that
-        is no question of the table.
+        "4+4" and "4 + 4 =" are the same question. If the context does not hold a whole equation, only the first
+        digit of the answer, because the others do not follow from what the model sees. Raises BabyError for a
+        text that is not a question of the table.
         """
         text = table.question(question)
         whole = self.model.config.n_ctx >= table.longest
@@ -123,7 +123,7 @@ class TrainedModel:
             yield from decoded(self.tokenizer, tokens)
 
     def _memory_errors(self, advice: str = "") -> AbstractContextManager[None]:
-        """Where memory of the device runs out inside, raise OutOfMemory, which says what to do."""
+        """Turns errors about the device's memory into OutOfMemory, with advice."""
         return translate_out_of_memory(self.backend, lambda shortage: advice + MORE_MEMORY)
 
 

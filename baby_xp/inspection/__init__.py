@@ -1,1 +1,1 @@
-"""Every array of a model on its way through a prompt."""
+"""Inspecting a model: every array of a forward and backward pass."""

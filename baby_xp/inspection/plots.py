@@ -1,4 +1,4 @@
-"""Pictures, for the extra `plots`. matplotlib is imported when a picture is asked for, and not before."""
+"""Pictures, for the extra `plots`. matplotlib is imported only when a picture is requested."""
 
 import io
 import os
@@ -23,7 +23,7 @@ OF_OTHERS = {"pgf"}
 
 
 def check(file: str | Path) -> Path:
-    """The path of a picture. Raises BabyError if it cannot be written there; call this before the work."""
+    """The path of a picture. Raises BabyError if it cannot be written there; call this before the computation."""
     path = as_path(file, "picture")
     known = _figure(1, 1).canvas.get_supported_filetypes().keys() - OF_OTHERS
     kind = path.suffix.lower().removeprefix(".")

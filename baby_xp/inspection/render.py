@@ -55,7 +55,7 @@ def described(array: np.ndarray) -> list[str]:
 
 
 def figure(number: float) -> str:
-    """A number in few characters: with four decimals, or a power of ten where they would not do."""
+    """A number in few characters: with four decimals, or as a power of ten if that is clearer."""
     return f"{number:.4f}" if number == 0 or 1e-3 <= abs(number) < 1e5 else f"{number:.1e}"
 
 
@@ -66,7 +66,7 @@ def shallow(names: list[str]) -> list[str]:
 
 
 def less_common(first: str, name: str) -> str:
-    """A name without the place that it shares with the first one."""
+    """A name without the path that it shares with the first one."""
     ours, theirs = first.split(".")[:-1], name.split(".")
     pairs = zip(ours, theirs[:-1], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

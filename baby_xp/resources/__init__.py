@@ -1,1 +1,1 @@
-"""What a run needs of a machine, counted, and what the machine has."""
+"""The resources that a run needs, by counting, and those of the machine."""

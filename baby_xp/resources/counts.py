@@ -1,6 +1,6 @@
-"""What follows from the shapes of a model alone: parameters, floating-point operations, bytes of arrays.
+"""Counts that follow from the shapes of a model: parameters, floating-point operations, bytes of arrays.
 
-Tests count each of them where it really happens.
+The tests compare each with the real computation.
 """
 
 import math
@@ -60,8 +60,8 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
 def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     """Floating-point operations of the matrix products of a training step on `batch_size` sequences.
 
-    Backward makes two products of each one of forward: for the gradients of both its factors. One more is the
-    gradient of the embeddings, a product with one-hot rows.
+    The backward pass has two products for each one of the forward pass, for the gradients of both factors. One
+    more is the gradient of the embeddings, a product with one-hot rows.
     """
     one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
     return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
@@ -70,7 +70,7 @@ def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
 def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
     """Bytes of the arrays that a forward pass with dropout keeps for backward, loss included, on NumPy.
 
-    Other backends keep nearly the same; one that compiles the step decides for itself.
+    Other backends keep nearly the same, except that a compiler may decide differently.
     """
     B, T, V, C = batch_size, config.n_ctx, vocab_size, config.n_emb
     if isinstance(config, EquationConfig):
@@ -124,8 +124,8 @@ def arrays(
 ) -> dict[str, int]:
     """Bytes of the arrays of training by kind, over all processes; `batch_size`: sequences of a step.
 
-    A worker computes its share of them, tile by tile where the backend limits the tokens computed at once. In the
-    exchange are its gradients, the weights and moments a second time, and weights that are only evaluated.
+    A worker computes its share of them, tile by tile where the backend limits the tokens computed at once. The
+    shared buffers hold its gradients, the weights and moments a second time, and weights that are only evaluated.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     least, more = divmod(batch_size, workers)  # sequences per worker, and the number of workers that get one more
@@ -146,7 +146,7 @@ def _largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
 def batch_that_fits(
     config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
 ) -> int:
-    """About how many sequences at once can be trained in `room` bytes of a GPU, where batch_size could not.
+    """About how many sequences at once fit into `room` bytes of a GPU, if batch_size did not.
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
@@ -162,7 +162,7 @@ def batch_that_fits(
 
 
 def gpu_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
-    """Bytes of the arrays of a step that grow with the batch, about, where all of it is computed at once."""
+    """About the bytes of a step's arrays that grow with the batch, if all of it is computed at once."""
     saved = saved_bytes(config, vocab_size, batch_size, itemsize)
     if isinstance(config, EquationConfig):
         return 2 * saved

@@ -1,4 +1,4 @@
-"""Refuses what does not fit this machine, before any of it is made.
+"""Refuses runs that do not fit this machine, before they start.
 
 Only arrays that certainly exist are counted, and compared with the free memory: without a limit, the system kills
 this process or another one when memory runs out. A run takes more in all, and `estimate` measures it. A GPU knows
@@ -29,13 +29,13 @@ PROCESS_BYTES = 10 * 2**20
 
 
 def check_size(model: Model) -> None:
-    """Raises BabyError for a model that no machine holds."""
+    """Raises BabyError for a model that is too large for any machine."""
     if model.n_parameters > MOST_PARAMETERS:
         raise BabyError(f"{model.n_parameters:,} parameters are too many for any machine; choose a smaller model")
 
 
 def check_context(config: RunConfig) -> None:
-    """Raises BabyError for equations that are filled up to a context of absurd length."""
+    """Raises BabyError for equations that are padded to a huge context."""
     data, n_ctx = config.data, config.model.n_ctx
     if isinstance(data, EquationData):
         most = MOST_CHARACTERS // (len(data.operators) * 10 ** (2 * data.digits))
@@ -45,7 +45,7 @@ def check_context(config: RunConfig) -> None:
 
 
 def check_training(config: RunConfig, model: Model, backend: Backend, batches: Any, workers: int) -> None:
-    """Raises BabyError for a run that this machine's memory cannot hold, where NumPy computes.
+    """Raises BabyError for a run on NumPy that this machine's memory cannot hold.
 
     batches: those of training. workers: processes that share a step.
     """
@@ -103,7 +103,7 @@ def _too_much(size: int, room: int) -> str:
 
 
 def _to_lower(parts: dict[str, int], config: ModelConfig) -> str:
-    """The settings that most of the memory is for."""
+    """The settings that determine most of the memory."""
     largest = max(parts, key=lambda kind: parts[kind])
     if largest == "batch":
         return "--batch-size or --accumulate"

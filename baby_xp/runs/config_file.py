@@ -50,7 +50,7 @@ def content(
     dataset: Dataset | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """What the config file holds.
+    """The content of the config file.
 
     result: the state of the run. device: as requested. dataset: None for an imported run, which has none.
     base: GUID of the run that this one is finetuned from.

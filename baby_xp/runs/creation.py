@@ -1,4 +1,4 @@
-"""Creating a run with its folders, name and lock, and removing what killed runs left behind."""
+"""Creating a run with its folders, name and lock, and removing the files that killed runs left behind."""
 
 import itertools
 import os

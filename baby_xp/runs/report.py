@@ -1,4 +1,4 @@
-"""The report of a run, for people."""
+"""The report of a run, as readable text."""
 
 import math
 import os
@@ -46,7 +46,7 @@ def _origin(config: dict[str, Any]) -> list[str]:
 
 
 def _result(result: dict[str, Any], records: list[dict[str, Any]], entropy: float | None) -> dict[str, Any]:
-    """What matters first."""
+    """The result of the run, which is first in the report."""
     failed = f"failed; the last good checkpoint is that of step {result['steps']:,}: {result['reason']}"
     rows = {"how it ended": REASONS.get(result["reason"], failed).format(**result)}
     if result["val_loss"] is not None:

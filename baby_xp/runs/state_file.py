@@ -32,7 +32,7 @@ def save_weights(path: Path, layout: Layout, flat: np.ndarray, metadata: dict[st
 def load_weights(path: Path, layout: Layout) -> tuple[np.ndarray, dict[str, str]]:
     """The parameters (P,) of a model with this layout, and the metadata.
 
-    Raises BabyError if the file does not hold them, or is not as it was written.
+    Raises BabyError if the file does not contain them, or was changed after it was written.
     """
     arrays, metadata = _load(path)
     if arrays.keys() != set(layout.paths):
@@ -56,7 +56,7 @@ def save_state(path: Path, checkpoint: Checkpoint, metadata: dict[str, str]) -> 
 def load_state(path: Path, size: int, dtype: str) -> tuple[Checkpoint, dict[str, str]]:
     """The checkpoint of a model of `size` parameters, and the metadata.
 
-    Raises BabyError if the file does not hold one, or is not as it was written.
+    Raises BabyError if the file does not contain one, or was changed after it was written.
     """
     arrays, metadata = _load(path)
     expected = {"params": (size,), "m": (size,), "v": (size,), "step": (1,)}
@@ -74,7 +74,7 @@ def load_state(path: Path, size: int, dtype: str) -> tuple[Checkpoint, dict[str,
 
 
 def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """What binds a file of arrays to its run, model and tokenizer: metadata of the file."""
+    """The metadata that ties a file of arrays to its run, model and tokenizer."""
     return {
         "guid": guid,
         "model": json.dumps(to_dict(model_config), sort_keys=True),

@@ -1,6 +1,6 @@
-"""The files of a run, by its GUID, under one folder; every file is whole or absent.
+"""The files of a run, by its GUID, under one folder; every file is complete or absent.
 
-    configs/config_<guid>.json            what was asked for, and how it ended
+    configs/config_<guid>.json            settings, and how the run ended
     tokenizers/tokenizer_<guid>.json      characters in id order
     models/model_<guid>.safetensors       weights: the best so far by validation loss
     models/state_<guid>.safetensors       the last checkpoint: all that resuming needs
@@ -10,8 +10,8 @@
     outputs/completion_<guid>_<yyyymmddhhmmss>.txt    a later generation
     corpora/<hash>.ids                    token ids of a text, shared by the runs that read it
 
-The layout is The Little Baby's. A run that was finetuned from another has that one's GUID with _finetuned after
-it, a second one _finetuned-2, one that was finetuned from the first _finetuned_finetuned.
+The layout is The Little Baby's. A finetuned run has the GUID of its base with _finetuned appended, a second
+one _finetuned-2, and one that was finetuned from the first _finetuned_finetuned.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class RunFiles:
 
     @property
     def of_training(self) -> tuple[Path, ...]:
-        """What training writes, the config first: while it is there, the run can be found."""
+        """The files that training writes; the config is first: while it exists, the run can be found."""
         metrics = self.metrics
         return self.config, self.tokenizer, self.model, self.state, self.report, metrics, self.completion()
 
@@ -141,7 +141,7 @@ def folder_for_ids(files: RunFiles) -> Path | None:
 
 
 def sweep(files: RunFiles) -> None:
-    """Remove what a process that was killed while it wrote a file of this run left behind. Hold the run first."""
+    """Remove half-written files of this run that a killed process left behind. Hold the run first."""
     for path in files.of_training:
         for other in listed(path.parent):
             if other.name.startswith(f".{path.name}.") and other.suffix == TEMPORARY:
@@ -205,7 +205,7 @@ def digest(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises BabyError if it is missing or no JSON."""
+    """The value in a JSON file. Raises BabyError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -222,7 +222,7 @@ def incomplete(path: Path) -> BabyError:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises BabyError if it is missing, or not as it was written."""
+    """What `write_sealed` wrote. Raises BabyError if it is missing or was changed."""
     value = read_json(path)
     seal = value.pop(SEAL, None) if isinstance(value, dict) else None
     if seal is None:

@@ -9,7 +9,7 @@ from baby_xp.training.setup import Setup
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands, between two steps."""
+    """The position of training between two steps."""
 
     step: int
     """Number of steps done."""

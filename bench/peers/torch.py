@@ -267,7 +267,7 @@ class Decoder:
         return self.model.lm_head(self.model.ln_f(x[:, -1]))
 
     def append(self, ids: torch.Tensor) -> None:
-        """The texts go on with ids (B,)."""
+        """Append ids (B,) to the texts."""
         self.text[:, self.length] = ids
         self.length += 1
 

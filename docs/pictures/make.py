@@ -1,4 +1,4 @@
-"""The picture of the README: how the loss of `baby` falls, and what the model writes meanwhile.
+"""The picture of the README: how the loss of `baby` falls, and samples of the model during training.
 
     python docs/pictures/make.py [FOLDER]
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import baby_xp
 
 SAMPLES = {10: (13, 1), 100: (13, 6), 400: (13, 6), 2500: (0, 30)}
-"""Steps at which the picture shows what the model writes -> where it stands, in points from the curve."""
+"""Steps at which the picture shows a sample -> its position, in points from the curve."""
 CHARACTERS = 52
 """Length of each of these samples."""
 COLOURS = {  # of the two themes of a page

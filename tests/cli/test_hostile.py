@@ -113,7 +113,7 @@ def faults(line: Line, ended: dict[str, Any]) -> list[tuple[str, str]]:
         return [(f"exception {last.partition(':')[0]} in {_place(ended['error'])}", last[:300])]
     found = [*_about_output(line, ended), *_about_files(line, ended)]
     if ended["left"]:
-        found.append(("processes go on after its end", f"{ended['left']}"))
+        found.append(("processes continue after its end", f"{ended['left']}"))
     return found
 
 
@@ -296,10 +296,10 @@ BAD_PROGRAMS = {
     "damage": ("open('text.txt', 'a').write('x')\nreturn 0", "changed what was there"),
     "loss": (f"{SAYS}os.unlink('text.txt')\nreturn 2", "changed what was there"),
     "computes on": ("while True: pass", "hangs"),
-    "process left": ("subprocess.Popen(['sleep', '60'])\nreturn 0", "processes go on"),
+    "process left": ("subprocess.Popen(['sleep', '60'])\nreturn 0", "processes continue"),
     "process left alone": (
         "subprocess.Popen(['sleep', '9'], start_new_session=True)\nreturn 0",
-        "processes go on",
+        "processes continue",
     ),
     "file in memory": ("os.posix_fallocate(os.memfd_create('x'), 0, 2 ** 30)\nreturn 0", "exception OSError"),
     "memory": ("b = bytearray(2 ** 30)\nreturn 0", "exception MemoryError"),
