@@ -1,4 +1,4 @@
-"""What models answer to equations: probabilities, computed with NumPy for all questions at once."""
+"""The answers of models to equations: probabilities, computed with NumPy for all questions at once."""
 
 from collections.abc import Sequence
 

@@ -20,7 +20,7 @@ ROUNDS = 10
 
 
 class Batch(NamedTuple):
-    """What one step learns from, or is evaluated on.
+    """The data of one training step or of one step of an evaluation.
 
     inputs   (B, T) ids.
     targets  (B, T) the id that follows each input; (B,) for the equation model, which predicts one token.
@@ -119,7 +119,7 @@ def consecutive_windows(ids: np.ndarray, n_ctx: int, batch_size: int) -> Iterato
 
 
 def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a shuffle of 0 .. n-1, keyed by (seed, epoch), puts these positions; uint64 (B,) to uint64 (B,).
+    """The positions after a shuffle of 0 .. n-1, keyed by (seed, epoch); uint64 (B,) to uint64 (B,).
 
     A Feistel network: a number below side * side is a pair of digits, and each round adds a hash of one digit
     to the other, which can be undone, so the whole is one-to-one. As side * side is just above n, hardly any

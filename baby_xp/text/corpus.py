@@ -267,7 +267,7 @@ class KeptIds:
     def check(self) -> None:
         """Raises BabyError if the file is mapped and was changed since; one that only looks changed is read again.
 
-        A removed file does no harm: the mapping stays.
+        A removed file is harmless: the mapping stays.
         """
         if not self._seen:
             return

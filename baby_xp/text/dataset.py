@@ -42,7 +42,7 @@ class Batches(Protocol):
 
 
 class Trained(Protocol):
-    """What a dataset asks of a trained model: see inference.trained_model.TrainedModel."""
+    """The parts of a trained model that a dataset uses: see inference.trained_model.TrainedModel."""
 
     @property
     def model(self) -> Model: ...
@@ -57,7 +57,7 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Everything that training asks of the data."""
+    """The interface of the data for training and evaluation."""
 
     name: str
     tokenizer: Tokenizer
@@ -80,11 +80,11 @@ class Dataset:
         """Remove the files that opening the data wrote."""
 
     def sample(self, trained: Trained, seed: int, num_tokens: int) -> Iterator[str]:
-        """What a trained model writes, piece by piece."""
+        """A text that a trained model generates, piece by piece."""
         raise NotImplementedError
 
     def score(self, trained: Trained, loss: float, num_tokens: int, seed: int) -> dict[str, Any]:
-        """Figures of a trained model beside its validation loss, by name: see evaluate.Evaluation.
+        """Metrics of a trained model besides its validation loss, by name: see evaluate.Evaluation.
 
         loss is in nats per token. num_tokens are generated, with `seed`, where the data is a text.
         """
@@ -176,7 +176,7 @@ def prepare(
 
 
 def of_run(data: DataConfig, file: str | None, sha256: str | None) -> DataConfig:
-    """The settings of a run with the present path of its text, whatever the current folder is.
+    """The settings of a run with the current path of its text, whatever the current folder is.
 
     file: the path where the run read it, None for a text that has a name; sha256: its hash. A text is looked for
     there and then, as a folder may have been moved as a whole, where its name leads from the current folder. If

@@ -1,4 +1,4 @@
-"""What a text is made of, counted chunk by chunk: paragraphs, sentences, words, characters."""
+"""Counts of a text, chunk by chunk: paragraphs, sentences, words, characters."""
 
 import re
 from collections.abc import Iterable, Iterator

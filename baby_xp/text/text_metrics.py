@@ -18,7 +18,7 @@ NGRAM = 8
 def known_words(generated: str, training: Iterable[str]) -> float | None:
     """The share of the generated text's words that occur in the training text; None if it has no word.
 
-    A word is what stands between whitespace, less the punctuation and symbols at its two ends, case-folded:
+    A word is the text between whitespace, without the punctuation and symbols at its two ends, case-folded:
     "Thou!" is "thou", and "--" is no word. Every repeat counts. Generation may have stopped inside the last
     word, so that one is left out, unless whitespace follows it. The first one counts: to judge a continuation
     whose prompt ended inside a word, give the prompt with it.
@@ -41,7 +41,7 @@ def copied_ngrams(generated: str, training: Iterable[str], n: int = NGRAM) -> fl
 
 
 def _share_seen(counts: Counter[str], groups: Iterable[Iterable[str]]) -> float | None:
-    """The share of what was counted that is in any of the groups. Asks for no group more than it needs."""
+    """The share of the counted items that is in any of the groups. Stops reading groups when all are found."""
     if not counts:
         return None
     unseen = set(counts)
@@ -78,7 +78,7 @@ def _words(chunks: Iterable[str], longest: int) -> Iterator[set[str]]:
 
 
 def _shortened(begun: str, longest: int) -> str:
-    """A beginning of a word that stands for this one, in at most longest + 1 characters.
+    """A beginning of a word that represents it, in at most longest + 1 characters.
 
     A text without whitespace is one word. Without this, every chunk would be added to the ones before it.
     """

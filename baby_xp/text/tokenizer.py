@@ -34,7 +34,7 @@ START = Place()
 
 
 class Tokenizer(Protocol):
-    """What the library needs of a tokenizer.
+    """The interface of a tokenizer.
 
     `encode` maps each character on its own, so a text may be encoded piece by piece; `start` is where the
     piece begins in the whole text, and only error messages use it.

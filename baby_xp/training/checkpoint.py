@@ -1,4 +1,4 @@
-"""What a run needs to continue as if it had never stopped."""
+"""Everything that a run needs to continue as if it had never stopped."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ def nothing_yet() -> Progress:
 
 @dataclass
 class Checkpoint:
-    """A snapshot between two steps. Batches, dropout and schedule follow from the seed and the step alone.
+    """A snapshot between two steps. Batches, dropout and schedule follow from the seed and the step only.
 
     state: params, m, v (P,) and step (1,), host arrays. best: the parameters (P,) of the best evaluation so
     far, None if that is the current state or there was none.
@@ -52,11 +52,11 @@ class Checkpoint:
         return self.state["params"] if self.best is None else self.best
 
     def copy_arrays(self) -> None:
-        """Copy the state's arrays: they may lie in memory that goes with the workers."""
+        """Copy the state's arrays, which may be in memory that is released with the workers."""
         self.state = {name: array.copy() for name, array in self.state.items()}
 
     def drop_arrays(self) -> None:
-        """Keep the step alone, once the arrays are on the device: callers may hold this for long."""
+        """Keep only the step, once the arrays are on the device: callers may keep this object for long."""
         self.state, self.best = {"step": self.state["step"]}, None
 
 

@@ -67,7 +67,7 @@ class Loop:
     """Generates a text, piece by piece, with parameters (P,) on the device."""
 
     def run(self, start: Checkpoint) -> Result:
-        """Train on from `start`, which gives up its arrays.
+        """Continue training from `start`, whose arrays are released.
 
         Raises Diverged if a loss or a parameter is no longer finite; the last checkpoint is then a good one.
         """

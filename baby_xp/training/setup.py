@@ -1,4 +1,4 @@
-"""What a training computes with: its config, and the backend, dataset and model made from it."""
+"""The setup of a training: its config, and the backend, dataset and model made from it."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from baby_xp.training.workers import suitable_number
 
 @dataclass(frozen=True)
 class Setup:
-    """A training that can begin: `prepare` makes it, for training, finetuning, resuming and estimating alike."""
+    """A training that can start: `prepare` makes it for training, finetuning, resuming and estimating."""
 
     config: RunConfig
     """With the number of steps, even if the user gave epochs."""

@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interruption() -> KeyboardInterrupt:
-    """What to raise after a training that was asked to stop."""
+    """The exception to raise after a training that was stopped by a signal."""
     return KeyboardInterrupt() if _asked_by == signal.SIGINT else Interrupted(_asked_by)
 
 
