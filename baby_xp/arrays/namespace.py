@@ -56,7 +56,7 @@ def replaceable(function: Callable[..., Any]) -> Any:
     """
     name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
     if REPLACEABLE.get(name, function).__module__ != function.__module__:
-        raise ValueError(f"{name} is already replaceable in {REPLACEABLE[name].__module__}")
+        raise ValueError(f"{name} is replaceable in {REPLACEABLE[name].__module__} already")
     REPLACEABLE[name] = function
 
     @functools.wraps(function)

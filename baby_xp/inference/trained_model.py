@@ -128,7 +128,7 @@ class TrainedModel:
 
 
 MORE_MEMORY = (
-    "stop other programs that use the GPU's memory (nvidia-smi lists them), raise --memory-gib, "
+    "stop other programs that use the GPU's memory (nvidia-smi shows it), raise --memory-gib, "
     "or use --backend numpy"
 )
 """What to do if a trained model does not fit."""

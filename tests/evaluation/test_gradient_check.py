@@ -237,15 +237,15 @@ def test_bad_sizes_are_refused(run, name):
 def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_does(run, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: 64 * 2**20)
     monkeypatch.setattr(gradient_check, "RandomWindows", None)  # the batch is not created
-    with pytest.raises(BabyError, match=r"a check of 1,000,000 sequences takes .* choose a batch of") as caught:
+    with pytest.raises(BabyError, match=r"a check of 1,000,000 sequences needs .* choose a batch of") as caught:
         run.check(batch=10**6)
-    most = int(str(caught.value).split("choose a batch of ")[1].split()[0].replace(",", ""))
+    most = int(str(caught.value).split("choose a batch of at most ")[1].split()[0].replace(",", ""))
     limits.check_batch(run.model, most, 8)
-    with pytest.raises(BabyError, match=f"choose a batch of {most:,} at most"):
+    with pytest.raises(BabyError, match=f"choose a batch of at most {most:,}"):
         limits.check_batch(run.model, most + 1, 8)
     limits.check_batch(run.model, 4 * most, 1)  # shorter sequences take less memory
     monkeypatch.setattr(process_memory, "free", lambda: 1000)
-    with pytest.raises(BabyError, match="that is too little for this model"):
+    with pytest.raises(BabyError, match="use a machine with more memory"):
         run.check()
 
 
@@ -254,7 +254,7 @@ def test_the_largest_batch_really_fits(run, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: 16 * 2**20)
     with pytest.raises(BabyError) as caught:
         run.check(batch=10**6)
-    most = int(str(caught.value).split("choose a batch of ")[1].split()[0].replace(",", ""))
+    most = int(str(caught.value).split("choose a batch of at most ")[1].split()[0].replace(",", ""))
     tracemalloc.start()
     try:
         run.check(batch=most, elements=0, directions=1)
