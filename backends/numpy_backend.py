@@ -30,8 +30,8 @@ class NumpyBackend(Backend):
             )
         keep_freed_memory()
         self.dtype, self.kernels = dtype, kernels
-        replacements = KERNELS if kernels == "fast" else {}
-        self.xp = Namespace(library, device="cpu", kernels=replacements, tokens_at_once=TOKENS_AT_ONCE)
+        fast = {"kernels": KERNELS, "gradients_in_place": True} if kernels == "fast" else {}
+        self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
     def to_device(self, host: np.ndarray) -> Array:

@@ -203,16 +203,16 @@ def test_the_precision_is_that_of_each_backend_and_not_the_last_one(machine):
     assert seen == [1, 7, 1]  # CuPy's default, TF32
 
 
-def test_tf32_reaches_batched_products_and_changes_them_little(machine):
+def test_tf32_reaches_products_and_changes_them_little(machine):
     x = np.random.default_rng(0).normal(size=(2, 3, 20, 20))
     exact, fast = (
-        backend.to_numpy(backend.xp.batched_product(*[backend.asarray(x)] * 2))
+        backend.to_numpy(backend.xp.product(*[backend.asarray(x)] * 2))
         for backend in (registry.load("cupy"), registry.load("cupy", tf32=True))
     )
     distance = np.max(np.abs(exact - fast)) / np.max(np.abs(exact))
     assert 1e-6 < distance < 1e-2
     double = registry.load("cupy", dtype="float64", tf32=True)
-    found = double.to_numpy(double.xp.batched_product(*[double.asarray(x)] * 2))
+    found = double.to_numpy(double.xp.product(*[double.asarray(x)] * 2))
     np.testing.assert_allclose(found, x @ x, rtol=1e-12)
 
 
