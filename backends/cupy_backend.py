@@ -69,9 +69,10 @@ class CupyBackend(Backend):
 
     def _faster(self) -> dict[str, Any]:
         """What replaces functions of the library and of ours, and what these replacements need."""
-        products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
-        ours = {"launch": launch, "counters": launch.counters, "product": products.product}
-        return {"matmul": products.matmul, "kernels": cupy_kernels.KERNELS, "gradients_in_place": True, **ours}
+        self.products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
+        ours = {"launch": launch, "counters": launch.counters, "product": self.products.product}
+        ours |= {"kernels": cupy_kernels.KERNELS, "gradients_in_place": True}
+        return {"matmul": self.products.matmul, **ours}
 
     def _here(self) -> None:
         """Make the device current in this thread, and set the precision of products, which all backends share."""
@@ -183,8 +184,12 @@ class Products:
     One of 3-D by 2-D takes a detour, and a batched one copies a transposed factor and ignores TF32.
     """
 
+    gemm: Callable[..., None]
+    """cuBLAS's gemmStridedBatchedEx without its handle. Another may be put in its place, see bench/graph.py."""
+
     def __init__(self, cupy: Any, tf32: bool):
-        self._cupy, self._tf32 = cupy, tf32
+        self._cupy, self._tf32, cuda = cupy, tf32, cupy.cuda
+        self.gemm = lambda *given: cuda.cublas.gemmStridedBatchedEx(cuda.get_cublas_handle(), *given)
         self._factors: dict[tuple[float, str], tuple[np.ndarray, int]] = {}
 
     def matmul(self, a: Array, b: Array) -> Array:
@@ -211,22 +216,10 @@ class Products:
         N = b.shape[-2] if transpose_b else b.shape[-1]
         if out is None:
             out = self._cupy.empty((*a.shape[:-2], M, N), dtype=a.dtype)
-        self._gemm(a, b, transpose_a, transpose_b, (M, N, K), factor, out)
-        return out
-
-    def _readable(self, a: Array) -> Array:
-        by_rows = a.ndim == 2 and a.strides[1] == a.itemsize
-        return a if by_rows else self._cupy.ascontiguousarray(a)
-
-    def _gemm(
-        self, a: Array, b: Array, transpose_a: bool, transpose_b: bool, sizes: tuple[int, ...], factor: float,
-        out: Array,
-    ) -> None:  # fmt: skip
-        """cuBLAS counts by columns: what it takes for (K, M) is a, and out^T = b^T a^T."""
-        cublas, kind, (M, N, K) = self._cupy.cuda.cublas, a.dtype.name, sizes
+        cublas, kind = self._cupy.cuda.cublas, a.dtype.name
         of_array, of_sum = self._types(cublas, kind)
-        cublas.gemmStridedBatchedEx(
-            self._cupy.cuda.get_cublas_handle(),
+        # cuBLAS counts by columns: what it takes for (K, M) is a, and out^T = b^T a^T
+        self.gemm(
             cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
             cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N,
             N, M, K, self._pointer(factor, kind),
@@ -235,6 +228,11 @@ class Products:
             address(out), of_array, distance(out), M * N,
             math.prod(a.shape[:-2]), of_sum, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
+        return out
+
+    def _readable(self, a: Array) -> Array:
+        by_rows = a.ndim == 2 and a.strides[1] == a.itemsize
+        return a if by_rows else self._cupy.ascontiguousarray(a)
 
     def _types(self, cublas: Any, kind: str) -> tuple[int, int]:
         """Of the arrays, and of the arithmetic."""

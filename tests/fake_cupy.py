@@ -63,6 +63,7 @@ class Machine:
         self.falling = False
         self.launched: list[tuple[str, int]] = []  # name and device, of our kernels and CuPy's functions
         self.synchronized, self.copied = 0, 0  # times that the host waited, copies from the host
+        self.captured: list | None = None  # what a graph repeats, while one is captured
 
     @property
     def current(self) -> int:
@@ -72,6 +73,16 @@ class Machine:
         """Count launches, but not those within a function that is one of CuPy's own."""
         if not getattr(self.threads, "within", False):
             self.launched += [(name, self.current)] * times
+
+    def record(self, work) -> None:
+        """Keep work that has been done for the graph that is captured, if one is."""
+        if self.captured is not None and not getattr(self.threads, "within", False):
+            self.captured.append(work)
+
+    def refuse_capture(self, what: str) -> None:
+        """As CUDA, or CuPy before it, does."""
+        if self.captured is not None:
+            raise CUDARuntimeError(f"{what} while a stream is captured")
 
     @contextlib.contextmanager
     def one_function(self):
@@ -96,6 +107,8 @@ class Machine:
         if used > min(limit, self.size):
             raise OutOfMemoryError(size, self.held[device], self.limits[device])
         self.used[device], self.held[device] = used, max(self.held[device], used)
+        if self.captured is not None:
+            self.captured.append(lambda: array)  # what a graph uses stays
         for hook in self.hooks.values():
             hook.malloc_postprocess(device_id=device, size=size, mem_size=size, mem_ptr=1, pmem_id=1)
         weakref.finalize(array, self.give_back, device, size)
@@ -146,7 +159,9 @@ class Array(np.ndarray):
         if out is not None:
             named["out"] = tuple(x.view(np.ndarray) for x in out)
         result = getattr(ufunc, method)(*plain, **named)
-        return adopted(machine, result) if out is None else out[0]
+        result = adopted(machine, result) if out is None else out[0]
+        machine.record(lambda: overwrite(result, getattr(ufunc, method)(*plain, **named)))
+        return result
 
     def __getitem__(self, key):
         self._selected(key)
@@ -157,7 +172,15 @@ class Array(np.ndarray):
         self._selected(key)
         if self.machine is not None:
             self.machine.launch("copy")
-        super().__setitem__(key, value)
+            self.machine.record(lambda: self.view(np.ndarray).__setitem__(key, value))
+        if self.machine is None or self.machine.captured is None:  # else nothing that exists may change
+            super().__setitem__(key, value)
+
+    def set(self, host):
+        """Overwrite with an array of the host."""
+        self.machine.refuse_capture("a copy from the host")
+        self.machine.copied += 1
+        overwrite(self, host)
 
     def _selected(self, key) -> None:
         """The size of what booleans select is known to the device alone."""
@@ -207,6 +230,10 @@ def adopted(machine: Machine, value):
     return array
 
 
+def overwrite(array: Array, values) -> None:
+    array.view(np.ndarray)[...] = values
+
+
 def is_view(array: Array, of: list[Array]) -> bool:
     return any(np.may_share_memory(array, other) for other in of)
 
@@ -228,6 +255,8 @@ def wrapped(machine: Machine, function, name: str):
         arrays = [given for given in (*arguments, *several) if isinstance(given, Array)]
         with machine.one_function():
             result = adopted(machine, function(*arguments, **named))
+        if isinstance(result, np.ndarray) and not is_view(result, arrays):
+            machine.record(lambda: overwrite(result, function(*arguments, **named)))
         if name == "clip":  # array-api-compat's own, which selects by booleans
             machine.launch(name, 12)
             machine.synchronized += 4
@@ -284,12 +313,11 @@ class RawModule:
             assert min(*grid, *block) > 0
             assert math.prod(block) <= 1024
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            problem = run(
-                len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes), triple(grid),
-                triple(block), int(machine.falling),
-            )  # fmt: skip
+            given = len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes)
+            problem = run(*given, triple(grid), triple(block), int(machine.falling))
             assert problem == 0, f"{name}: {PROBLEMS[problem]}"
             check_guards(name, arguments)
+            machine.record(lambda: (values, arguments, run(*given, triple(grid), triple(block), 0)))
 
         return kernel
 
@@ -342,8 +370,8 @@ def gemm_strided_batched(
     assert type_a == type_b == type_c
     assert compute in {np.float32: (68, 77), np.float64: (70,)}[kind]
     scalar = lambda pointer: np.ctypeslib.as_array((ctypes.c_byte * 8).from_address(pointer))  # noqa: E731
-    factor, beta = (scalar(pointer)[: np.dtype(kind).itemsize].view(kind)[0] for pointer in (alpha, beta))
-    assert beta == 0
+    factor, keep = (scalar(pointer)[: np.dtype(kind).itemsize].view(kind)[0] for pointer in (alpha, beta))
+    assert keep == 0
 
     def matrix(pointer, rows, columns, leading, stride, i):
         assert leading >= rows
@@ -354,6 +382,9 @@ def gemm_strided_batched(
         return np.lib.stride_tricks.as_strided(flat, (rows, columns), strides)
 
     machine.launch("gemm")
+    given = trans_a, trans_b, m, n, k, alpha, a, type_a, lda, stride_a, b, type_b, ldb, stride_b
+    given += beta, c, type_c, ldc, stride_c, count, compute, algo
+    machine.record(lambda: gemm_strided_batched(machine, handle, *given))
     for i in range(count):
         of_a = matrix(a, *((k, m) if trans_a else (m, k)), lda, stride_a, i)
         of_b = matrix(b, *((n, k) if trans_b else (k, n)), ldb, stride_b, i)
@@ -402,11 +433,13 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
         copy = new_array(machine, host.shape, host.dtype)
         with machine.one_function():
             copy[...] = host
+        machine.refuse_capture("a copy from the host")
         machine.copied += 1
         return copy
 
     def asnumpy(x):
         check_devices(machine, [x])
+        machine.refuse_capture("a copy to the host")
         machine.synchronized += 1
         return np.array(x)
 
@@ -419,7 +452,12 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
     cupy._core = types.SimpleNamespace(
         _routines_linalg=compute_types, set_compute_type=lambda dtype, kind: setattr(machine, "compute_type", kind)
     )
-    return {"cupy": cupy, "array_api_compat.cupy": namespace}
+    nvmath = types.ModuleType("nvmath.bindings")
+    nvmath.cublas = types.SimpleNamespace(
+        create=lambda: 7, set_stream=lambda handle, stream: None, set_workspace=lambda handle, at, size: None,
+        gemm_strided_batched_ex=functools.partial(gemm_strided_batched, machine),
+    )  # fmt: skip
+    return {"cupy": cupy, "array_api_compat.cupy": namespace, "nvmath.bindings": nvmath}
 
 
 def _pool(machine: Machine):
@@ -465,6 +503,22 @@ def _cuda(machine: Machine):
         def __exit__(self, *error):
             del machine.hooks[self.name]
 
+    class Stream(contextlib.nullcontext):
+        def __init__(self, non_blocking):
+            super().__init__()
+            self.ptr = 1
+
+        def synchronize(self):
+            machine.refuse_capture("a wait")
+            machine.synchronized += 1
+
+        def begin_capture(self):
+            machine.captured = []
+
+        def end_capture(self):
+            works, machine.captured = machine.captured, None
+            return types.SimpleNamespace(launch=lambda stream: [work() for work in works])
+
     count = itertools.count(1)
     handles = {}
     runtime = types.SimpleNamespace(
@@ -473,9 +527,13 @@ def _cuda(machine: Machine):
         getDeviceProperties=lambda index: {"name": f"Pretended GPU {index}".encode()},
         memGetInfo=lambda: (machine.size - machine.held[machine.current], machine.size),
     )  # fmt: skip
-    gemm = functools.partial(gemm_strided_batched, machine)
+    def gemm(*given):
+        machine.refuse_capture("a call of cuBLAS")
+        gemm_strided_batched(machine, *given)
+
     return types.SimpleNamespace(
-        Device=Device, MemoryHook=MemoryHook, runtime=runtime,
+        Device=Device, MemoryHook=MemoryHook, Stream=Stream, runtime=runtime,
+        MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=contextlib.nullcontext,
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         cublas=types.SimpleNamespace(**CUBLAS, gemmStridedBatchedEx=gemm),
         get_cublas_handle=lambda: handles.setdefault(machine.current, next(count)),

@@ -157,8 +157,8 @@ def batch_that_fits(
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
     batch_size sequences took at least, before they failed; the larger of the count and `known` is used. A part of
-    the room is left to FRAGMENTATION. Never more than half of batch_size, in case the count is too low; most batches
-    are split into halves anyway. 0: none fits.
+    the room is left to FRAGMENTATION. Never more than half of batch_size, in case the count is too low; most
+    batches are split into halves anyway. 0: none fits.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     fixed = 6 * flat
