@@ -231,7 +231,7 @@ class Products:
         return out
 
     def _readable(self, a: Array) -> Array:
-        by_rows = a.ndim == 2 and a.strides[1] == a.itemsize
+        by_rows = a.ndim == 2 and a.strides[1] == a.itemsize and distance(a) >= a.shape[1]
         return a if by_rows else self._cupy.ascontiguousarray(a)
 
     def _types(self, cublas: Any, kind: str) -> tuple[int, int]:
