@@ -1,1 +1,1 @@
-"""Measurements of baby_xp: time and memory of training steps, beside other libraries. Not installed."""
+"""Measurements of baby_xp: time and memory of training steps, compared with other libraries. Not installed."""

@@ -1,4 +1,4 @@
-"""How long generating a token takes with the key-value cache, beside PyTorch. See bench/README.md."""
+"""The time of generating a token with the key-value cache, compared with PyTorch. See bench/README.md."""
 
 import argparse
 import statistics
@@ -29,12 +29,12 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.generate", __doc__, backend="numpy", rounds=3, out=None)
-    parser.add_argument("--workloads", type=named, default="W1", help="such as W1,W2 (%(default)s)")
+    parser.add_argument("--workloads", type=named, default="W1", help="of W1 to W5 (%(default)s)")
     parser.add_argument("--batches", type=harness.positives, default="1,16", help="texts at once (%(default)s)")
     parser.add_argument("--tokens", type=harness.positive, default=1024, help="measured steps (%(default)s)")
     others = [name for name in peers.GENERATORS if name != US]
     known = harness.names_of(others, "peer", none=True)
-    parser.add_argument("--peers", type=known, default=",".join(others), help='torch, or "" (%(default)s)')
+    parser.add_argument("--peers", type=known, default=",".join(others), help='libraries; "": none (%(default)s)')
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""How a training step of baby_xp grows with the sizes of the model. See bench/README.md.
+"""Measures how time and memory of a training step grow with the sizes of the model. See bench/README.md.
 
 scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only; the
 plot needs matplotlib. crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
@@ -61,16 +61,16 @@ def parse() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="what", required=True)
     scaling = harness.with_options(kinds.add_parser("scaling"), steps=None, out=None)
     known = harness.names_of(AXES, "axis")
-    scaling.add_argument("--axes", type=known, default=",".join(AXES), help="what grows (%(default)s)")
+    scaling.add_argument("--axes", type=known, default=",".join(AXES), help="sizes to increase (%(default)s)")
     crossover = kinds.add_parser("crossover")
     harness.with_options(crossover, backend="cupy", steps=None, rounds=2, out=None)
     usual, known = ",".join(map(str, BATCHES)), harness.names_of(map(str, BATCHES), "size")
-    crossover.add_argument("--widths", type=known, default=usual, help="n_emb of each (%(default)s)")
+    crossover.add_argument("--widths", type=known, default=usual, help="n_emb of each model (%(default)s)")
     asked = parser.parse_args()
     if asked.what == "crossover":
         asked.widths = sorted(map(int, asked.widths))
         if asked.backend == CPU:
-            crossover.error("argument --backend: numpy is what it is compared with")
+            crossover.error("argument --backend: the backend is compared with numpy: choose another one")
     return asked
 
 

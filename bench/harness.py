@@ -1,4 +1,4 @@
-"""What every benchmark is built on: child processes, turn taking, command lines, and facts about the machine."""
+"""Shared by all benchmarks: child processes, turn taking, command lines, and facts about the machine."""
 
 import argparse
 import platform
@@ -115,10 +115,10 @@ def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[s
 OPTIONS: dict[str, dict] = {
     # not `auto`: a result must say which one was measured
     "backend": {"choices": names(), "help": "backend of baby_xp (%(default)s)"},
-    "steps": {"type": positive, "help": "measured steps of each run"},
-    "rounds": {"type": positive, "help": "rounds in which all take turns (%(default)s)"},
-    "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
-    "out": {"type": Path, "help": "folder that keeps the results as JSON and Markdown"},
+    "steps": {"type": positive, "help": "steps measured in each run"},
+    "rounds": {"type": positive, "help": "rounds, in each of which every library runs once (%(default)s)"},
+    "data": {"help": "path of the Shakespeare text (%(default)s: the text of the catalog)"},
+    "out": {"type": Path, "help": "folder for the results, as JSON and Markdown"},
 }
 """Flags that several benchmarks have."""
 

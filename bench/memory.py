@@ -1,8 +1,8 @@
-"""How much memory a training run takes, and how good an estimate of a run is. See bench/README.md.
+"""Measures the memory of a training run, and how accurate an estimate of a run is. See bench/README.md.
 
-needed: the promise is at most twice the bytes of the arrays. Needs memray (pip install -e '.[bench]').
-estimate: memory and time of a whole run as `estimate` projects them, beside a real run of some steps; the promise
-is memory within 15 %.
+needed: the goal is at most twice the bytes of the arrays. Needs memray (pip install -e '.[bench]').
+estimate: memory and time of a whole run as `estimate` projects them, compared with a real run of some steps; the
+goal is memory within 15 %.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.results import mib, verdict
 from bench.workloads import Workload, on_gpu
 
 FACTOR, PRECISION = 2.0, 0.15
-"""The promises: memory taken as a multiple of what is needed, and the relative error of an estimate."""
+"""The goals: memory taken as a multiple of the needed memory, and the relative error of an estimate."""
 LINES = 10
 """How many lines of code are listed, those that hold most memory."""
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
@@ -61,16 +61,16 @@ def parse() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="what", required=True)
     needed = harness.with_options(kinds.add_parser("needed"), steps=4)
     known = workloads.named
-    needed.add_argument("--workloads", type=known, default="W1,W2,W3", help="such as W1,W2 (%(default)s)")
+    needed.add_argument("--workloads", type=known, default="W1,W2,W3", help="of W1 to W5 (%(default)s)")
     estimated = kinds.add_parser("estimate")
     harness.with_options(estimated, backend="numpy", data="shakespeare", out=None)
     usual, known = "baby,nanogpt-cpu,3-months,24-months", harness.names_of(GPTS, "preset")
-    estimated.add_argument("--presets", type=known, default=usual, help="names, joined by commas (%(default)s)")
-    estimated.add_argument("--steps", type=int, default=60, help="of the real run; 0: none (%(default)s)")
-    estimated.add_argument("--tf32", action="store_true", help="products in TF32, on a GPU")
+    estimated.add_argument("--presets", type=known, default=usual, help="presets to compare (%(default)s)")
+    estimated.add_argument("--steps", type=int, default=60, help="steps of the real run; 0: none (%(default)s)")
+    estimated.add_argument("--tf32", action="store_true", help="matrix products in TF32, on a GPU")
     asked = parser.parse_args()
     if asked.steps < 0:
-        estimated.error(f"argument --steps: {asked.steps} is negative")
+        estimated.error(f"argument --steps: {asked.steps} is negative; give 0 or more")
     return asked
 
 

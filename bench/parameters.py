@@ -1,4 +1,4 @@
-"""What each parameter does to size, speed and quality: the tables of docs/parameters.md. See bench/README.md.
+"""Measures how each parameter affects size, speed and quality, for docs/parameters.md. See bench/README.md.
 
 One base model is trained, and variants in which one parameter differs. A file keeps what was measured; what it has
 already is not trained again.
@@ -50,19 +50,19 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.parameters", __doc__, steps=20, rounds=3)
-    parser.add_argument("--train", action="store_true", help="train the variants that the file does not have")
-    parser.add_argument("--speed", action="store_true", help="time a step of each; needs a quiet machine")
+    parser.add_argument("--train", action="store_true", help="train variants without results in the file")
+    parser.add_argument("--speed", action="store_true", help="time a step of each variant; needs a quiet machine")
     parser.add_argument("--table", action="store_true", help="print the tables")
-    parser.add_argument("--file", type=Path, default=newest(), help="where results are kept (%(default)s)")
-    parser.add_argument("--jobs", type=harness.positive, default=1, help="trainings side by side (%(default)s)")
+    parser.add_argument("--file", type=Path, default=newest(), help="file of the results (%(default)s)")
+    parser.add_argument("--jobs", type=harness.positive, default=1, help="trainings at once (%(default)s)")
     known = harness.names_of(groups(), "group")
-    parser.add_argument("--groups", type=known, default=groups(), help="train these alone")
-    parser.add_argument("--page", type=Path, help="put the tables into this page too")
+    parser.add_argument("--groups", type=known, default=groups(), help="train only these groups")
+    parser.add_argument("--page", type=Path, help="also insert the tables into this page")
     asked = parser.parse_args()
     if not (asked.train or asked.speed or asked.table):
-        parser.error("say what to do: --train, --speed, --table")
+        parser.error("nothing to do: give --train, --speed or --table")
     if asked.file is None:
-        parser.error("no results are kept yet: name a file with --file")
+        parser.error("there are no results yet: name a file with --file")
     return asked
 
 

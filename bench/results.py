@@ -1,4 +1,4 @@
-"""What every result has: the machine and how fast it was at the time, medians and ratios, tables, goals, files."""
+"""Shared by all results: the machine and its speed at the time, medians and ratios, tables, goals, files."""
 
 import datetime
 import itertools
@@ -282,5 +282,5 @@ def goal(what: str, value: float | None, limit: float, form: str, below: bool = 
 
 
 def verdict(met: bool) -> str:
-    """Whether a goal or a promise is met, in a word."""
+    """Whether a goal is met, in one word."""
     return "met" if met else "MISSED"

@@ -1,4 +1,4 @@
-"""How long a training step takes, beside the same model in other libraries. See bench/README.md."""
+"""The time of a training step, compared with the same model in other libraries. See bench/README.md."""
 
 import argparse
 
@@ -30,13 +30,13 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.train", __doc__, backend="numpy", steps=None, rounds=3, out=None)
     known = ",".join(WORKLOADS)
-    parser.add_argument("--workloads", type=named, help=f"of {known} (all; on a CPU all but W5)")
+    parser.add_argument("--workloads", type=named, help=f"some of {known} (default: all; on a CPU all except W5)")
     known = harness.names_of(TOLERANCES, "precision")
-    parser.add_argument("--precision", type=known, default="float32", help="of products (%(default)s)")
+    parser.add_argument("--precision", type=known, default="float32", help="of matrix products (%(default)s)")
     others = [name for name in peers.TRAINERS if name != US]
     usual_peers = ",".join(name for name in others if name not in peers.FOR_A_GPU)
     known = harness.names_of(others, "peer", none=True)
-    parser.add_argument("--peers", type=known, default=usual_peers, help='such as torch, or "" (%(default)s)')
+    parser.add_argument("--peers", type=known, default=usual_peers, help='libraries; "": none (%(default)s)')
     asked = parser.parse_args()
     if asked.precision != ["float32"] and not on_gpu(asked.backend):
         parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: --backend cupy")

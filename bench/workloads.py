@@ -1,4 +1,4 @@
-"""What is measured: five GPTs, the batches that they are trained on, and the precisions of their products.
+"""The workloads: five GPTs, the batches that they are trained on, and the precisions of their products.
 
 - float32: products in float32, as on a CPU; coarser products that a GPU's libraries would choose are turned off
 - tf32: arrays in float32, factors of products rounded to 10 bits: tensor cores of NVIDIA GPUs from 2020 on

@@ -1,4 +1,4 @@
-"""What is measured: baby_xp and its peers, a module for each library.
+"""The libraries that are measured: baby_xp and its peers, a module for each.
 
 A trainer is a function (workload, dropout, clock, backend, precision, **options) -> Outcome. It asks the Clock for
 the batch of each step, which records the time. All train on the same batches, from the same first weights and by
