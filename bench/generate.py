@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
 
 from bench import harness, peers, results
 from bench.harness import US, say
@@ -21,8 +22,7 @@ def main() -> int:
             if problem := disagreement(workload, batch, found, asked.backend):
                 say(f"bench.generate: {problem}")
                 return 2
-    result = measure(asked, found)
-    results.show(result, document(result), asked.out, "-generate")
+    results.show(measure(asked, found), document, asked.out, "-generate")
     return 0
 
 
@@ -59,8 +59,8 @@ def disagreement(workload: Workload, batch: int, others: list[str], backend: str
     return None
 
 
-def measure(asked: argparse.Namespace, others: list[str]) -> dict:
-    """All measurements, as they go into the JSON file."""
+def measure(asked: argparse.Namespace, others: list[str]) -> Iterator[dict]:
+    """All measurements so far, as they go into the JSON file."""
     with results.measurement(backend=asked.backend, races=[]) as result:
         for workload in asked.workloads:
             for batch in asked.batches:
@@ -70,9 +70,10 @@ def measure(asked: argparse.Namespace, others: list[str]) -> dict:
                 }  # fmt: skip
                 requests = {name: {"name": name, **request} for name in (US, *others)}
                 label = f"{workload.name}, {batch} at once,"
-                runs, _ = harness.take_turns("bench.peers:generate", requests, asked.rounds, label, True)
+                *_, (runs, _) = harness.take_turns("bench.peers:generate", requests, asked.rounds, label, True)
                 result["races"].append({"workload": workload.name, "batch": batch, "runs": runs})
-    return result
+                yield result
+    yield result
 
 
 def document(result: dict) -> list[str]:

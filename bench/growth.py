@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from baby_xp.arrays.registry import load
@@ -44,8 +45,7 @@ def main() -> int:
     asked = parse()
     parts = {"scaling": (measure_scaling, scaling_document), "crossover": (measure_crossover, crossover_document)}
     measure, document = parts[asked.what]
-    result = measure(asked)
-    stem = results.show(result, document(result), asked.out, f"-{asked.what}")
+    result, stem = results.show(measure(asked), document, asked.out, f"-{asked.what}")
     if stem and asked.what == "scaling":
         if importlib.util.find_spec("matplotlib") is None:
             say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
@@ -105,15 +105,16 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
 # scaling ------------------------------------------------------------------------------------------------
 
 
-def measure_scaling(asked: argparse.Namespace) -> dict:
-    """All measurements along the axes, as they go into the JSON file."""
+def measure_scaling(asked: argparse.Namespace) -> Iterator[dict]:
+    """All measurements so far along the axes, as they go into the JSON file."""
     with results.measurement(idle=harness.ask("bench.peers.ours:idle"), axes={}) as result:
         for axis in asked.axes:
             points = result["axes"][axis] = []
             for value in AXES[axis]:
                 points.append(measured(axis, value, asked.steps, result["idle"], points[-1] if points else None))
                 say(f"{axis} {value}: {points[-1]['ms']:.1f} ms")
-    return result
+                yield result
+    yield result
 
 
 def measured(axis: str, value: int, steps: int | None, idle: list[dict], previous: dict | None) -> dict:
@@ -213,19 +214,21 @@ def plot(result: dict, path: str) -> None:
 # crossover ----------------------------------------------------------------------------------------------
 
 
-def measure_crossover(asked: argparse.Namespace) -> dict:
-    """All measurements on both, as they go into the JSON file. Raises harness.Failed if a size fails on either."""
+def measure_crossover(asked: argparse.Namespace) -> Iterator[dict]:
+    """All measurements so far on both, as they go into the JSON file. harness.Failed if a size fails on either."""
     with results.measurement(backend=asked.backend, points=[]) as result:
         for width in asked.widths:
             workload = at("family", width)
             requests = {name: request_of(workload, name, asked.steps) for name in (CPU, asked.backend)}
-            runs, _ = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
+            turns = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
+            *_, (runs, _) = turns
             cpu, gpu = (results.median(runs[name]) for name in requests)
             result["points"].append({
                 "n_emb": width, "batch": workload.batch_size, "flops": flops_of(workload), "cpu": cpu, "gpu": gpu,
                 "runs": runs,
             })  # fmt: skip
-    return result
+            yield result
+    yield result
 
 
 def crossover_document(result: dict) -> list[str]:

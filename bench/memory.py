@@ -11,6 +11,7 @@ import linecache
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,11 +48,10 @@ def main() -> int:
         print("\n".join(needed_lines(asked)))
         return 0
     try:
-        result = compare(asked)
+        results.show(compare(asked), document, asked.out, "-estimate")
     except BabyError as error:
         say(f"bench.memory: {error}")
         return 2
-    results.show(result, document(result), asked.out, "-estimate")
     return 0
 
 
@@ -165,8 +165,8 @@ def innermost(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
 # against the estimate -----------------------------------------------------------------------------------
 
 
-def compare(asked: argparse.Namespace) -> dict:
-    """The estimate of each preset, and a real run of some steps beside it, as they go into the JSON file.
+def compare(asked: argparse.Namespace) -> Iterator[dict]:
+    """The estimates so far, and a real run of some steps beside each, as they go into the JSON file.
 
     The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
     best weights beside the present ones; at the end the whole validation part, a sample and the report.
@@ -186,7 +186,8 @@ def compare(asked: argparse.Namespace) -> dict:
                 "real": real,
             })  # fmt: skip
             say(f"{name}: {duration(sum(found.seconds.values()))}")
-    return result
+            yield result
+    yield result
 
 
 def document(result: dict) -> list[str]:

@@ -318,7 +318,7 @@ def time_all(file: Path, steps: int, rounds: int) -> None:
     """Time a step of each variant that may take a different time, in turn, and keep it."""
     result, idle, before = read(file), harness.ask("bench.peers.ours:idle"), results.product_rate()
     requests = {one.key: {"key": one.key, "steps": steps} for one in to_time()}
-    runs, _ = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
+    *_, (runs, _) = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
     result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
     result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
     result["timed_on"] = results.now()

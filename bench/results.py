@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from baby_xp import files
 from baby_xp.resources import process_memory
 from bench import harness
 from bench.harness import MIB, US, say
@@ -73,8 +74,14 @@ def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
 
 def busy(result: dict) -> bool:
     """Whether the product rates say that other programs used the machine meanwhile."""
-    rates = [result["product_rate_before"], result["product_rate_after"]]
-    return any(min(rate["alone"], rate["two at once"]) < QUIET * rate["best"] for rate in rates)
+    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
+    return any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values())
+
+
+def rates(result: dict) -> dict[str, dict]:
+    """The product rates before and, once it is done, after."""
+    names = {when: f"product_rate_{when}" for when in ("before", "after")}
+    return {when: result[name] for when, name in names.items() if name in result}
 
 
 # what the runs say --------------------------------------------------------------------------------------
@@ -117,29 +124,36 @@ def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
     return min(process_memory.growth(run["memory"], idle[0]) for run in runs) if known else None
 
 
-def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.median) -> float | None:
+def ratio(
+    runs_of: dict[str, list], peer: str, average: Average = statistics.median, us: str = US
+) -> float | None:
     """Our average step divided by that of a peer; None where one of the two was not measured."""
-    if US not in runs_of or peer not in runs_of:
+    if us not in runs_of or peer not in runs_of:
         return None
-    return average(times(runs_of[US])) / average(times(runs_of[peer]))
+    return average(times(runs_of[us])) / average(times(runs_of[peer]))
 
 
-def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:
+def against_best(value_of: Mapping[str, float | None], us: str = US) -> tuple[float, str] | None:
     """Our value divided by the smallest one of the peers, and that peer's name; None if one side has none."""
-    peers = {name: value for name, value in value_of.items() if name != US and value is not None}
-    if not peers or value_of.get(US) is None:
+    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
+    if not peers or value_of.get(us) is None:
         return None
     best = min(peers, key=peers.get)
-    return value_of[US] / peers[best], best
+    return value_of[us] / peers[best], best
 
 
-def versus(what: str, runs_of: dict[str, list], average: Average = statistics.median) -> str | None:
+def is_ours(name: str) -> bool:
+    """Whether that is baby_xp, on whatever backend, and not a peer."""
+    return name.startswith(US)
+
+
+def versus(what: str, runs_of: dict[str, list], average: Average = statistics.median, us: str = US) -> str | None:
     """A line: our time as a share of the best peer's, and the range of that share over the rounds."""
-    found = against_best({name: average(times(runs)) for name, runs in runs_of.items()})
+    found = against_best({name: average(times(runs)) for name, runs in runs_of.items()}, us)
     if found is None:
         return None
     share, best = found
-    pairs = zip(runs_of[US], runs_of[best], strict=True)
+    pairs = zip(runs_of[us], runs_of[best], strict=False)  # one may be a turn ahead
     rounds = [average(ours["ms"]) / average(peer["ms"]) for ours, peer in pairs]
     return f"- {what}: {share:.2f} of the best peer's ({best}); by round {min(rounds):.2f} to {max(rounds):.2f}"
 
@@ -149,7 +163,7 @@ def versus(what: str, runs_of: dict[str, list], average: Average = statistics.me
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
     """Lines of a Markdown table, aligned so that it reads well as plain text; all rows have the same keys."""
-    names = list(rows[0])
+    names = list(rows[0]) if rows else ["nothing was measured"]
     widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
     lines = [names, ["-" * width for width in widths], *([row[name] for name in names] for row in rows)]
     return [
@@ -194,11 +208,10 @@ def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
 
 def rate_lines(result: dict) -> list[str]:
     """How fast matrix products were before and after, and a warning if the machine was busy."""
-    rates = {when: result[f"product_rate_{when}"] for when in ("before", "after")}
     lines = [
         f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
         f"with two at once, {rate['best']:.0f} at best"
-        for when, rate in rates.items()
+        for when, rate in rates(result).items()
     ]
     if busy(result):
         lines.append(f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little")
@@ -210,15 +223,30 @@ def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
     return {name: runs[0]["about"] for found in races for name, runs in found.items()}
 
 
-def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> Path | None:
-    """Print the lines. Where a folder is named, keep them and the result as <date>-<machine><suffix>.json and .md.
+def show(
+    states: Iterable[dict], document: Callable[[dict], list[str]], out: Path | None, suffix: str = ""
+) -> tuple[dict, Path | None]:
+    """Keep a result as it grows, and print what `document` makes of its last state.
 
-    Earlier measurements of the day stay. Returns the path without its ending, for what else belongs there.
+    states: the result each time that something is new in it. Where a folder is named, each is written at once as
+    <date>-<machine><suffix>.json and .md; earlier measurements of the day stay. Returns the last state, and the
+    path without its ending, for what else belongs there.
     """
-    text = "\n".join(lines) + "\n"
+    stem = None
+    for result in states:
+        text = "\n".join(document(result)) + "\n"
+        if out is not None:
+            stem = stem or stem_of(result, out, suffix)
+            files.write(Path(f"{stem}.json"), json.dumps(result, indent=1) + "\n")
+            files.write(Path(f"{stem}.md"), text)
     print(text, end="")
-    if out is None:
-        return None
+    if stem:
+        say(f"\nkept as {stem}.json and .md")
+    return result, stem
+
+
+def stem_of(result: dict, out: Path, suffix: str) -> Path:
+    """A path in the folder `out`, without an ending, that no result has yet."""
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
     cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"
@@ -227,10 +255,6 @@ def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> 
     numbers = itertools.count(2)
     while Path(f"{stem}.json").exists():
         stem = first.with_name(f"{first.name}-{next(numbers)}")
-    out.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(f"{stem}.md").write_text(text, encoding="utf-8")
-    say(f"\nkept as {stem}.json and .md")
     return stem
 
 
@@ -248,9 +272,10 @@ TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000
 
 
 def step_goals(workload: str, precision: str, runs_of: dict[str, list]) -> list[str]:
-    """A line for each goal of a workload; runs_of: the rounds of each library."""
+    """A line for each goal of a workload, and for each backend of ours; runs_of: the rounds of each library."""
     return [
-        goal(f"{workload} {precision}, share of {peer}'s time", ratio(runs_of, peer), most, "{:.2f}")
+        goal(f"{workload} {precision}, {us}'s share of {peer}'s time", ratio(runs_of, peer, us=us), most, "{:.2f}")
+        for us in [US, *(name for name in runs_of if is_ours(name) and name != US)]
         for peer, most in STEP.get(workload, {}).items()
     ]
 

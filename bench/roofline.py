@@ -10,15 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from baby_xp.arrays.registry import load
 from baby_xp.config import GPTConfig
 from baby_xp.layers import mlp
 from baby_xp.resources import counts
+from bench.peers import ours
+from bench.workloads import on_gpu
 
-SIZES = {"cupy": (8192, 2**27)}
-"""By backend: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
-SMALL_SIZES = (1024, 2**22)
-"""The same for backends on a CPU, which only stand in for a GPU."""
+SIZES = {True: (8192, 2**27), False: (1024, 2**22)}
+"""On a GPU or not: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
 SECONDS = 1.5
 """How long each of the two is repeated."""
 CALLS = 5
@@ -33,7 +32,7 @@ def measure(
     Returns "flops": operations per second of a square product, "bytes": bytes per second of a sum of two arrays
     (two are read, one is written), "device", and the sizes. The best of many readings.
     """
-    n, elements = sizes or SIZES.get(backend, SMALL_SIZES)
+    n, elements = sizes or SIZES[on_gpu(backend)]
     through = through_torch if precision == "half" else through_baby_xp
     make, wait, itemsize, device = through(backend, precision)
 
@@ -48,7 +47,7 @@ def measure(
 
 def through_baby_xp(backend: str, precision: str):
     """How to make arrays, how to wait for the device, bytes of an element, and the name of the device."""
-    loaded = load(backend, None, "float32", **({"tf32": True} if precision == "tf32" else {}))
+    loaded = ours.load_at(backend, precision)
     return lambda shape: loaded.asarray(_numbers(shape)), loaded.synchronize, 4, loaded.device
 
 

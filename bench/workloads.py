@@ -100,8 +100,12 @@ FOR_A_GPU = ("W5",)
 
 
 def on_gpu(backend: str) -> bool:
-    """Whether that backend of baby_xp is measured as a GPU, and its peers on the GPU too."""
-    return backend == "cupy"
+    """Whether that backend of baby_xp is measured as a GPU, and its peers on the GPU too.
+
+    backend: its name, and after a colon its device if that is not the usual one: "cupy", "jax:gpu".
+    """
+    name, _, device = backend.partition(":")
+    return name == "cupy" or device.startswith(("gpu", "cuda"))
 
 
 def usual(backend: str) -> list[Workload]:

@@ -34,6 +34,7 @@ TRAINERS: dict[str, tuple[str, dict]] = {
     "torch.compile": ("bench.peers.torch:train", {"compiled": "default"}),
     "jax": ("bench.peers.jax:train", {}),
     "torch.compile-graphs": ("bench.peers.torch:train", {"compiled": "reduce-overhead"}),
+    "baby_xp-jax": ("bench.peers.ours:train", {"library": "jax"}),
 }
 """Function and options of each."""
 GENERATORS: dict[str, tuple[str, dict]] = {
@@ -41,9 +42,9 @@ GENERATORS: dict[str, tuple[str, dict]] = {
     "torch": ("bench.peers.torch:generate", {}),
     "torch-1-thread": ("bench.peers.torch:generate", {"threads": 1}),  # a single token is little work to share
 }
-FOR_A_GPU = ("torch.compile-graphs",)
-"""Peers that are measured on a GPU only, and only if they are named."""
-LACKING = {"baby_xp": ("half",), "jax": ("half",)}
+BY_NAME = ("torch.compile-graphs", "baby_xp-jax")
+"""Those that are measured only if they are named."""
+LACKING = {"baby_xp": ("half",), "jax": ("half",), "baby_xp-jax": ("half",)}
 """Precisions that a library is not measured in."""
 SPREAD = 5.0
 """Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
@@ -149,7 +150,7 @@ def step_times(texts: Iterable) -> list[float]:
 
 def steps_per_reading(backend: str) -> int:
     """Steps between two waits of the training loop for its device: 1 where every call waits."""
-    return 1 if backend in ("numpy", "torch", "array-api-strict") else READ_EVERY
+    return READ_EVERY if on_gpu(backend) or backend.startswith("jax") else 1
 
 
 # who can take part --------------------------------------------------------------------------------------
@@ -165,20 +166,23 @@ def present(peers: list[str], backend: str, program: str) -> list[str]:
 
 def missing(peer: str, backend: str) -> str | None:
     """Why a peer cannot be measured here, or None."""
-    if peer in FOR_A_GPU and not on_gpu(backend):
-        return f"{peer} is for a GPU: it is left out"
     library = library_of(peer)
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed: {peer} is left out (pip install {library})"
     if not on_gpu(backend):
+        if peer == "torch.compile-graphs":
+            return f"{peer} is for a GPU: it is left out"
         if peer == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return f"no C++ compiler is installed, which {peer} needs: it is left out"
         return None
     # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
-    works = harness.ask(f"bench.peers.{library}:sees_gpu")
-    return None if works else f"this {library} sees no GPU: {peer} is left out"
+    try:
+        works, why = harness.ask(f"bench.peers.{library}:sees_gpu"), f"this {library} sees no GPU"
+    except harness.Failed as error:
+        works, why = False, error
+    return None if works else f"{why}: {peer} is left out"
 
 
 def library_of(peer: str) -> str:
-    """The library that a peer needs: its name begins with it, as in "torch.compile" and "torch-1-thread"."""
-    return re.split("[.-]", peer)[0]
+    """The library that a peer needs: a word of its name, as in "torch.compile" and "baby_xp-jax"."""
+    return next((name for name in ("torch", "jax") if name in re.split("[.-]", peer)), peer)

@@ -22,9 +22,10 @@ def train(
     workload: Workload, dropout: float, clock: Clock, backend: str = "numpy", precision: str = "float32"
 ) -> Outcome:
     """Train on all cores, or on the GPU where baby_xp is on it."""
-    if on_gpu(backend):
-        set_precision(precision)
-        clock.wait = lambda: unread and unread[-1].block_until_ready()
+    device = jax.devices("gpu" if on_gpu(backend) else "cpu")[0]
+    jax.config.update("jax_default_device", device)
+    set_precision(precision)
+    clock.wait = lambda: unread and unread[-1].block_until_ready()
     config, spec = workload.training(len(clock)), workload.model(dropout)
     step, state = make_step(spec.config, config), first_state(peers.first_weights(spec), SEED)
     unread, read = [], 0.0
@@ -38,7 +39,7 @@ def train(
             read, unread = float(sum(unread)) / len(unread), []  # waits for the device
     loss_of, start = jax.jit(loss, static_argnums=1), clock.batches[0]
     last = float(loss_of(state["params"], spec.config, start.inputs, start.targets))
-    about = {"jax": jax.__version__, "device": str(jax.devices()[0])}
+    about = {"jax": jax.__version__, "device": str(device)}
     return Outcome([read, last], about, process_memory.taken())
 
 
