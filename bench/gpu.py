@@ -71,9 +71,8 @@ class Outcome:
 
 def main() -> int:
     """Run the stages that the command line names. Exit code 1 if anything failed."""
-    asked, chosen = parse()
-    outcomes = []
-    for stage, jobs in chosen.items():
+    asked, outcomes = parse(), []
+    for stage, jobs in asked.jobs.items():
         if not jobs:
             print(f"== {stage}: nothing to do with {asked.backend}\n", flush=True)
         for outcome in run_stage(stage, jobs, asked.out, 60 * asked.minutes):
@@ -83,8 +82,8 @@ def main() -> int:
     return 0 if all(one.result == "ok" for one in outcomes) else 1
 
 
-def parse() -> tuple[argparse.Namespace, dict[str, list[Job]]]:
-    """The command line, and the jobs of each stage that it names."""
+def parse() -> argparse.Namespace:
+    """The command line; `jobs`: those of each stage that it names."""
     parser = harness.parser("bench.gpu", __doc__, backend="cupy", steps=None, rounds=1, data="shakespeare")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that it writes")
     known, usual = harness.names_of(STAGES, "stage"), ",".join(STAGES[:-1])
@@ -106,9 +105,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, list[Job]]]:
     names = [job.name for found in jobs.values() for job in found]
     if unknown := [name for name in asked.only or [] if name not in names]:
         parser.error(f"argument --only: no job is called {unknown[0]!r}: choose {', '.join(names)}")
-    return asked, {
-        stage: [job for job in found if not asked.only or job.name in asked.only] for stage, found in jobs.items()
-    }
+    chosen = asked.only or names
+    asked.jobs = {stage: [job for job in found if job.name in chosen] for stage, found in jobs.items()}
+    return asked
 
 
 # the stages ---------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         asked.device = asked.device or "cpu"  # where its peers then are
     asked.backend = f"{asked.backend}:{asked.device}" if asked.device else asked.backend
     if asked.precision != ["float32"] and not on_gpu(asked.backend):
-        parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: --backend cupy")
+        parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: cupy, or jax with --device gpu")
     asked.workloads = asked.workloads or usual(asked.backend)
     return asked
 
