@@ -40,7 +40,9 @@ def main() -> int:
     sizes = {file.name: file.stat().st_size / MIB for file in sorted(asked.out.iterdir())}
     print("\n".join(f"{size:8.2f} MiB  {name}" for name, size in sizes.items()))
     print(f"{sum(sizes.values()):8.2f} MiB in all\n\nThere, in a checkout:")
-    print(f"python -m pip install --no-index --find-links {asked.out} -e .\nexport BABY_XP_DATA={asked.out}")
+    ours, tests = f"'.[cuda{asked.cuda}]'" if asked.cuda else ".", " ".join(TESTS)
+    print(f"python -m pip install --no-index --find-links {asked.out} -e {ours} {tests}")
+    print(f"export BABY_XP_DATA={asked.out}")
     if sum(sizes.values()) > asked.limit:
         harness.say(f"bench.carry: that is more than {asked.limit} MiB: name with --have what is there already")
         return 1
