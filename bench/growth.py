@@ -160,11 +160,10 @@ def scaling_document(result: dict) -> list[str]:
         for points in result["axes"].values()
         for previous, point in itertools.pairwise([None, *points])
     ]
-    about = dict(next(iter(result["axes"].values()))[0]["runs"][0]["about"])
-    about.pop("workers", None)  # a column of the table
+    about = {**next(iter(result["axes"].values()))[0]["runs"][0]["about"], "workers": "see the table"}
     jumped = [f"{one['axis']} {one['value']} ({one['note']})" for one in rows if "JUMP" in one["note"]]
     found = "- jumps: " + ("; ".join(jumped) or f"none above {JUMP:g}")
-    return [*results.heading(result, {US: about}), *results.markdown(rows), "", found]
+    return results.page(result, {US: about}, rows, found)
 
 
 def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
@@ -175,18 +174,14 @@ def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
         notes = [f"workers {before} -> {now}"] if before != now else []
         notes += [f"JUMP in {name}" for name in jumps(previous, point)]
     return {
-        "axis": point["axis"],
-        "value": str(point["value"]),
-        "workers": str(point["workers"]),
-        "Gflop": f"{1e-9 * point['flops']:.2f}",
-        "ms per step": f"{point['ms']:.2f}",
+        "axis": point["axis"], "value": str(point["value"]), "workers": str(point["workers"]),
+        "Gflop": f"{1e-9 * point['flops']:.2f}", "ms per step": f"{point['ms']:.2f}",
         "Gflop/s": f"{1e-6 * point['flops'] / point['ms']:.1f}",
         "ms/Gflop to previous": f"{grown['time']:.2f}" if "time" in grown else "",
-        "counted MiB": mib(sum(point["arrays"].values()), 1),
-        "peak MiB": mib(point["peak"], 1),
+        "counted MiB": mib(sum(point["arrays"].values()), 1), "peak MiB": mib(point["peak"], 1),
         "peak/counted to previous": f"{grown['memory']:.2f}" if "memory" in grown else "",
         "note": ", ".join(notes),
-    }
+    }  # fmt: skip
 
 
 def plot(result: dict, path: str) -> None:
@@ -236,17 +231,13 @@ def crossover_document(result: dict) -> list[str]:
     points, backend = result["points"], result["backend"]
     rows = [
         {
-            "n_emb": str(point["n_emb"]),
-            "batch": str(point["batch"]),
-            "Gflop per step": f"{1e-9 * point['flops']:.3f}",
-            "numpy ms": f"{point['cpu']:.2f}",
-            f"{backend} ms": f"{point['gpu']:.2f}",
-            f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
+            "n_emb": str(point["n_emb"]), "batch": str(point["batch"]),
+            "Gflop per step": f"{1e-9 * point['flops']:.3f}", "numpy ms": f"{point['cpu']:.2f}",
+            f"{backend} ms": f"{point['gpu']:.2f}", f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
         }
         for point in points
-    ]
-    about = results.about_each(point["runs"] for point in points)
-    return [*results.heading(result, about), *results.markdown(rows), "", f"- {crossing(points, backend)}"]
+    ]  # fmt: skip
+    return results.page(result, results.about_each(points), rows, f"- {crossing(points, backend)}")
 
 
 def crossing(points: list[dict], backend: str) -> str:

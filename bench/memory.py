@@ -30,8 +30,7 @@ from bench.workloads import Workload, on_gpu
 
 FACTOR, PRECISION = 2.0, 0.15
 """The promises: memory taken as a multiple of what is needed, and the relative error of an estimate."""
-LINES = 10
-"""How many lines of code are listed, those that hold most memory."""
+LINES = 10  # of code that are listed, those that hold most memory
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
@@ -97,13 +96,10 @@ def needed_row(workload: Workload, steps: int, workers: int | None, needed: dict
     )  # fmt: skip
     taken, need = results.least_growth([found], idle), sum(needed.values())
     return {
-        "workload": workload.name,
-        "workers": found["about"]["workers"] + ("" if workers else " (automatic)"),
-        "needed, MiB": mib(need, 1),
-        "taken, MiB": mib(taken, 1),
-        "ratio": f"{taken / need:.2f}",
+        "workload": workload.name, "workers": found["about"]["workers"] + ("" if workers else " (automatic)"),
+        "needed, MiB": mib(need, 1), "taken, MiB": mib(taken, 1), "ratio": f"{taken / need:.2f}",
         f"at most {FACTOR:g}": verdict(taken <= FACTOR * need),
-    }
+    }  # fmt: skip
 
 
 def needed(workload: str) -> dict[str, int]:
@@ -193,13 +189,9 @@ def compare(asked: argparse.Namespace) -> Iterator[dict]:
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
     gpu, rows = on_gpu(result["backend"]), [row_of(one) for one in result["presets"]]
-    goals = [
-        results.epoch_goal(sum(one["seconds"].values()))
-        for one in result["presets"]
-        if gpu and one["preset"] == results.EPOCH_PRESET
-    ]
-    about = {"backend": {result["backend"]: result["precision"]}}
-    return [*results.heading(result, about), *results.markdown(rows), *([""] if goals else []), *goals]
+    epochs = [one["seconds"] for one in result["presets"] if gpu and one["preset"] == results.EPOCH_PRESET]
+    goals = [results.epoch_goal(sum(seconds.values())) for seconds in epochs]
+    return results.page(result, {"backend": {result["backend"]: result["precision"]}}, rows, *goals)
 
 
 def row_of(one: dict) -> dict[str, str]:
@@ -208,22 +200,18 @@ def row_of(one: dict) -> dict[str, str]:
     if real:
         ratio = memory / real["taken"] if memory and real["taken"] else None
         cells = {
-            "real, ms per step": f"{real['ms']:.3f}",
-            "taken, MiB": mib(real["taken"], 1),
+            "real, ms per step": f"{real['ms']:.3f}", "taken, MiB": mib(real["taken"], 1),
             "ratio": "" if ratio is None else f"{ratio:.3f}",
             f"within {PRECISION:.0%}": "" if ratio is None else verdict(abs(ratio - 1) <= PRECISION),
-        }
+        }  # fmt: skip
     return {
-        "preset": one["preset"],
-        "parameters": f"{one['parameters']:,}",
-        "steps": f"{one['steps']:,}",
+        "preset": one["preset"], "parameters": f"{one['parameters']:,}", "steps": f"{one['steps']:,}",
         "processes": str(one["workers"]),
         **{f"{part}, s": f"{seconds:,.1f}" for part, seconds in one["seconds"].items()},
         "whole run": duration(sum(one["seconds"].values())),
-        "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}",
-        "memory, MiB": mib(memory, 1),
+        "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}", "memory, MiB": mib(memory, 1),
         **cells,
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 import baby_xp
 from baby_xp import files
 from baby_xp.errors import BabyError
+from baby_xp.runs import config_file
 from bench import harness, results
 from bench.harness import say
 from bench.peers import ours
@@ -247,7 +248,7 @@ def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
         result = read(file)
     else:
         machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
-        result = {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
+        result = {"date": config_file.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
     if result["base"] != base():
         raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
     wanted = {one.key for one in ALL if one.group in chosen} - result["trained"].keys()
@@ -321,7 +322,7 @@ def time_all(file: Path, steps: int, rounds: int) -> None:
     *_, (runs, _) = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
     result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
     result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
-    result["timed_on"] = results.now()
+    result["timed_on"] = config_file.now()
     # the losses may be from a machine of another class
     result["timed_class"] = harness.class_of(harness.ask("bench.harness:machine"))
     write(file, result)

@@ -1,6 +1,5 @@
 """What every result has: the machine and how fast it was at the time, medians and ratios, tables, goals, files."""
 
-import datetime
 import itertools
 import json
 import os
@@ -18,21 +17,20 @@ from threadpoolctl import threadpool_limits
 
 from baby_xp import files
 from baby_xp.resources import process_memory
+from baby_xp.runs import config_file
 from bench import harness
 from bench.harness import MIB, US, say
 from bench.workloads import on_gpu
 
-QUIET = 0.75
-"""Share of its best speed that a process keeps over time on a machine that does nothing else."""
-RATE_SECONDS = 1.5
-"""How long the matrix product is repeated."""
+QUIET, RATE_SECONDS = 0.75, 1.5
+"""Share of its best speed that a process keeps on a machine that does nothing else; how long that is measured."""
 
 
 @contextmanager
 def measurement(**facts: Any) -> Iterator[dict]:
     """A result to be filled: the facts, when and where, and how fast matrix products are before and after."""
     result = {
-        "date": now(),
+        "date": config_file.now(),
         "machine": harness.ask("bench.harness:machine"),
         "removed_variables": [name for name in harness.REMOVED if name in os.environ],
         "product_rate_before": product_rate(),
@@ -40,11 +38,6 @@ def measurement(**facts: Any) -> Iterator[dict]:
     }
     yield result
     result["product_rate_after"] = product_rate()
-
-
-def now() -> str:
-    """The time of day, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def product_rate() -> dict[str, float]:
@@ -72,12 +65,6 @@ def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
     return {"mean": work / float(np.mean(seconds)), "best": work / float(np.min(seconds))}
 
 
-def busy(result: dict) -> bool:
-    """Whether the product rates say that other programs used the machine meanwhile."""
-    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
-    return any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values())
-
-
 def rates(result: dict) -> dict[str, dict]:
     """The product rates before and, once it is done, after."""
     names = {when: f"product_rate_{when}" for when in ("before", "after")}
@@ -86,8 +73,7 @@ def rates(result: dict) -> dict[str, dict]:
 
 # what the runs say --------------------------------------------------------------------------------------
 
-Average = Callable[[list[float]], float]
-"""Makes one number of the milliseconds of steps: their median, or their mean."""
+Average = Callable[[list[float]], float]  # of the milliseconds of steps: their median, or their mean
 
 
 def times(runs: list[dict]) -> list[float]:
@@ -175,8 +161,8 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
 def time_cells(name: str, runs_of: dict[str, list], digits: int) -> dict[str, str]:
     """What the tables of training and of generation say about a library's steps, and ours beside them."""
     ms = times(runs_of[name])
-    found = {"ms per step": statistics.median(ms), "min": min(ms), "max": max(ms)}
-    cells = {what: f"{value:.{digits}f}" for what, value in found.items()}
+    found = zip(("ms per step", "min", "max"), (statistics.median(ms), min(ms), max(ms)), strict=True)
+    cells = {what: f"{value:.{digits}f}" for what, value in found}
     return {"library": name, **cells, "baby_xp / this": ratio_cell(name, runs_of)}
 
 
@@ -191,8 +177,8 @@ def mib(size: int | None, digits: int = 0) -> str:
     return "" if size is None else f"{size / MIB:,.{digits}f}"
 
 
-def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
-    """The lines before the table; about: facts of each library."""
+def page(result: dict, about: Mapping[str, dict], rows: list[dict[str, str]], *below: str | None) -> list[str]:
+    """A result as Markdown. about: facts of each library; below: the lines under the table."""
     machine = result["machine"]
     return [
         f"{machine['processor']}, {machine['system']}, Python {machine['python']}; {result['date']}",
@@ -203,6 +189,9 @@ def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
         *rate_lines(result),
         "- removed from the environment: " + (", ".join(result["removed_variables"]) or "nothing was set"),
         "",
+        *markdown(rows),
+        "",
+        *filter(None, below),
     ]
 
 
@@ -213,14 +202,15 @@ def rate_lines(result: dict) -> list[str]:
         f"with two at once, {rate['best']:.0f} at best"
         for when, rate in rates(result).items()
     ]
-    if busy(result):
+    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
+    if any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values()):
         lines.append(f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little")
     return lines
 
 
-def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
+def about_each(races: Iterable[dict]) -> dict[str, dict]:
     """What each library reported about itself in its first run."""
-    return {name: runs[0]["about"] for found in races for name, runs in found.items()}
+    return {name: runs[0]["about"] for race in races for name, runs in race["runs"].items()}
 
 
 def show(

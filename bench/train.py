@@ -139,13 +139,11 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
 # the text -----------------------------------------------------------------------------------------------
 
 
-def products_ms(result: dict, race: dict) -> float | None:
-    """Milliseconds that the matrix products of a step would take at full speed; None on a GPU.
+def products_ms(result: dict, race: dict) -> float:
+    """Milliseconds that the matrix products of a step would take at full speed of a CPU.
 
-    Full speed is the best product of this run, before or after, on every core. It is a speed of CPU cores.
+    Full speed is the best product of this run, before or after, on every core.
     """
-    if on_gpu(result["backend"]):
-        return None
     best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
     return 1e-6 * race["flops"] / (result["machine"]["cores"] * best)
 
@@ -159,26 +157,19 @@ def floor_ms(result: dict, race: dict) -> float | None:
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
     races = result["races"]
-    rows = [row for race in races for row in rows_of(result, race)]
+    rows, below = ([line for race in races for line in of(result, race)] for of in (rows_of, verdict))
     rates = [
         f"- {precision}: {rates['device']}: a product of {rates['n']:,} rows at {1e-12 * rates['flops']:.2f} "
         f"Tflop/s, a sum of {rates['elements']:,} elements at {1e-9 * rates['bytes']:,.0f} GB/s"
         for precision, rates in result["rooflines"].items()
         if rates
     ]
-    return [
-        *results.heading(result, results.about_each(race["runs"] for race in races)),
-        *results.markdown(rows),
-        "",
-        *rates,
-        *(line for race in races for line in verdict(result, race)),
-    ]
+    return results.page(result, results.about_each(races), rows, *rates, *below)
 
 
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
-    gpu, workload, rows = on_gpu(result["backend"]), race["workload"], []
-    products, floor = products_ms(result, race), floor_ms(result, race)
+    gpu, workload, rows, floor = on_gpu(result["backend"]), race["workload"], [], floor_ms(result, race)
     for name, runs in race["runs"].items():
         median = results.median(runs)
         if gpu:
@@ -187,13 +178,11 @@ def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
             used_and_held = f"{mib(memory['used'])} / {mib(memory['held'])}" if memory else ""
             more = {"share of the roofline": share, "peak GPU MiB used/held": used_and_held}
         else:
-            more = {"products' share": f"{products / median:.0%}"}
+            more = {"products' share": f"{products_ms(result, race) / median:.0%}"}
         rows.append({
-            "workload": workload,
-            **({"precision": race["precision"]} if gpu else {}),
+            "workload": workload, **({"precision": race["precision"]} if gpu else {}),
             **results.time_cells(name, race["runs"], 3 if gpu else 1),
-            "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}",
-            **more,
+            "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}", **more,
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip
     return rows
@@ -203,12 +192,8 @@ def verdict(result: dict, race: dict) -> list[str]:
     """The lines under the table: against the best peer in time and in memory, the floor, and the goals."""
     gpu, runs_of = on_gpu(result["backend"]), race["runs"]
     label = f"{race['workload']} {race['precision']}" if gpu else race["workload"]
-    lines = [results.versus(f"{label}: time per step", runs_of)]
-    lines += [
-        results.versus(f"{label}: {name}'s time per step", runs_of, us=name)
-        for name in runs_of
-        if results.is_ours(name) and name != US
-    ]
+    ours = [name for name in runs_of if results.is_ours(name)]
+    lines = [results.versus(f"{label}: {name}'s time per step", runs_of, us=name) for name in ours]
     peak = (lambda runs: results.gpu_peak(runs).get("used")) if gpu else results.peak
     if memory := results.against_best({name: peak(runs) for name, runs in runs_of.items()}):
         what = "peak GPU memory in use" if gpu else "peak memory"
@@ -224,9 +209,10 @@ def verdict(result: dict, race: dict) -> list[str]:
 
 def floor_line(label: str, result: dict, race: dict) -> str | None:
     """What the products, and on a GPU the bytes, would take at full speed."""
-    gflop, products, floor = 1e-9 * race["flops"], products_ms(result, race), floor_ms(result, race)
-    if products is not None:
-        return f"- {label}: {gflop:.1f} Gflop of matrix products per step: {products:.1f} ms at full speed"
+    gflop, floor = 1e-9 * race["flops"], floor_ms(result, race)
+    if not on_gpu(result["backend"]):
+        full_speed = f"{products_ms(result, race):.1f} ms at full speed"
+        return f"- {label}: {gflop:.1f} Gflop of matrix products per step: {full_speed}"
     if floor is None:
         return None
     rates = result["rooflines"][race["precision"]]
