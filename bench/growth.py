@@ -19,25 +19,20 @@ from bench.harness import US, say
 from bench.results import mib
 from bench.workloads import GPU_WARMUP, WORKLOADS, Workload, on_gpu
 
-BASE = WORKLOADS["W1"]
+BASE, CPU, GPU_STEPS = WORKLOADS["W1"], "numpy", 200
 HEAD = BASE.n_emb // BASE.n_heads
 """Channels of a head. A wider model gets more heads, as models do, so products inside a head keep their shape."""
 AXES = {
-    "n_ctx": (16, 32, 64, 128, 256, 512),
-    "n_emb": (32, 64, 128, 256, 512),
-    "n_layers": (1, 2, 4, 8, 16),
+    "n_ctx": (16, 32, 64, 128, 256, 512), "n_emb": (32, 64, 128, 256, 512), "n_layers": (1, 2, 4, 8, 16),
     "batch": (1, 2, 4, 8, 16, 32, 64),
-}
-JUMP = 1.5
-"""How much the time per counted operation may grow from one size to the next, and the memory per counted byte."""
-AGAIN = 2
-"""Further runs of a size that seems to jump, as a busy machine looks alike. The fastest and the smallest count."""
+}  # fmt: skip
+JUMP, AGAIN = 1.5, 2
+"""How much the time per counted operation may grow from one size to the next, and the memory per counted byte; and
+further runs of a size that seems to jump, as a busy machine looks alike. The fastest and the smallest count."""
 SECONDS, OVERHEAD_MS, GFLOPS, FEWEST, MOST, WARMUP = 2.0, 2.0, 40.0, 5, 200, 3
 """Steps of a size: as many as fit into SECONDS at a guessed speed, within bounds, and WARMUP steps before."""
-CPU = "numpy"
 BATCHES = {16: 1, 32: 2, 64: 4, 128: 8, 256: 16, 512: 32}
 """Sequences of a batch by n_emb. From one size to the next a step has about 8 times the work."""
-GPU_STEPS = 200
 
 
 def main() -> int:
@@ -46,12 +41,10 @@ def main() -> int:
     parts = {"scaling": (measure_scaling, scaling_document), "crossover": (measure_crossover, crossover_document)}
     measure, document = parts[asked.what]
     result, stem = results.show(measure(asked), document, asked.out, f"-{asked.what}")
-    if stem and asked.what == "scaling":
-        if importlib.util.find_spec("matplotlib") is None:
-            say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
-        else:
-            plot(result, f"{stem}.svg")
-            say(f"plot: {stem}.svg")
+    if stem and asked.what == "scaling" and importlib.util.find_spec("matplotlib"):
+        plot(result, f"{stem}.svg")
+    elif stem and asked.what == "scaling":
+        say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
     return 0
 
 
@@ -96,10 +89,8 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
     guess = OVERHEAD_MS + 1e-6 * flops_of(workload) / GFLOPS
     usual = WARMUP, min(MOST, max(FEWEST, round(1e3 * SECONDS / guess)))
     warmup, suitable = (GPU_WARMUP, GPU_STEPS) if on_gpu(backend) else usual
-    return {
-        "name": US, "workload": asdict(workload), "steps": steps or suitable, "warmup": warmup,
-        "dropout": workload.dropout, "backend": backend,
-    }  # fmt: skip
+    pace = {"steps": steps or suitable, "warmup": warmup}
+    return {"name": US, "workload": asdict(workload), **pace, "dropout": workload.dropout, "backend": backend}
 
 
 # scaling ------------------------------------------------------------------------------------------------
@@ -252,8 +243,8 @@ def crossing(points: list[dict], backend: str) -> str:
     last = behind[-1]
     if last == len(points) - 1:
         return f"{backend} never overtakes numpy: at the largest size it takes {1 / gains[-1]:.1f} times as long"
-    before, after = points[last], points[last + 1]
-    share = -math.log(gains[last]) / (math.log(gains[last + 1]) - math.log(gains[last]))
+    before, after = points[last : last + 2]
+    share = math.log(gains[last]) / math.log(gains[last] / gains[last + 1])
     flops = before["flops"] * (after["flops"] / before["flops"]) ** share
     return (
         f"{backend} overtakes numpy at about {1e-9 * flops:.2g} Gflop per step, between n_emb {before['n_emb']} "

@@ -155,7 +155,12 @@ def machine() -> dict[str, Any]:
 
     "gpu" only where there is one. Asked in a child process, as the variables in REMOVED change the BLAS kernel.
     """
-    fields = cpu_fields()
+    try:
+        core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        core = ""
+    lines = (line.partition(":") for line in core.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     vendor = fields.get("vendor_id", platform.machine())
     about = {
         "vendor": {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor),
@@ -169,16 +174,6 @@ def machine() -> dict[str, Any]:
 def class_of(machine: dict[str, Any]) -> str:
     """The machine class in one line: vendor, vector width, BLAS kernel, cores. Times compare within one."""
     return f"{machine['vendor']}, {machine['vectors']}, {machine['blas']}, {machine['cores']} cores"
-
-
-def cpu_fields() -> dict[str, str]:
-    """What /proc/cpuinfo says about the first core; {} where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def vectors() -> str:

@@ -37,17 +37,11 @@ GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 def main() -> int:
     """Measure what the command line names, and print the table."""
     asked = parse()
-    if asked.what == "needed":
-        if not process_memory.taken():
-            say("bench.memory: this system has no /proc/<pid>/status, where sizes are read")
-            return 2
-        if importlib.util.find_spec("memray") is None:
-            say("bench.memory: memray is not installed (pip install -e '.[bench]')")
-            return 2
-        print("\n".join(needed_lines(asked)))
-        return 0
     try:
-        results.show(compare(asked), document, asked.out, "-estimate")
+        if asked.what == "needed":
+            print("\n".join(needed_lines(asked)))
+        else:
+            results.show(compare(asked), document, asked.out, "-estimate")
     except BabyError as error:
         say(f"bench.memory: {error}")
         return 2
@@ -77,7 +71,11 @@ def parse() -> argparse.Namespace:
 
 
 def needed_lines(asked: argparse.Namespace) -> list[str]:
-    """The table, and below it for each workload what holds the memory."""
+    """The table, and below it for each workload what holds the memory. Raises BabyError where that is unknown."""
+    if not process_memory.taken():
+        raise BabyError("this system has no /proc/<pid>/status, where sizes are read")
+    if importlib.util.find_spec("memray") is None:
+        raise BabyError("memray is not installed (pip install -e '.[bench]')")
     rows, details, baseline = [], [], harness.ask("bench.peers.ours:idle")
     for workload in asked.workloads:
         needed = harness.ask("bench.memory:needed", workload=workload.name)
@@ -167,8 +165,7 @@ def compare(asked: argparse.Namespace) -> Iterator[dict]:
     The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
     best weights beside the present ones; at the end the whole validation part, a sample and the report.
     """
-    precision = "tf32" if asked.tf32 else "float32"
-    place = {"backend": asked.backend, "tf32": asked.tf32}
+    precision, place = "tf32" if asked.tf32 else "float32", {"backend": asked.backend, "tf32": asked.tf32}
     short = {"num_steps": asked.steps, "eval_every": max(1, asked.steps // 2), "checkpoint_every": 3}
     with results.measurement(backend=asked.backend, precision=precision, presets=[]) as result:
         for name in asked.presets:
@@ -176,11 +173,9 @@ def compare(asked: argparse.Namespace) -> Iterator[dict]:
             request = {"preset": name, "settings": {**short, **data}, "place": place}
             found = estimate(name, **place, **data)  # first: it says in one line what is wrong with the text
             real = harness.ask("bench.peers.ours:train_run", **request) if asked.steps else {}
-            result["presets"].append({
-                "preset": name, "parameters": found.n_parameters, "steps": found.facts.num_steps,
-                "workers": found.facts.workers, "trial": asdict(found.trial), "seconds": found.seconds,
-                "real": real,
-            })  # fmt: skip
+            facts = {"steps": found.facts.num_steps, "workers": found.facts.workers, "trial": asdict(found.trial)}
+            more = {"parameters": found.n_parameters, "seconds": found.seconds, "real": real}
+            result["presets"].append({"preset": name, **facts, **more})
             say(f"{name}: {duration(sum(found.seconds.values()))}")
             yield result
     yield result

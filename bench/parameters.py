@@ -140,14 +140,9 @@ ALL = [
     *_of("head_size", 16, 32, 64, 128, base=64),
     *_of("n_heads", 1, 2, 4, 8, 16, base=4),
     *_of("n_layers", 1, 2, 3, 4, 6, base=3),
-    *_each("more steps", {
-        "1,000 steps": {},
-        "4,000 steps": {"num_steps": 4000},
-        "4,000 steps, n_layers 1": {"n_layers": 1, "num_steps": 4000},
-        "4,000 steps, n_ctx 16": {"n_ctx": 16, "num_steps": 4000},
-        "4,000 steps, n_ctx 128": {"n_ctx": 128, "num_steps": 4000},
-        "4,000 steps, n_emb 128": {"n_emb": 128, "num_steps": 4000},
-        "4,000 steps, c_sequence post": {"c_sequence": "post", "num_steps": 4000},
+    *_each("more steps", {"1,000 steps": {}, "4,000 steps": {"num_steps": 4000}} | {
+        f"4,000 steps, {name} {value}": {name: value, "num_steps": 4000}
+        for name, value in (("n_layers", 1), ("n_ctx", 16), ("n_ctx", 128), ("n_emb", 128), ("c_sequence", "post"))
     }),
     *_of("dropout", 0.0, 0.1, 0.2, base=0.0),
     *_of("c_sequence", "pre", "post", base="pre"),
@@ -159,13 +154,11 @@ ALL = [
     *_of("batch_size", 2, 4, 8, 16, 32, base=8),
     *_each("accumulate", {"1, batch_size 8": {}, "4, batch_size 2": {"batch_size": 2, "accumulate": 4}}),
     *_each("base_batch_size", {
-        "batch_size 8, lr 0.01": {},
-        "batch_size 2, lr 0.01": {"batch_size": 2},
+        "batch_size 8, lr 0.01": {}, "batch_size 2, lr 0.01": {"batch_size": 2},
         "batch_size 2, lr 0.0025 by the rule": {"batch_size": 2, "base_batch_size": 8, "min_lr": 2.5e-4},
     }),
     *_each("same tokens", {
-        "batch_size 2, 4,000 steps": {"batch_size": 2, "num_steps": 4000},
-        "batch_size 8, 1,000 steps": {},
+        "batch_size 2, 4,000 steps": {"batch_size": 2, "num_steps": 4000}, "batch_size 8, 1,000 steps": {},
         "batch_size 32, 250 steps": {"batch_size": 32, "num_steps": 250},
     }),
     *_of("num_steps", 250, 500, 1000, 2000, 4000, base=1000),
@@ -186,47 +179,29 @@ ALL = [
     *_of("weight_decay", 0.0, 0.1, 1.0, base=0.1),
     *_of("clip", 0.0, 0.1, 1.0, base=1.0),
     *_each("too fast", {
-        "lr 0.01": {},
-        "lr 0.1": FAST,
-        "no warm-up either": {**FAST, "warmup_steps": 0},
+        "lr 0.01": {}, "lr 0.1": FAST, "no warm-up either": {**FAST, "warmup_steps": 0},
         "no clipping either": {**FAST, "warmup_steps": 0, "clip": 0.0},
         "norms after the layers too": {**FAST, "warmup_steps": 0, "clip": 0.0, "c_sequence": "post"},
     }),
-    *_each("short text", {
-        "nothing": {},
-        "dropout 0.1": {"dropout": 0.1},
-        "dropout 0.2": {"dropout": 0.2},
-        "dropout 0.4": {"dropout": 0.4},
-        "weight_decay 1": {"weight_decay": 1.0},
-        "n_layers 1": {"n_layers": 1},
-        "n_emb 32": {"n_emb": 32},
-        "num_steps 1000": {"num_steps": 1000},
-        "patience 3": {"patience": 3},
+    *_each("short text", {"nothing": {}} | {
+        f"{name} {value:g}": {name: value}
+        for name, value in (("dropout", 0.1), ("dropout", 0.2), ("dropout", 0.4), ("weight_decay", 1.0),
+                            ("n_layers", 1), ("n_emb", 32), ("num_steps", 1000), ("patience", 3))
     }, short=True),
 ]  # fmt: skip
 """In the order of the tables."""
-
 ON_SPEED = {
     "n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout", "c_sequence", "c_attention", "c_network",
     "gelu", "tokenizer", "dtype", "batch_size", "accumulate",
 }  # fmt: skip
 """Groups whose parameter changes the time or the memory of a step."""
-
-ON_TOKENS = {
-    "batch_size", "accumulate", "base_batch_size", "same tokens", "num_steps", "num_epochs",
-    "more steps",
-}  # fmt: skip
+ON_TOKENS = {"batch_size", "accumulate", "base_batch_size", "same tokens", "num_steps", "num_epochs", "more steps"}
 """Groups whose variants do not all see as many tokens."""
 
 
 def groups() -> list[str]:
     """The names of the groups, in order."""
     return list(dict.fromkeys(one.group for one in ALL))
-
-
-def named(key: str) -> Variant:
-    """The variant with that key."""
-    return next(one for one in ALL if one.key == key)
 
 
 def to_train() -> list[Variant]:
@@ -276,7 +251,7 @@ def trained(key: str) -> dict:
     val_loss is that of the best weights over the whole validation part. failed: why there is none. One process
     and one thread, so that the numbers do not depend on the number of cores.
     """
-    variant = named(key)
+    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         settings = settings_of(variant, Path(folder))
         try:
@@ -288,15 +263,11 @@ def trained(key: str) -> dict:
     if result["state"] != "done":
         raise KeyboardInterrupt  # the run took it as a request to stop, and half a run is not kept
     return {
-        "overrides": variant.overrides,
-        "parameters": run.model.n_parameters,
-        "steps": result["steps"],
+        "overrides": variant.overrides, "parameters": run.model.n_parameters, "failed": None,
         "tokens": result["steps"] * config["batch_size"] * config["accumulate"] * run.model.config.n_ctx,
         "curve": [[one[name] for name in ("step", "train_loss", "val_loss", "grad_norm")] for one in records],
-        "best_step": result["best_step"],
-        "val_loss": result["val_loss"],
-        "failed": None,
-    }
+        **{name: result[name] for name in ("steps", "best_step", "val_loss")},
+    }  # fmt: skip
 
 
 def settings_of(variant: Variant, folder: Path) -> dict:
@@ -331,16 +302,15 @@ def time_all(file: Path, steps: int, rounds: int) -> None:
 def speed_of(runs: list[dict], idle: list[dict]) -> dict:
     """Milliseconds per step, the median of the rounds' medians, and the peak of memory over an idle process's."""
     by_round = [statistics.median(run["ms"]) for run in runs]
-    memory = results.least_growth(runs, idle)
-    return {
-        "ms": statistics.median(by_round), "by_round": by_round, "memory": memory, "workers": runs[0]["workers"],
-    }  # fmt: skip
+    more = {"memory": results.least_growth(runs, idle), "workers": runs[0]["workers"]}
+    return {"ms": statistics.median(by_round), "by_round": by_round, **more}
 
 
 def timed(key: str, steps: int) -> dict:
     """The child's part: train a variant for some steps as `train` does -> ms of each, memory, workers."""
+    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
-        return ours.train_preset(PRESET, settings_of(named(key), Path(folder)), steps, WARMUP)
+        return ours.train_preset(PRESET, settings_of(variant, Path(folder)), steps, WARMUP)
 
 
 # the tables ---------------------------------------------------------------------------------------------
@@ -349,19 +319,14 @@ def timed(key: str, steps: int) -> dict:
 def document(result: dict) -> list[str]:
     """All tables as Markdown, with what a reader must know about them."""
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines = [f"{result['date']}; {machine}", "", f"Base: {base_command()}", ""]
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
+    lines = [f"{result['date']}; {machine}", "", f"Base: python -m baby_xp train {PRESET} {flags}", ""]
     if result["timed"]:
         where = result.get("timed_class", "see the product rate for the class of machine")
         lines += [f"Timed {result['timed_on']}; {where}", "", *results.rate_lines(result), ""]
     for group, rows in tables(result).items():
         lines += [group, "", *rows, ""]
     return lines
-
-
-def base_command() -> str:
-    """How a reader trains the base."""
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
-    return f"python -m baby_xp train {PRESET} {flags}"
 
 
 def tables(result: dict) -> dict[str, list[str]]:

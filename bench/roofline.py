@@ -18,53 +18,37 @@ from bench.workloads import on_gpu
 
 SIZES = {True: (8192, 2**27), False: (1024, 2**22)}
 """On a GPU or not: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
-SECONDS = 1.5
-"""How long each of the two is repeated."""
-CALLS = 5
-"""Calls between two waits for the device."""
+SECONDS, CALLS = 1.5, 5
+"""How long each of the two is repeated, and calls between two waits for the device."""
 
 
-def measure(
-    backend: str, precision: str = "float32", sizes: tuple[int, int] | None = None, seconds: float = SECONDS
-) -> dict:
+def measure(backend: str, precision: str = "float32", sizes: tuple[int, int] | None = None) -> dict:
     """Measure this device through the backend, in this process; half precision through PyTorch.
 
     Returns "flops": operations per second of a square product, "bytes": bytes per second of a sum of two arrays
     (two are read, one is written), "device", and the sizes. The best of many readings.
     """
     n, elements = sizes or SIZES[on_gpu(backend)]
-    through = through_torch if precision == "half" else through_baby_xp
-    make, wait, itemsize, device = through(backend, precision)
+    if precision == "half":  # baby_xp has none
+        import torch
+
+        from bench.peers.torch import device_of
+
+        itemsize, device = 2, device_of(backend)
+        put = lambda host: torch.from_numpy(host).to(device, torch.bfloat16)  # noqa: E731
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    else:
+        loaded = ours.load_at(backend, precision)
+        put, wait, itemsize, device = loaded.asarray, loaded.synchronize, 4, loaded.device
 
     def most(operation: Callable, *shape: int) -> float:
-        factors = make(shape), make(shape)
-        return calls_per_second(lambda: operation(*factors), wait, seconds)
+        # a product of zeros draws less power, and runs faster than one of numbers
+        factors = [put(np.random.default_rng(0).random(shape, np.float32)) for _ in range(2)]
+        return calls_per_second(lambda: operation(*factors), wait, SECONDS)
 
     flops = 2 * n**3 * most(operator.matmul, n, n)
     moved = 3 * itemsize * elements * most(operator.add, elements)
-    return {"flops": flops, "bytes": moved, "n": n, "elements": elements, "device": device}
-
-
-def through_baby_xp(backend: str, precision: str):
-    """How to make arrays, how to wait for the device, bytes of an element, and the name of the device."""
-    loaded = ours.load_at(backend, precision)
-    return lambda shape: loaded.asarray(_numbers(shape)), loaded.synchronize, 4, loaded.device
-
-
-def through_torch(backend: str, precision: str):
-    """The same in PyTorch's bfloat16, which baby_xp does not have."""
-    import torch
-
-    from bench.peers.torch import device_of
-
-    device = device_of(backend)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return lambda shape: torch.from_numpy(_numbers(shape)).to(device, torch.bfloat16), wait, 2, str(device)
-
-
-def _numbers(shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform numbers: a product of zeros draws less power, and runs faster than one of numbers."""
-    return np.random.default_rng(0).random(shape, np.float32)
+    return {"flops": flops, "bytes": moved, "n": n, "elements": elements, "device": str(device)}
 
 
 def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -> float:

@@ -41,19 +41,12 @@ class Workload:
     steps: int
     """Steps measured in a round, unless --steps says otherwise."""
     warmup: int
-    """Steps before them, in which caches, thread pools and memory of the process settle.
-
-    Whatever is compiled is compiled in the first step: later ones take the same time as all others.
-    """
+    """Steps before them, in which caches, thread pools and memory settle, and all is compiled."""
     gpu_steps: int = 100
     """Steps measured in a round on a GPU."""
 
     def pace(self, backend: str) -> tuple[int, int]:
-        """Warm-up and steps of a round on that backend.
-
-        On a GPU the warm-up is longer: kernels are compiled or loaded at their first use, and a step runs a few
-        times before it is captured as a graph.
-        """
+        """Warm-up and steps of a round on that backend; a step runs a few times before a GPU has it as a graph."""
         return (GPU_WARMUP, self.gpu_steps) if on_gpu(backend) else (self.warmup, self.steps)
 
     @property

@@ -36,16 +36,13 @@ TRAINERS: dict[str, tuple[str, dict]] = {
     "torch.compile-graphs": ("bench.peers.torch:train", {"compiled": "reduce-overhead"}),
     "baby_xp-jax": ("bench.peers.ours:train", {"library": "jax"}),
 }
-"""Function and options of each."""
 GENERATORS: dict[str, tuple[str, dict]] = {
     "baby_xp": ("bench.peers.ours:generate", {}),
     "torch": ("bench.peers.torch:generate", {}),
     "torch-1-thread": ("bench.peers.torch:generate", {"threads": 1}),  # a single token is little work to share
 }
-BY_NAME = ("torch.compile-graphs", "baby_xp-jax")
-"""Those that are measured only if they are named."""
-LACKING = {"baby_xp": ("half",), "jax": ("half",), "baby_xp-jax": ("half",)}
-"""Precisions that a library is not measured in."""
+BY_NAME = ("torch.compile-graphs", "baby_xp-jax")  # measured only if they are named
+LACKING = {"baby_xp": ("half",), "jax": ("half",), "baby_xp-jax": ("half",)}  # precisions that a library has not
 SPREAD = 5.0
 """Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
 the check whether two models agree would miss a fault in it; the time of a step does not depend on it."""
@@ -54,8 +51,7 @@ the check whether two models agree would miss a fault in it; the time of a step 
 class Clock:
     """Batches that were drawn before, and the time in seconds at which each was asked for.
 
-    Every `every` steps it waits for the device first: only these are times of whole steps. A trainer sets `wait`
-    to what waits for its device.
+    Every `every` steps it waits for the device first, as the trainer says: these are times of whole steps.
     """
 
     def __init__(self, batches: list[Batch], every: int = 1):
@@ -101,19 +97,18 @@ def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: flo
     One more step is done than is asked for, as the time of a step ends where the next begins. Where Python runs
     ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
     """
-    every = steps_per_reading(options.get("backend", "numpy"))
+    backend = options.get("backend", "numpy")
+    every = READ_EVERY if on_gpu(backend) or backend.startswith("jax") else 1
     warmup, steps = (-(-number // every) * every for number in (warmup, steps))
-    chosen = workloads.of(workload)
+    chosen, (task, own) = workloads.of(workload), TRAINERS[name]
     clock = Clock(chosen.batches(warmup + steps + 1), every)
-    task, own = TRAINERS[name]
     outcome = resolve_name(task)(chosen, dropout, clock, **own, **options)
     return {**asdict(outcome), "ms": clock.ms(warmup)}
 
 
 def losses(name: str, workload: str, **options) -> list[float]:
     """The loss before and after one step without dropout, both of the first batch: nats per token."""
-    chosen = workloads.of(workload)
-    task, own = TRAINERS[name]
+    chosen, (task, own) = workloads.of(workload), TRAINERS[name]
     return resolve_name(task)(chosen, 0.0, Clock(chosen.batches(1)), **own, **options).losses
 
 
@@ -146,11 +141,6 @@ def step_times(texts: Iterable) -> list[float]:
     """Milliseconds from each step of a generator to the next."""
     marks = [time.perf_counter() for _ in texts]
     return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
-
-
-def steps_per_reading(backend: str) -> int:
-    """Steps between two waits of the training loop for its device: 1 where every call waits."""
-    return READ_EVERY if on_gpu(backend) or backend.startswith("jax") else 1
 
 
 # who can take part --------------------------------------------------------------------------------------

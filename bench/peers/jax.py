@@ -1,7 +1,7 @@
 """JAX: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
 
-The parameters are baby_xp's own tree. Dropout is on the attention weights and on the output of each half of a
-block, from JAX's random bits. AdamW and clipping are written out, as XLA fuses them into the step.
+The parameters are baby_xp's own tree. Dropout is where baby_xp's is, from JAX's random bits. AdamW and clipping
+are written out, as XLA fuses them into the step.
 """
 
 import functools
@@ -127,8 +127,5 @@ def make_step(config, train):
 def first_state(params, seed: int):
     """The state before the first step, from a tree of host arrays."""
     params = jax.tree.map(jnp.asarray, params)
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return {
-        "params": params, "m": zeros(params), "v": zeros(params), "step": jnp.zeros((), jnp.int32),
-        "key": jax.random.key(seed),
-    }  # fmt: skip
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return {"params": params, "m": m, "v": v, "step": jnp.zeros((), jnp.int32), "key": jax.random.key(seed)}

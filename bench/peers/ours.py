@@ -58,10 +58,8 @@ def train(
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
     result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
-    last = result.checkpoint.progress["records"][-1]
-    details = loaded.details()
+    last, details, found = result.checkpoint.progress["records"][-1], loaded.details(), loaded.memory()
     about = {**_about(loaded), "workers": str(number), **({"details": details} if details else {})}
-    found = loaded.memory()
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
     return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)
 
@@ -136,10 +134,9 @@ def train_run(preset: str, settings: dict[str, Any], place: dict[str, Any]) -> d
     with TemporaryDirectory() as folder:
         run = baby_xp.train(preset, path=folder, listener=watched, **place, **settings)
     config = run.config["train"]
-    tokens = config["batch_size"] * config["accumulate"] * run.model.config.n_ctx
-    idle, sizes = process_memory.of_interpreter(), process_memory.taken()
-    taken = process_memory.growth([*sizes, *watched.workers], idle) if sizes else None
-    return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": taken}
+    tokens, sizes = config["batch_size"] * config["accumulate"] * run.model.config.n_ctx, process_memory.taken()
+    grown = sizes and process_memory.growth([*sizes, *watched.workers], process_memory.of_interpreter())
+    return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": grown or None}
 
 
 # memory -------------------------------------------------------------------------------------------------
@@ -190,6 +187,5 @@ def _texts(loaded, workload: Workload, batch: int, num_tokens: int, sampling: Sa
 
 
 def _about(loaded) -> dict[str, str]:
-    return {
-        "baby_xp": baby_xp.__version__, "backend": loaded.version, "device": loaded.device, "blas": harness.blas(),
-    }  # fmt: skip
+    where = {"backend": loaded.version, "device": loaded.device, "blas": harness.blas()}
+    return {"baby_xp": baby_xp.__version__, **where}

@@ -1,9 +1,7 @@
 """PyTorch: baby_xp's GPT as a PyTorch user would write it, with autograd and PyTorch's fused parts.
 
-Same structure and numbers of parameters: learned positions, norms before each half of a block, no bias on
-queries, keys and values, tanh GELU, a head with weights and bias of its own, and dropout on the attention
-weights and on the output of each half. Modules carry the names of baby_xp's parameter tree. Generation has
-preallocated key-value caches, and moves its window as baby_xp does.
+The same structure and numbers of parameters, dropout on the attention weights and on the output of each half of a
+block. Modules carry the names of baby_xp's parameter tree. Generation has preallocated key-value caches.
 """
 
 from collections import OrderedDict
@@ -34,10 +32,7 @@ def train(
     precision: str = "float32",
     compiled: str | None = None,
 ) -> Outcome:
-    """Train on all cores, or on the GPU where baby_xp is on it.
-
-    compiled: a mode of torch.compile, None for eager mode.
-    """
+    """Train on all cores, or on the GPU where baby_xp is on it. compiled: a mode of torch.compile, None: eager."""
     device = device_of(backend)
     torch.set_num_threads(processes.cores())
     set_precision(precision)
@@ -52,8 +47,7 @@ def train(
     unread, read = [], 0.0
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        half = precision == "half"
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if precision == "half" else nullcontext():
             return model(*on_device(batch, device))
 
     for step in range(len(clock)):
@@ -133,9 +127,9 @@ def about(device: torch.device) -> dict[str, str]:
         return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "device": f"{device} ({name})"}
     # PyTorch links its BLAS in, where threadpoolctl cannot see it
     library = "MKL" if torch.backends.mkl.is_available() else "BLAS of its build"
+    blas = f"{library}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
-        "blas": f"{library}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()), "blas": blas,
     }  # fmt: skip
 
 
@@ -167,12 +161,6 @@ class Attention(nn.Module):
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
 
 
-def network(C: int, dropout: float) -> nn.Sequential:
-    """The feed-forward half of a block."""
-    up, down, gelu = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU(approximate="tanh")
-    return nn.Sequential(OrderedDict(up=up, gelu=gelu, down=down, dropout=nn.Dropout(dropout)))
-
-
 class Block(nn.Module):
     """Attention and network, each with a norm before and a residual connection around."""
 
@@ -180,7 +168,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attention = Attention(C, H, dropout)
-        self.network = network(C, dropout)
+        up, down, gelu = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU(approximate="tanh")
+        self.network = nn.Sequential(OrderedDict(up=up, gelu=gelu, down=down, dropout=nn.Dropout(dropout)))
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -213,13 +202,11 @@ def load_weights(model: GPT, leaves) -> None:
 
     A gain is called weight in PyTorch, and the weight of a linear layer is transposed.
     """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    state = {}
+    linear, state = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}, {}
     for path, array in leaves:
         owner, _, name = path.rpartition(".")
-        tensor = torch.from_numpy(array)
-        turned = name == "weight" and owner in linear
-        state[f"{owner}.{'weight' if name == 'gain' else name}"] = tensor.T if turned else tensor
+        tensor = torch.from_numpy(array.T if name == "weight" and owner in linear else array)
+        state[f"{owner}.{'weight' if name == 'gain' else name}"] = tensor
     model.load_state_dict(state)
 
 
@@ -236,10 +223,7 @@ def optimizer(model: GPT, config) -> torch.optim.Optimizer:
 
 
 class Decoder:
-    """Texts that grow together, and the keys and values of the tokens of their window.
-
-    The caches have room for a whole context from the start, so that a step writes one row and copies none.
-    """
+    """Texts that grow together, and the keys and values of their window, with room for a whole context."""
 
     def __init__(self, workload: Workload, B: int, num_tokens: int, backend: str):
         """B texts that begin with the prompts of a workload, with room for num_tokens more."""
