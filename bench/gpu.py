@@ -29,34 +29,34 @@ STAGES = ("tests", "sanitizer", "steps", "graph", "train", "epoch", "crossover",
 PRESET = "nanogpt-gpu"
 AGES = [name for name in PRESETS if name.endswith("-months")]
 KERNELS = "tests/backends/test_cupy_kernels.py"
-PASSED = r"\b[1-9]\d* passed"
-"""Tests that were all skipped end with exit code 0 too."""
+PASSED = r"\b[1-9]\d* passed"  # tests that were all skipped end with exit code 0 too
 CLEAN = {"memcheck": r"ERROR SUMMARY: 0 errors", "racecheck": r"RACECHECK SUMMARY: 0 hazards"}
-"""What each tool of compute-sanitizer says where it found nothing."""
 PEERS = "torch,torch.compile,jax,baby_xp-jax"
-SHARE = 0.8
-"""Of the time limit, for which an age trains: starting, the last evaluation and a sample take some time too."""
-TAIL = 25
-"""Lines of a job's output that are shown when it is done."""
+SHARE = 0.8  # of the time limit, for which an age trains: starting, the last evaluation and a sample take time too
+TAIL = 25  # lines of a job's output that are shown when it is done
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command of a stage; "python" stands for this interpreter."""
+    """A command of a stage; "python" stands for this interpreter.
+
+    must_say: patterns that its output must hold. runs: the folder of the run that it trains. judged: whether that
+    run is compared with the goals.
+    """
 
     name: str
     command: list[str]
     must_say: tuple[str, ...] = ()
-    """Patterns that its output must hold."""
     runs: Path | None = None
-    """The folder of the run that it trains."""
     judged: bool = False
-    """Whether that run is compared with the goals."""
 
 
 @dataclass
 class Outcome:
-    """How a job ended: "ok", or why not: "failed" and how, "out of time", "not begun", "unfinished"."""
+    """How a job ended: "ok", or why not.
+
+    run: the result of the run that it trained, as its config has it, and the text that the model then wrote.
+    """
 
     stage: str
     job: str
@@ -66,7 +66,6 @@ class Outcome:
     output: str = ""
     goals: list[str] = field(default_factory=list)
     run: dict | None = None
-    """The result of the run that it trained, as its config has it, and the text that the model then wrote."""
 
 
 def main() -> int:
@@ -138,7 +137,8 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
         command = ["python", "-m", "bench.memory", "estimate", "--presets", preset, "--steps", "0"]
         return [Job(preset, [*command, "--data", asked.data, *backend, *out, *tf32])]
     if stage == "crossover":
-        return [Job("family", ["python", "-m", "bench.growth", "crossover", *backend, *out, *steps])]
+        command = ["python", "-m", "bench.growth", "crossover", *backend, *out, *steps]
+        return [Job("family", command)] if asked.backend != "numpy" else []  # which it is compared with
     command = ["python", "-m", "bench.train", *backend, "--rounds", str(asked.rounds), *out, *steps]
     command += ["--peers", PEERS, "--precision", ",".join(asked.precision)]
     names = FOR_A_GPU if stage == "w5" else [name for name in WORKLOADS if name not in FOR_A_GPU]
@@ -152,14 +152,12 @@ def train_job(preset: str, asked: argparse.Namespace, where: list[str]) -> Job:
     command += ["--num-steps", str(asked.steps), "--warmup-steps", "0"] if asked.steps else []
     if preset not in AGES:
         return Job(preset, [*command, "--path", str(runs)], runs=runs, judged=on_gpu(asked.backend))
-    before = result_of(runs)
-    if before:
+    before, limit = result_of(runs), ["--max-minutes", f"{SHARE * asked.minutes:g}"]
+    if before and before["state"] == "done":  # nothing is left to do
+        command, limit = [*program, "runs"], []
+    elif before:
         command = [*program, "resume", "last"]
-    if before and before["state"] == "done":
-        command = [*program, "runs"]  # nothing is left to do
-    else:
-        command += ["--max-minutes", f"{SHARE * asked.minutes:g}"]
-    return Job(preset, [*command, "--path", str(runs)], runs=runs)
+    return Job(preset, [*command, *limit, "--path", str(runs)], runs=runs)
 
 
 def result_of(runs: Path) -> dict | None:
@@ -209,31 +207,25 @@ def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
             code = child.wait(seconds)
             result = f"failed, exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
-            end_all(child)
-        except BaseException:  # Ctrl-C reaches this process alone
-            end_all(child)
-            raise
+            pass
+        finally:  # with all that it started; Ctrl-C reaches this process alone
+            if child.returncode is None and os.name == "nt":
+                subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True)
+            elif child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     took, said = time.perf_counter() - begin, file.read_text(encoding="utf-8", errors="replace")
     print("\n".join(said.splitlines()[-TAIL:]), flush=True)
     if result == "ok" and not all(re.search(pattern, said) for pattern in job.must_say):
         result = "failed: it did nothing, or found something"
-    outcome = Outcome(stage, job.name, result, shlex.join(job.command), round(took, 1), file.name)
-    outcome.goals = [line for line in said.splitlines() if line.startswith("- goal,")]
+    goals = [line for line in said.splitlines() if line.startswith("- goal,")]
+    outcome = Outcome(stage, job.name, result, shlex.join(job.command), round(took, 1), file.name, goals)
     if job.runs and result == "ok":
         outcome.run = run = result_of(job.runs)
         if run["state"] != "done":
             outcome.result = f"unfinished after {run['steps']:,} steps: run the stage again"
         outcome.goals = results.train_goals(run["val_loss"], took, run["steps"]) if job.judged else []
     return outcome
-
-
-def end_all(child: subprocess.Popen) -> None:
-    """End a child with all processes that it started."""
-    if os.name == "nt":
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True)
-    else:
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 # the summary --------------------------------------------------------------------------------------------

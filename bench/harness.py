@@ -151,10 +151,7 @@ def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.Arg
 
 
 def machine() -> dict[str, Any]:
-    """The machine of a result, and what decides whether another one's times compare with it: see `class_of`.
-
-    "gpu" only where there is one. Asked in a child process, as the variables in REMOVED change the BLAS kernel.
-    """
+    """The machine of a result; "gpu" only if there is one. Ask a child: the variables in REMOVED change the BLAS."""
     try:
         core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:

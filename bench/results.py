@@ -29,13 +29,9 @@ QUIET, RATE_SECONDS = 0.75, 1.5
 @contextmanager
 def measurement(**facts: Any) -> Iterator[dict]:
     """A result to be filled: the facts, when and where, and how fast matrix products are before and after."""
-    result = {
-        "date": config_file.now(),
-        "machine": harness.ask("bench.harness:machine"),
-        "removed_variables": [name for name in harness.REMOVED if name in os.environ],
-        "product_rate_before": product_rate(),
-        **facts,
-    }
+    removed = [name for name in harness.REMOVED if name in os.environ]
+    result = {"date": config_file.now(), "machine": harness.ask("bench.harness:machine")}
+    result |= {"removed_variables": removed, "product_rate_before": product_rate(), **facts}
     yield result
     result["product_rate_after"] = product_rate()
 
@@ -50,12 +46,8 @@ def product_rate() -> dict[str, float]:
 
 
 def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
-    """Gflop/s of a float32 product (M, C) @ (C, F) on one thread: the mean over RATE_SECONDS, and the best.
-
-    The best shows what kernel and processor can do; the mean also shows what other programs took.
-    """
-    draw = np.random.default_rng(0).standard_normal
-    x, weight = draw((M, C), np.float32), draw((C, F), np.float32)
+    """Gflop/s of a float32 product (M, C) @ (C, F) on one thread: the mean over RATE_SECONDS, and the best."""
+    x, weight = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((M, C), (C, F)))
     marks = [time.perf_counter()]
     with threadpool_limits(1):
         while marks[-1] < marks[0] + RATE_SECONDS:
@@ -81,11 +73,6 @@ def times(runs: list[dict]) -> list[float]:
     return [ms for run in runs for ms in run["ms"]]
 
 
-def median(runs: list[dict]) -> float:
-    """The median of them."""
-    return statistics.median(times(runs))
-
-
 def peak(runs: list[dict]) -> int | None:
     """The most bytes that all processes of a run took; None where memory is not known.
 
@@ -102,17 +89,12 @@ def gpu_peak(runs: list[dict]) -> dict[str, int]:
 
 
 def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
-    """The fewest bytes that a run took beyond as many idle processes; None where memory is not known.
-
-    idle: the sizes of an idle process, see bench.peers.ours.idle.
-    """
+    """The fewest bytes that a run took beyond as many processes of the size `idle`; None where it is not known."""
     known = idle and all(run["memory"] for run in runs)
     return min(process_memory.growth(run["memory"], idle[0]) for run in runs) if known else None
 
 
-def ratio(
-    runs_of: dict[str, list], peer: str, average: Average = statistics.median, us: str = US
-) -> float | None:
+def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.median, us=US) -> float | None:
     """Our average step divided by that of a peer; None where one of the two was not measured."""
     if us not in runs_of or peer not in runs_of:
         return None

@@ -97,8 +97,3 @@ def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: in
     embedding = 2 * N * C + N * C + vocab_size * C  # rows read and written; their gradient
     moved = config.n_layers * block + linear(C, vocab_size) + embedding
     return itemsize * moved + 4 * 8 * sum(counts.parameters(config, vocab_size).values())
-
-
-def floor_ms(flops: int, moved: int, rates: dict) -> float:
-    """The fewest milliseconds of a step: the longer of its operations and its bytes, at these rates."""
-    return 1e3 * max(flops / rates["flops"], moved / rates["bytes"])

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import statistics
 from collections.abc import Iterator
 
 from baby_xp.resources import counts
@@ -139,19 +140,21 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
 # the text -----------------------------------------------------------------------------------------------
 
 
-def products_ms(result: dict, race: dict) -> float:
-    """Milliseconds that the matrix products of a step would take at full speed of a CPU.
+def floor(result: dict, race: dict) -> tuple[float | None, str | None]:
+    """What the products of a step, and on a GPU the bytes, take at full speed: in ms, and as a line, or None.
 
-    Full speed is the best product of this run, before or after, on every core.
+    On a CPU, full speed is the best product of this run, before or after, on every core; on a GPU, the roofline.
     """
-    best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
-    return 1e-6 * race["flops"] / (result["machine"]["cores"] * best)
-
-
-def floor_ms(result: dict, race: dict) -> float | None:
-    """The fewest milliseconds of a step on this GPU; None on a CPU, or where it was not measured."""
-    rates = result["rooflines"].get(race["precision"])
-    return roofline.floor_ms(race["flops"], race["bytes"], rates) if rates else None
+    gflop, gpu = 1e-9 * race["flops"], on_gpu(result["backend"])
+    if not gpu:
+        best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
+        ms = 1e3 * gflop / (result["machine"]["cores"] * best)
+        return ms, f"{gflop:.1f} Gflop of matrix products per step: {ms:.1f} ms at full speed"
+    if not (rates := result["rooflines"].get(race["precision"])):
+        return None, None
+    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
+    parts = f"{gflop:.1f} Gflop take {computing:.3f} ms, {1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
+    return max(computing, moving), f"no step can take less than {max(computing, moving):.3f} ms: {parts}"
 
 
 def document(result: dict) -> list[str]:
@@ -169,16 +172,13 @@ def document(result: dict) -> list[str]:
 
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
-    gpu, workload, rows, floor = on_gpu(result["backend"]), race["workload"], [], floor_ms(result, race)
+    gpu, workload, rows, (least, _) = on_gpu(result["backend"]), race["workload"], [], floor(result, race)
     for name, runs in race["runs"].items():
-        median = results.median(runs)
+        median, memory = statistics.median(results.times(runs)), results.gpu_peak(runs)
+        more = {"share of the roofline" if gpu else "products' share": f"{least / median:.0%}" if least else ""}
         if gpu:
-            memory = results.gpu_peak(runs)
-            share = "" if floor is None else f"{floor / median:.0%}"
             used_and_held = f"{mib(memory['used'])} / {mib(memory['held'])}" if memory else ""
-            more = {"share of the roofline": share, "peak GPU MiB used/held": used_and_held}
-        else:
-            more = {"products' share": f"{products_ms(result, race) / median:.0%}"}
+            more["peak GPU MiB used/held"] = used_and_held
         rows.append({
             "workload": workload, **({"precision": race["precision"]} if gpu else {}),
             **results.time_cells(name, race["runs"], 3 if gpu else 1),
@@ -199,28 +199,12 @@ def verdict(result: dict, race: dict) -> list[str]:
         what = "peak GPU memory in use" if gpu else "peak memory"
         lines.append(f"- {label}: {what}: {memory[0]:.2f} of the smallest peer's ({memory[1]})")
     lines += [f"- {label}: {name} is left out: {why}" for name, why in race["failed"].items()]
-    lines.append(floor_line(label, result, race))
+    lines += [f"- {label}: {line}" for line in floor(result, race)[1:] if line]
     if gpu and US in (*runs_of, *race["failed"]):
         lines += results.step_goals(race["workload"], race["precision"], runs_of)
     elif gpu:
         lines.append(f"- {label}: baby_xp has no {race['precision']} precision yet")
-    return [line for line in lines if line]
-
-
-def floor_line(label: str, result: dict, race: dict) -> str | None:
-    """What the products, and on a GPU the bytes, would take at full speed."""
-    gflop, floor = 1e-9 * race["flops"], floor_ms(result, race)
-    if not on_gpu(result["backend"]):
-        full_speed = f"{products_ms(result, race):.1f} ms at full speed"
-        return f"- {label}: {gflop:.1f} Gflop of matrix products per step: {full_speed}"
-    if floor is None:
-        return None
-    rates = result["rooflines"][race["precision"]]
-    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
-    return (
-        f"- {label}: no step can take less than {floor:.3f} ms: {gflop:.1f} Gflop take {computing:.3f} ms, "
-        f"{1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
-    )
+    return list(filter(None, lines))
 
 
 if __name__ == "__main__":

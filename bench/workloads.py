@@ -17,12 +17,11 @@ from bench import harness
 TOLERANCES = {"float32": 1e-4, "tf32": 5e-4, "half": 2e-3}
 """Largest relative difference of a loss from baby_xp's in float32, where both do the same work.
 
-Measured with PyTorch 2.13 on a CPU, W1 to W3: bfloat16 autocast changes the two losses by up to 8e-5 of their
-value. TF32 rounds 8 times finer than bfloat16. A GPU adds up in another order; W5's losses are not known yet.
+On a CPU, W1 to W3, PyTorch's bfloat16 autocast changes the losses by up to 8e-5 of their value; TF32 rounds 8
+times finer. A GPU adds up in another order; W5's losses are not known yet.
 """
-GPU_WARMUP = 20
-N_IDS = 100_000
-"""Length of the text of random ids: the time of a step does not depend on them."""
+GPU_WARMUP, N_IDS = 20, 100_000
+"""Steps; and the length of the text of random ids, on which the time of a step does not depend."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,8 @@ class Workload:
 
     def model(self, dropout: float) -> Model:
         """The model with that dropout rate."""
-        config = GPTConfig(
-            n_ctx=self.n_ctx, n_emb=self.n_emb, head_size=self.n_emb, n_heads=self.n_heads,
-            n_layers=self.n_layers, dropout=dropout,
-        )  # fmt: skip
-        return Model(config, self.vocab_size)
+        sizes = {name: getattr(self, name) for name in ("n_ctx", "n_emb", "n_heads", "n_layers")}
+        return Model(GPTConfig(head_size=self.n_emb, dropout=dropout, **sizes), self.vocab_size)
 
     def training(self, num_steps: int) -> TrainConfig:
         """How every library trains: AdamW at a constant rate, clipped, float32."""
@@ -88,8 +84,7 @@ WORKLOADS = {
         Workload("W5", "GPT-2 small's shape", 50257, 1024, 768, 12, 12, 8, 0.0, 1, 1, 30),
     )
 }
-FOR_A_GPU = ("W5",)
-"""Workloads that a CPU is measured on only if they are named: a step takes minutes there."""
+FOR_A_GPU = ("W5",)  # a CPU is measured on it only if it is named: a step takes minutes there
 
 
 def on_gpu(backend: str) -> bool:

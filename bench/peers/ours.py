@@ -139,9 +139,6 @@ def train_run(preset: str, settings: dict[str, Any], place: dict[str, Any]) -> d
     return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": grown or None}
 
 
-# memory -------------------------------------------------------------------------------------------------
-
-
 def idle() -> list[dict[str, int]]:
     """Sizes of a process that imports baby_xp, makes the backend and does nothing; [] where they are not known."""
     load("numpy")
@@ -165,9 +162,7 @@ def arrays_of_step(workload: Workload) -> dict[str, Any]:
 # generation ---------------------------------------------------------------------------------------------
 
 
-def generate(
-    workload: Workload, batch: int, num_tokens: int, backend: str = "numpy"
-) -> tuple[Outcome, list[float]]:
+def generate(workload: Workload, batch: int, num_tokens: int, backend: str) -> tuple[Outcome, list[float]]:
     """Draw tokens from the whole distribution."""
     loaded = load(backend)
     ms = peers.step_times(_texts(loaded, workload, batch, num_tokens, Sampling(seed=SEED)))

@@ -62,7 +62,9 @@ def train(
     with torch.no_grad():
         model.eval()
         last = loss_of(clock.batches[0]).item()
-    return Outcome([read, last], about(device), process_memory.taken(), gpu_memory(device))
+    peaks = {"used": torch.cuda.max_memory_allocated, "held": torch.cuda.max_memory_reserved}
+    gpu_memory = {name: peak(device) for name, peak in peaks.items() if device.type == "cuda"}
+    return Outcome([read, last], about(device), process_memory.taken(), gpu_memory)
 
 
 def generate(
@@ -131,13 +133,6 @@ def about(device: torch.device) -> dict[str, str]:
     return {
         "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()), "blas": blas,
     }  # fmt: skip
-
-
-def gpu_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the GPU's memory since the process began; {} on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {"used": torch.cuda.max_memory_allocated(device), "held": torch.cuda.max_memory_reserved(device)}
 
 
 # the model ----------------------------------------------------------------------------------------------

@@ -209,7 +209,10 @@ def test_operations_of_a_step_by_hand():
 
 @pytest.mark.parametrize(("flops", "moved", "ms"), [(3e9, 1e6, 3.0), (1e6, 3e9, 1.5)])
 def test_the_floor_is_the_longer_of_operations_and_bytes(flops, moved, ms):
-    assert roofline.floor_ms(flops, moved, {"flops": 1e12, "bytes": 2e12}) == pytest.approx(ms)
+    found = result("cupy", {"float32": {"flops": 1e12, "bytes": 2e12}})
+    least, line = train.floor(found, {"flops": flops, "bytes": moved, "precision": "float32"})
+    assert (least, numbers(line)[0]) == (pytest.approx(ms), ms)
+    assert train.floor(found, {"flops": flops, "bytes": moved, "precision": "half"}) == (None, None)
 
 
 @pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("half", 2)])
@@ -336,7 +339,7 @@ def test_the_stages_of_a_session(monkeypatch, tmp_path):
     assert "--tf32" not in only["ages"][0].command
     on_cpu = jobs_of(monkeypatch, tmp_path, "--backend", "numpy")
     assert [job.name for job in on_cpu["tests"]] == ["backends", "parity"]
-    assert on_cpu["sanitizer"] == on_cpu["graph"] == []
+    assert on_cpu["sanitizer"] == on_cpu["graph"] == on_cpu["crossover"] == []
     assert [(job.name, job.judged) for job in on_cpu["train"]] == [("nanogpt-gpu", False)]
 
 
