@@ -41,7 +41,7 @@ class JaxBackend(Backend):
             raise BackendUnavailable(
                 "jax", reason, "leave out --device, or install a JAX built for it"
             ) from None
-        if tf32 and self._device.platform != "gpu":
+        if tf32 and self._device.platform == "cpu":
             raise BabyError(f"tf32 needs a GPU, and jax computes on {self._device} here: leave it out")
         # JAX's own choice for float32 on a GPU is TF32
         jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")

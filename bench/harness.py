@@ -151,7 +151,7 @@ def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.Arg
 
 
 def machine() -> dict[str, Any]:
-    """The machine of a result; "gpu" only if there is one. Ask a child: the variables in REMOVED change the BLAS."""
+    """The machine of a result; "gpu" only if there is one. Ask a child: REMOVED variables change the BLAS."""
     try:
         core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
