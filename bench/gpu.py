@@ -77,8 +77,14 @@ def main() -> int:
         for outcome in run_stage(stage, jobs, asked.out, 60 * asked.minutes):
             keep(asked.out, outcome)
             outcomes.append(outcome)
-    print("\n".join(summary(outcomes)))
-    return 0 if all(one.result == "ok" for one in outcomes) else 1
+    rows = [
+        {"stage": one.stage, "job": one.job, "result": one.result, "s": f"{one.seconds:.0f}", "file": one.output}
+        for one in outcomes
+    ]
+    print("\n".join([*results.markdown(rows), "", *(line for one in outcomes for line in one.goals)]))
+    wrong = [f"{one.stage} {one.job} ({one.result})" for one in outcomes if one.result != "ok"]
+    print(f"not ok: {'; '.join(wrong)}" if wrong else "nothing failed")
+    return 1 if wrong else 0
 
 
 def parse() -> argparse.Namespace:
@@ -170,9 +176,6 @@ def result_of(runs: Path) -> dict | None:
     return {**run.config["result"], "sample": text.read_text("utf-8") if text.exists() else ""}
 
 
-# running ------------------------------------------------------------------------------------------------
-
-
 def run_stage(stage: str, jobs: list[Job], out: Path, seconds: float) -> Iterator[Outcome]:
     """Run the jobs of a stage one after the other, within that many seconds together."""
     end = time.perf_counter() + seconds
@@ -228,9 +231,6 @@ def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
     return outcome
 
 
-# the summary --------------------------------------------------------------------------------------------
-
-
 def keep(out: Path, outcome: Outcome) -> None:
     """Write the outcome of a job into summary.json, beside those of all other jobs, also of earlier calls."""
     file = out / "summary.json"
@@ -238,21 +238,6 @@ def keep(out: Path, outcome: Outcome) -> None:
     kept["gpu"] = harness.gpu()
     kept["stages"].setdefault(outcome.stage, {})[outcome.job] = asdict(outcome)
     files.write_json(file, kept)
-
-
-def summary(outcomes: list[Outcome]) -> list[str]:
-    """A table of all jobs, the goals, and what failed."""
-    rows = [
-        {"stage": one.stage, "job": one.job, "result": one.result, "s": f"{one.seconds:.0f}", "file": one.output}
-        for one in outcomes
-    ]
-    wrong = [f"{one.stage} {one.job} ({one.result})" for one in outcomes if one.result != "ok"]
-    return [
-        *results.markdown(rows),
-        "",
-        *(line for one in outcomes for line in one.goals),
-        f"not ok: {'; '.join(wrong)}" if wrong else "nothing failed",
-    ]
 
 
 if __name__ == "__main__":

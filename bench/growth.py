@@ -67,9 +67,6 @@ def parse() -> argparse.Namespace:
     return asked
 
 
-# sizes, and what both measure ---------------------------------------------------------------------------
-
-
 def at(axis: str, value: int) -> Workload:
     """W1 with one size changed, or with the width and the batch of the family."""
     if axis in ("n_emb", "family"):

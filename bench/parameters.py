@@ -27,8 +27,7 @@ from bench.peers import ours
 from bench.results import markdown, mib
 
 RESULTS = harness.ROOT / "bench/results"
-WARMUP = 5
-"""Steps before those that are timed."""
+WARMUP = 5  # steps before those that are timed
 MARK = "<!-- table: {} -->"
 
 
@@ -97,21 +96,18 @@ BASE = {
 
 At the preset's own, 0.003, so few steps leave the model so undertrained that a longer context made it worse.
 """
-SHORT = 10_000
-"""Characters of the short text, the beginning of Shakespeare: few enough to be memorized."""
-SHORT_STEPS = 2000
-"""Steps in which that happens."""
+SHORT, SHORT_STEPS = 10_000, 2000
+"""Characters of the short text, the beginning of Shakespeare, and steps in which they are memorized."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A value of a parameter. `overrides`: what differs from the base; none: it is the base itself."""
+    """A value of a parameter. overrides: what differs from the base, {} for itself. short: on the short text."""
 
     group: str
     value: str
     overrides: dict[str, Any] = field(default_factory=dict)
     short: bool = False
-    """Whether it is trained on the short text."""
 
     @property
     def key(self) -> str:
@@ -246,10 +242,9 @@ def base() -> dict:
 
 
 def trained(key: str) -> dict:
-    """The child's part: train a variant -> parameters, losses (nats per token), and what the best weights reach.
+    """The child's part: train a variant -> parameters, losses (nats per token), val_loss of the best weights.
 
-    val_loss is that of the best weights over the whole validation part. failed: why there is none. One process
-    and one thread, so that the numbers do not depend on the number of cores.
+    failed: why there is none. In one process and one thread, so that losses do not depend on the number of cores.
     """
     variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
@@ -281,9 +276,6 @@ def settings_of(variant: Variant, folder: Path) -> dict:
         settings["data"] = str(folder / "short.txt")
         (folder / "short.txt").write_text(text, encoding="utf-8")
     return settings
-
-
-# speed --------------------------------------------------------------------------------------------------
 
 
 def time_all(file: Path, steps: int, rounds: int) -> None:
@@ -355,10 +347,7 @@ def row(variant: Variant, result: dict) -> dict[str, str]:
 
 
 def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
-    """The losses of a variant, and how far its validation loss is from the base's; else why there are none.
-
-    Of one that may overfit: those at the end, and where the validation loss was best.
-    """
+    """The losses of a variant, at the end and at the best step if it may overfit; else why there are none."""
     if found["failed"]:
         reason = found["failed"].partition(";")[0]
         return {"training loss": "", "validation loss": reason, "against the base": ""}

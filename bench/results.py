@@ -126,9 +126,6 @@ def versus(what: str, runs_of: dict[str, list], average: Average = statistics.me
     return f"- {what}: {share:.2f} of the best peer's ({best}); by round {min(rounds):.2f} to {max(rounds):.2f}"
 
 
-# tables and files ---------------------------------------------------------------------------------------
-
-
 def markdown(rows: list[dict[str, str]]) -> list[str]:
     """Lines of a Markdown table, aligned so that it reads well as plain text; all rows have the same keys."""
     names = list(rows[0]) if rows else ["nothing was measured"]
@@ -237,10 +234,8 @@ STEP = {
     "W4": {"torch.compile": 1.2},
 }
 """The largest share of a peer's median step, at the same precision, that baby_xp's may take."""
-EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0
-"""One epoch of W3's model, evaluations included."""
-TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000
-"""`train nanogpt-gpu` on Shakespeare: validation loss (nats per token), and seconds of the whole command."""
+EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0  # one epoch of W3's model, evaluations included
+TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000  # `train nanogpt-gpu`, the whole command
 
 
 def step_goals(workload: str, precision: str, runs_of: dict[str, list]) -> list[str]:

@@ -67,9 +67,6 @@ def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -
             return best
 
 
-# counting -----------------------------------------------------------------------------------------------
-
-
 def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
     """Floating-point operations that no step can leave out: 2 M K N per product, forward and for both gradients.
 

@@ -9,7 +9,7 @@ from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
 from bench.harness import US, say
 from bench.results import mib
-from bench.workloads import TOLERANCES, WORKLOADS, Workload, named, on_gpu, usual
+from bench.workloads import FOR_A_GPU, TOLERANCES, WORKLOADS, Workload, named, on_gpu
 
 
 def main() -> int:
@@ -41,7 +41,8 @@ def parse() -> argparse.Namespace:
     asked.backend = f"{asked.backend}:{asked.device}" if asked.device else asked.backend
     if asked.precision != ["float32"] and not on_gpu(asked.backend):
         parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: cupy, or jax with --device gpu")
-    asked.workloads = asked.workloads or usual(asked.backend)
+    usual = [one for one in WORKLOADS.values() if on_gpu(asked.backend) or one.name not in FOR_A_GPU]
+    asked.workloads = asked.workloads or usual
     return asked
 
 
@@ -51,9 +52,6 @@ def able(others: list[str], precision: str) -> list[str]:
     for name in lacking:
         say(f"bench.train: {name} has no {precision} precision yet: it is left out there")
     return [name for name in (US, *others) if name not in lacking]
-
-
-# measuring ----------------------------------------------------------------------------------------------
 
 
 def left_out(workload: Workload, lineup: dict[str, list[str]], backend: str) -> dict[tuple[str, str], str]:
@@ -90,23 +88,19 @@ def left_out(workload: Workload, lineup: dict[str, list[str]], backend: str) -> 
 def measure(asked: argparse.Namespace, lineup: dict[str, list[str]]) -> Iterator[dict]:
     """All measurements so far, as they go into the JSON file: a race for each workload and precision."""
     with results.measurement(backend=asked.backend, rooflines={}, races=[]) as result:
-        if on_gpu(asked.backend):
-            result["rooflines"] = {precision: roofline_of(asked.backend, precision) for precision in lineup}
+        for precision in lineup if on_gpu(asked.backend) else ():
+            try:
+                rates = harness.ask("bench.roofline:measure", backend=asked.backend, precision=precision)
+            except harness.Failed as error:
+                rates = None
+                say(f"bench.train: no roofline for {precision}: {error}")
+            result["rooflines"][precision] = rates
         for workload in asked.workloads:
             before = result["races"]
             for races in races_of(workload, asked, lineup):
                 result["races"] = before + races
                 yield result
     yield result
-
-
-def roofline_of(backend: str, precision: str) -> dict | None:
-    """The device's rates, see bench.roofline; None where they cannot be measured."""
-    try:
-        return harness.ask("bench.roofline:measure", backend=backend, precision=precision)
-    except harness.Failed as error:
-        say(f"bench.train: no roofline for {precision}: {error}")
-        return None
 
 
 def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, list[str]]) -> Iterator[list[dict]]:
@@ -135,9 +129,6 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
             }
             for precision in lineup
         ]
-
-
-# the text -----------------------------------------------------------------------------------------------
 
 
 def floor(result: dict, race: dict) -> tuple[float | None, str | None]:
@@ -172,6 +163,7 @@ def document(result: dict) -> list[str]:
 
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
+    tokens = WORKLOADS[race["workload"]].batch_size * WORKLOADS[race["workload"]].n_ctx
     gpu, workload, rows, (least, _) = on_gpu(result["backend"]), race["workload"], [], floor(result, race)
     for name, runs in race["runs"].items():
         median, memory = statistics.median(results.times(runs)), results.gpu_peak(runs)
@@ -182,7 +174,7 @@ def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
         rows.append({
             "workload": workload, **({"precision": race["precision"]} if gpu else {}),
             **results.time_cells(name, race["runs"], 3 if gpu else 1),
-            "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}", **more,
+            "tokens/s": f"{1e3 * tokens / median:,.0f}", **more,
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip
     return rows

@@ -26,7 +26,10 @@ GPU_WARMUP, N_IDS = 20, 100_000
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a model and of its batch, and how many steps make a measurement."""
+    """Sizes of a model and of its batch, and how many steps a round measures: steps, on a GPU gpu_steps.
+
+    warmup: steps before them, in which caches, thread pools and memory settle, and all is compiled.
+    """
 
     name: str
     about: str
@@ -38,20 +41,12 @@ class Workload:
     batch_size: int
     dropout: float
     steps: int
-    """Steps measured in a round, unless --steps says otherwise."""
     warmup: int
-    """Steps before them, in which caches, thread pools and memory settle, and all is compiled."""
     gpu_steps: int = 100
-    """Steps measured in a round on a GPU."""
 
     def pace(self, backend: str) -> tuple[int, int]:
         """Warm-up and steps of a round on that backend; a step runs a few times before a GPU has it as a graph."""
         return (GPU_WARMUP, self.gpu_steps) if on_gpu(backend) else (self.warmup, self.steps)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch_size * self.n_ctx
 
     def model(self, dropout: float) -> Model:
         """The model with that dropout rate."""
@@ -94,11 +89,6 @@ def on_gpu(backend: str) -> bool:
     """
     name, _, device = backend.partition(":")
     return name == "cupy" or device.startswith(("gpu", "cuda"))
-
-
-def usual(backend: str) -> list[Workload]:
-    """The workloads that are measured if none is named."""
-    return [one for name, one in WORKLOADS.items() if on_gpu(backend) or name not in FOR_A_GPU]
 
 
 def of(workload: str | dict) -> Workload:

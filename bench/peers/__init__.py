@@ -76,16 +76,17 @@ class Clock:
 
 @dataclass
 class Outcome:
-    """What a trainer or a generator did."""
+    """What a trainer or a generator did.
+
+    losses: nats per token, the last mean during training, and that of the first batch after the last step. about:
+    what a reader must know to interpret the time. memory: as process_memory.taken reports it. gpu_memory: peak
+    bytes of the GPU's memory in use ("used"), and held by the library ("held"); {} on a CPU.
+    """
 
     losses: list[float]
-    """Nats per token: the last mean during training, and that of the first batch after the last step."""
     about: dict[str, str]
-    """Versions, threads or workers, BLAS kernel: what a reader must know to interpret the time."""
     memory: list[dict[str, int]] = field(default_factory=list)
-    """The sizes of all of its processes, as baby_xp.resources.process_memory.taken reports them."""
     gpu_memory: dict[str, int] = field(default_factory=dict)
-    """Peak bytes of the GPU's memory in use, and held by the library; empty on a CPU."""
 
 
 # in the child processes ---------------------------------------------------------------------------------
@@ -119,9 +120,6 @@ def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, bac
     return {**asdict(outcome), "ms": ms[-tokens:]}
 
 
-# what they share ----------------------------------------------------------------------------------------
-
-
 def first_weights(model: Model) -> dict:
     """The tree of first weights that baby_xp's training draws, host arrays."""
     return model.layout.unpack(np, params.draw(model.spec, SEED))
@@ -141,9 +139,6 @@ def step_times(texts: Iterable) -> list[float]:
     """Milliseconds from each step of a generator to the next."""
     marks = [time.perf_counter() for _ in texts]
     return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
-
-
-# who can take part --------------------------------------------------------------------------------------
 
 
 def present(peers: list[str], backend: str, program: str) -> list[str]:
@@ -166,11 +161,11 @@ def missing(peer: str, backend: str) -> str | None:
             return f"no C++ compiler is installed, which {peer} needs: it is left out"
         return None
     # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
+    task, works = {"torch": ("torch.cuda:is_available", True), "jax": ("jax:default_backend", "gpu")}[library]
     try:
-        works, why = harness.ask(f"bench.peers.{library}:sees_gpu"), f"this {library} sees no GPU"
+        return None if harness.ask(task) == works else f"this {library} sees no GPU: {peer} is left out"
     except harness.Failed as error:
-        works, why = False, error
-    return None if works else f"{why}: {peer} is left out"
+        return f"{peer} is left out: {error}"
 
 
 def library_of(peer: str) -> str:

@@ -27,8 +27,10 @@ def train(
     set_precision(precision)
     clock.wait = lambda: unread and unread[-1].block_until_ready()
     config, spec = workload.training(len(clock)), workload.model(dropout)
-    step, state = make_step(spec.config, config), first_state(peers.first_weights(spec), SEED)
-    unread, read = [], 0.0
+    params = jax.tree.map(jnp.asarray, peers.first_weights(spec))
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    state = {"params": params, "m": m, "v": v, "step": jnp.zeros((), jnp.int32), "key": jax.random.key(SEED)}
+    step, unread, read = make_step(spec.config, config), [], 0.0
     for number in range(len(clock)):
         batch = clock.batch(number)
         state, value = step(state, batch.inputs, batch.targets)
@@ -41,11 +43,6 @@ def train(
     last = float(loss_of(state["params"], spec.config, start.inputs, start.targets))
     about = {"jax": jax.__version__, "device": str(device)}
     return Outcome([read, last], about, process_memory.taken())
-
-
-def sees_gpu() -> bool:
-    """Whether JAX can compute on a GPU."""
-    return jax.default_backend() == "gpu"
 
 
 def set_precision(precision: str) -> None:
@@ -122,10 +119,3 @@ def make_step(config, train):
         return {"params": params, "m": m, "v": v, "step": t, "key": key}, value
 
     return step
-
-
-def first_state(params, seed: int):
-    """The state before the first step, from a tree of host arrays."""
-    params = jax.tree.map(jnp.asarray, params)
-    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-    return {"params": params, "m": m, "v": v, "step": jnp.zeros((), jnp.int32), "key": jax.random.key(seed)}

@@ -33,8 +33,6 @@ from bench import harness, peers, workloads
 from bench.peers import SEED, Clock, Outcome
 from bench.workloads import Workload, on_gpu
 
-# training -----------------------------------------------------------------------------------------------
-
 
 def train(
     workload: Workload,
@@ -157,9 +155,6 @@ def arrays_of_step(workload: Workload) -> dict[str, Any]:
         "parameters": state["params"], "moments": (state["m"], state["v"]), "decays": state["decays"],
         "gradients": flat, "batch": tuple(batch), "saved": (saved, loss_saved),
     }  # fmt: skip
-
-
-# generation ---------------------------------------------------------------------------------------------
 
 
 def generate(workload: Workload, batch: int, num_tokens: int, backend: str) -> tuple[Outcome, list[float]]:

@@ -93,14 +93,6 @@ def shortfalls(workload: str | dict, ids: list[list[int]], backend: str = "numpy
     return found
 
 
-# the device ---------------------------------------------------------------------------------------------
-
-
-def sees_gpu() -> bool:
-    """Whether PyTorch can compute on a GPU."""
-    return torch.cuda.is_available()
-
-
 def device_of(backend: str) -> torch.device:
     """The GPU where baby_xp's backend is on it."""
     return torch.device("cuda" if on_gpu(backend) else "cpu")
