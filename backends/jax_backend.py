@@ -38,9 +38,7 @@ class JaxBackend(Backend):
             self._device = jax.devices(kind or None)[int(index or 0)]
         except (RuntimeError, IndexError, ValueError) as error:
             reason = f"no device {device!r} ({' '.join(str(error).split())})"
-            raise BackendUnavailable(
-                "jax", reason, "leave out --device, or install a JAX built for it"
-            ) from None
+            raise BackendUnavailable("jax", reason, "leave out --device, or install a JAX built for it") from None
         if tf32 and self._device.platform == "cpu":
             raise BabyError(f"tf32 needs a GPU, and jax computes on {self._device} here: leave it out")
         # JAX's own choice for float32 on a GPU is TF32

@@ -14,13 +14,9 @@ from bench import harness
 from bench.harness import MIB
 
 TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict")
-"""What the tests that are run there need of the extra `test`."""
-BUILDING = "setuptools"
-"""What pip builds baby_xp with, there."""
+"""What the tests that are run there need of the extra `test`; of which setuptools builds baby_xp there."""
 GLIBC = (17, 24, 26, 27, 28, 31, 34)
 """Minor versions of glibc 2 that wheels are made for: pip takes those that are named and no others."""
-LIMIT = 64
-"""MiB."""
 
 
 def main() -> int:
@@ -29,8 +25,7 @@ def main() -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     for old in asked.out.glob("*.whl"):  # two versions of one package stop an installation
         old.unlink()
-    code = subprocess.run(download(asked)).returncode
-    if code:
+    if code := subprocess.run(download(asked)).returncode:
         harness.say(f"bench.carry: pip could not collect the wheels (exit code {code}), see above")
         return 1
     shutil.copy(catalog.find("shakespeare"), asked.out)
@@ -57,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuda", choices=("12", "13"), help="also CuPy, for this version (left out)")
     parser.add_argument("--have", type=lambda text: {plain(name) for name in text.split(",")}, default=set(),
                         help="packages that are there, such as numpy,torch: they are left out")  # fmt: skip
-    parser.add_argument("--limit", type=int, default=LIMIT, help="most MiB in all (%(default)s)")
+    parser.add_argument("--limit", type=int, default=64, help="most MiB in all (%(default)s)")
     return parser.parse_args()
 
 
@@ -83,7 +78,7 @@ def requirements(cuda: str | None) -> list[str]:
     setup.read(harness.ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = lambda text: [line for line in text.splitlines() if line and not line.startswith("#")]  # noqa: E731
-    tests = [one for one in lines(extras["test"]) if re.match(r"[\w.-]+", one)[0] in (*TESTS, BUILDING)]
+    tests = [one for one in lines(extras["test"]) if re.match(r"[\w.-]+", one)[0] in (*TESTS, "setuptools")]
     return [*lines(setup["options"]["install_requires"]), *tests, *(lines(extras[f"cuda{cuda}"]) if cuda else [])]
 
 

@@ -1,8 +1,4 @@
-"""How a training step of baby_xp grows with the sizes of the model. See bench/README.md.
-
-scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only; the
-plot needs matplotlib. crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
-"""
+"""How a training step of baby_xp grows with the sizes of the model. See bench/README.md."""
 
 import argparse
 import importlib.util
@@ -90,9 +86,6 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
     return {"name": US, "workload": asdict(workload), **pace, "dropout": workload.dropout, "backend": backend}
 
 
-# scaling ------------------------------------------------------------------------------------------------
-
-
 def measure_scaling(asked: argparse.Namespace) -> Iterator[dict]:
     """All measurements so far along the axes, as they go into the JSON file."""
     with results.measurement(idle=harness.ask("bench.peers.ours:idle"), axes={}) as result:
@@ -106,11 +99,7 @@ def measure_scaling(asked: argparse.Namespace) -> Iterator[dict]:
 
 
 def measured(axis: str, value: int, steps: int | None, idle: list[dict], previous: dict | None) -> dict:
-    """A point of an axis: what its shapes say and what its runs gave; measured again where it seems to jump.
-
-    The least median of a run counts, and the least growth over an idle process. The arrays are counted for as many
-    workers as there were.
-    """
+    """A point of an axis: what its shapes say and what its runs gave; measured again where it seems to jump."""
     workload, runs = at(axis, value), []
     shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
     while len(runs) <= AGAIN:
@@ -173,10 +162,7 @@ def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
 
 
 def plot(result: dict, path: str) -> None:
-    """Draw the time of a step over each size, and what it would be if it grew as the operations do.
-
-    The two meet at the largest size, where the cost of calls weighs least.
-    """
+    """Draw the time of a step over each size, and what it would be if it grew as the operations do."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(result["axes"]), 3.5), layout="constrained")
@@ -229,10 +215,7 @@ def crossover_document(result: dict) -> list[str]:
 
 
 def crossing(points: list[dict], backend: str) -> str:
-    """Where the GPU overtakes the CPU, in one line; between two sizes, along straight lines in logarithms.
-
-    What counts is from where on it stays faster: at a small size it may be so by chance.
-    """
+    """From where on the GPU stays faster, in one line; between two sizes, along straight lines in logarithms."""
     gains = [point["cpu"] / point["gpu"] for point in points]
     behind = [number for number, gain in enumerate(gains) if gain <= 1]
     if not behind:

@@ -72,8 +72,7 @@ def take_turns(
 ) -> Iterator[tuple[dict[Any, list[dict]], dict[Any, str]]]:
     """Do the task with each request once per round, so that a disturbance of some minutes affects all of them.
 
-    Yields after each turn the runs so far of each request, and why others failed: one that fails takes no further
-    turn, and the others go on. all_needed: raise Failed instead.
+    Yields after each turn the runs so far, and why some failed: they take no further turn. all_needed: raise it.
     """
     runs, failed = {}, {}
     for number in range(rounds):
@@ -145,9 +144,6 @@ def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.Arg
     for name, default in defaults.items():
         made.add_argument(f"--{name}", default=default, **OPTIONS[name])
     return made
-
-
-# the machine --------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:

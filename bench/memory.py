@@ -1,9 +1,4 @@
-"""How much memory a training run takes, and how good an estimate of a run is. See bench/README.md.
-
-needed: the promise is at most twice the bytes of the arrays. Needs memray (pip install -e '.[bench]').
-estimate: memory and time of a whole run as `estimate` projects them, beside a real run of some steps; the promise
-is memory within 15 %.
-"""
+"""How much memory a training run takes, and how good an estimate of a run is. See bench/README.md."""
 
 import argparse
 import importlib.util
@@ -28,9 +23,9 @@ from bench.peers import Clock, ours
 from bench.results import mib, verdict
 from bench.workloads import Workload, on_gpu
 
-FACTOR, PRECISION = 2.0, 0.15
-"""The promises: memory taken as a multiple of what is needed, and the relative error of an estimate."""
-LINES = 10  # of code that are listed, those that hold most memory
+FACTOR, PRECISION, LINES = 2.0, 0.15, 10
+"""The promises: memory taken as a multiple of what is needed, and the relative error of an estimate. Lines of code
+that are listed, those that hold most memory."""
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
@@ -67,9 +62,6 @@ def parse() -> argparse.Namespace:
     return asked
 
 
-# against what is needed ---------------------------------------------------------------------------------
-
-
 def needed_lines(asked: argparse.Namespace) -> list[str]:
     """The table, and below it for each workload what holds the memory. Raises BabyError where that is unknown."""
     if not process_memory.taken():
@@ -103,8 +95,7 @@ def needed_row(workload: Workload, steps: int, workers: int | None, needed: dict
 def needed(workload: str) -> dict[str, int]:
     """Bytes of the arrays that a training step cannot do without, by kind.
 
-    saved: the distinct arrays that `forward` keeps for `backward`. A view counts as the array it belongs to,
-    since it keeps the whole of that alive; parameters and the batch do not count again.
+    saved: what `forward` keeps for `backward`; parameters and the batch do not count again.
     """
     arrays = ours.arrays_of_step(workloads.of(workload))
     elsewhere = owners((arrays["parameters"], arrays.pop("batch")))
@@ -156,15 +147,8 @@ def innermost(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
     return frames[0][1:] if frames else ("unknown", 0)
 
 
-# against the estimate -----------------------------------------------------------------------------------
-
-
 def compare(asked: argparse.Namespace) -> Iterator[dict]:
-    """The estimates so far, and a real run of some steps beside each, as they go into the JSON file.
-
-    The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
-    best weights beside the present ones; at the end the whole validation part, a sample and the report.
-    """
+    """The estimates so far, and beside each a short run with all that a long one has, for the JSON file."""
     precision, place = "tf32" if asked.tf32 else "float32", {"backend": asked.backend, "tf32": asked.tf32}
     short = {"num_steps": asked.steps, "eval_every": max(1, asked.steps // 2), "checkpoint_every": 3}
     with results.measurement(backend=asked.backend, precision=precision, presets=[]) as result:

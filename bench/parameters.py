@@ -1,8 +1,4 @@
-"""What each parameter does to size, speed and quality: the tables of docs/parameters.md. See bench/README.md.
-
-One base model is trained, and variants in which one parameter differs. A file keeps what was measured; what it has
-already is not trained again.
-"""
+"""What each parameter does to size, speed and quality: the tables of docs/parameters.md. See bench/README.md."""
 
 import argparse
 import json
@@ -40,7 +36,11 @@ def main() -> int:
         if asked.speed:
             time_all(asked.file, asked.steps, asked.rounds)
         if asked.table:
-            show(read(asked.file), asked.page)
+            result = read(asked.file)
+            print("\n".join(document(result)))
+        if asked.table and asked.page:
+            asked.page.write_text(filled(asked.page.read_text("utf-8"), tables(result)), encoding="utf-8")
+            say(f"the tables are in {asked.page}")
     except BabyError as error:
         say(f"bench.parameters: {error}")
         return 2
@@ -210,9 +210,6 @@ def to_time() -> list[Variant]:
     return list({one.key: one for one in ALL if one.group in ON_SPEED}.values())
 
 
-# quality ------------------------------------------------------------------------------------------------
-
-
 def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
     """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
     if file.exists():
@@ -359,14 +356,6 @@ def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
         return {**cells, **at_end, "at its best": best, "best step": str(found["best_step"])}
     difference = found["val_loss"] - base["val_loss"]
     return {**cells, "validation loss": best, "against the base": f"{difference:+.3f}" if difference else ""}
-
-
-def show(result: dict, page: Path | None) -> None:
-    """Print the tables, and put them into a page where one is named."""
-    print("\n".join(document(result)))
-    if page:
-        page.write_text(filled(page.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
-        say(f"the tables are in {page}")
 
 
 def filled(text: str, found: dict[str, list[str]]) -> str:

@@ -63,8 +63,6 @@ def rates(result: dict) -> dict[str, dict]:
     return {when: result[name] for when, name in names.items() if name in result}
 
 
-# what the runs say --------------------------------------------------------------------------------------
-
 Average = Callable[[list[float]], float]  # of the milliseconds of steps: their median, or their mean
 
 
@@ -74,10 +72,7 @@ def times(runs: list[dict]) -> list[float]:
 
 
 def peak(runs: list[dict]) -> int | None:
-    """The most bytes that all processes of a run took; None where memory is not known.
-
-    Shared pages count once. It is an upper bound: the processes need not reach their peaks at the same time.
-    """
+    """The most bytes that all processes of a run took, an upper bound; None where memory is not known."""
     known = all(run["memory"] for run in runs)
     return max(process_memory.growth(run["memory"], {"peak": 0, "shared": 0}) for run in runs) if known else None
 
@@ -195,11 +190,9 @@ def about_each(races: Iterable[dict]) -> dict[str, dict]:
 def show(
     states: Iterable[dict], document: Callable[[dict], list[str]], out: Path | None, suffix: str = ""
 ) -> tuple[dict, Path | None]:
-    """Keep a result as it grows, and print what `document` makes of its last state.
+    """Write each state of a growing result as `stem`.json and .md, and print what `document` makes of the last.
 
-    states: the result each time that something is new in it. Where a folder is named, each is written at once as
-    <date>-<machine><suffix>.json and .md; earlier measurements of the day stay. Returns the last state, and the
-    path without its ending, for what else belongs there.
+    Returns the last state and the stem, <date>-<machine><suffix>; None where no folder is named.
     """
     stem = None
     for result in states:
@@ -215,7 +208,7 @@ def show(
 
 
 def stem_of(result: dict, out: Path, suffix: str) -> Path:
-    """A path in the folder `out`, without an ending, that no result has yet."""
+    """A path in the folder `out`, without an ending, that no result has yet: earlier ones of the day stay."""
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
     cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"

@@ -1,9 +1,4 @@
-"""What is measured: five GPTs, the batches that they are trained on, and the precisions of their products.
-
-- float32: products in float32, as on a CPU; coarser products that a GPU's libraries would choose are turned off
-- tf32: arrays in float32, factors of products rounded to 10 bits: tensor cores of NVIDIA GPUs from 2020 on
-- half: for PyTorch, bfloat16 autocast: factors and results of products have 7 bits, weights stay float32
-"""
+"""What is measured: five GPTs, their batches, and the precisions of their products. See bench/README.md."""
 
 from dataclasses import dataclass
 

@@ -127,9 +127,6 @@ def about(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
 
 
-# the model ----------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Causal self-attention through PyTorch's own kernel."""
 

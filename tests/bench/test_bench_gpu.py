@@ -417,9 +417,11 @@ def test_a_session_goes_on_after_a_failure_and_says_what_failed(monkeypatch, cap
         words = ["--out", str(tmp_path), "--backend", "numpy", "--stage", stage]
         code, said = says(monkeypatch, gpu, *words), capsys.readouterr().out.splitlines()
         kept = json.loads((tmp_path / "summary.json").read_text())["stages"]
-        return code, said[-2:], {
-            stage: {name: one["result"][:6] for name, one in found.items()} for stage, found in kept.items()
-        }
+        return (
+            code,
+            said[-2:],
+            {stage: {name: one["result"][:6] for name, one in found.items()} for stage, found in kept.items()},
+        )
 
     code, (goal, last), kept = session("tests,steps,w5")
     others = {"steps": {"skips": "failed"}, "w5": {"says": "ok"}}
