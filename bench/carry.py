@@ -14,7 +14,7 @@ from bench import harness
 from bench.harness import MIB
 
 TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict")
-"""What the tests that are run there need of the extra `test`; of which setuptools builds baby_xp there."""
+"""Of the extra `test`, what the tests that are run there need."""
 GLIBC = (17, 24, 26, 27, 28, 31, 34)
 """Minor versions of glibc 2 that wheels are made for: pip takes those that are named and no others."""
 

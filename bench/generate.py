@@ -39,11 +39,9 @@ def parse() -> argparse.Namespace:
 
 
 def disagreement(workload: Workload, batch: int, others: list[str], backend: str) -> str | None:
-    """Why the models cannot be compared, or None.
+    """Why the models cannot be compared, or None: a token that baby_xp writes is not the peer's most likely one.
 
-    baby_xp writes the most likely tokens until its window has moved twice. A peer reads that text, and each token
-    must be the most likely for it too. Two logits that differ by no more than rounding are a tie that each may
-    break in its own way; as the peer reads and does not write, the texts stay the same.
+    Two logits that differ by no more than rounding are a tie, which each may break in its own way.
     """
     if not others:
         return None

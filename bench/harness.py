@@ -122,8 +122,8 @@ def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[s
     return names_in
 
 
+# flags that several benchmarks have; of backends not `auto`, as a result must say which one was measured
 OPTIONS: dict[str, dict] = {
-    # not `auto`: a result must say which one was measured
     "backend": {"choices": names(), "help": "backend of baby_xp (%(default)s)"},
     "device": {"help": "device of that backend, such as gpu for jax"},
     "steps": {"type": positive, "help": "measured steps of each run"},
@@ -131,7 +131,6 @@ OPTIONS: dict[str, dict] = {
     "data": {"help": "path of tiny Shakespeare (%(default)s: the text of the catalog)"},
     "out": {"type": Path, "help": "folder that keeps the results as JSON and Markdown"},
 }
-"""Flags that several benchmarks have."""
 
 
 def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser:

@@ -222,11 +222,8 @@ def stem_of(result: dict, out: Path, suffix: str) -> Path:
 
 # the goals on one H200 ----------------------------------------------------------------------------------
 
-STEP = {
-    **{name: {"torch.compile": 1.0, "torch": 0.5} for name in ("W1", "W2", "W3")},
-    "W4": {"torch.compile": 1.2},
-}
-"""The largest share of a peer's median step, at the same precision, that baby_xp's may take."""
+# the largest share of a peer's median step, at the same precision, that baby_xp's may take
+STEP = {name: {"torch.compile": 1.0, "torch": 0.5} for name in ("W1", "W2", "W3")} | {"W4": {"torch.compile": 1.2}}
 EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0  # one epoch of W3's model, evaluations included
 TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000  # `train nanogpt-gpu`, the whole command
 

@@ -1,8 +1,4 @@
-"""The least time that a training step can take on a device: its operations at the device's measured rate of large
-products, or its bytes at the measured bandwidth, whichever is longer.
-
-Both rates are measured in the same run as the steps, at the same precision.
-"""
+"""What bounds a step on a device: its operations at the measured rate of products, its bytes at the bandwidth."""
 
 import operator
 import time
@@ -70,8 +66,7 @@ def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -
 def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
     """Floating-point operations that no step can leave out: 2 M K N per product, forward and for both gradients.
 
-    Less than counts.step_flops, which counts what baby_xp does on a CPU: scores that the causal mask hides do not
-    count here, nor does the gradient of the embeddings, which need not be a product.
+    Unlike in counts.step_flops, scores that the mask hides do not count, nor does the gradient of the embeddings.
     """
     T, N = config.n_ctx, batch_size * config.n_ctx
     hidden = 2 * config.n_layers * N * (T - 1) * config.head_size  # of queries with keys, and weights with values
@@ -81,11 +76,8 @@ def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
 def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
     """Bytes that a step must move at least: what passes between its products, and AdamW's arrays.
 
-    Every factor of a product is read once and its result written once, forward and for both gradients. Attention
-    reads queries, keys and values and writes its output, as a fused one does: scores do not count. All that is
-    elementwise is taken to be free, as if it were fused with the products. AdamW reads the weights, gradients,
-    both moments and the decay mask and writes weights and moments, in float32. What stays in a cache between
-    two products need not be moved, so a small model may come below this. For `mha` and `mlp` alone.
+    AdamW reads the weights, gradients, both moments and the decay mask and writes weights and moments, in float32.
+    For `mha` and `mlp` alone.
     """
     N, C, S, F = batch_size * config.n_ctx, config.n_emb, config.head_size, mlp.EXPANSION * config.n_emb
     linear = lambda K, M: 3 * (N * K + K * M + N * M)  # noqa: E731  forward, and the gradients of both factors

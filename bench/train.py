@@ -27,8 +27,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser("bench.train", __doc__, backend="numpy", device=None, steps=None, rounds=3, out=None)
-    known = ",".join(WORKLOADS)
-    parser.add_argument("--workloads", type=named, help=f"of {known} (all; on a CPU all but W5)")
+    parser.add_argument("--workloads", type=named, help=f"of {','.join(WORKLOADS)} (all; on a CPU all but W5)")
     known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, default="float32", help="of products (%(default)s)")
     others = [name for name in peers.TRAINERS if name != US]

@@ -44,8 +44,7 @@ GENERATORS: dict[str, tuple[str, dict]] = {
 BY_NAME = ("torch.compile-graphs", "baby_xp-jax")  # measured only if they are named
 LACKING = {"baby_xp": ("half",), "jax": ("half",), "baby_xp-jax": ("half",)}  # precisions that a library has not
 SPREAD = 5.0
-"""Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
-the check whether two models agree would miss a fault in it; the time of a step does not depend on it."""
+"""Factor on the first weights that all generate with: as they are drawn, attention hardly changes the logits."""
 
 
 class Clock:
@@ -89,14 +88,11 @@ class Outcome:
     gpu_memory: dict[str, int] = field(default_factory=dict)
 
 
-# in the child processes ---------------------------------------------------------------------------------
-
-
 def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: float, **options) -> dict:
     """Train a library's model -> its Outcome, and `ms`: milliseconds of each step after the warm-up.
 
-    One more step is done than is asked for, as the time of a step ends where the next begins. Where Python runs
-    ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
+    One more step is done, as the time of a step ends where the next begins. Where Python runs ahead of the device,
+    both numbers are rounded up and `ms` are means of the steps between two readings.
     """
     backend = options.get("backend", "numpy")
     every = READ_EVERY if on_gpu(backend) or backend.startswith("jax") else 1

@@ -1,7 +1,6 @@
 """JAX: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
 
-The parameters are baby_xp's own tree. Dropout is where baby_xp's is, from JAX's random bits. AdamW and clipping
-are written out, as XLA fuses them into the step.
+The parameters are baby_xp's own tree. AdamW and clipping are written out, as XLA fuses them into the step.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """PyTorch: baby_xp's GPT as a PyTorch user would write it, with autograd and PyTorch's fused parts.
 
-The same structure and numbers of parameters, dropout on the attention weights and on the output of each half of a
-block. Modules carry the names of baby_xp's parameter tree. Generation has preallocated key-value caches.
+Modules carry the names of baby_xp's parameter tree. Generation has preallocated key-value caches.
 """
 
 from collections import OrderedDict
@@ -41,7 +40,11 @@ def train(
     config, spec = workload.training(len(clock)), workload.model(dropout)
     model = GPT(spec.config, workload.vocab_size)
     load_weights(model, tree.leaves(peers.first_weights(spec)))
-    adamw = optimizer(model.to(device), config)
+    groups = [
+        {"params": [p for p in model.to(device).parameters() if (p.ndim > 1) == decays], "weight_decay": rate}
+        for decays, rate in ((True, config.weight_decay), (False, 0.0))  # of matrices alone
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
     if compiled:
         model = torch.compile(model, mode=compiled)
     unread, read = [], 0.0
@@ -192,18 +195,6 @@ def load_weights(model: GPT, leaves) -> None:
         tensor = torch.from_numpy(array.T if name == "weight" and owner in linear else array)
         state[f"{owner}.{'weight' if name == 'gain' else name}"] = tensor
     model.load_state_dict(state)
-
-
-def optimizer(model: GPT, config) -> torch.optim.Optimizer:
-    """Fused AdamW by a baby_xp TrainConfig: weight decay on matrices alone."""
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "weight_decay": rate}
-        for decays, rate in ((True, config.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
-
-
-# generation ---------------------------------------------------------------------------------------------
 
 
 class Decoder:
