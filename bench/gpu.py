@@ -222,8 +222,8 @@ def run_job(stage: str, job: Job, out: Path, seconds: float) -> Outcome:
         result = "failed: it did nothing, or found something"
     goals = [line for line in said.splitlines() if line.startswith("- goal,")]
     outcome = Outcome(stage, job.name, result, shlex.join(job.command), round(took, 1), file.name, goals)
-    if job.runs and result == "ok":
-        outcome.run = run = result_of(job.runs)
+    if job.runs and result == "ok" and (run := result_of(job.runs)):
+        outcome.run = run
         if run["state"] != "done":
             outcome.result = f"unfinished after {run['steps']:,} steps: run the stage again"
         outcome.goals = results.train_goals(run["val_loss"], took, run["steps"]) if job.judged else []
