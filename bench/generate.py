@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
 
 from bench import harness, peers, results
 from bench.harness import US, say
@@ -21,8 +22,7 @@ def main() -> int:
             if problem := disagreement(workload, batch, found, asked.backend):
                 say(f"bench.generate: {problem}")
                 return 2
-    result = measure(asked, found)
-    results.show(result, document(result), asked.out, "-generate")
+    results.show(measure(asked, found), document, asked.out, "-generate")
     return 0
 
 
@@ -39,11 +39,9 @@ def parse() -> argparse.Namespace:
 
 
 def disagreement(workload: Workload, batch: int, others: list[str], backend: str) -> str | None:
-    """Why the models cannot be compared, or None.
+    """Why the models cannot be compared, or None: a token that baby_xp writes is not the peer's most likely one.
 
-    baby_xp writes the most likely tokens until its window has moved twice. A peer reads that text, and each token
-    must be the most likely for it too. Two logits that differ by no more than rounding are a tie that each may
-    break in its own way; as the peer reads and does not write, the texts stay the same.
+    Two logits that differ by no more than rounding are a tie, which each may break in its own way.
     """
     if not others:
         return None
@@ -52,62 +50,51 @@ def disagreement(workload: Workload, batch: int, others: list[str], backend: str
     for step, row in enumerate(harness.ask("bench.peers.torch:shortfalls", ids=ids, **request)):
         wrong = [below for below in row if not below <= TOLERANCE]  # written so that NaN counts as wrong
         if wrong:
-            return (
-                f"{workload.name} with {batch} at once is not compared: token {step + 1} of baby_xp is not "
-                f"the most likely for torch, its logit is {wrong[0]:.6f} below"
-            )
+            why = f"token {step + 1} of baby_xp is not torch's most likely one, its logit is {wrong[0]:.6f} below"
+            return f"{workload.name} with {batch} at once is not compared: {why}"
     return None
 
 
-def measure(asked: argparse.Namespace, others: list[str]) -> dict:
-    """All measurements, as they go into the JSON file."""
+def measure(asked: argparse.Namespace, others: list[str]) -> Iterator[dict]:
+    """All measurements so far, as they go into the JSON file."""
     with results.measurement(backend=asked.backend, races=[]) as result:
         for workload in asked.workloads:
             for batch in asked.batches:
-                request = {
-                    "workload": workload.name, "batch": batch, "tokens": asked.tokens,
-                    "warmup": 2 * workload.n_ctx, "backend": asked.backend,
-                }  # fmt: skip
+                request = {"workload": workload.name, "batch": batch, "tokens": asked.tokens}
+                request |= {"warmup": 2 * workload.n_ctx, "backend": asked.backend}
                 requests = {name: {"name": name, **request} for name in (US, *others)}
                 label = f"{workload.name}, {batch} at once,"
-                runs, _ = harness.take_turns("bench.peers:generate", requests, asked.rounds, label, True)
+                *_, (runs, _) = harness.take_turns("bench.peers:generate", requests, asked.rounds, label, True)
                 result["races"].append({"workload": workload.name, "batch": batch, "runs": runs})
-    return result
+                yield result
+    yield result
 
 
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
-    races = result["races"]
-    return [
-        *results.heading(result, results.about_each(race["runs"] for race in races)),
-        *results.markdown([row for race in races for row in rows_of(race)]),
-        "",
-        *(line for race in races for line in verdict(race)),
-    ]
+    rows, below = ([line for race in result["races"] for line in of(race)] for of in (rows_of, verdict))
+    return results.page(result, results.about_each(result["races"]), rows, *below)
 
 
 def rows_of(race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
-    rows = []
-    for name, runs in race["runs"].items():
-        mean = statistics.mean(results.times(runs))
-        rows.append({
-            "workload": race["workload"],
-            "at once": str(race["batch"]),
-            **results.time_cells(name, race["runs"], 3),
-            "mean": f"{mean:.3f}",
+    means = {name: statistics.mean(results.times(runs)) for name, runs in race["runs"].items()}
+    return [
+        {
+            "workload": race["workload"], "at once": str(race["batch"]),
+            **results.time_cells(name, race["runs"], 3), "mean": f"{mean:.3f}",
             "tokens/s": f"{1e3 * race['batch'] / mean:,.0f}",
             "by mean": results.ratio_cell(name, race["runs"], statistics.mean),
-            "peak MiB": mib(results.peak(runs)),
-        })  # fmt: skip
-    return rows
+            "peak MiB": mib(results.peak(race["runs"][name])),
+        }
+        for name, mean in means.items()
+    ]  # fmt: skip
 
 
-def verdict(race: dict) -> list[str]:
+def verdict(race: dict) -> list[str | None]:
     """The lines under the table: against the peer with the best median, and against that with the best mean."""
     label, averages = f"{race['workload']}, {race['batch']} at once", (statistics.median, statistics.mean)
-    lines = [results.versus(f"{label}: {one.__name__} step", race["runs"], one) for one in averages]
-    return [line for line in lines if line]
+    return [results.versus(f"{label}: {one.__name__} step", race["runs"], one) for one in averages]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""Measures how time and memory of a training step grow with the sizes of the model. See bench/README.md.
-
-scaling: one size grows, the others stay those of W1; time and memory against what the shapes say. NumPy only; the
-plot needs matplotlib. crossover: models grow in width and batch; from which size on a GPU is faster than the CPU.
-"""
+"""How time and memory of a training step grow with the sizes of the model. See bench/README.md."""
 
 import argparse
 import importlib.util
 import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from baby_xp.arrays.registry import load
@@ -18,25 +15,20 @@ from bench.harness import US, say
 from bench.results import mib
 from bench.workloads import GPU_WARMUP, WORKLOADS, Workload, on_gpu
 
-BASE = WORKLOADS["W1"]
+BASE, CPU, GPU_STEPS = WORKLOADS["W1"], "numpy", 200
 HEAD = BASE.n_emb // BASE.n_heads
 """Channels of a head. A wider model gets more heads, as models do, so products inside a head keep their shape."""
 AXES = {
-    "n_ctx": (16, 32, 64, 128, 256, 512),
-    "n_emb": (32, 64, 128, 256, 512),
-    "n_layers": (1, 2, 4, 8, 16),
+    "n_ctx": (16, 32, 64, 128, 256, 512), "n_emb": (32, 64, 128, 256, 512), "n_layers": (1, 2, 4, 8, 16),
     "batch": (1, 2, 4, 8, 16, 32, 64),
-}
-JUMP = 1.5
-"""How much the time per counted operation may grow from one size to the next, and the memory per counted byte."""
-AGAIN = 2
-"""Further runs of a size that seems to jump, as a busy machine looks alike. The fastest and the smallest count."""
+}  # fmt: skip
+JUMP, AGAIN = 1.5, 2
+"""How much the time per counted operation may grow from one size to the next, and the memory per counted byte; and
+further runs of a size that seems to jump, as a busy machine looks alike. The fastest and the smallest count."""
 SECONDS, OVERHEAD_MS, GFLOPS, FEWEST, MOST, WARMUP = 2.0, 2.0, 40.0, 5, 200, 3
 """Steps of a size: as many as fit into SECONDS at a guessed speed, within bounds, and WARMUP steps before."""
-CPU = "numpy"
 BATCHES = {16: 1, 32: 2, 64: 4, 128: 8, 256: 16, 512: 32}
 """Sequences of a batch by n_emb. From one size to the next a step has about 8 times the work."""
-GPU_STEPS = 200
 
 
 def main() -> int:
@@ -44,14 +36,11 @@ def main() -> int:
     asked = parse()
     parts = {"scaling": (measure_scaling, scaling_document), "crossover": (measure_crossover, crossover_document)}
     measure, document = parts[asked.what]
-    result = measure(asked)
-    stem = results.show(result, document(result), asked.out, f"-{asked.what}")
-    if stem and asked.what == "scaling":
-        if importlib.util.find_spec("matplotlib") is None:
-            say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
-        else:
-            plot(result, f"{stem}.svg")
-            say(f"plot: {stem}.svg")
+    result, stem = results.show(measure(asked), document, asked.out, f"-{asked.what}")
+    if stem and asked.what == "scaling" and importlib.util.find_spec("matplotlib"):
+        plot(result, f"{stem}.svg")
+    elif stem and asked.what == "scaling":
+        say("bench.growth: matplotlib is not installed: no plot (pip install -e '.[plots]')")
     return 0
 
 
@@ -74,9 +63,6 @@ def parse() -> argparse.Namespace:
     return asked
 
 
-# sizes, and what both measure ---------------------------------------------------------------------------
-
-
 def at(axis: str, value: int) -> Workload:
     """W1 with one size changed, or with the width and the batch of the family."""
     if axis in ("n_emb", "family"):
@@ -96,32 +82,24 @@ def request_of(workload: Workload, backend: str, steps: int | None) -> dict:
     guess = OVERHEAD_MS + 1e-6 * flops_of(workload) / GFLOPS
     usual = WARMUP, min(MOST, max(FEWEST, round(1e3 * SECONDS / guess)))
     warmup, suitable = (GPU_WARMUP, GPU_STEPS) if on_gpu(backend) else usual
-    return {
-        "name": US, "workload": asdict(workload), "steps": steps or suitable, "warmup": warmup,
-        "dropout": workload.dropout, "backend": backend,
-    }  # fmt: skip
+    pace = {"steps": steps or suitable, "warmup": warmup}
+    return {"name": US, "workload": asdict(workload), **pace, "dropout": workload.dropout, "backend": backend}
 
 
-# scaling ------------------------------------------------------------------------------------------------
-
-
-def measure_scaling(asked: argparse.Namespace) -> dict:
-    """All measurements along the axes, as they go into the JSON file."""
+def measure_scaling(asked: argparse.Namespace) -> Iterator[dict]:
+    """All measurements so far along the axes, as they go into the JSON file."""
     with results.measurement(idle=harness.ask("bench.peers.ours:idle"), axes={}) as result:
         for axis in asked.axes:
             points = result["axes"][axis] = []
             for value in AXES[axis]:
                 points.append(measured(axis, value, asked.steps, result["idle"], points[-1] if points else None))
                 say(f"{axis} {value}: {points[-1]['ms']:.1f} ms")
-    return result
+                yield result
+    yield result
 
 
 def measured(axis: str, value: int, steps: int | None, idle: list[dict], previous: dict | None) -> dict:
-    """A point of an axis: what its shapes say and what its runs gave; measured again where it seems to jump.
-
-    The least median of a run counts, and the least growth over an idle process. The arrays are counted for as many
-    workers as there were.
-    """
+    """A point of an axis: what its shapes say and what its runs gave; measured again where it seems to jump."""
     workload, runs = at(axis, value), []
     shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
     while len(runs) <= AGAIN:
@@ -159,11 +137,10 @@ def scaling_document(result: dict) -> list[str]:
         for points in result["axes"].values()
         for previous, point in itertools.pairwise([None, *points])
     ]
-    about = dict(next(iter(result["axes"].values()))[0]["runs"][0]["about"])
-    about.pop("workers", None)  # a column of the table
+    about = {**next(iter(result["axes"].values()))[0]["runs"][0]["about"], "workers": "see the table"}
     jumped = [f"{one['axis']} {one['value']} ({one['note']})" for one in rows if "JUMP" in one["note"]]
     found = "- jumps: " + ("; ".join(jumped) or f"none above {JUMP:g}")
-    return [*results.heading(result, {US: about}), *results.markdown(rows), "", found]
+    return results.page(result, {US: about}, rows, found)
 
 
 def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
@@ -174,25 +151,18 @@ def scaling_row(previous: dict | None, point: dict) -> dict[str, str]:
         notes = [f"workers {before} -> {now}"] if before != now else []
         notes += [f"JUMP in {name}" for name in jumps(previous, point)]
     return {
-        "axis": point["axis"],
-        "value": str(point["value"]),
-        "workers": str(point["workers"]),
-        "Gflop": f"{1e-9 * point['flops']:.2f}",
-        "ms per step": f"{point['ms']:.2f}",
+        "axis": point["axis"], "value": str(point["value"]), "workers": str(point["workers"]),
+        "Gflop": f"{1e-9 * point['flops']:.2f}", "ms per step": f"{point['ms']:.2f}",
         "Gflop/s": f"{1e-6 * point['flops'] / point['ms']:.1f}",
         "ms/Gflop to previous": f"{grown['time']:.2f}" if "time" in grown else "",
-        "counted MiB": mib(sum(point["arrays"].values()), 1),
-        "peak MiB": mib(point["peak"], 1),
+        "counted MiB": mib(sum(point["arrays"].values()), 1), "peak MiB": mib(point["peak"], 1),
         "peak/counted to previous": f"{grown['memory']:.2f}" if "memory" in grown else "",
         "note": ", ".join(notes),
-    }
+    }  # fmt: skip
 
 
 def plot(result: dict, path: str) -> None:
-    """Draw the time of a step over each size, and what it would be if it grew as the operations do.
-
-    The two meet at the largest size, where the cost of calls weighs least.
-    """
+    """Draw the time of a step over each size, and what it would be if it grew as the operations do."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(result["axes"]), 3.5), layout="constrained")
@@ -213,19 +183,21 @@ def plot(result: dict, path: str) -> None:
 # crossover ----------------------------------------------------------------------------------------------
 
 
-def measure_crossover(asked: argparse.Namespace) -> dict:
-    """All measurements on both, as they go into the JSON file. Raises harness.Failed if a size fails on either."""
+def measure_crossover(asked: argparse.Namespace) -> Iterator[dict]:
+    """All measurements so far on both, as they go into the JSON file. harness.Failed if a size fails on either."""
     with results.measurement(backend=asked.backend, points=[]) as result:
         for width in asked.widths:
             workload = at("family", width)
             requests = {name: request_of(workload, name, asked.steps) for name in (CPU, asked.backend)}
-            runs, _ = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
-            cpu, gpu = (results.median(runs[name]) for name in requests)
+            turns = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
+            *_, (runs, _) = turns
+            cpu, gpu = (statistics.median(results.times(runs[name])) for name in requests)
             result["points"].append({
                 "n_emb": width, "batch": workload.batch_size, "flops": flops_of(workload), "cpu": cpu, "gpu": gpu,
                 "runs": runs,
             })  # fmt: skip
-    return result
+            yield result
+    yield result
 
 
 def crossover_document(result: dict) -> list[str]:
@@ -233,24 +205,17 @@ def crossover_document(result: dict) -> list[str]:
     points, backend = result["points"], result["backend"]
     rows = [
         {
-            "n_emb": str(point["n_emb"]),
-            "batch": str(point["batch"]),
-            "Gflop per step": f"{1e-9 * point['flops']:.3f}",
-            "numpy ms": f"{point['cpu']:.2f}",
-            f"{backend} ms": f"{point['gpu']:.2f}",
-            f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
+            "n_emb": str(point["n_emb"]), "batch": str(point["batch"]),
+            "Gflop per step": f"{1e-9 * point['flops']:.3f}", "numpy ms": f"{point['cpu']:.2f}",
+            f"{backend} ms": f"{point['gpu']:.2f}", f"numpy / {backend}": f"{point['cpu'] / point['gpu']:.2f}",
         }
         for point in points
-    ]
-    about = results.about_each(point["runs"] for point in points)
-    return [*results.heading(result, about), *results.markdown(rows), "", f"- {crossing(points, backend)}"]
+    ]  # fmt: skip
+    return results.page(result, results.about_each(points), rows, f"- {crossing(points, backend)}")
 
 
 def crossing(points: list[dict], backend: str) -> str:
-    """Where the GPU overtakes the CPU, in one line; between two sizes, along straight lines in logarithms.
-
-    What counts is from where on it stays faster: at a small size it may be so by chance.
-    """
+    """From where on the GPU stays faster, in one line; between two sizes, along straight lines in logarithms."""
     gains = [point["cpu"] / point["gpu"] for point in points]
     behind = [number for number, gain in enumerate(gains) if gain <= 1]
     if not behind:
@@ -258,8 +223,8 @@ def crossing(points: list[dict], backend: str) -> str:
     last = behind[-1]
     if last == len(points) - 1:
         return f"{backend} never overtakes numpy: at the largest size it takes {1 / gains[-1]:.1f} times as long"
-    before, after = points[last], points[last + 1]
-    share = -math.log(gains[last]) / (math.log(gains[last + 1]) - math.log(gains[last]))
+    before, after = points[last : last + 2]
+    share = math.log(gains[last]) / math.log(gains[last] / gains[last + 1])
     flops = before["flops"] * (after["flops"] / before["flops"]) ** share
     return (
         f"{backend} overtakes numpy at about {1e-9 * flops:.2g} Gflop per step, between n_emb {before['n_emb']} "

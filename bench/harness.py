@@ -6,9 +6,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import traceback
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -46,40 +48,48 @@ def ask(task: str, **request: Any) -> Any:
     """What the function that a text like "bench.peers:train" names returns, called in a process of its own."""
     env = {name: value for name, value in processes.environment().items() if name not in REMOVED}
     try:
-        with processes.started(task, "a child process", "try again", cwd=ROOT, env=env) as child:
-            return processes.ask(child, request)
+        with processes.started("bench.harness:answer", "a child process", "try again", cwd=ROOT, env=env) as child:
+            return processes.ask(child, {"task": task, "request": request})
     except processes.Ended as how:
         raise Failed(f"bench: a child process {how}") from None
     except BabyError as error:
         raise Failed(f"bench: {error}") from None
 
 
-# taking turns -------------------------------------------------------------------------------------------
+def answer(task: str, request: dict) -> Any:
+    """What a child does. An error of a library becomes one line for the parent, below its traceback on stderr."""
+    try:
+        return resolve_name(task)(**request)
+    except BabyError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise BabyError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
 def take_turns(
     task: str, requests: dict[Any, dict], rounds: int, label: str, all_needed: bool = False
-) -> tuple[dict[Any, list[dict]], dict[Any, str]]:
+) -> Iterator[tuple[dict[Any, list[dict]], dict[Any, str]]]:
     """Do the task with each request once per round, so that a disturbance of some minutes affects all of them.
 
-    Returns the runs of each request, and why others failed: one that fails gets no further turns, and the others
-    continue. all_needed: raise Failed instead.
+    Yields after each turn the runs so far, and why some failed: they get no further turns. all_needed: raise it.
     """
-    runs, failed = {name: [] for name in requests}, {}
+    runs, failed = {}, {}
     for number in range(rounds):
-        for name in list(runs):
+        for name in [one for one in requests if one not in failed]:
             who = f"{label} {name if isinstance(name, str) else ' '.join(name)}"
             try:
-                runs[name].append(ask(task, **requests[name]))
+                found = ask(task, **requests[name])
             except Failed as error:
                 if all_needed:
                     raise
                 failed[name] = str(error)
-                del runs[name]
+                runs.pop(name, None)
                 say(f"{who}: {error}: it is left out")
-                continue
-            say(f"{who} round {number + 1} of {rounds}: {statistics.median(runs[name][-1]['ms']):.2f} ms")
-    return runs, failed
+            else:
+                runs.setdefault(name, []).append(found)
+                say(f"{who} round {number + 1} of {rounds}: {statistics.median(found['ms']):.2f} ms")
+            yield runs, failed
 
 
 # command lines ------------------------------------------------------------------------------------------
@@ -112,15 +122,15 @@ def names_of(known: Iterable[str], what: str, none: bool = False) -> Callable[[s
     return names_in
 
 
+# flags that several benchmarks have; of backends not `auto`, as a result must say which one was measured
 OPTIONS: dict[str, dict] = {
-    # not `auto`: a result must say which one was measured
     "backend": {"choices": names(), "help": "backend of baby_xp (%(default)s)"},
+    "device": {"help": "device of that backend, such as gpu for jax"},
     "steps": {"type": positive, "help": "steps measured in each run"},
     "rounds": {"type": positive, "help": "rounds, in each of which every library runs once (%(default)s)"},
     "data": {"help": "path of the Shakespeare text (%(default)s: the text of the catalog)"},
     "out": {"type": Path, "help": "folder for the results, as JSON and Markdown"},
 }
-"""Flags that several benchmarks have."""
 
 
 def parser(program: str, about: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -135,15 +145,14 @@ def with_options(made: argparse.ArgumentParser, **defaults: Any) -> argparse.Arg
     return made
 
 
-# the machine --------------------------------------------------------------------------------------------
-
-
 def machine() -> dict[str, Any]:
-    """The machine of a result, and what decides whether another one's times compare with it: see `class_of`.
-
-    "gpu" only where there is one. Asked in a child process, as the variables in REMOVED change the BLAS kernel.
-    """
-    fields = cpu_fields()
+    """The machine of a result; "gpu" only if there is one. Ask a child: REMOVED variables change the BLAS."""
+    try:
+        core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        core = ""
+    lines = (line.partition(":") for line in core.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     vendor = fields.get("vendor_id", platform.machine())
     about = {
         "vendor": {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, vendor),
@@ -157,16 +166,6 @@ def machine() -> dict[str, Any]:
 def class_of(machine: dict[str, Any]) -> str:
     """The machine class in one line: vendor, vector width, BLAS kernel, cores. Times compare within one."""
     return f"{machine['vendor']}, {machine['vectors']}, {machine['blas']}, {machine['cores']} cores"
-
-
-def cpu_fields() -> dict[str, str]:
-    """What /proc/cpuinfo says about the first core; {} where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def vectors() -> str:

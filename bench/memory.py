@@ -1,9 +1,4 @@
-"""Measures the memory of a training run, and how accurate an estimate of a run is. See bench/README.md.
-
-needed: the goal is at most twice the bytes of the arrays. Needs memray (pip install -e '.[bench]').
-estimate: memory and time of a whole run as `estimate` projects them, compared with a real run of some steps; the
-goal is memory within 15 %.
-"""
+"""The memory of a training run, and the accuracy of an estimate of a run. See bench/README.md."""
 
 import argparse
 import importlib.util
@@ -11,6 +6,7 @@ import linecache
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,31 +23,23 @@ from bench.peers import Clock, ours
 from bench.results import mib, verdict
 from bench.workloads import Workload, on_gpu
 
-FACTOR, PRECISION = 2.0, 0.15
-"""The goals: memory taken as a multiple of the needed memory, and the relative error of an estimate."""
-LINES = 10
-"""How many lines of code are listed, those that hold most memory."""
+FACTOR, PRECISION, LINES = 2.0, 0.15, 10
+"""The goals: memory taken as a multiple of the needed memory, and the relative error of an estimate. How many lines
+of code are listed, those that hold most memory."""
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
 def main() -> int:
     """Measure what the command line names, and print the table."""
     asked = parse()
-    if asked.what == "needed":
-        if not process_memory.taken():
-            say("bench.memory: this system has no /proc/<pid>/status, where sizes are read")
-            return 2
-        if importlib.util.find_spec("memray") is None:
-            say("bench.memory: memray is not installed (pip install -e '.[bench]')")
-            return 2
-        print("\n".join(needed_lines(asked)))
-        return 0
     try:
-        result = compare(asked)
+        if asked.what == "needed":
+            print("\n".join(needed_lines(asked)))
+        else:
+            results.show(compare(asked), document, asked.out, "-estimate")
     except BabyError as error:
         say(f"bench.memory: {error}")
         return 2
-    results.show(result, document(result), asked.out, "-estimate")
     return 0
 
 
@@ -74,11 +62,12 @@ def parse() -> argparse.Namespace:
     return asked
 
 
-# against what is needed ---------------------------------------------------------------------------------
-
-
 def needed_lines(asked: argparse.Namespace) -> list[str]:
-    """The table, and below it for each workload what holds the memory."""
+    """The table, and below it for each workload what holds the memory. Raises BabyError where that is unknown."""
+    if not process_memory.taken():
+        raise BabyError("this system has no /proc/<pid>/status, where sizes are read")
+    if importlib.util.find_spec("memray") is None:
+        raise BabyError("memray is not installed (pip install -e '.[bench]')")
     rows, details, baseline = [], [], harness.ask("bench.peers.ours:idle")
     for workload in asked.workloads:
         needed = harness.ask("bench.memory:needed", workload=workload.name)
@@ -97,20 +86,16 @@ def needed_row(workload: Workload, steps: int, workers: int | None, needed: dict
     )  # fmt: skip
     taken, need = results.least_growth([found], idle), sum(needed.values())
     return {
-        "workload": workload.name,
-        "workers": found["about"]["workers"] + ("" if workers else " (automatic)"),
-        "needed, MiB": mib(need, 1),
-        "taken, MiB": mib(taken, 1),
-        "ratio": f"{taken / need:.2f}",
+        "workload": workload.name, "workers": found["about"]["workers"] + ("" if workers else " (automatic)"),
+        "needed, MiB": mib(need, 1), "taken, MiB": mib(taken, 1), "ratio": f"{taken / need:.2f}",
         f"at most {FACTOR:g}": verdict(taken <= FACTOR * need),
-    }
+    }  # fmt: skip
 
 
 def needed(workload: str) -> dict[str, int]:
     """Bytes of the arrays that a training step cannot do without, by kind.
 
-    saved: the distinct arrays that `forward` keeps for `backward`. A view counts as the array it belongs to,
-    since it keeps the whole of that alive; parameters and the batch do not count again.
+    saved: what `forward` keeps for `backward`; parameters and the batch do not count again.
     """
     arrays = ours.arrays_of_step(workloads.of(workload))
     elsewhere = owners((arrays["parameters"], arrays.pop("batch")))
@@ -162,17 +147,9 @@ def innermost(frames: list[tuple[str, str, int]]) -> tuple[str, int]:
     return frames[0][1:] if frames else ("unknown", 0)
 
 
-# against the estimate -----------------------------------------------------------------------------------
-
-
-def compare(asked: argparse.Namespace) -> dict:
-    """The estimate of each preset, and a real run of some steps beside it, as they go into the JSON file.
-
-    The short run has what a long one has: an evaluation on the way, and many checkpoints, some of which hold the
-    best weights beside the present ones; at the end the whole validation part, a sample and the report.
-    """
-    precision = "tf32" if asked.tf32 else "float32"
-    place = {"backend": asked.backend, "tf32": asked.tf32}
+def compare(asked: argparse.Namespace) -> Iterator[dict]:
+    """The estimates so far, and beside each a short run with all that a long one has, for the JSON file."""
+    precision, place = "tf32" if asked.tf32 else "float32", {"backend": asked.backend, "tf32": asked.tf32}
     short = {"num_steps": asked.steps, "eval_every": max(1, asked.steps // 2), "checkpoint_every": 3}
     with results.measurement(backend=asked.backend, precision=precision, presets=[]) as result:
         for name in asked.presets:
@@ -180,25 +157,20 @@ def compare(asked: argparse.Namespace) -> dict:
             request = {"preset": name, "settings": {**short, **data}, "place": place}
             found = estimate(name, **place, **data)  # first: it reports a problem with the text in one line
             real = harness.ask("bench.peers.ours:train_run", **request) if asked.steps else {}
-            result["presets"].append({
-                "preset": name, "parameters": found.n_parameters, "steps": found.facts.num_steps,
-                "workers": found.facts.workers, "trial": asdict(found.trial), "seconds": found.seconds,
-                "real": real,
-            })  # fmt: skip
+            facts = {"steps": found.facts.num_steps, "workers": found.facts.workers, "trial": asdict(found.trial)}
+            more = {"parameters": found.n_parameters, "seconds": found.seconds, "real": real}
+            result["presets"].append({"preset": name, **facts, **more})
             say(f"{name}: {duration(sum(found.seconds.values()))}")
-    return result
+            yield result
+    yield result
 
 
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
     gpu, rows = on_gpu(result["backend"]), [row_of(one) for one in result["presets"]]
-    goals = [
-        results.epoch_goal(sum(one["seconds"].values()))
-        for one in result["presets"]
-        if gpu and one["preset"] == results.EPOCH_PRESET
-    ]
-    about = {"backend": {result["backend"]: result["precision"]}}
-    return [*results.heading(result, about), *results.markdown(rows), *([""] if goals else []), *goals]
+    epochs = [one["seconds"] for one in result["presets"] if gpu and one["preset"] == results.EPOCH_PRESET]
+    goals = [results.epoch_goal(sum(seconds.values())) for seconds in epochs]
+    return results.page(result, {"backend": {result["backend"]: result["precision"]}}, rows, *goals)
 
 
 def row_of(one: dict) -> dict[str, str]:
@@ -207,22 +179,18 @@ def row_of(one: dict) -> dict[str, str]:
     if real:
         ratio = memory / real["taken"] if memory and real["taken"] else None
         cells = {
-            "real, ms per step": f"{real['ms']:.3f}",
-            "taken, MiB": mib(real["taken"], 1),
+            "real, ms per step": f"{real['ms']:.3f}", "taken, MiB": mib(real["taken"], 1),
             "ratio": "" if ratio is None else f"{ratio:.3f}",
             f"within {PRECISION:.0%}": "" if ratio is None else verdict(abs(ratio - 1) <= PRECISION),
-        }
+        }  # fmt: skip
     return {
-        "preset": one["preset"],
-        "parameters": f"{one['parameters']:,}",
-        "steps": f"{one['steps']:,}",
+        "preset": one["preset"], "parameters": f"{one['parameters']:,}", "steps": f"{one['steps']:,}",
         "processes": str(one["workers"]),
         **{f"{part}, s": f"{seconds:,.1f}" for part, seconds in one["seconds"].items()},
         "whole run": duration(sum(one["seconds"].values())),
-        "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}",
-        "memory, MiB": mib(memory, 1),
+        "ms per step": f"{1e3 * one['seconds']['training'] / one['steps']:.3f}", "memory, MiB": mib(memory, 1),
         **cells,
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Measures how each parameter affects size, speed and quality, for docs/parameters.md. See bench/README.md.
-
-One base model is trained, and variants in which one parameter differs. A file keeps what was measured; what it has
-already is not trained again.
-"""
+"""How each parameter affects size, speed and quality: the tables of docs/parameters.md. See bench/README.md."""
 
 import argparse
 import json
@@ -20,14 +16,14 @@ from threadpoolctl import threadpool_limits
 import baby_xp
 from baby_xp import files
 from baby_xp.errors import BabyError
+from baby_xp.runs import config_file
 from bench import harness, results
 from bench.harness import say
 from bench.peers import ours
 from bench.results import markdown, mib
 
 RESULTS = harness.ROOT / "bench/results"
-WARMUP = 5
-"""Steps before those that are timed."""
+WARMUP = 5  # steps before those that are timed
 MARK = "<!-- table: {} -->"
 
 
@@ -40,7 +36,11 @@ def main() -> int:
         if asked.speed:
             time_all(asked.file, asked.steps, asked.rounds)
         if asked.table:
-            show(read(asked.file), asked.page)
+            result = read(asked.file)
+            print("\n".join(document(result)))
+        if asked.table and asked.page:
+            asked.page.write_text(filled(asked.page.read_text("utf-8"), tables(result)), encoding="utf-8")
+            say(f"the tables are in {asked.page}")
     except BabyError as error:
         say(f"bench.parameters: {error}")
         return 2
@@ -96,21 +96,18 @@ BASE = {
 
 At the preset's own, 0.003, so few steps leave the model so undertrained that a longer context made it worse.
 """
-SHORT = 10_000
-"""Characters of the short text, the beginning of Shakespeare: few enough to be memorized."""
-SHORT_STEPS = 2000
-"""Steps in which that happens."""
+SHORT, SHORT_STEPS = 10_000, 2000
+"""Characters of the short text, the beginning of Shakespeare, and steps in which they are memorized."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A value of a parameter. `overrides`: what differs from the base; none: it is the base itself."""
+    """A value of a parameter. overrides: what differs from the base, {} for itself. short: on the short text."""
 
     group: str
     value: str
     overrides: dict[str, Any] = field(default_factory=dict)
     short: bool = False
-    """Whether it is trained on the short text."""
 
     @property
     def key(self) -> str:
@@ -139,14 +136,9 @@ ALL = [
     *_of("head_size", 16, 32, 64, 128, base=64),
     *_of("n_heads", 1, 2, 4, 8, 16, base=4),
     *_of("n_layers", 1, 2, 3, 4, 6, base=3),
-    *_each("more steps", {
-        "1,000 steps": {},
-        "4,000 steps": {"num_steps": 4000},
-        "4,000 steps, n_layers 1": {"n_layers": 1, "num_steps": 4000},
-        "4,000 steps, n_ctx 16": {"n_ctx": 16, "num_steps": 4000},
-        "4,000 steps, n_ctx 128": {"n_ctx": 128, "num_steps": 4000},
-        "4,000 steps, n_emb 128": {"n_emb": 128, "num_steps": 4000},
-        "4,000 steps, c_sequence post": {"c_sequence": "post", "num_steps": 4000},
+    *_each("more steps", {"1,000 steps": {}, "4,000 steps": {"num_steps": 4000}} | {
+        f"4,000 steps, {name} {value}": {name: value, "num_steps": 4000}
+        for name, value in (("n_layers", 1), ("n_ctx", 16), ("n_ctx", 128), ("n_emb", 128), ("c_sequence", "post"))
     }),
     *_of("dropout", 0.0, 0.1, 0.2, base=0.0),
     *_of("c_sequence", "pre", "post", base="pre"),
@@ -158,13 +150,11 @@ ALL = [
     *_of("batch_size", 2, 4, 8, 16, 32, base=8),
     *_each("accumulate", {"1, batch_size 8": {}, "4, batch_size 2": {"batch_size": 2, "accumulate": 4}}),
     *_each("base_batch_size", {
-        "batch_size 8, lr 0.01": {},
-        "batch_size 2, lr 0.01": {"batch_size": 2},
+        "batch_size 8, lr 0.01": {}, "batch_size 2, lr 0.01": {"batch_size": 2},
         "batch_size 2, lr 0.0025 by the rule": {"batch_size": 2, "base_batch_size": 8, "min_lr": 2.5e-4},
     }),
     *_each("same tokens", {
-        "batch_size 2, 4,000 steps": {"batch_size": 2, "num_steps": 4000},
-        "batch_size 8, 1,000 steps": {},
+        "batch_size 2, 4,000 steps": {"batch_size": 2, "num_steps": 4000}, "batch_size 8, 1,000 steps": {},
         "batch_size 32, 250 steps": {"batch_size": 32, "num_steps": 250},
     }),
     *_of("num_steps", 250, 500, 1000, 2000, 4000, base=1000),
@@ -185,47 +175,29 @@ ALL = [
     *_of("weight_decay", 0.0, 0.1, 1.0, base=0.1),
     *_of("clip", 0.0, 0.1, 1.0, base=1.0),
     *_each("too fast", {
-        "lr 0.01": {},
-        "lr 0.1": FAST,
-        "no warm-up either": {**FAST, "warmup_steps": 0},
+        "lr 0.01": {}, "lr 0.1": FAST, "no warm-up either": {**FAST, "warmup_steps": 0},
         "no clipping either": {**FAST, "warmup_steps": 0, "clip": 0.0},
         "norms after the layers too": {**FAST, "warmup_steps": 0, "clip": 0.0, "c_sequence": "post"},
     }),
-    *_each("short text", {
-        "nothing": {},
-        "dropout 0.1": {"dropout": 0.1},
-        "dropout 0.2": {"dropout": 0.2},
-        "dropout 0.4": {"dropout": 0.4},
-        "weight_decay 1": {"weight_decay": 1.0},
-        "n_layers 1": {"n_layers": 1},
-        "n_emb 32": {"n_emb": 32},
-        "num_steps 1000": {"num_steps": 1000},
-        "patience 3": {"patience": 3},
+    *_each("short text", {"nothing": {}} | {
+        f"{name} {value:g}": {name: value}
+        for name, value in (("dropout", 0.1), ("dropout", 0.2), ("dropout", 0.4), ("weight_decay", 1.0),
+                            ("n_layers", 1), ("n_emb", 32), ("num_steps", 1000), ("patience", 3))
     }, short=True),
 ]  # fmt: skip
 """In the order of the tables."""
-
 ON_SPEED = {
     "n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout", "c_sequence", "c_attention", "c_network",
     "gelu", "tokenizer", "dtype", "batch_size", "accumulate",
 }  # fmt: skip
 """Groups whose parameter changes the time or the memory of a step."""
-
-ON_TOKENS = {
-    "batch_size", "accumulate", "base_batch_size", "same tokens", "num_steps", "num_epochs",
-    "more steps",
-}  # fmt: skip
+ON_TOKENS = {"batch_size", "accumulate", "base_batch_size", "same tokens", "num_steps", "num_epochs", "more steps"}
 """Groups whose variants do not all see as many tokens."""
 
 
 def groups() -> list[str]:
     """The names of the groups, in order."""
     return list(dict.fromkeys(one.group for one in ALL))
-
-
-def named(key: str) -> Variant:
-    """The variant with that key."""
-    return next(one for one in ALL if one.key == key)
 
 
 def to_train() -> list[Variant]:
@@ -238,16 +210,13 @@ def to_time() -> list[Variant]:
     return list({one.key: one for one in ALL if one.group in ON_SPEED}.values())
 
 
-# quality ------------------------------------------------------------------------------------------------
-
-
 def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
     """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
     if file.exists():
         result = read(file)
     else:
         machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
-        result = {"date": results.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
+        result = {"date": config_file.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
     if result["base"] != base():
         raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
     wanted = {one.key for one in ALL if one.group in chosen} - result["trained"].keys()
@@ -270,12 +239,11 @@ def base() -> dict:
 
 
 def trained(key: str) -> dict:
-    """The child's part: train a variant -> parameters, losses (nats per token), and what the best weights reach.
+    """The child's part: train a variant -> parameters, losses (nats per token), val_loss of the best weights.
 
-    val_loss is that of the best weights over the whole validation part. failed: why there is none. One process
-    and one thread, so that the numbers do not depend on the number of cores.
+    failed: why there is none. In one process and one thread, so that losses do not depend on the number of cores.
     """
-    variant = named(key)
+    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         settings = settings_of(variant, Path(folder))
         try:
@@ -287,15 +255,11 @@ def trained(key: str) -> dict:
     if result["state"] != "done":
         raise KeyboardInterrupt  # the run treats it as a request to stop, and a stopped run is not kept
     return {
-        "overrides": variant.overrides,
-        "parameters": run.model.n_parameters,
-        "steps": result["steps"],
+        "overrides": variant.overrides, "parameters": run.model.n_parameters, "failed": None,
         "tokens": result["steps"] * config["batch_size"] * config["accumulate"] * run.model.config.n_ctx,
         "curve": [[one[name] for name in ("step", "train_loss", "val_loss", "grad_norm")] for one in records],
-        "best_step": result["best_step"],
-        "val_loss": result["val_loss"],
-        "failed": None,
-    }
+        **{name: result[name] for name in ("steps", "best_step", "val_loss")},
+    }  # fmt: skip
 
 
 def settings_of(variant: Variant, folder: Path) -> dict:
@@ -311,17 +275,14 @@ def settings_of(variant: Variant, folder: Path) -> dict:
     return settings
 
 
-# speed --------------------------------------------------------------------------------------------------
-
-
 def time_all(file: Path, steps: int, rounds: int) -> None:
     """Time a step of each variant that may take a different time, in turn, and keep it."""
     result, idle, before = read(file), harness.ask("bench.peers.ours:idle"), results.product_rate()
     requests = {one.key: {"key": one.key, "steps": steps} for one in to_time()}
-    runs, _ = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
+    *_, (runs, _) = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
     result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
     result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
-    result["timed_on"] = results.now()
+    result["timed_on"] = config_file.now()
     # the losses may be from a machine of another class
     result["timed_class"] = harness.class_of(harness.ask("bench.harness:machine"))
     write(file, result)
@@ -330,16 +291,15 @@ def time_all(file: Path, steps: int, rounds: int) -> None:
 def speed_of(runs: list[dict], idle: list[dict]) -> dict:
     """Milliseconds per step, the median of the rounds' medians, and the peak of memory over an idle process's."""
     by_round = [statistics.median(run["ms"]) for run in runs]
-    memory = results.least_growth(runs, idle)
-    return {
-        "ms": statistics.median(by_round), "by_round": by_round, "memory": memory, "workers": runs[0]["workers"],
-    }  # fmt: skip
+    more = {"memory": results.least_growth(runs, idle), "workers": runs[0]["workers"]}
+    return {"ms": statistics.median(by_round), "by_round": by_round, **more}
 
 
 def timed(key: str, steps: int) -> dict:
     """The child's part: train a variant for some steps as `train` does -> ms of each, memory, workers."""
+    variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
-        return ours.train_preset(PRESET, settings_of(named(key), Path(folder)), steps, WARMUP)
+        return ours.train_preset(PRESET, settings_of(variant, Path(folder)), steps, WARMUP)
 
 
 # the tables ---------------------------------------------------------------------------------------------
@@ -348,19 +308,14 @@ def timed(key: str, steps: int) -> dict:
 def document(result: dict) -> list[str]:
     """All tables as Markdown, with what a reader must know about them."""
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines = [f"{result['date']}; {machine}", "", f"Base: {base_command()}", ""]
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
+    lines = [f"{result['date']}; {machine}", "", f"Base: python -m baby_xp train {PRESET} {flags}", ""]
     if result["timed"]:
         where = result.get("timed_class", "see the product rate for the class of machine")
         lines += [f"Timed {result['timed_on']}; {where}", "", *results.rate_lines(result), ""]
     for group, rows in tables(result).items():
         lines += [group, "", *rows, ""]
     return lines
-
-
-def base_command() -> str:
-    """How a reader trains the base."""
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
-    return f"python -m baby_xp train {PRESET} {flags}"
 
 
 def tables(result: dict) -> dict[str, list[str]]:
@@ -389,10 +344,7 @@ def row(variant: Variant, result: dict) -> dict[str, str]:
 
 
 def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
-    """The losses of a variant, and how far its validation loss is from the base's; else why there are none.
-
-    Of one that may overfit: those at the end, and where the validation loss was best.
-    """
+    """The losses of a variant, at the end and at the best step if it may overfit; else why there are none."""
     if found["failed"]:
         reason = found["failed"].partition(";")[0]
         return {"training loss": "", "validation loss": reason, "against the base": ""}
@@ -404,14 +356,6 @@ def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
         return {**cells, **at_end, "at its best": best, "best step": str(found["best_step"])}
     difference = found["val_loss"] - base["val_loss"]
     return {**cells, "validation loss": best, "against the base": f"{difference:+.3f}" if difference else ""}
-
-
-def show(result: dict, page: Path | None) -> None:
-    """Print the tables, and put them into a page where one is named."""
-    print("\n".join(document(result)))
-    if page:
-        page.write_text(filled(page.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
-        say(f"the tables are in {page}")
 
 
 def filled(text: str, found: dict[str, list[str]]) -> str:

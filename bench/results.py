@@ -1,6 +1,5 @@
 """Shared by all results: the machine and its speed at the time, medians and ratios, tables, goals, files."""
 
-import datetime
 import itertools
 import json
 import os
@@ -16,34 +15,25 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from baby_xp import files
 from baby_xp.resources import process_memory
+from baby_xp.runs import config_file
 from bench import harness
 from bench.harness import MIB, US, say
 from bench.workloads import on_gpu
 
-QUIET = 0.75
-"""Share of its best speed that a process keeps over time on a machine that does nothing else."""
-RATE_SECONDS = 1.5
-"""How long the matrix product is repeated."""
+QUIET, RATE_SECONDS = 0.75, 1.5
+"""Share of its best speed that a process keeps on a machine that does nothing else; how long that is measured."""
 
 
 @contextmanager
 def measurement(**facts: Any) -> Iterator[dict]:
     """A result to be filled: the facts, when and where, and how fast matrix products are before and after."""
-    result = {
-        "date": now(),
-        "machine": harness.ask("bench.harness:machine"),
-        "removed_variables": [name for name in harness.REMOVED if name in os.environ],
-        "product_rate_before": product_rate(),
-        **facts,
-    }
+    removed = [name for name in harness.REMOVED if name in os.environ]
+    result = {"date": config_file.now(), "machine": harness.ask("bench.harness:machine")}
+    result |= {"removed_variables": removed, "product_rate_before": product_rate(), **facts}
     yield result
     result["product_rate_after"] = product_rate()
-
-
-def now() -> str:
-    """The time of day, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def product_rate() -> dict[str, float]:
@@ -56,12 +46,8 @@ def product_rate() -> dict[str, float]:
 
 
 def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
-    """Gflop/s of a float32 product (M, C) @ (C, F) on one thread: the mean over RATE_SECONDS, and the best.
-
-    The best shows what kernel and processor can do; the mean also shows what other programs took.
-    """
-    draw = np.random.default_rng(0).standard_normal
-    x, weight = draw((M, C), np.float32), draw((C, F), np.float32)
+    """Gflop/s of a float32 product (M, C) @ (C, F) on one thread: the mean over RATE_SECONDS, and the best."""
+    x, weight = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((M, C), (C, F)))
     marks = [time.perf_counter()]
     with threadpool_limits(1):
         while marks[-1] < marks[0] + RATE_SECONDS:
@@ -71,16 +57,13 @@ def rate(M: int = 768, C: int = 128, F: int = 512) -> dict[str, float]:
     return {"mean": work / float(np.mean(seconds)), "best": work / float(np.min(seconds))}
 
 
-def busy(result: dict) -> bool:
-    """Whether the product rates show that other programs used the machine during the measurement."""
-    rates = [result["product_rate_before"], result["product_rate_after"]]
-    return any(min(rate["alone"], rate["two at once"]) < QUIET * rate["best"] for rate in rates)
+def rates(result: dict) -> dict[str, dict]:
+    """The product rates before and, once it is done, after."""
+    names = {when: f"product_rate_{when}" for when in ("before", "after")}
+    return {when: result[name] for when, name in names.items() if name in result}
 
 
-# statistics of the runs ---------------------------------------------------------------------------------
-
-Average = Callable[[list[float]], float]
-"""Makes one number of the milliseconds of steps: their median, or their mean."""
+Average = Callable[[list[float]], float]  # of the milliseconds of steps: their median, or their mean
 
 
 def times(runs: list[dict]) -> list[float]:
@@ -88,16 +71,8 @@ def times(runs: list[dict]) -> list[float]:
     return [ms for run in runs for ms in run["ms"]]
 
 
-def median(runs: list[dict]) -> float:
-    """The median of them."""
-    return statistics.median(times(runs))
-
-
 def peak(runs: list[dict]) -> int | None:
-    """The most bytes that all processes of a run took; None where memory is not known.
-
-    Shared pages count once. It is an upper bound: the processes need not reach their peaks at the same time.
-    """
+    """The most bytes that all processes of a run took, an upper bound; None where memory is not known."""
     known = all(run["memory"] for run in runs)
     return max(process_memory.growth(run["memory"], {"peak": 0, "shared": 0}) for run in runs) if known else None
 
@@ -109,48 +84,47 @@ def gpu_peak(runs: list[dict]) -> dict[str, int]:
 
 
 def least_growth(runs: list[dict], idle: list[dict]) -> int | None:
-    """The fewest bytes that a run took beyond as many idle processes; None where memory is not known.
-
-    idle: the sizes of an idle process, see bench.peers.ours.idle.
-    """
+    """The fewest bytes that a run took beyond as many processes of the size `idle`; None where it is not known."""
     known = idle and all(run["memory"] for run in runs)
     return min(process_memory.growth(run["memory"], idle[0]) for run in runs) if known else None
 
 
-def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.median) -> float | None:
+def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.median, us=US) -> float | None:
     """Our average step divided by that of a peer; None where one of the two was not measured."""
-    if US not in runs_of or peer not in runs_of:
+    if us not in runs_of or peer not in runs_of:
         return None
-    return average(times(runs_of[US])) / average(times(runs_of[peer]))
+    return average(times(runs_of[us])) / average(times(runs_of[peer]))
 
 
-def against_best(value_of: Mapping[str, float | None]) -> tuple[float, str] | None:
+def against_best(value_of: Mapping[str, float | None], us: str = US) -> tuple[float, str] | None:
     """Our value divided by the smallest one of the peers, and that peer's name; None if one side has none."""
-    peers = {name: value for name, value in value_of.items() if name != US and value is not None}
-    if not peers or value_of.get(US) is None:
+    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
+    if not peers or value_of.get(us) is None:
         return None
     best = min(peers, key=peers.get)
-    return value_of[US] / peers[best], best
+    return value_of[us] / peers[best], best
 
 
-def versus(what: str, runs_of: dict[str, list], average: Average = statistics.median) -> str | None:
+def is_ours(name: str) -> bool:
+    """Whether that is baby_xp, on whatever backend, and not a peer."""
+    return name.startswith(US)
+
+
+def versus(what: str, runs_of: dict[str, list], average: Average = statistics.median, us: str = US) -> str | None:
     """A line: our time as a share of the best peer's, and the range of that share over the rounds."""
-    found = against_best({name: average(times(runs)) for name, runs in runs_of.items()})
+    found = against_best({name: average(times(runs)) for name, runs in runs_of.items()}, us)
     if found is None:
         return None
     share, best = found
-    pairs = zip(runs_of[US], runs_of[best], strict=True)
+    pairs = zip(runs_of[us], runs_of[best], strict=False)  # one may be a turn ahead
     rounds = [average(ours["ms"]) / average(peer["ms"]) for ours, peer in pairs]
     return f"- {what}: {share:.2f} of the best peer's ({best}); by round {min(rounds):.2f} to {max(rounds):.2f}"
 
 
-# tables and files ---------------------------------------------------------------------------------------
-
-
 def markdown(rows: list[dict[str, str]]) -> list[str]:
     """Lines of a Markdown table, aligned so that it reads well as plain text; all rows have the same keys."""
-    names = list(rows[0])
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+    names = list(rows[0]) if rows else ["nothing was measured"]
+    widths = [max(len(name), *(len(row[name]) for row in rows), 0) for name in names]
     lines = [names, ["-" * width for width in widths], *([row[name] for name in names] for row in rows)]
     return [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
@@ -161,8 +135,8 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
 def time_cells(name: str, runs_of: dict[str, list], digits: int) -> dict[str, str]:
     """What the tables of training and of generation say about a library's steps, and ours beside them."""
     ms = times(runs_of[name])
-    found = {"ms per step": statistics.median(ms), "min": min(ms), "max": max(ms)}
-    cells = {what: f"{value:.{digits}f}" for what, value in found.items()}
+    found = zip(("ms per step", "min", "max"), (statistics.median(ms), min(ms), max(ms)), strict=True)
+    cells = {what: f"{value:.{digits}f}" for what, value in found}
     return {"library": name, **cells, "baby_xp / this": ratio_cell(name, runs_of)}
 
 
@@ -177,8 +151,8 @@ def mib(size: int | None, digits: int = 0) -> str:
     return "" if size is None else f"{size / MIB:,.{digits}f}"
 
 
-def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
-    """The lines before the table; about: facts of each library."""
+def page(result: dict, about: Mapping[str, dict], rows: list[dict[str, str]], *below: str | None) -> list[str]:
+    """A result as Markdown. about: facts of each library; below: the lines under the table."""
     machine = result["machine"]
     return [
         f"{machine['processor']}, {machine['system']}, Python {machine['python']}; {result['date']}",
@@ -189,36 +163,52 @@ def heading(result: dict, about: Mapping[str, dict]) -> list[str]:
         *rate_lines(result),
         "- removed from the environment: " + (", ".join(result["removed_variables"]) or "nothing was set"),
         "",
+        *markdown(rows),
+        "",
+        *filter(None, below),
     ]
 
 
 def rate_lines(result: dict) -> list[str]:
     """How fast matrix products were before and after, and a warning if the machine was busy."""
-    rates = {when: result[f"product_rate_{when}"] for when in ("before", "after")}
     lines = [
         f"- matrix product rate {when}: {rate['alone']:.0f} Gflop/s alone, {rate['two at once']:.0f} each "
         f"with two at once, {rate['best']:.0f} at best"
-        for when, rate in rates.items()
+        for when, rate in rates(result).items()
     ]
-    if busy(result):
+    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
+    if any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values()):
         lines.append(f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little")
     return lines
 
 
-def about_each(races: Iterable[dict[str, list]]) -> dict[str, dict]:
+def about_each(races: Iterable[dict]) -> dict[str, dict]:
     """What each library reported about itself in its first run."""
-    return {name: runs[0]["about"] for found in races for name, runs in found.items()}
+    return {name: runs[0]["about"] for race in races for name, runs in race["runs"].items()}
 
 
-def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> Path | None:
-    """Print the lines. Where a folder is named, keep them and the result as <date>-<machine><suffix>.json and .md.
+def show(
+    states: Iterable[dict], document: Callable[[dict], list[str]], out: Path | None, suffix: str = ""
+) -> tuple[dict, Path | None]:
+    """Write each state of a growing result as `stem`.json and .md, and print what `document` makes of the last.
 
-    Earlier measurements of the day stay. Returns the path without its ending, for what else belongs there.
+    Returns the last state and the stem, <date>-<machine><suffix>; None where no folder is named.
     """
-    text = "\n".join(lines) + "\n"
+    stem = None
+    for result in states:
+        text = "\n".join(document(result)) + "\n"
+        if out is not None:
+            stem = stem or stem_of(result, out, suffix)
+            files.write(Path(f"{stem}.json"), json.dumps(result, indent=1) + "\n")
+            files.write(Path(f"{stem}.md"), text)
     print(text, end="")
-    if out is None:
-        return None
+    if stem:
+        say(f"\nkept as {stem}.json and .md")
+    return result, stem
+
+
+def stem_of(result: dict, out: Path, suffix: str) -> Path:
+    """A path in the folder `out`, without an ending, that no result has yet: earlier ones of the day stay."""
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
     cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"
@@ -227,30 +217,22 @@ def show(result: dict, lines: list[str], out: Path | None, suffix: str = "") -> 
     numbers = itertools.count(2)
     while Path(f"{stem}.json").exists():
         stem = first.with_name(f"{first.name}-{next(numbers)}")
-    out.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(f"{stem}.md").write_text(text, encoding="utf-8")
-    say(f"\nkept as {stem}.json and .md")
     return stem
 
 
 # the goals on one H200 ----------------------------------------------------------------------------------
 
-STEP = {
-    **{name: {"torch.compile": 1.0, "torch": 0.5} for name in ("W1", "W2", "W3")},
-    "W4": {"torch.compile": 1.2},
-}
-"""The largest share of a peer's median step, at the same precision, that baby_xp's may take."""
-EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0
-"""One epoch of W3's model, evaluations included."""
-TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000
-"""`train nanogpt-gpu` on Shakespeare: validation loss (nats per token), and seconds of the whole command."""
+# the largest share of a peer's median step, at the same precision, that baby_xp's may take
+STEP = {name: {"torch.compile": 1.0, "torch": 0.5} for name in ("W1", "W2", "W3")} | {"W4": {"torch.compile": 1.2}}
+EPOCH_PRESET, EPOCH_MINUTES = "48-months", 5.0  # one epoch of W3's model, evaluations included
+TRAIN_LOSS, TRAIN_SECONDS, TRAIN_STEPS = 1.47, 90.0, 5000  # `train nanogpt-gpu`, the whole command
 
 
 def step_goals(workload: str, precision: str, runs_of: dict[str, list]) -> list[str]:
-    """A line for each goal of a workload; runs_of: the rounds of each library."""
+    """A line for each goal of a workload, and for each backend of ours; runs_of: the rounds of each library."""
     return [
-        goal(f"{workload} {precision}, share of {peer}'s time", ratio(runs_of, peer), most, "{:.2f}")
+        goal(f"{workload} {precision}, {us}'s share of {peer}'s time", ratio(runs_of, peer, us=us), most, "{:.2f}")
+        for us in [US, *(name for name in runs_of if is_ours(name) and name != US)]
         for peer, most in STEP.get(workload, {}).items()
     ]
 

@@ -1,8 +1,4 @@
-"""The least time that a training step can take on a device: its operations at the device's measured rate of large
-products, or its bytes at the measured bandwidth, whichever is longer.
-
-Both rates are measured in the same run as the steps, at the same precision.
-"""
+"""What bounds a step on a device: its operations at the measured rate of products, its bytes at the bandwidth."""
 
 import operator
 import time
@@ -10,62 +6,45 @@ from collections.abc import Callable
 
 import numpy as np
 
-from baby_xp.arrays.registry import load
 from baby_xp.config import GPTConfig
 from baby_xp.layers import mlp
 from baby_xp.resources import counts
+from bench.peers import ours
+from bench.workloads import on_gpu
 
-SIZES = {"cupy": (8192, 2**27)}
-"""By backend: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
-SMALL_SIZES = (1024, 2**22)
-"""The same for backends on a CPU, which only stand in for a GPU."""
-SECONDS = 1.5
-"""How long each of the two is repeated."""
-CALLS = 5
-"""Calls between two waits for the device."""
+SIZES = {True: (8192, 2**27), False: (1024, 2**22)}
+"""On a GPU or not: rows of the square product, and elements of the arrays of the sum (half a GiB each)."""
+SECONDS, CALLS = 1.5, 5
+"""How long each of the two is repeated, and calls between two waits for the device."""
 
 
-def measure(
-    backend: str, precision: str = "float32", sizes: tuple[int, int] | None = None, seconds: float = SECONDS
-) -> dict:
+def measure(backend: str, precision: str = "float32", sizes: tuple[int, int] | None = None) -> dict:
     """Measure this device through the backend, in this process; half precision through PyTorch.
 
     Returns "flops": operations per second of a square product, "bytes": bytes per second of a sum of two arrays
     (two are read, one is written), "device", and the sizes. The best of many readings.
     """
-    n, elements = sizes or SIZES.get(backend, SMALL_SIZES)
-    through = through_torch if precision == "half" else through_baby_xp
-    make, wait, itemsize, device = through(backend, precision)
+    n, elements = sizes or SIZES[on_gpu(backend)]
+    if precision == "half":  # baby_xp has none
+        import torch
+
+        from bench.peers.torch import device_of
+
+        itemsize, device = 2, device_of(backend)
+        put = lambda host: torch.from_numpy(host).to(device, torch.bfloat16)  # noqa: E731
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    else:
+        loaded = ours.load_at(backend, precision)
+        put, wait, itemsize, device = loaded.asarray, loaded.synchronize, 4, loaded.device
 
     def most(operation: Callable, *shape: int) -> float:
-        factors = make(shape), make(shape)
-        return calls_per_second(lambda: operation(*factors), wait, seconds)
+        # a product of zeros draws less power, and runs faster than one of numbers
+        factors = [put(np.random.default_rng(0).random(shape, np.float32)) for _ in range(2)]
+        return calls_per_second(lambda: operation(*factors), wait, SECONDS)
 
     flops = 2 * n**3 * most(operator.matmul, n, n)
     moved = 3 * itemsize * elements * most(operator.add, elements)
-    return {"flops": flops, "bytes": moved, "n": n, "elements": elements, "device": device}
-
-
-def through_baby_xp(backend: str, precision: str):
-    """How to make arrays, how to wait for the device, bytes of an element, and the name of the device."""
-    loaded = load(backend, None, "float32", **({"tf32": True} if precision == "tf32" else {}))
-    return lambda shape: loaded.asarray(_numbers(shape)), loaded.synchronize, 4, loaded.device
-
-
-def through_torch(backend: str, precision: str):
-    """The same in PyTorch's bfloat16, which baby_xp does not have."""
-    import torch
-
-    from bench.peers.torch import device_of
-
-    device = device_of(backend)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return lambda shape: torch.from_numpy(_numbers(shape)).to(device, torch.bfloat16), wait, 2, str(device)
-
-
-def _numbers(shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform numbers: a product of zeros draws less power, and runs faster than one of numbers."""
-    return np.random.default_rng(0).random(shape, np.float32)
+    return {"flops": flops, "bytes": moved, "n": n, "elements": elements, "device": str(device)}
 
 
 def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -> float:
@@ -84,14 +63,10 @@ def calls_per_second(call: Callable, wait: Callable[[], None], seconds: float) -
             return best
 
 
-# counting -----------------------------------------------------------------------------------------------
-
-
 def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
     """Floating-point operations that no step can leave out: 2 M K N per product, forward and for both gradients.
 
-    Less than counts.step_flops, which counts what baby_xp does on a CPU: scores that the causal mask hides do not
-    count here, nor does the gradient of the embeddings, which need not be a product.
+    Unlike in counts.step_flops, scores that the mask hides do not count, nor does the gradient of the embeddings.
     """
     T, N = config.n_ctx, batch_size * config.n_ctx
     hidden = 2 * config.n_layers * N * (T - 1) * config.head_size  # of queries with keys, and weights with values
@@ -101,11 +76,8 @@ def step_flops(config: GPTConfig, vocab_size: int, batch_size: int) -> int:
 def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
     """Bytes that a step must move at least: what passes between its products, and AdamW's arrays.
 
-    Every factor of a product is read once and its result written once, forward and for both gradients. Attention
-    reads queries, keys and values and writes its output, as a fused one does: scores do not count. All that is
-    elementwise is taken to be free, as if it were fused with the products. AdamW reads the weights, gradients,
-    both moments and the decay mask and writes weights and moments, in float32. What stays in a cache between
-    two products need not be moved, so a small model may come below this. For `mha` and `mlp` alone.
+    AdamW reads the weights, gradients, both moments and the decay mask and writes weights and moments, in float32.
+    For `mha` and `mlp` alone.
     """
     N, C, S, F = batch_size * config.n_ctx, config.n_emb, config.head_size, mlp.EXPANSION * config.n_emb
     linear = lambda K, M: 3 * (N * K + K * M + N * M)  # noqa: E731  forward, and the gradients of both factors
@@ -114,8 +86,3 @@ def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: in
     embedding = 2 * N * C + N * C + vocab_size * C  # rows read and written; their gradient
     moved = config.n_layers * block + linear(C, vocab_size) + embedding
     return itemsize * moved + 4 * 8 * sum(counts.parameters(config, vocab_size).values())
-
-
-def floor_ms(flops: int, moved: int, rates: dict) -> float:
-    """The fewest milliseconds of a step: the longer of its operations and its bytes, at these rates."""
-    return 1e3 * max(flops / rates["flops"], moved / rates["bytes"])

@@ -1,46 +1,47 @@
 """The time of a training step, compared with the same model in other libraries. See bench/README.md."""
 
 import argparse
+import itertools
+import statistics
+from collections.abc import Iterator
 
 from baby_xp.resources import counts
 from bench import harness, peers, results, roofline
 from bench.harness import US, say
 from bench.results import mib
-from bench.workloads import TOLERANCES, WORKLOADS, Workload, named, on_gpu, usual
+from bench.workloads import FOR_A_GPU, TOLERANCES, WORKLOADS, Workload, named, on_gpu
 
 
 def main() -> int:
     """Measure what the command line asks for, print the tables and keep them under --out.
 
-    Exit code 1 if a library failed on the way: the others are measured all the same.
+    Exit code 1 if a library failed or was left out on the way: the others are measured all the same.
     """
     asked = parse()
     found = peers.present(asked.peers, asked.backend, "bench.train")
     lineup = {precision: able(found, precision) for precision in asked.precision}
-    for workload in asked.workloads:
-        if problem := disagreement(workload, lineup, asked.backend):
-            say(f"bench.train: {problem}")
-            return 2
-    result = measure(asked, lineup)
-    results.show(result, document(result), asked.out)
+    result, _ = results.show(measure(asked, lineup), document, asked.out)
     return 1 if any(race["failed"] for race in result["races"]) else 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = harness.parser("bench.train", __doc__, backend="numpy", steps=None, rounds=3, out=None)
-    known = ",".join(WORKLOADS)
-    parser.add_argument("--workloads", type=named, help=f"some of {known} (default: all; on a CPU all except W5)")
+    parser = harness.parser("bench.train", __doc__, backend="numpy", device=None, steps=None, rounds=3, out=None)
+    parser.add_argument("--workloads", type=named, help=f"of {','.join(WORKLOADS)} (all; on a CPU all but W5)")
     known = harness.names_of(TOLERANCES, "precision")
     parser.add_argument("--precision", type=known, default="float32", help="of matrix products (%(default)s)")
     others = [name for name in peers.TRAINERS if name != US]
-    usual_peers = ",".join(name for name in others if name not in peers.FOR_A_GPU)
+    usual_peers = ",".join(name for name in others if name not in peers.BY_NAME)
     known = harness.names_of(others, "peer", none=True)
     parser.add_argument("--peers", type=known, default=usual_peers, help='libraries; "": none (%(default)s)')
     asked = parser.parse_args()
+    if asked.backend == "jax":
+        asked.device = asked.device or "cpu"  # where its peers then are
+    asked.backend = f"{asked.backend}:{asked.device}" if asked.device else asked.backend
     if asked.precision != ["float32"] and not on_gpu(asked.backend):
-        parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: --backend cupy")
-    asked.workloads = asked.workloads or usual(asked.backend)
+        parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: cupy, or jax with --device gpu")
+    usual = [one for one in WORKLOADS.values() if on_gpu(asked.backend) or one.name not in FOR_A_GPU]
+    asked.workloads = asked.workloads or usual
     return asked
 
 
@@ -52,61 +53,58 @@ def able(others: list[str], precision: str) -> list[str]:
     return [name for name in (US, *others) if name not in lacking]
 
 
-# the check ----------------------------------------------------------------------------------------------
-
-
-def disagreement(workload: Workload, lineup: dict[str, list[str]], backend: str) -> str | None:
-    """Why the libraries cannot be compared, or None. One that fails altogether is taken out of the lineup.
+def left_out(workload: Workload, lineup: dict[str, list[str]], backend: str) -> dict[tuple[str, str], str]:
+    """Why some cannot be compared on a workload, by precision and name: their losses differ, or they fail.
 
     Each computes the loss of the same batch at the same weights, without dropout, before and after a step of
     training: the first would differ with another model, the second with other gradients or another optimizer.
-    All are compared with baby_xp in float32, a coarser precision within wider bounds.
+    All are compared with baby_xp in float32, a coarser precision within wider bounds; nobody is without that.
     """
     request = {"workload": workload.name, "backend": backend}
-    ours = harness.ask("bench.peers:losses", name=US, precision="float32", **request)
-    for precision, name in [(precision, name) for precision, names in lineup.items() for name in names]:
+    all_of_them, found = [(precision, name) for precision, names in lineup.items() for name in names], {}
+    try:
+        ours = harness.ask("bench.peers:losses", name=US, precision="float32", **request)
+    except harness.Failed as error:
+        all_of_them, found = [], dict.fromkeys(all_of_them, f"{error}: {US} float32 cannot be compared with")
+    for precision, name in all_of_them:
         if (name, precision) == (US, "float32"):
             continue
         try:
             theirs = harness.ask("bench.peers:losses", name=name, precision=precision, **request)
         except harness.Failed as error:
-            if name == US:
-                raise
-            lineup[precision].remove(name)
-            say(f"bench.train: {workload.name}: {name} {precision}: {error}: it is left out from here on")
+            found[precision, name] = str(error)
             continue
         # written so that NaN counts as a difference
         if not all(abs(b - a) <= TOLERANCES[precision] * abs(a) for a, b in zip(ours, theirs, strict=True)):
-            pairs = {US: ours, name if precision == "float32" else f"{name} {precision}": theirs}
-            losses = "; ".join(f"{who} {first:.6f}, {last:.6f}" for who, (first, last) in pairs.items())
-            return f"{workload.name} is not compared: losses before and after a step differ: {losses}"
-    return None
+            pairs = {name: theirs, f"those of {US}": ours}
+            losses = ", ".join(f"{who} {first:.6f} {last:.6f}" for who, (first, last) in pairs.items())
+            found[precision, name] = f"its losses before and after a step differ: {losses}"
+    for (precision, name), why in found.items():
+        say(f"bench.train: {workload.name}: {name} {precision} is left out: {why}")
+    return found
 
 
-# measuring ----------------------------------------------------------------------------------------------
-
-
-def measure(asked: argparse.Namespace, lineup: dict[str, list[str]]) -> dict:
-    """All measurements, as they go into the JSON file: a race for each workload and precision."""
+def measure(asked: argparse.Namespace, lineup: dict[str, list[str]]) -> Iterator[dict]:
+    """All measurements so far, as they go into the JSON file: a race for each workload and precision."""
     with results.measurement(backend=asked.backend, rooflines={}, races=[]) as result:
-        if on_gpu(asked.backend):
-            result["rooflines"] = {precision: roofline_of(asked.backend, precision) for precision in lineup}
+        for precision in lineup if on_gpu(asked.backend) else ():
+            try:
+                rates = harness.ask("bench.roofline:measure", backend=asked.backend, precision=precision)
+            except harness.Failed as error:
+                rates = None
+                say(f"bench.train: no roofline for {precision}: {error}")
+            result["rooflines"][precision] = rates
         for workload in asked.workloads:
-            result["races"] += races_of(workload, asked, lineup)
-    return result
+            before = result["races"]
+            for races in races_of(workload, asked, lineup):
+                result["races"] = before + races
+                yield result
+    yield result
 
 
-def roofline_of(backend: str, precision: str) -> dict | None:
-    """The device's rates, see bench.roofline; None where they cannot be measured."""
-    try:
-        return harness.ask("bench.roofline:measure", backend=backend, precision=precision)
-    except harness.Failed as error:
-        say(f"bench.train: no roofline for {precision}: {error}")
-        return None
-
-
-def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, list[str]]) -> list[dict]:
-    """Runs of a workload and counts of its shapes, for each precision. All precisions take turns too."""
+def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, list[str]]) -> Iterator[list[dict]]:
+    """After each turn, the runs of a workload and counts of its shapes, for each precision. All take turns."""
+    failed = left_out(workload, lineup, asked.backend)
     warmup, steps = workload.pace(asked.backend)
     request = {"workload": workload.name, "steps": asked.steps or steps, "warmup": warmup}
     request |= {"dropout": workload.dropout, "backend": asked.backend}
@@ -114,80 +112,68 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
         (precision, name): {"name": name, "precision": precision, **request}
         for precision, names in lineup.items()
         for name in names
+        if (precision, name) not in failed
     }
-    runs, failed = harness.take_turns("bench.peers:train", requests, asked.rounds, workload.name)
     shape = workload.model(workload.dropout).config, workload.vocab_size, workload.batch_size
-    return [
-        {
-            "workload": workload.name,
-            "precision": precision,
-            "flops": (roofline if on_gpu(asked.backend) else counts).step_flops(*shape),
-            "bytes": roofline.step_bytes(*shape, itemsize=2 if precision == "half" else 4),
-            "runs": {name: found for (kind, name), found in runs.items() if kind == precision},
-            "failed": {name: why for (kind, name), why in failed.items() if kind == precision},
-        }
-        for precision in lineup
-    ]
+    turns = harness.take_turns("bench.peers:train", requests, asked.rounds, workload.name)
+    for runs, lost in itertools.chain([({}, {})], turns):
+        yield [
+            {
+                "workload": workload.name,
+                "precision": precision,
+                "flops": (roofline if on_gpu(asked.backend) else counts).step_flops(*shape),
+                "bytes": roofline.step_bytes(*shape, itemsize=2 if precision == "half" else 4),
+                "runs": {name: found for (kind, name), found in runs.items() if kind == precision},
+                "failed": {name: why for (kind, name), why in {**failed, **lost}.items() if kind == precision},
+            }
+            for precision in lineup
+        ]
 
 
-# the text -----------------------------------------------------------------------------------------------
+def floor(result: dict, race: dict) -> tuple[float | None, str | None]:
+    """What the products of a step, and on a GPU the bytes, take at full speed: in ms, and as a line, or None.
 
-
-def products_ms(result: dict, race: dict) -> float | None:
-    """Milliseconds that the matrix products of a step would take at full speed; None on a GPU.
-
-    Full speed is the best product of this run, before or after, on every core. It is a speed of CPU cores.
+    On a CPU, full speed is the best product of this run, before or after, on every core; on a GPU, the roofline.
     """
-    if on_gpu(result["backend"]):
-        return None
-    best = max(result[f"product_rate_{when}"]["best"] for when in ("before", "after"))  # Gflop/s of a core
-    return 1e-6 * race["flops"] / (result["machine"]["cores"] * best)
-
-
-def floor_ms(result: dict, race: dict) -> float | None:
-    """The fewest milliseconds of a step on this GPU; None on a CPU, or where it was not measured."""
-    rates = result["rooflines"].get(race["precision"])
-    return roofline.floor_ms(race["flops"], race["bytes"], rates) if rates else None
+    gflop, gpu = 1e-9 * race["flops"], on_gpu(result["backend"])
+    if not gpu:
+        best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
+        ms = 1e3 * gflop / (result["machine"]["cores"] * best)
+        return ms, f"{gflop:.1f} Gflop of matrix products per step: {ms:.1f} ms at full speed"
+    if not (rates := result["rooflines"].get(race["precision"])):
+        return None, None
+    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
+    parts = f"{gflop:.1f} Gflop take {computing:.3f} ms, {1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
+    return max(computing, moving), f"no step can take less than {max(computing, moving):.3f} ms: {parts}"
 
 
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
     races = result["races"]
-    rows = [row for race in races for row in rows_of(result, race)]
+    rows, below = ([line for race in races for line in of(result, race)] for of in (rows_of, verdict))
     rates = [
         f"- {precision}: {rates['device']}: a product of {rates['n']:,} rows at {1e-12 * rates['flops']:.2f} "
         f"Tflop/s, a sum of {rates['elements']:,} elements at {1e-9 * rates['bytes']:,.0f} GB/s"
         for precision, rates in result["rooflines"].items()
         if rates
     ]
-    return [
-        *results.heading(result, results.about_each(race["runs"] for race in races)),
-        *(results.markdown(rows) if rows else ["nothing could be measured"]),
-        "",
-        *rates,
-        *(line for race in races for line in verdict(result, race)),
-    ]
+    return results.page(result, results.about_each(races), rows, *rates, *below)
 
 
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
-    gpu, workload, rows = on_gpu(result["backend"]), race["workload"], []
-    products, floor = products_ms(result, race), floor_ms(result, race)
+    tokens = WORKLOADS[race["workload"]].batch_size * WORKLOADS[race["workload"]].n_ctx
+    gpu, workload, rows, (least, _) = on_gpu(result["backend"]), race["workload"], [], floor(result, race)
     for name, runs in race["runs"].items():
-        median = results.median(runs)
+        median, memory = statistics.median(results.times(runs)), results.gpu_peak(runs)
+        more = {"share of the roofline" if gpu else "products' share": f"{least / median:.0%}" if least else ""}
         if gpu:
-            memory = results.gpu_peak(runs)
-            share = "" if floor is None else f"{floor / median:.0%}"
             used_and_held = f"{mib(memory['used'])} / {mib(memory['held'])}" if memory else ""
-            more = {"share of the roofline": share, "peak GPU MiB used/held": used_and_held}
-        else:
-            more = {"products' share": f"{products / median:.0%}"}
+            more["peak GPU MiB used/held"] = used_and_held
         rows.append({
-            "workload": workload,
-            **({"precision": race["precision"]} if gpu else {}),
+            "workload": workload, **({"precision": race["precision"]} if gpu else {}),
             **results.time_cells(name, race["runs"], 3 if gpu else 1),
-            "tokens/s": f"{1e3 * WORKLOADS[workload].tokens / median:,.0f}",
-            **more,
+            "tokens/s": f"{1e3 * tokens / median:,.0f}", **more,
             "peak MiB": mib(results.peak(runs)),
         })  # fmt: skip
     return rows
@@ -197,33 +183,19 @@ def verdict(result: dict, race: dict) -> list[str]:
     """The lines under the table: against the best peer in time and in memory, the floor, and the goals."""
     gpu, runs_of = on_gpu(result["backend"]), race["runs"]
     label = f"{race['workload']} {race['precision']}" if gpu else race["workload"]
-    lines = [results.versus(f"{label}: time per step", runs_of)]
+    ours = [name for name in runs_of if results.is_ours(name)]
+    lines = [results.versus(f"{label}: {name}'s time per step", runs_of, us=name) for name in ours]
     peak = (lambda runs: results.gpu_peak(runs).get("used")) if gpu else results.peak
     if memory := results.against_best({name: peak(runs) for name, runs in runs_of.items()}):
         what = "peak GPU memory in use" if gpu else "peak memory"
         lines.append(f"- {label}: {what}: {memory[0]:.2f} of the smallest peer's ({memory[1]})")
-    lines += [f"- {label}: {name} failed: {why}" for name, why in race["failed"].items()]
-    lines.append(floor_line(label, result, race))
+    lines += [f"- {label}: {name} is left out: {why}" for name, why in race["failed"].items()]
+    lines += [f"- {label}: {line}" for line in floor(result, race)[1:] if line]
     if gpu and US in (*runs_of, *race["failed"]):
         lines += results.step_goals(race["workload"], race["precision"], runs_of)
     elif gpu:
         lines.append(f"- {label}: baby_xp has no {race['precision']} precision yet")
-    return [line for line in lines if line]
-
-
-def floor_line(label: str, result: dict, race: dict) -> str | None:
-    """What the products, and on a GPU the bytes, would take at full speed."""
-    gflop, products, floor = 1e-9 * race["flops"], products_ms(result, race), floor_ms(result, race)
-    if products is not None:
-        return f"- {label}: {gflop:.1f} Gflop of matrix products per step: {products:.1f} ms at full speed"
-    if floor is None:
-        return None
-    rates = result["rooflines"][race["precision"]]
-    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
-    return (
-        f"- {label}: no step can take less than {floor:.3f} ms: {gflop:.1f} Gflop take {computing:.3f} ms, "
-        f"{1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
-    )
+    return list(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""The workloads: five GPTs, the batches that they are trained on, and the precisions of their products.
-
-- float32: products in float32, as on a CPU; coarser products that a GPU's libraries would choose are turned off
-- tf32: arrays in float32, factors of products rounded to 10 bits: tensor cores of NVIDIA GPUs from 2020 on
-- half: for PyTorch, bfloat16 autocast: factors and results of products have 7 bits, weights stay float32
-"""
+"""What is measured: five GPTs, their batches, and the precisions of their products. See bench/README.md."""
 
 from dataclasses import dataclass
 
@@ -17,17 +12,19 @@ from bench import harness
 TOLERANCES = {"float32": 1e-4, "tf32": 5e-4, "half": 2e-3}
 """Largest relative difference of a loss from baby_xp's in float32, where both do the same work.
 
-Measured with PyTorch 2.13 on a CPU, W1 to W3: bfloat16 autocast changes the two losses by up to 8e-5 of their
-value. TF32 rounds 8 times finer than bfloat16. A GPU adds up in another order; W5's losses are not known yet.
+On a CPU, W1 to W3, PyTorch's bfloat16 autocast changes the losses by up to 8e-5 of their value; TF32 rounds 8
+times finer. A GPU adds up in another order; W5's losses are not known yet.
 """
-GPU_WARMUP = 20
-N_IDS = 100_000
-"""Length of the text of random ids: the time of a step does not depend on them."""
+GPU_WARMUP, N_IDS = 20, 100_000
+"""Steps; and the length of the text of random ids, on which the time of a step does not depend."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a model and of its batch, and how many steps make a measurement."""
+    """Sizes of a model and of its batch, and how many steps a round measures: steps, on a GPU gpu_steps.
+
+    warmup: steps before them, in which caches, thread pools and memory settle, and all is compiled.
+    """
 
     name: str
     about: str
@@ -39,35 +36,17 @@ class Workload:
     batch_size: int
     dropout: float
     steps: int
-    """Steps measured in a round, unless --steps says otherwise."""
     warmup: int
-    """Steps before them, in which caches, thread pools and memory of the process settle.
-
-    Whatever is compiled is compiled in the first step: later ones take the same time as all others.
-    """
     gpu_steps: int = 100
-    """Steps measured in a round on a GPU."""
 
     def pace(self, backend: str) -> tuple[int, int]:
-        """Warm-up and steps of a round on that backend.
-
-        On a GPU the warm-up is longer: kernels are compiled or loaded at their first use, and a step runs a few
-        times before it is captured as a graph.
-        """
+        """Warm-up and steps of a round on that backend; a step runs a few times before a GPU has it as a graph."""
         return (GPU_WARMUP, self.gpu_steps) if on_gpu(backend) else (self.warmup, self.steps)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch_size * self.n_ctx
 
     def model(self, dropout: float) -> Model:
         """The model with that dropout rate."""
-        config = GPTConfig(
-            n_ctx=self.n_ctx, n_emb=self.n_emb, head_size=self.n_emb, n_heads=self.n_heads,
-            n_layers=self.n_layers, dropout=dropout,
-        )  # fmt: skip
-        return Model(config, self.vocab_size)
+        sizes = {name: getattr(self, name) for name in ("n_ctx", "n_emb", "n_heads", "n_layers")}
+        return Model(GPTConfig(head_size=self.n_emb, dropout=dropout, **sizes), self.vocab_size)
 
     def training(self, num_steps: int) -> TrainConfig:
         """How every library trains: AdamW at a constant rate, clipped, float32."""
@@ -95,18 +74,16 @@ WORKLOADS = {
         Workload("W5", "GPT-2 small's shape", 50257, 1024, 768, 12, 12, 8, 0.0, 1, 1, 30),
     )
 }
-FOR_A_GPU = ("W5",)
-"""Workloads that a CPU is measured on only if they are named: a step takes minutes there."""
+FOR_A_GPU = ("W5",)  # a CPU is measured on it only if it is named: a step takes minutes there
 
 
 def on_gpu(backend: str) -> bool:
-    """Whether that backend of baby_xp is measured as a GPU, and its peers on the GPU too."""
-    return backend == "cupy"
+    """Whether that backend of baby_xp is measured as a GPU, and its peers on the GPU too.
 
-
-def usual(backend: str) -> list[Workload]:
-    """The workloads that are measured if none is named."""
-    return [one for name, one in WORKLOADS.items() if on_gpu(backend) or name not in FOR_A_GPU]
+    backend: its name, and after a colon its device if that is not the usual one: "cupy", "jax:gpu".
+    """
+    name, _, device = backend.partition(":")
+    return name == "cupy" or device.startswith(("gpu", "cuda"))
 
 
 def of(workload: str | dict) -> Workload:

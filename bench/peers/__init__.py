@@ -34,27 +34,23 @@ TRAINERS: dict[str, tuple[str, dict]] = {
     "torch.compile": ("bench.peers.torch:train", {"compiled": "default"}),
     "jax": ("bench.peers.jax:train", {}),
     "torch.compile-graphs": ("bench.peers.torch:train", {"compiled": "reduce-overhead"}),
+    "baby_xp-jax": ("bench.peers.ours:train", {"library": "jax"}),
 }
-"""Function and options of each."""
 GENERATORS: dict[str, tuple[str, dict]] = {
     "baby_xp": ("bench.peers.ours:generate", {}),
     "torch": ("bench.peers.torch:generate", {}),
     "torch-1-thread": ("bench.peers.torch:generate", {"threads": 1}),  # a single token is little work to share
 }
-FOR_A_GPU = ("torch.compile-graphs",)
-"""Peers that are measured on a GPU only, and only if they are named."""
-LACKING = {"baby_xp": ("half",), "jax": ("half",)}
-"""Precisions that a library is not measured in."""
+BY_NAME = ("torch.compile-graphs", "baby_xp-jax")  # measured only if they are named
+LACKING = {"baby_xp": ("half",), "jax": ("half",), "baby_xp-jax": ("half",)}  # precisions that a library has not
 SPREAD = 5.0
-"""Factor on the first weights that all generate with. As they are drawn, attention hardly changes the logits, and
-the check whether two models agree would miss a fault in it; the time of a step does not depend on it."""
+"""Factor on the first weights that all generate with: as they are drawn, attention hardly changes the logits."""
 
 
 class Clock:
     """Batches that were drawn before, and the time in seconds at which each was asked for.
 
-    Every `every` steps it waits for the device first: only these are times of whole steps. A trainer sets `wait`
-    to what waits for its device.
+    Every `every` steps it waits for the device first, as the trainer says: these are times of whole steps.
     """
 
     def __init__(self, batches: list[Batch], every: int = 1):
@@ -79,40 +75,37 @@ class Clock:
 
 @dataclass
 class Outcome:
-    """What a trainer or a generator did."""
+    """What a trainer or a generator did.
+
+    losses: nats per token, the last mean during training, and that of the first batch after the last step. about:
+    what a reader must know to interpret the time. memory: as process_memory.taken reports it. gpu_memory: peak
+    bytes of the GPU's memory in use ("used"), and held by the library ("held"); {} on a CPU.
+    """
 
     losses: list[float]
-    """Nats per token: the last mean during training, and that of the first batch after the last step."""
     about: dict[str, str]
-    """Versions, threads or workers, BLAS kernel: what a reader must know to interpret the time."""
     memory: list[dict[str, int]] = field(default_factory=list)
-    """The sizes of all of its processes, as baby_xp.resources.process_memory.taken reports them."""
     gpu_memory: dict[str, int] = field(default_factory=dict)
-    """Peak bytes of the GPU's memory in use, and held by the library; empty on a CPU."""
-
-
-# in the child processes ---------------------------------------------------------------------------------
 
 
 def train(name: str, workload: str | dict, steps: int, warmup: int, dropout: float, **options) -> dict:
     """Train a library's model -> its Outcome, and `ms`: milliseconds of each step after the warm-up.
 
-    One more step is done than is asked for, as the time of a step ends where the next begins. Where Python runs
-    ahead of the device, both numbers are rounded up and `ms` are means of the steps between two readings.
+    One more step is done, as the time of a step ends where the next begins. Where Python runs ahead of the device,
+    both numbers are rounded up and `ms` are means of the steps between two readings.
     """
-    every = steps_per_reading(options.get("backend", "numpy"))
+    backend = options.get("backend", "numpy")
+    every = READ_EVERY if on_gpu(backend) or backend.startswith("jax") else 1
     warmup, steps = (-(-number // every) * every for number in (warmup, steps))
-    chosen = workloads.of(workload)
+    chosen, (task, own) = workloads.of(workload), TRAINERS[name]
     clock = Clock(chosen.batches(warmup + steps + 1), every)
-    task, own = TRAINERS[name]
     outcome = resolve_name(task)(chosen, dropout, clock, **own, **options)
     return {**asdict(outcome), "ms": clock.ms(warmup)}
 
 
 def losses(name: str, workload: str, **options) -> list[float]:
     """The loss before and after one step without dropout, both of the first batch: nats per token."""
-    chosen = workloads.of(workload)
-    task, own = TRAINERS[name]
+    chosen, (task, own) = workloads.of(workload), TRAINERS[name]
     return resolve_name(task)(chosen, 0.0, Clock(chosen.batches(1)), **own, **options).losses
 
 
@@ -121,9 +114,6 @@ def generate(name: str, workload: str, batch: int, tokens: int, warmup: int, bac
     task, own = GENERATORS[name]
     outcome, ms = resolve_name(task)(workloads.of(workload), batch, warmup + tokens, backend, **own)
     return {**asdict(outcome), "ms": ms[-tokens:]}
-
-
-# used by several peers ----------------------------------------------------------------------------------
 
 
 def first_weights(model: Model) -> dict:
@@ -147,14 +137,6 @@ def step_times(texts: Iterable) -> list[float]:
     return [1e3 * (end - begin) for begin, end in itertools.pairwise(marks)]
 
 
-def steps_per_reading(backend: str) -> int:
-    """Steps between two waits of the training loop for its device: 1 where every call waits."""
-    return 1 if backend in ("numpy", "torch", "array-api-strict") else READ_EVERY
-
-
-# which peers are available ------------------------------------------------------------------------------
-
-
 def present(peers: list[str], backend: str, program: str) -> list[str]:
     """Those of the peers that can be measured here; a line for each other one says why not."""
     reasons = {peer: missing(peer, backend) for peer in peers}
@@ -165,20 +147,23 @@ def present(peers: list[str], backend: str, program: str) -> list[str]:
 
 def missing(peer: str, backend: str) -> str | None:
     """Why a peer cannot be measured here, or None."""
-    if peer in FOR_A_GPU and not on_gpu(backend):
-        return f"{peer} is for a GPU: it is left out"
     library = library_of(peer)
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed: {peer} is left out (pip install {library})"
     if not on_gpu(backend):
+        if peer == "torch.compile-graphs":
+            return f"{peer} is for a GPU: it is left out"
         if peer == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return f"no C++ compiler is installed, which {peer} needs: it is left out"
         return None
-    # in a separate process, because JAX would take most of the GPU's memory and keep it until the process ends
-    works = harness.ask(f"bench.peers.{library}:sees_gpu")
-    return None if works else f"this {library} sees no GPU: {peer} is left out"
+    # asked in a process of its own: JAX would take most of the GPU's memory, and keep it until this one ends
+    task, works = {"torch": ("torch.cuda:is_available", True), "jax": ("jax:default_backend", "gpu")}[library]
+    try:
+        return None if harness.ask(task) == works else f"this {library} sees no GPU: {peer} is left out"
+    except harness.Failed as error:
+        return f"{peer} is left out: {error}"
 
 
 def library_of(peer: str) -> str:
-    """The library that a peer needs: its name begins with it, as in "torch.compile" and "torch-1-thread"."""
-    return re.split("[.-]", peer)[0]
+    """The library that a peer needs: a word of its name, as in "torch.compile" and "baby_xp-jax"."""
+    return next((name for name in ("torch", "jax") if name in re.split("[.-]", peer)), peer)

@@ -1,7 +1,6 @@
 """JAX: baby_xp's GPT as a JAX user would write it: a pure function, autodiff, one jitted step.
 
-The parameters are baby_xp's own tree. Dropout is on the attention weights and on the output of each half of a
-block, from JAX's random bits. AdamW and clipping are written out, as XLA fuses them into the step.
+The parameters are baby_xp's own tree. AdamW and clipping are written out, as XLA fuses them into the step.
 """
 
 import functools
@@ -22,12 +21,15 @@ def train(
     workload: Workload, dropout: float, clock: Clock, backend: str = "numpy", precision: str = "float32"
 ) -> Outcome:
     """Train on all cores, or on the GPU where baby_xp is on it."""
-    if on_gpu(backend):
-        set_precision(precision)
-        clock.wait = lambda: unread and unread[-1].block_until_ready()
+    device = jax.devices("gpu" if on_gpu(backend) else "cpu")[0]
+    jax.config.update("jax_default_device", device)
+    set_precision(precision)
+    clock.wait = lambda: unread and unread[-1].block_until_ready()
     config, spec = workload.training(len(clock)), workload.model(dropout)
-    step, state = make_step(spec.config, config), first_state(peers.first_weights(spec), SEED)
-    unread, read = [], 0.0
+    params = jax.tree.map(jnp.asarray, peers.first_weights(spec))
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    state = {"params": params, "m": m, "v": v, "step": jnp.zeros((), jnp.int32), "key": jax.random.key(SEED)}
+    step, unread, read = make_step(spec.config, config), [], 0.0
     for number in range(len(clock)):
         batch = clock.batch(number)
         state, value = step(state, batch.inputs, batch.targets)
@@ -38,13 +40,8 @@ def train(
             read, unread = float(sum(unread)) / len(unread), []  # waits for the device
     loss_of, start = jax.jit(loss, static_argnums=1), clock.batches[0]
     last = float(loss_of(state["params"], spec.config, start.inputs, start.targets))
-    about = {"jax": jax.__version__, "device": str(jax.devices()[0])}
+    about = {"jax": jax.__version__, "device": str(device)}
     return Outcome([read, last], about, process_memory.taken())
-
-
-def sees_gpu() -> bool:
-    """Whether JAX can compute on a GPU."""
-    return jax.default_backend() == "gpu"
 
 
 def set_precision(precision: str) -> None:
@@ -121,13 +118,3 @@ def make_step(config, train):
         return {"params": params, "m": m, "v": v, "step": t, "key": key}, value
 
     return step
-
-
-def first_state(params, seed: int):
-    """The state before the first step, from a tree of host arrays."""
-    params = jax.tree.map(jnp.asarray, params)
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return {
-        "params": params, "m": zeros(params), "v": zeros(params), "step": jnp.zeros((), jnp.int32),
-        "key": jax.random.key(seed),
-    }  # fmt: skip

@@ -1,7 +1,8 @@
 """baby_xp itself, as its commands `train` and `generate` run it: whatever bench uses of its internals is here."""
 
+import inspect
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ import numpy as np
 import baby_xp
 from baby_xp import presets
 from baby_xp.arrays import params
+from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
 from baby_xp.inference.generate import Sampling, generate_several
@@ -29,9 +31,7 @@ from baby_xp.training.step import initial_state, step_noise
 from baby_xp.training.workers import Workers, alone
 from bench import harness, peers, workloads
 from bench.peers import SEED, Clock, Outcome
-from bench.workloads import Workload
-
-# training -----------------------------------------------------------------------------------------------
+from bench.workloads import Workload, on_gpu
 
 
 def train(
@@ -41,19 +41,41 @@ def train(
     backend: str = "numpy",
     precision: str = "float32",
     workers: int | None = None,
+    library: str | None = None,
 ) -> Outcome:
-    """Train on the batches of the clock. workers: None for the number that `train` would choose."""
-    loaded = load(backend, None, "float32", **({"tf32": True} if precision == "tf32" else {}))
+    """Train on the batches of the clock. workers: None for the number that `train` would choose.
+
+    library: a backend in the place of `backend`, on a GPU where that is on one.
+    """
+    if library:
+        backend = f"{library}:{'gpu' if on_gpu(backend) else 'cpu'}"
+    loaded = load_at(backend, precision)
+    if loaded.name == "jax":
+        loaded.compile = compile_donating
     model, clock.wait = workload.model(dropout), loaded.synchronize
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
     result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
-    last = result.checkpoint.progress["records"][-1]
-    details = loaded.details()
+    last, details, found = result.checkpoint.progress["records"][-1], loaded.details(), loaded.memory()
     about = {**_about(loaded), "workers": str(number), **({"details": details} if details else {})}
-    found = loaded.memory()
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
     return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)
+
+
+def load_at(backend: str, precision: str) -> Backend:
+    """The backend that a text such as "cupy" or "jax:gpu" names, with that precision of its products."""
+    name, _, device = backend.partition(":")
+    return load(name, device or None, "float32", tf32=precision == "tf32")
+
+
+def compile_donating(function: Callable) -> Callable:
+    """Compile with JAX, so that a step (state, batch) reuses the memory of the state that it is given.
+
+    `train` itself keeps that state: a step that Ctrl-C interrupts must leave it as it was.
+    """
+    import jax
+
+    return jax.jit(function, donate_argnums=0 if "state" in inspect.signature(function).parameters else ())
 
 
 def fit_as_train_does(
@@ -110,13 +132,9 @@ def train_run(preset: str, settings: dict[str, Any], place: dict[str, Any]) -> d
     with TemporaryDirectory() as folder:
         run = baby_xp.train(preset, path=folder, listener=watched, **place, **settings)
     config = run.config["train"]
-    tokens = config["batch_size"] * config["accumulate"] * run.model.config.n_ctx
-    idle, sizes = process_memory.of_interpreter(), process_memory.taken()
-    taken = process_memory.growth([*sizes, *watched.workers], idle) if sizes else None
-    return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": taken}
-
-
-# memory -------------------------------------------------------------------------------------------------
+    tokens, sizes = config["batch_size"] * config["accumulate"] * run.model.config.n_ctx, process_memory.taken()
+    grown = sizes and process_memory.growth([*sizes, *watched.workers], process_memory.of_interpreter())
+    return {"ms": 1e3 * tokens / statistics.median(watched.rates[1:] or watched.rates), "taken": grown or None}
 
 
 def idle() -> list[dict[str, int]]:
@@ -139,12 +157,7 @@ def arrays_of_step(workload: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# generation ---------------------------------------------------------------------------------------------
-
-
-def generate(
-    workload: Workload, batch: int, num_tokens: int, backend: str = "numpy"
-) -> tuple[Outcome, list[float]]:
+def generate(workload: Workload, batch: int, num_tokens: int, backend: str) -> tuple[Outcome, list[float]]:
     """Draw tokens from the whole distribution."""
     loaded = load(backend)
     ms = peers.step_times(_texts(loaded, workload, batch, num_tokens, Sampling(seed=SEED)))
@@ -164,6 +177,5 @@ def _texts(loaded, workload: Workload, batch: int, num_tokens: int, sampling: Sa
 
 
 def _about(loaded) -> dict[str, str]:
-    return {
-        "baby_xp": baby_xp.__version__, "backend": loaded.version, "device": loaded.device, "blas": harness.blas(),
-    }  # fmt: skip
+    where = {"backend": loaded.version, "device": loaded.device, "blas": harness.blas()}
+    return {"baby_xp": baby_xp.__version__, **where}

@@ -1,9 +1,6 @@
 """PyTorch: baby_xp's GPT as a PyTorch user would write it, with autograd and PyTorch's fused parts.
 
-Same structure and numbers of parameters: learned positions, norms before each half of a block, no bias on
-queries, keys and values, tanh GELU, a head with weights and bias of its own, and dropout on the attention
-weights and on the output of each half. Modules carry the names of baby_xp's parameter tree. Generation has
-preallocated key-value caches, and moves its window as baby_xp does.
+Modules carry the names of baby_xp's parameter tree. Generation has preallocated key-value caches.
 """
 
 from collections import OrderedDict
@@ -34,10 +31,7 @@ def train(
     precision: str = "float32",
     compiled: str | None = None,
 ) -> Outcome:
-    """Train on all cores, or on the GPU where baby_xp is on it.
-
-    compiled: a mode of torch.compile, None for eager mode.
-    """
+    """Train on all cores, or on the GPU where baby_xp is on it. compiled: a mode of torch.compile, None: eager."""
     device = device_of(backend)
     torch.set_num_threads(processes.cores())
     set_precision(precision)
@@ -46,14 +40,17 @@ def train(
     config, spec = workload.training(len(clock)), workload.model(dropout)
     model = GPT(spec.config, workload.vocab_size)
     load_weights(model, tree.leaves(peers.first_weights(spec)))
-    adamw = optimizer(model.to(device), config)
+    groups = [
+        {"params": [p for p in model.to(device).parameters() if (p.ndim > 1) == decays], "weight_decay": rate}
+        for decays, rate in ((True, config.weight_decay), (False, 0.0))  # of matrices alone
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
     if compiled:
         model = torch.compile(model, mode=compiled)
     unread, read = [], 0.0
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        half = precision == "half"
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if precision == "half" else nullcontext():
             return model(*on_device(batch, device))
 
     for step in range(len(clock)):
@@ -68,7 +65,9 @@ def train(
     with torch.no_grad():
         model.eval()
         last = loss_of(clock.batches[0]).item()
-    return Outcome([read, last], about(device), process_memory.taken(), gpu_memory(device))
+    peaks = {"used": torch.cuda.max_memory_allocated, "held": torch.cuda.max_memory_reserved}
+    gpu_memory = {name: peak(device) for name, peak in peaks.items() if device.type == "cuda"}
+    return Outcome([read, last], about(device), process_memory.taken(), gpu_memory)
 
 
 def generate(
@@ -95,14 +94,6 @@ def shortfalls(workload: str | dict, ids: list[list[int]], backend: str = "numpy
             found.append((logits.amax(dim=-1) - chosen).tolist())
             decoder.append(following)
     return found
-
-
-# the device ---------------------------------------------------------------------------------------------
-
-
-def sees_gpu() -> bool:
-    """Whether PyTorch can compute on a GPU."""
-    return torch.cuda.is_available()
 
 
 def device_of(backend: str) -> torch.device:
@@ -133,20 +124,10 @@ def about(device: torch.device) -> dict[str, str]:
         return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "device": f"{device} ({name})"}
     # PyTorch links its BLAS statically, so threadpoolctl does not find it
     library = "MKL" if torch.backends.mkl.is_available() else "BLAS of its build"
+    blas = f"{library}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()),
-        "blas": f"{library}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__, "device": str(device), "threads": str(torch.get_num_threads()), "blas": blas,
     }  # fmt: skip
-
-
-def gpu_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the GPU's memory since the process began; {} on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {"used": torch.cuda.max_memory_allocated(device), "held": torch.cuda.max_memory_reserved(device)}
-
-
-# the model ----------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -167,12 +148,6 @@ class Attention(nn.Module):
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
 
 
-def network(C: int, dropout: float) -> nn.Sequential:
-    """The feed-forward half of a block."""
-    up, down, gelu = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU(approximate="tanh")
-    return nn.Sequential(OrderedDict(up=up, gelu=gelu, down=down, dropout=nn.Dropout(dropout)))
-
-
 class Block(nn.Module):
     """Attention and network, each with a norm before and a residual connection around."""
 
@@ -180,7 +155,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attention = Attention(C, H, dropout)
-        self.network = network(C, dropout)
+        up, down, gelu = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU(approximate="tanh")
+        self.network = nn.Sequential(OrderedDict(up=up, gelu=gelu, down=down, dropout=nn.Dropout(dropout)))
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -213,33 +189,16 @@ def load_weights(model: GPT, leaves) -> None:
 
     A gain is called weight in PyTorch, and the weight of a linear layer is transposed.
     """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    state = {}
+    linear, state = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}, {}
     for path, array in leaves:
         owner, _, name = path.rpartition(".")
-        tensor = torch.from_numpy(array)
-        turned = name == "weight" and owner in linear
-        state[f"{owner}.{'weight' if name == 'gain' else name}"] = tensor.T if turned else tensor
+        tensor = torch.from_numpy(array.T if name == "weight" and owner in linear else array)
+        state[f"{owner}.{'weight' if name == 'gain' else name}"] = tensor
     model.load_state_dict(state)
 
 
-def optimizer(model: GPT, config) -> torch.optim.Optimizer:
-    """Fused AdamW by a baby_xp TrainConfig: weight decay on matrices alone."""
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "weight_decay": rate}
-        for decays, rate in ((True, config.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
-
-
-# generation ---------------------------------------------------------------------------------------------
-
-
 class Decoder:
-    """Texts that grow together, and the keys and values of the tokens of their window.
-
-    The caches have room for a whole context from the start, so that a step writes one row and copies none.
-    """
+    """Texts that grow together, and the keys and values of their window, with room for a whole context."""
 
     def __init__(self, workload: Workload, B: int, num_tokens: int, backend: str):
         """B texts that begin with the prompts of a workload, with room for num_tokens more."""

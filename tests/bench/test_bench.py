@@ -57,8 +57,11 @@ def test_a_child_process_does_not_inherit_settings_that_distort_the_comparison(m
 
 
 def test_a_failed_child_process_reports_the_reason():
-    unknown = ("baby_xp.arrays.registry:load", {"name": "fortran"}, "'fortran'")
-    for task, request, reason in (unknown, ("os:_exit", {"status": 3}, "exit code 3")):
+    for task, request, reason in (
+        ("baby_xp.arrays.registry:load", {"name": "fortran"}, "'fortran'"),
+        ("os:_exit", {"status": 3}, "exit code 3"),
+        ("no_such_library:train", {}, "ModuleNotFoundError: No module named 'no_such_library'"),
+    ):
         with pytest.raises(harness.Failed, match=f"bench: .*{reason}"):
             harness.ask(task, **request)
 
@@ -69,6 +72,9 @@ def test_a_library_that_fails_is_left_out_and_the_others_continue(monkeypatch, c
     def answer(task, name, **request):
         if task == "bench.peers:losses":
             return [4.0, 3.0]
+        (file,) = tmp_path.glob("*.json")  # whatever happens next, what was measured is kept
+        (race,) = json.loads(file.read_text())["races"]
+        assert sum(map(len, race["runs"].values())) == sum(one not in race["failed"] for one in turns)
         turns.append(name)
         if name == "torch" and len(turns) > 2:
             raise harness.Failed(FAILURE)
@@ -90,7 +96,7 @@ def test_with_all_needed_a_failure_ends_the_measurement(monkeypatch):
 
     answering(monkeypatch, fail)
     with pytest.raises(harness.Failed, match="1"):
-        harness.take_turns("bench.peers:generate", {"baby_xp": {}}, 2, "W1", all_needed=True)
+        list(harness.take_turns("bench.peers:generate", {"baby_xp": {}}, 2, "W1", all_needed=True))
 
 
 def test_a_result_names_the_machine_class(monkeypatch):
@@ -123,7 +129,7 @@ def test_a_result_names_the_machine_class(monkeypatch):
             (parameters, [], [[], ["--train", "--jobs", "0"], ["--train", "--groups", "depth"],
                               ["--speed", "--steps", "x"], ["--table", "--file", "nowhere.json"]]),
             (gpu, ["--out", "x"], [["--stage", "dance"], ["--stage", ""], ["--minutes", "0"],
-                                   ["--data", "no-such.txt"], ["--precision", "float8"]]),
+                                   ["--data", "no-such.txt"], ["--precision", "float8"], ["--only", "W9"]]),
             (gpu, [], [[]]),
         )
         for words in ([*known, *more] for more in refused)
@@ -145,26 +151,44 @@ def test_bad_arguments_end_with_2_and_one_line(monkeypatch, capsys, tmp_path, pr
      ("float32", [4.0, 2.999], True), ("float32", [4.0, float("nan")], True), ("tf32", [4.0016, 3.0], False),
      ("tf32", [4.0024, 3.0], True), ("half", [4.0, 3.0057], False), ("half", [4.0, 3.0063], True)],
 )  # fmt: skip
-def test_training_that_differs_is_not_compared(monkeypatch, capsys, kind, theirs, differ):
+def test_who_trains_differently_is_left_out_and_the_others_race(monkeypatch, capsys, kind, theirs, differ):
     asked = []
 
     def answer(task, name, precision, **request):
+        if task == "bench.peers:train":
+            return run(10.0)
         asked.append((name, precision))
         if name == "jax":
             raise harness.Failed(FAILURE)
         return theirs if (name, precision) in (("torch", kind), ("baby_xp", "tf32")) else [4.0, 3.0]
 
     answering(monkeypatch, answer)
-    for names in ["torch"], ["baby_xp"] if kind == "tf32" else ["torch"]:  # our own coarser precision too
-        lineup = {kind: ["jax", *names]}
-        assert bool(train.disagreement(workloads.WORKLOADS["W1"], lineup, "cupy")) == differ
-        assert lineup == {kind: names}  # a peer that fails the check is left out
-    assert asked[0] == ("baby_xp", "float32")  # the reference for all others
+    ours_too = ["baby_xp"] if kind == "tf32" else []  # our own coarser precision
+    for name in "torch", *ours_too:
+        found = train.left_out(workloads.WORKLOADS["W1"], {kind: ["jax", name]}, "cupy")
+        assert found.keys() == {(kind, "jax"), *([(kind, name)] if differ else [])}
+    assert asked[0] == ("baby_xp", "float32")  # what all are compared with
     if differ and kind == "float32":
-        monkeypatch.setattr(train, "measure", nothing)
         capsys.readouterr()
-        assert says(monkeypatch, train, "--workloads", "W1", "--peers", "torch") == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        words = ["--workloads", "W1", "--peers", "torch,torch.compile", "--rounds", "1"]
+        assert says(monkeypatch, train, *words) == 1
+        said = capsys.readouterr()
+        assert len([line for line in said.err.splitlines() if "is left out" in line]) == 1
+        assert len([line for line in said.out.splitlines() if "torch is left out: its losses" in line]) == 1
+        rows = [line.split()[3] for line in said.out.splitlines() if line.startswith("| W1")]
+        assert rows == ["baby_xp", "torch.compile"]
+
+
+def test_without_our_own_losses_nobody_is_compared(monkeypatch, capsys):
+    def answer(task, name, **request):
+        if request["workload"] == "W1" and name == "baby_xp":
+            raise harness.Failed(FAILURE)
+        return run(10.0) if task == "bench.peers:train" else [4.0, 3.0]
+
+    answering(monkeypatch, answer)
+    assert says(monkeypatch, train, "--workloads", "W1,W2", "--peers", "torch", "--rounds", "1") == 1
+    rows = [line.split()[1:4:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| W")]
+    assert rows == [["W2", "baby_xp"], ["W2", "torch"]]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +197,7 @@ def test_training_that_differs_is_not_compared(monkeypatch, capsys, kind, theirs
 def test_generation_that_differs_is_not_compared(monkeypatch, capsys, shortfall, differ):
     found = {"greedy": [[1, 2], [3, 4]], "shortfalls": [[0.0, 0.0], [0.0, shortfall]]}
     answering(monkeypatch, lambda task, **request: found[task.partition(":")[2]])
-    monkeypatch.setattr(generate, "measure", lambda *a: {"measured": True})
+    monkeypatch.setattr(generate, "measure", lambda *a: [{"measured": True}])
     monkeypatch.setattr(generate, "document", lambda measured: ["measured"])
     assert says(monkeypatch, generate, "--batches", "2", "--peers", "torch") == (2 if differ else 0)
     said = capsys.readouterr()
@@ -185,7 +209,7 @@ def test_generation_that_differs_is_not_compared(monkeypatch, capsys, shortfall,
 
 def test_the_table_and_the_verdict_against_the_best_peer(on_cpu):
     (race,) = on_cpu["races"]
-    assert train.products_ms(on_cpu, race) == pytest.approx(4.0)  # 0.4 Gflop at 2 cores x 50 Gflop/s, the best
+    assert train.floor(on_cpu, race)[0] == pytest.approx(4.0)  # 0.4 Gflop at 2 cores x 50 Gflop/s, the best
     columns = ("products' share", "ms per step", "baby_xp / this")
     assert [tuple(row[name] for name in columns) for row in train.rows_of(on_cpu, race)] == [
         ("20%", "20.0", ""), ("16%", "25.0", "0.80"), ("10%", "40.0", "0.50"),
@@ -211,13 +235,15 @@ def test_memory_of_several_processes_counts_shared_pages_once():
 
 def test_kept_results_have_every_time_and_do_not_replace_one_another(on_cpu, tmp_path):
     document = train.document(on_cpu)
-    stems = [results.show(on_cpu, document, tmp_path, "-generate") for _ in range(2)]
+    states = [{**on_cpu, "races": []}, on_cpu]  # as it grows
+    stems = [results.show(states, train.document, tmp_path, "-generate")[1] for _ in range(2)]
     name = "2026-01-02-a-1-2-cores-avx2-generate"
     assert [stem.name for stem in stems] == [name, f"{name}-2"]
     kept = json.loads((tmp_path / f"{name}.json").read_text())
     assert [one["ms"] for one in kept["races"][0]["runs"]["baby_xp"]] == [[10, 30], [20, 20]]
     assert (tmp_path / f"{name}-2.md").read_text() == "\n".join(document) + "\n"
-    assert results.show({**on_cpu, "backend": "cupy"}, [], tmp_path).name == "2026-01-02-nvidia-h200"
+    _, stem = results.show([{**on_cpu, "backend": "cupy"}], lambda result: [], tmp_path)
+    assert stem.name == "2026-01-02-nvidia-h200"
 
 
 @pytest.mark.parametrize(("rate", "busy"), [(38.0, False), (37.0, True)])
@@ -480,7 +506,8 @@ def test_a_whole_run_is_the_sum_of_its_parts_and_only_a_gpu_has_a_goal(
 @pytest.mark.parametrize(("taken", "ratio", "within"), [(100, "0.900", "met"), (110, "0.818", "MISSED")])
 def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, ratio, within):
     asked = parsed(monkeypatch, memory, "estimate", "--presets", "baby", "--steps", "20")
-    (found,) = memory.compare(asked)["presets"]
+    *_, result = memory.compare(asked)
+    (found,) = result["presets"]
     projected, real = estimated
     assert (real["preset"], real["place"]) == ("baby", projected)
     assert real["settings"] == {"num_steps": 20, "eval_every": 10, "checkpoint_every": 3}

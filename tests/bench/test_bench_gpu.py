@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,21 +72,57 @@ def test_pytorch_is_set_to_the_precision(monkeypatch):
     assert 0 < abs(half[1] - exact[1]) <= workloads.TOLERANCES["half"] * exact[1]
 
 
-def test_jax_is_set_to_the_precision():
-    jax = pytest.importorskip("jax")
+@pytest.fixture
+def jax(monkeypatch):
+    """JAX, whose settings are as before afterwards."""
+    module = pytest.importorskip("jax")
+    names = "jax_default_matmul_precision", "jax_default_device"
+    before = {name: getattr(module.config, name) for name in names}
+    yield module
+    for name, value in before.items():
+        module.config.update(name, value)
+
+
+def test_jax_is_set_to_the_precision(jax, monkeypatch):
     from bench.peers.jax import set_precision
 
-    before = jax.config.jax_default_matmul_precision
-    try:
-        for kind, setting in (("float32", "highest"), ("tf32", "tensorfloat32")):
-            set_precision(kind)
-            assert jax.config.jax_default_matmul_precision == setting
-    finally:
-        jax.config.update("jax_default_matmul_precision", before)
+    device = SimpleNamespace(platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda kind: [device])
+    for kind, setting in (("float32", "highest"), ("tf32", "tensorfloat32")) * 2:
+        set_precision(kind)
+        assert jax.config.jax_default_matmul_precision == setting
+        jax.config.update("jax_default_matmul_precision", None)
+        ours.load_at("jax:gpu", kind)
+        assert jax.config.jax_default_matmul_precision == setting
+    device.platform = "cpu"
+    with pytest.raises(BabyError, match="tf32 needs a GPU"):
+        ours.load_at("jax:cpu", "tf32")
 
 
-@pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("tf32", {"tf32": True})])
-def test_baby_xp_is_set_to_the_precision_and_reports_its_memory(monkeypatch, kind, options):
+def test_a_step_of_our_jax_gives_its_state_up_and_computes_the_same(jax, monkeypatch):
+    clocks = [peers.Clock(TINY.batches(12)) for _ in range(2)]
+    found = ours.train(TINY, 0.2, clocks[0], library="jax")
+    kept, compiled = [], []
+    compile = lambda function: compiled.append(jax.jit(function)) or compiled[-1]  # noqa: E731
+    monkeypatch.setattr(ours, "compile_donating", compile)
+    assert ours.train(TINY, 0.2, clocks[1], library="jax").losses == found.losses
+    assert (found.about["backend"].split()[0], len(compiled)) == ("jax", 2)
+    monkeypatch.undo()
+    step = ours.compile_donating(lambda state, batch: (kept.append(1) or state + batch, batch))
+    total = ours.compile_donating(lambda params, batch: params + batch)
+    state, batch = jax.numpy.ones(1000), jax.numpy.ones(1000)
+    total(state, batch), step(state, batch)
+    assert (state.is_deleted(), batch.is_deleted()) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "arguments"),
+    [
+        ("cupy", "float32", ("cupy", None, "float32", {"tf32": False})),
+        ("jax:gpu", "tf32", ("jax", "gpu", "float32", {"tf32": True})),
+    ],
+)
+def test_baby_xp_is_set_to_the_precision_and_reports_its_memory(monkeypatch, where, kind, arguments):
     asked, load = [], ours.load
 
     def fake(*arguments, **extra):
@@ -96,8 +133,8 @@ def test_baby_xp_is_set_to_the_precision_and_reports_its_memory(monkeypatch, kin
 
     monkeypatch.setattr(ours, "load", fake)
     clock = peers.Clock(TINY.batches(2))
-    found = ours.train(TINY, 0.0, clock, "cupy", kind, workers=1)
-    assert asked == [("cupy", None, "float32", options)]
+    found = ours.train(TINY, 0.0, clock, where, kind, workers=1)
+    assert asked == [arguments]
     assert clock.wait.__name__ == "synchronize"
     assert found.gpu_memory == {"used": 3, "held": 5}
 
@@ -109,7 +146,32 @@ def test_a_peer_is_checked_for_a_gpu_in_a_separate_process(monkeypatch, capsys):
     assert peers.present(["torch.compile-graphs", "jax"], "cupy", "bench.train") == ["torch.compile-graphs"]
     assert "jax" in capsys.readouterr().err
     assert peers.missing("torch.compile-graphs", "numpy")
-    assert asked == ["bench.peers.torch:sees_gpu", "bench.peers.jax:sees_gpu"]
+    assert asked == ["torch.cuda:is_available", "jax:default_backend"]
+
+    def broken(task):
+        raise harness.Failed("bench: ImportError: it is broken")
+
+    monkeypatch.setattr(harness, "ask", broken)
+    assert peers.present(["torch", "baby_xp-jax"], "jax:gpu", "bench.train") == []
+    assert [line.count("broken") for line in capsys.readouterr().err.splitlines()] == [1, 1]
+
+
+def test_our_jax_on_a_gpu_is_measured_beside_peers_on_it(monkeypatch):
+    words = ["--backend", "jax", "--precision", "float32,tf32"]
+    asked = parsed(monkeypatch, train, *words, "--device", "gpu")
+    assert (asked.backend, workloads.on_gpu(asked.backend), asked.workloads[-1].name) == ("jax:gpu", True, "W5")
+    assert parsed(monkeypatch, train, *words[:2]).backend == "jax:cpu"
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, train, *words)
+    assert not workloads.on_gpu("jax:cpu")
+    rows = {"baby_xp": [run(4)], "baby_xp-jax": [run(2)], "torch.compile": [run(3)], "torch": [run(8)]}
+    shares = [line.split()[4:] for line in results.step_goals("W1", "tf32", rows)]
+    assert [(who, whose, share) for who, _, _, whose, *_, share, _ in shares] == [
+        ("baby_xp's", "torch.compile's", "1.33,"), ("baby_xp's", "torch's", "0.50,"),
+        ("baby_xp-jax's", "torch.compile's", "0.67,"), ("baby_xp-jax's", "torch's", "0.25,"),
+    ]  # fmt: skip
+    assert results.against_best({"baby_xp": 4, "baby_xp-jax": 2, "torch": 8}) == (0.5, "torch")
+    assert numbers(results.versus("x", rows, us="baby_xp-jax"))[0] == 0.67
 
 
 @pytest.mark.parametrize(
@@ -147,7 +209,10 @@ def test_step_flops_match_a_count_by_hand():
 
 @pytest.mark.parametrize(("flops", "moved", "ms"), [(3e9, 1e6, 3.0), (1e6, 3e9, 1.5)])
 def test_the_floor_is_the_longer_of_operations_and_bytes(flops, moved, ms):
-    assert roofline.floor_ms(flops, moved, {"flops": 1e12, "bytes": 2e12}) == pytest.approx(ms)
+    found = result("cupy", {"float32": {"flops": 1e12, "bytes": 2e12}})
+    least, line = train.floor(found, {"flops": flops, "bytes": moved, "precision": "float32"})
+    assert (least, numbers(line)[0]) == (pytest.approx(ms), ms)
+    assert train.floor(found, {"flops": flops, "bytes": moved, "precision": "half"}) == (None, None)
 
 
 @pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("half", 2)])
@@ -202,6 +267,8 @@ def test_all_precisions_take_turns_in_one_run(monkeypatch):
     asked = []
 
     def answer(task, **request):
+        if task == "bench.peers:losses":
+            return [4.0, 3.0]
         if task == "bench.roofline:measure":
             return {"flops": 1e12, "bytes": 1e12, "n": 1, "elements": 1, "device": "cuda:0"}
         asked.append((request["name"], request["precision"], request["steps"], request["warmup"]))
@@ -210,7 +277,7 @@ def test_all_precisions_take_turns_in_one_run(monkeypatch):
     answering(monkeypatch, answer)
     words = ["--backend", "cupy", "--workloads", "W4", "--precision", "float32,tf32,half", "--rounds", "2"]
     lineup = {"float32": ["baby_xp", "torch"], "tf32": ["baby_xp"], "half": ["torch"]}
-    found = train.measure(parsed(monkeypatch, train, *words), lineup)
+    *_, found = train.measure(parsed(monkeypatch, train, *words), lineup)
     workload = workloads.WORKLOADS["W4"]
     turns = [("baby_xp", "float32"), ("torch", "float32"), ("baby_xp", "tf32"), ("torch", "half")]
     assert asked == 2 * [(*turn, workload.gpu_steps, workloads.GPU_WARMUP) for turn in turns]
@@ -246,25 +313,48 @@ def test_goals(lines, verdicts):
 
 
 def jobs_of(monkeypatch, tmp_path, *words: str) -> dict[str, list[gpu.Job]]:
-    asked = parsed(monkeypatch, gpu, "--out", str(tmp_path), *words)
-    return {stage: gpu.jobs_of(stage, asked) for stage in gpu.STAGES}
+    words = ["--out", str(tmp_path), "--stage", ",".join(gpu.STAGES), *words]
+    return parsed(monkeypatch, gpu, *words).jobs
 
 
 def test_the_stages_of_a_session(monkeypatch, tmp_path):
     jobs = jobs_of(monkeypatch, tmp_path)
+    ages = [f"{months}-months" for months in (3, 6, 12, 24, 48)]
     assert {stage: [job.name for job in found] for stage, found in jobs.items()} == {
-        "check": ["backends", "parity", "gpu"],
+        "tests": ["backends", "parity", "gpu"],
+        "sanitizer": ["memcheck", "racecheck"],
         "steps": ["W1", "W2", "W3", "W4"],
-        "w5": ["W5"],
-        "train": ["nanogpt-gpu-float32", "nanogpt-gpu-tf32"],
-        "epoch": ["48-months-float32", "48-months-tf32"],
+        "graph": ["W1"],
+        "train": ["nanogpt-gpu"],
+        "epoch": ["48-months"],
         "crossover": ["family"],
+        "w5": ["W5"],
+        "ages": ages,
     }
-    assert ["--tf32" in job.command for job in jobs["train"] + jobs["epoch"]] == [False, True] * 2
-    assert all(job.judged for job in jobs["train"])
+    trained = jobs["train"] + jobs["epoch"] + jobs["ages"]
+    assert ["--tf32" in job.command for job in trained] == [True] * len(trained)
+    assert [job.judged for job in jobs["train"] + jobs["ages"]] == [True] + [False] * len(ages)
+    only = jobs_of(monkeypatch, tmp_path, "--only", "W3,24-months", "--precision", "float32")
+    assert [job.name for found in only.values() for job in found] == ["W3", "24-months"]
+    assert "--tf32" not in only["ages"][0].command
     on_cpu = jobs_of(monkeypatch, tmp_path, "--backend", "numpy")
-    assert [job.name for job in on_cpu["check"]] == ["backends", "parity"]
-    assert [(job.name, job.judged) for job in on_cpu["train"]] == [("nanogpt-gpu-float32", False)]
+    assert [job.name for job in on_cpu["tests"]] == ["backends", "parity"]
+    assert on_cpu["sanitizer"] == on_cpu["graph"] == on_cpu["crossover"] == []
+    assert [(job.name, job.judged) for job in on_cpu["train"]] == [("nanogpt-gpu", False)]
+
+
+def test_kernels_are_clean_only_if_they_ran(monkeypatch, capsys, tmp_path):
+    memcheck, racecheck = jobs_of(monkeypatch, tmp_path)["sanitizer"]
+    clean = {"memcheck": "= ERROR SUMMARY: 0 errors",
+             "racecheck": "= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}  # fmt: skip
+    for job in memcheck, racecheck:
+        for said, works in ((f"6 passed\n{clean[job.name]}", True), (f"6 skipped\n{clean[job.name]}", False),
+                            ("6 passed\n= ERROR SUMMARY: 10 errors", False)):  # fmt: skip
+            assert all(re.search(pattern, said) for pattern in job.must_say) == works
+    monkeypatch.setattr(gpu.shutil, "which", lambda program: None)
+    (outcome,) = gpu.run_stage("sanitizer", [memcheck], tmp_path, 9)
+    assert outcome.result == "not begun: compute-sanitizer is not installed"
+    assert capsys.readouterr().out.count("\n") == 2  # one line, and one that is empty
 
 
 @pytest.mark.parametrize("backend", ["cupy", "torch"], ids=["gpu", "cpu"])
@@ -272,8 +362,7 @@ def test_each_program_accepts_the_arguments_of_a_session(monkeypatch, tmp_path, 
     trained, known = [], set()
 
     def refuse(chosen, **asked):
-        tf32 = asked.get("tf32", False)
-        trained.append((chosen.name, asked["num_steps"], tf32, asked["path"], asked["backend"]))
+        trained.append((chosen.name, asked["num_steps"], asked.get("tf32", False), asked["backend"]))
         raise BabyError("it is not trained")
 
     monkeypatch.setattr(api, "train", refuse)
@@ -282,26 +371,45 @@ def test_each_program_accepts_the_arguments_of_a_session(monkeypatch, tmp_path, 
     programs = {"bench.train": train, "bench.memory": memory, "bench.growth": growth}
     for stage, jobs in jobs_of(monkeypatch, tmp_path, *words, "--precision", kinds).items():
         for job in jobs:
-            if stage == "train":
-                assert cli.main(job.command[2:]) == 2
-                assert trained.pop() == ("nanogpt-gpu", 20, job.name.endswith("tf32"), str(job.runs), backend)
-            elif stage != "check":
-                asked = parsed(monkeypatch, programs[job.command[1]], *job.command[2:])
+            if stage in ("train", "ages"):
+                assert cli.main(job.command[3:]) == 2
+                assert trained.pop() == (job.name, 20, backend == "cupy", backend)
+            elif stage in ("steps", "w5", "epoch", "crossover"):
+                asked = parsed(monkeypatch, programs[job.command[2]], *job.command[3:])
                 assert (asked.backend, asked.steps) == (backend, 0 if stage == "epoch" else 20)
-                known.add(job.command[1])
+                known.add(job.command[2])
     assert known == programs.keys()
 
 
+@pytest.mark.slow
+def test_an_age_is_trained_in_parts_and_then_left_alone(monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("A small red hen sings. " * 40, "utf-8")
+    words = ["--backend", "numpy", "--data", str(tmp_path / "text.txt"), "--steps", "4", "--only", "3-months"]
+
+    def session(*more: str) -> tuple[str, gpu.Outcome]:
+        (job,) = jobs_of(monkeypatch, tmp_path, *words, *more)["ages"]
+        (outcome,) = gpu.run_stage("ages", [job], tmp_path, 120)
+        return job.command[3], outcome
+
+    command, first = session("--minutes", "1e-6")
+    assert command == "train"
+    assert re.fullmatch("unfinished after [0-3] steps: run the stage again", first.result)
+    command, second = session("--minutes", "5")
+    assert (command, second.result, second.run["steps"]) == ("resume", "ok", 4)
+    assert second.run["val_loss"] > 0 < len(second.run["sample"])
+    command, third = session()
+    assert (command, third.result, third.run) == ("runs", "ok", second.run)
+
+
 def job(name: str, code: str, **more) -> gpu.Job:
-    return gpu.Job(name, ["-c", code], **more)
+    return gpu.Job(name, ["python", "-c", code], **more)
 
 
 def test_a_session_continues_after_a_failure_and_reports_it(monkeypatch, capsys, tmp_path):
-    passed = r"\d+ passed"
     stages = {
-        "check": [job("broken", "raise SystemExit(3)"), job("next", "print('- goal, x: 1, met')")],
-        "steps": [job("skips", "print('5 skipped') # 5 passed", must_say=passed)],  # the command is not its output
-        "w5": [job("says", "print('5 passed')", must_say=passed)],
+        "tests": [job("broken", "raise SystemExit(3)"), job("next", "print('- goal, x: 1, met')")],
+        "steps": [job("skips", "print('5 skipped') # 5 passed", must_say=(gpu.PASSED,))],  # no command says it
+        "w5": [job("says", "print('5 passed')", must_say=(gpu.PASSED,))],
     }
     monkeypatch.setattr(gpu, "jobs_of", lambda stage, asked: stages[stage])
 
@@ -309,17 +417,22 @@ def test_a_session_continues_after_a_failure_and_reports_it(monkeypatch, capsys,
         words = ["--out", str(tmp_path), "--backend", "numpy", "--stage", stage]
         code, said = says(monkeypatch, gpu, *words), capsys.readouterr().out.splitlines()
         kept = json.loads((tmp_path / "summary.json").read_text())["stages"]
-        return code, said[-2:], {stage: [one["result"][:6] for one in found] for stage, found in kept.items()}
+        return (
+            code,
+            said[-2:],
+            {stage: {name: one["result"][:6] for name, one in found.items()} for stage, found in kept.items()},
+        )
 
-    code, (goal, last), kept = session("check,steps,w5")
-    assert kept == {"check": ["failed", "ok"], "steps": ["failed"], "w5": ["ok"]}
+    code, (goal, last), kept = session("tests,steps,w5")
+    others = {"steps": {"skips": "failed"}, "w5": {"says": "ok"}}
+    assert kept == {"tests": {"broken": "failed", "next": "ok"}, **others}
     assert (code, goal) == (1, "- goal, x: 1, met")
-    assert all(name in last for name in ("check broken", "exit code 3", "steps skips"))
+    assert all(name in last for name in ("tests broken", "exit code 3", "steps skips"))
     assert (tmp_path / "w5-says.txt").read_text() == "5 passed\n"
-    # a later call for one stage keeps the results of the others
-    stages["check"] = [job("broken", "pass")]
-    code, _, kept = session("check")
-    assert (code, kept) == (0, {"check": ["ok"], "steps": ["failed"], "w5": ["ok"]})
+    # a later call for one job leaves what is known of the others
+    stages["tests"] = [job("broken", "pass")]
+    code, _, kept = session("tests")
+    assert (code, kept) == (0, {"tests": {"broken": "ok", "next": "ok"}, **others})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="looks for processes as POSIX does")
@@ -357,7 +470,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_session_trains_and_reads_the_result(tmp_path):
     words = ["equations", "--num-steps", "20", "--backend", "numpy", "--path", str(tmp_path / "runs")]
-    trains = gpu.Job("run", ["-m", "baby_xp", "train", *words], runs=tmp_path / "runs", judged=True)
+    trains = gpu.Job("run", ["python", "-m", "baby_xp", "train", *words], runs=tmp_path / "runs", judged=True)
     (outcome,) = gpu.run_stage("train", [trains], tmp_path, 120)
     assert (outcome.result, outcome.run["steps"]) == ("ok", 20)
     assert np.isfinite(outcome.run["val_loss"])
@@ -384,7 +497,7 @@ def test_bench_train_runs_completely_on_a_fake_gpu(monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(harness, "ask", ask)
     monkeypatch.setitem(workloads.WORKLOADS, "W1", replace(TINY, name="W1", gpu_steps=10))
-    monkeypatch.setitem(roofline.SIZES, "cupy", (16, 100))
+    monkeypatch.setitem(roofline.SIZES, True, (16, 100))
     monkeypatch.setattr(results, "product_rate", lambda: RATE)
     measured = roofline.calls_per_second
     monkeypatch.setattr(roofline, "calls_per_second", lambda call, wait, seconds: measured(call, wait, 0.01))
