@@ -24,7 +24,7 @@ from bench.results import mib, verdict
 from bench.workloads import Workload, on_gpu
 
 FACTOR, PRECISION, LINES = 2.0, 0.15, 10
-"""The goals: memory taken as a multiple of the needed memory, and the relative error of an estimate. How many lines
+"""The goals: memory taken as a multiple of the needed memory, and the error of an estimate. How many lines
 of code are listed, those that hold most memory."""
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
