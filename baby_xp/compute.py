@@ -14,17 +14,17 @@ class Compute:
     """Where to compute. Raises BabyError for values of a wrong type; `load` says what this machine lacks."""
 
     backend: str = "auto"
-    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists which work."""
+    """auto, numpy, cupy, torch, jax or array-api-strict; `baby_xp backends` lists those that work."""
     device: str | None = None
-    """Device of the backend, such as cuda:1; none: its default."""
+    """Device of the backend, such as cuda:1; by default the backend's own choice."""
     tf32: bool = False
-    """TF32 matrix products: faster, less precise (cupy, or jax on a GPU)."""
+    """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
-    """Limit of GPU memory, in GiB (cupy backend); none: no limit."""
+    """Limit of GPU memory, in GiB (cupy backend); by default no limit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """plain: run the text of layers/ itself, without the faster functions of the backend."""
+    """plain: run the code of layers/ itself, without the backend's faster functions."""
     workers: int | None = None
-    """Processes that share each step (numpy backend); none: chosen automatically."""
+    """Processes that share each step (numpy backend); by default chosen automatically."""
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {
@@ -42,7 +42,7 @@ class Compute:
 
     def load(self, dtype: str) -> "Backend":
         """The backend. Raises BabyError if it cannot work here."""
-        from baby_xp.arrays import registry  # it needs NumPy, which the command line's help does without
+        from baby_xp.arrays import registry  # it imports NumPy, which --help does not need
 
         options = {"tf32": self.tf32, "memory_gib": self.memory_gib}
         return registry.load(self.backend, self.device, dtype, kernels=self.kernels, **options)

@@ -23,9 +23,8 @@ from bench.peers import Clock, ours
 from bench.results import mib, verdict
 from bench.workloads import Workload, on_gpu
 
-FACTOR, PRECISION, LINES = 2.0, 0.15, 10
-"""The promises: memory taken as a multiple of what is needed, and the relative error of an estimate. Lines of code
-that are listed, those that hold most memory."""
+FACTOR, PRECISION = 2.0, 0.15  # promised: memory as a multiple of what is needed, relative error of an estimate
+LINES = 10  # of code that are listed, those that hold most memory
 GPTS = [name for name, preset in PRESETS.items() if preset.model.kind == "gpt"]
 
 
