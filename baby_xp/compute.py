@@ -18,7 +18,7 @@ class Compute:
     device: str | None = None
     """Device of the backend, such as cuda:1; by default the backend's own choice."""
     tf32: bool = False
-    """TF32 matrix products: faster, less precise (cupy, or jax on a GPU)."""
+    """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
     """Limit of GPU memory, in GiB (cupy backend); by default no limit."""
     kernels: Literal["fast", "plain"] = "fast"

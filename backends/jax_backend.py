@@ -5,24 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp import checks
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Array, Namespace
-from baby_xp.errors import BabyError, BackendUnavailable
+from baby_xp.errors import BackendUnavailable
 
 
 class JaxBackend(Backend):
-    """Arrays of JAX, on its default device or on "cpu", "gpu", "gpu:1".
-
-    tf32: products of float32 matrices in TensorFloat-32, on a GPU. JAX has one setting for the whole process: that
-    of the backend that was made last.
-    """
+    """Arrays of JAX, on its default device or on "cpu", "gpu", "gpu:1"."""
 
     name = "jax"
 
-    def __init__(
-        self, device: str | None = None, dtype: str = "float32", kernels: str = "fast", tf32: bool = False
-    ):
+    def __init__(self, device: str | None = None, dtype: str = "float32", kernels: str = "fast"):
         try:
             import jax
             import jax.numpy as library
@@ -32,17 +25,17 @@ class JaxBackend(Backend):
             ) from None
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)  # for the whole process: float32 arrays stay float32
-        self._jax, self.dtype, self.kernels, self.tf32 = jax, dtype, kernels, checks.flag("tf32", tf32)
+        self._jax, self.dtype, self.kernels = jax, dtype, kernels
         kind, _, index = (device or "").partition(":")
         try:
             self._device = jax.devices(kind or None)[int(index or 0)]
         except (RuntimeError, IndexError, ValueError) as error:
             reason = f"no device {device!r} ({' '.join(str(error).split())})"
-            raise BackendUnavailable("jax", reason, "leave out --device, or install a JAX built for it") from None
-        if tf32 and self._device.platform == "cpu":
-            raise BabyError(f"tf32 needs a GPU, and jax computes on {self._device} here: leave it out")
-        # JAX's own choice for float32 on a GPU is TF32
-        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+            raise BackendUnavailable(
+                "jax", reason, "leave out --device, or install a JAX built for it"
+            ) from None
+        # for the whole process: JAX's own choice for float32 on a GPU is TF32
+        jax.config.update("jax_default_matmul_precision", "highest")
         # under jit the device is where the arguments are; outside it, uncommitted arrays follow them
         self.xp = Namespace(library, device=None if device is None else self._device)
         self.version, self.device = f"jax {jax.__version__}", str(self._device)

@@ -189,8 +189,7 @@ def measure_crossover(asked: argparse.Namespace) -> Iterator[dict]:
         for width in asked.widths:
             workload = at("family", width)
             requests = {name: request_of(workload, name, asked.steps) for name in (CPU, asked.backend)}
-            turns = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}:", True)
-            *_, (runs, _) = turns
+            *_, (runs, _) = harness.take_turns("bench.peers:train", requests, asked.rounds, f"n_emb {width}", True)
             cpu, gpu = (statistics.median(results.times(runs[name])) for name in requests)
             result["points"].append({
                 "n_emb": width, "batch": workload.batch_size, "flops": flops_of(workload), "cpu": cpu, "gpu": gpu,

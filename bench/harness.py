@@ -37,9 +37,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# child processes ----------------------------------------------------------------------------------------
-
-
 class Failed(SystemExit):
     """A child process has no result. It ends the program with the reason, unless it is caught."""
 

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -50,8 +51,6 @@ def train(
     if library:
         backend = f"{library}:{'gpu' if on_gpu(backend) else 'cpu'}"
     loaded = load_at(backend, precision)
-    if loaded.name == "jax":
-        loaded.compile = compile_donating
     model, clock.wait = workload.model(dropout), loaded.synchronize
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
@@ -65,7 +64,11 @@ def train(
 def load_at(backend: str, precision: str) -> Backend:
     """The backend that a text such as "cupy" or "jax:gpu" names, with that precision of its products."""
     name, _, device = backend.partition(":")
-    return load(name, device or None, "float32", tf32=precision == "tf32")
+    loaded = load(name, device or None, "float32", tf32=precision == "tf32" and name != "jax")
+    if name == "jax":  # which the backend sets to full float32
+        resolve_name("bench.peers.jax:set_precision")(precision)
+        loaded.compile = compile_donating
+    return loaded
 
 
 def compile_donating(function: Callable) -> Callable:
