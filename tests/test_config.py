@@ -31,6 +31,7 @@ NAN, INFINITY = float("nan"), float("inf")
 # More digits than a float has: math.isfinite would raise OverflowError.
 HUGE = 10**400
 
+FLAGS = ("embedding_norm", "qk_norm", "qkv_bias", "linear_bias", "head_bias", "tied_head", "zero_init")
 BAD = [
     (GPTConfig, "n_ctx", [0, -1, 1.5, "8", True, None, 2**31, HUGE]),
     (GPTConfig, "n_emb", [0, -1, 2.0, None, [8]]),
@@ -41,7 +42,12 @@ BAD = [
     (GPTConfig, "c_sequence", ["middle", "", None, [], 0]),
     (GPTConfig, "c_attention", ["mhb", "MHA", {}]),
     (GPTConfig, "c_network", ["mlp ", 1]),
+    (GPTConfig, "positions", ["rope", None, True]),
+    (GPTConfig, "norm", ["rms", "layernorm-gain", 1]),
+    (GPTConfig, "activation", ["tanh", "relu", None]),
     (GPTConfig, "gelu", ["relu", True]),
+    *((GPTConfig, name, [None, "yes", 2, NAN, []]) for name in FLAGS),
+    (GPTConfig, "logit_cap", [-1, 0.5, NAN, INFINITY, "15", None, 1e7, HUGE, True]),
     (EquationConfig, "n_ctx", [0, 1.5, None]),
     (EquationConfig, "n_emb", [0, 1.5]),
     (EquationConfig, "n_hidden", [0, 1.0]),

@@ -19,7 +19,7 @@ from baby_xp import api, processes
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tiles import tile_sizes
-from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.config import MODERN, EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.estimation import estimate, trial
 from baby_xp.inference.generate import Logits
@@ -36,8 +36,15 @@ SWITCHES = [
     {"c_sequence": sequence, "c_attention": attention, "c_network": network}
     for sequence, attention, network in product(("pre", "post"), ("mha", "moh"), ("mlp", "moe"))
 ]
+LATER = {
+    "modern": MODERN,
+    "others": OTHERS,
+    "modern-post": {**MODERN, "c_sequence": "post", "embedding_norm": False, "activation": "swiglu"},
+}
 # odd sizes: masks are made two elements at a time
-GPTS = [GPTConfig(n_ctx=5, n_emb=7, head_size=9, n_heads=3, n_layers=2, dropout=0.3, **one) for one in SWITCHES]
+SIZES = {"n_ctx": 5, "n_emb": 7, "head_size": 9, "n_heads": 3, "n_layers": 2, "dropout": 0.3}
+GPTS = [GPTConfig(**SIZES, **one) for one in SWITCHES]
+GPTS += [GPTConfig(**{**SIZES, "head_size": 18}, **one) for one in LATER.values()]
 EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for activation in ("tanh", "gelu")]
 MODELS = [*GPTS, *EQUATIONS]
 TINY = {**small_runs.TINY, "num_steps": 6, "checkpoint_every": 3}
