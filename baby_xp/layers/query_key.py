@@ -6,6 +6,7 @@ al. 2020, here without their learned factor). Values stay as they are.
 
 from typing import Any, NamedTuple
 
+from baby_xp.arrays.namespace import replaceable
 from baby_xp.layers import Shape, rmsnorm, rotary
 
 
@@ -27,6 +28,7 @@ class Saved(NamedTuple):
     norm: Any
 
 
+@replaceable
 def forward(xp, p, qkv, shape, steps: Steps, past=None):
     """qkv (N, 3 S) -> qkv (N, 3 S), with other queries and keys. `past` as in heads.forward."""
     if not any(steps):
@@ -41,6 +43,7 @@ def forward(xp, p, qkv, shape, steps: Steps, past=None):
     return join(xp, qk, v), Saved(shape, rotary_saved, norm_saved)
 
 
+@replaceable
 def backward(xp, p, saved, dqkv):
     """dqkv (N, 3 S) -> dp, dqkv (N, 3 S)."""
     if saved is None:

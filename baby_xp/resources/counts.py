@@ -12,7 +12,8 @@ from baby_xp.layers.block import ACTIVATIONS
 from baby_xp.models import Model
 
 KINDS = {
-    "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms", "ln_emb": "norms",
+    "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
+    "ln_emb": "norms",
     "attention": "attention", "network": "network", "lm_head": "head",
     "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
 }  # fmt: skip
@@ -116,7 +117,7 @@ def _scores_saved(config: GPTConfig) -> int:
 
 
 def _network_saved(config: GPTConfig) -> int:
-    """Elements per token: what the activation keeps and its output; of experts also the gate and the gated output."""
+    """Elements per token: what the activation keeps, its output; of experts also the gate and the gated output."""
     activation = ACTIVATIONS[config.activation]
     hidden, kept = mlp.width(config.n_emb, activation), 1 if activation.INPUTS == 1 else activation.INPUTS + 1
     if config.c_network == "mlp":
