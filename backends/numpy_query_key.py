@@ -1,7 +1,7 @@
 """Queries and keys before attention, on NumPy: rotation and QK-norm in few passes over whole rows.
 
-The plain form computes with halves of heads, whose loops are too short for NumPy. With cosines and sines repeated for
-all heads, y = x cos + swap(x) sin', where swap exchanges the two halves of every head and sin' has the signs. So
+The plain form computes with halves of heads, whose loops are too short for NumPy. With cosines and sines repeated
+for all heads, y = x cos + swap(x) sin', where swap exchanges the two halves of every head and sin' has the signs:
 halves are only copied, and the products are of whole rows.
 """
 

@@ -104,10 +104,11 @@ def embed(xp, p, ids, config, t: int):
     """ids (B, T), the first at position t -> x (N, C), saved: what goes into the first block."""
     B, T = ids.shape
     tokens, wte_saved = embedding.forward(xp, p["wte"], xp.reshape(ids, (-1,)))
-    x, ln_emb_saved = tokens, None
+    x = tokens
     if config.positions == "learned":
         places = p["wpe"]["weight"][t : t + T, :]                  # (T, C)
         x = xp.reshape(xp.reshape(tokens, (B, T, -1)) + places[None, ...], (B * T, -1))
+    ln_emb_saved = None
     if config.embedding_norm:
         x, ln_emb_saved = parts(config).norm.forward(xp, p.get("ln_emb", {}), x)
     return x, (wte_saved, ln_emb_saved)
