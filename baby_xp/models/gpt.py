@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
-from baby_xp.arrays.params import zeros
+from baby_xp.arrays.params import scaled, zeros
 from baby_xp.layers import Shape, block, embedding, linear, soft_cap
 from baby_xp.layers.block import ACTIVATIONS, ATTENTIONS, NETWORKS, NORMS, Parts
 from baby_xp.layers.query_key import Steps
@@ -28,15 +28,15 @@ class Saved(NamedTuple):
 def parts(config) -> Parts:
     """What the config's switches stand for."""
     return Parts(
-        config.c_sequence,
-        ATTENTIONS[config.c_attention],
-        NETWORKS[config.c_network],
-        NORMS[config.norm],
-        ACTIVATIONS[config.activation],
-        (config.gelu,) if config.activation == "gelu" else (),
-        Steps(config.positions == "rotary", config.qk_norm),
-        config.qkv_bias,
-        config.linear_bias,
+        sequence=config.c_sequence,
+        attention=ATTENTIONS[config.c_attention],
+        network=NETWORKS[config.c_network],
+        norm=NORMS[config.norm],
+        activation=ACTIVATIONS[config.activation],
+        form=(config.gelu,) if config.activation == "gelu" else (),
+        query_key=Steps(rotary=config.positions == "rotary", norm=config.qk_norm),
+        qkv_bias=config.qkv_bias,
+        bias=config.linear_bias,
     )
 
 
@@ -60,7 +60,8 @@ def head_spec(config, V: int):
     """Weight (C, V), unless it is that of the embedding; bias (V,)."""
     if config.tied_head:
         return {"bias": zeros(V)} if config.head_bias else {}
-    return linear.spec(config.n_emb, V, config.head_bias, **({"std": 0.0} if config.zero_init else {}))
+    head = linear.spec(config.n_emb, V, config.head_bias)
+    return scaled(head, 0.0) if config.zero_init else head
 
 
 def dropouts(config) -> int:
@@ -74,8 +75,9 @@ def forward(xp, p, ids, config, noise=None, cache=None):
     `noise` is rng.Noise in training, None otherwise. `cache` holds the keys and values of the tokens before
     these ones, as cache_of gives them; then only the new tokens are computed.
     """
+    B, T = ids.shape
     t = cache[0][0].shape[2] if cache else 0                       # tokens before these ones
-    shape = Shape(*ids.shape, config.n_heads)
+    shape = Shape(B, T, config.n_heads)
     x, input_saved = embed(xp, p, ids, config, t)                  # (N, C)
     blocks_saved = []
     for i, block_p in enumerate(p["blocks"].values()):

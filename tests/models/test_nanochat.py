@@ -1,4 +1,4 @@
-"""The modern switches make NanoChat's model: it is compared with another in PyTorch, and with that of transformers."""
+"""The modern switches make NanoChat's model: compared with one in PyTorch, and with that of transformers."""
 
 import numpy as np
 import pytest
