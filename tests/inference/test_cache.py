@@ -8,13 +8,14 @@ from layer_table import LATER, SWITCHES
 from threadpoolctl import threadpool_limits
 
 from baby_xp.arrays import params
-from baby_xp.config import GPTConfig
+from baby_xp.config import MODERN, GPTConfig
 from baby_xp.inference.generate import Logits, window_start
 from baby_xp.models import Model, gpt
 
 N_CTX, V = 7, 11
 IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
 NAMED = {**{" ".join(s.values()): s for s in SWITCHES}, **LATER}
+NAMED["modern tied capped"] = {**MODERN, "tied_head": True, "logit_cap": 5.0}
 ALL_SWITCHES = pytest.mark.parametrize("switches", NAMED.values(), ids=list(NAMED))
 
 
@@ -76,10 +77,11 @@ def test_past_the_context_cached_and_uncached_logits_stay_equal(kind, switches):
 
 @pytest.mark.parametrize("size", [30.0, 3e3])
 @pytest.mark.parametrize("first", [1, 4])
-def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size, first):
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern"])
+def test_scores_that_lie_far_apart_are_decoded_as_they_are_computed_at_once(size, first, name):
     """exp of such a score is infinite or 0: NumPy's step must see that, and leave the cache as it has to be."""
     case = case_of("numpy")
-    model, p = model_and_weights(case, SWITCHES[0])
+    model, p = model_and_weights(case, NAMED[name])
     for block in p["blocks"].values():
         block["attention"]["qkv"]["weight"][:, :24] *= size  # queries and keys
     logits = Logits(case.backend, model, p, True)
@@ -116,9 +118,10 @@ def test_decoding_computes_the_new_tokens_alone(kind, monkeypatch):
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
 
 
-def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch):
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern", "modern tied capped"])
+def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch, name):
     case = case_of("numpy")
-    model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
+    model, p = model_and_weights(case, NAMED[name])
     logits = Logits(case.backend, model, p, True)
     monkeypatch.setattr(gpt, "forward", None)
     assert all(logits.next([IDS[:length].tolist()]).shape == (1, V) for length in range(3, 10))
