@@ -2,7 +2,8 @@
 
 The plain form computes with halves of heads, whose loops are too short for NumPy. With cosines and sines repeated
 for all heads, y = x cos + swap(x) sin', where swap exchanges the two halves of every head and sin' has the signs:
-halves are only copied, and the products are of whole rows.
+halves are only copied, and the products are of whole rows. Queries and keys are copied out of the array that they
+share with the values, because NumPy is two to three times as fast on arrays without gaps.
 """
 
 import functools
@@ -31,12 +32,11 @@ def forward(xp, p, qkv, shape, steps, past=None):
     y, rstd = np.empty_like(qkv), None
     qk, v = query_key.split(np, y, shape)                          # views of y
     x, v[...] = query_key.split(np, qkv, shape)
-    if steps.rotary:
-        rotate(x, qk, *tables(t, shape, x.shape[3], x.dtype))
-        x = qk
+    x = rotated(x, *tables(t, shape, x.shape[3], x.dtype)) if steps.rotary else x.copy()
     if steps.norm:
         rstd = 1 / np.sqrt(np.vecdot(x, x)[..., None] / x.shape[3] + rmsnorm.EPS)
-        np.multiply(x, rstd, out=qk)
+        x *= rstd
+    qk[...] = x
     return y, Saved(shape, steps, y, rstd)
 
 
@@ -49,24 +49,25 @@ def backward(xp, p, saved, dqkv):
     dqk, dv = query_key.split(np, dx, shape)                       # views of dx
     dy, dv[...] = query_key.split(np, dqkv, shape)
     if steps.norm:
-        y, _ = query_key.split(np, y, shape)
-        into = np.empty(dy.shape, dy.dtype) if steps.rotary else dqk
-        np.multiply(y, np.vecdot(dy, y)[..., None] / -dy.shape[3], out=into)
-        into += dy
-        into *= rstd
-        dy = into
+        dy, along = dy.copy(), query_key.split(np, y, shape)[0].copy()
+        along *= np.vecdot(dy, along)[..., None] / -dy.shape[3]
+        dy += along
+        dy *= rstd
     if steps.rotary:
         cos, sin = tables(0, shape, dy.shape[3], dy.dtype)
-        rotate(dy, dqk, cos, -sin)
+        dy = rotated(dy, cos, -sin)
+    dqk[...] = dy
     return {}, dx
 
 
-def rotate(x, y, cos, sin) -> None:
-    """Rotate x (B, T, 2 H, D) into y."""
+def rotated(x, cos, sin) -> np.ndarray:
+    """x (B, T, 2 H, D) rotated."""
+    y = np.empty(x.shape, x.dtype)
     halves = (*x.shape[:3], 2, -1)
     y.reshape(halves)[...] = x.reshape(halves)[..., ::-1, :]
     y *= sin
     y += x * cos
+    return y
 
 
 def tables(t: int, shape: Shape, D: int, dtype):
