@@ -18,7 +18,7 @@ import numpy as np
 from baby_xp_backends import numpy_decoding, numpy_query_key
 
 from baby_xp.arrays import rng
-from baby_xp.arrays.tree import leaves
+from baby_xp.arrays.tree import gradient_of, leaves
 from baby_xp.layers import gelu, heads, layernorm, rmsnorm
 from baby_xp.training.optimizers import EPS
 
@@ -50,9 +50,9 @@ def linear_forward(xp, p, x):
 
 def linear_backward(xp, p, saved, dy):
     (x,) = saved
-    dp = {"weight": x.T @ dy}
+    dp = {"weight": np.matmul(x.T, dy, out=gradient_of(p, "weight"))}
     if "bias" in p:
-        dp["bias"] = ones(dy.shape[0], dy.dtype) @ dy
+        dp["bias"] = np.matmul(ones(dy.shape[0], dy.dtype), dy, out=gradient_of(p, "bias"))
     return dp, dy @ p["weight"].T
 
 

@@ -161,6 +161,12 @@ def _largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
     return -(-B // number_of_tiles(B, T, tokens_at_once))
 
 
+NARROW_HEAD = 32
+"""The CuPy backend's attention keeps no matrix of scores in memory for heads up to this wide."""
+FRAGMENTATION = 0.2
+"""Share of a GPU's memory that may lie in pieces too small to use."""
+
+
 def batch_that_fits(
     config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
 ) -> int:
@@ -168,26 +174,31 @@ def batch_that_fits(
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
-    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. Never more
-    than half of them, in case the count is too low; most batches are split into halves anyway. 0: none fits.
+    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. A part of
+    the room is left to FRAGMENTATION. Never more than half of batch_size, in case the count is too low; most
+    batches are split into halves anyway. 0: none fits.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     fixed = 6 * flat
     if room < max(fixed, 9 * flat):  # the update has old and new weights and moments side by side
         return 0
-    growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize), known - fixed)
-    return min(batch_size // 2, int(batch_size * (room - fixed) / growing))
+    scores = isinstance(config, EquationConfig) or config.head_size // config.n_heads > NARROW_HEAD
+    growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize, scores), known - fixed)
+    return min(batch_size // 2, int(batch_size * (1 - FRAGMENTATION) * (room - fixed) / growing))
 
 
-def gpu_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+def gpu_bytes(
+    config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4, scores_in_memory: bool = True
+) -> int:
     """Bytes of the arrays of a step that grow with the batch, about, where all of it is computed at once."""
     saved = saved_bytes(config, vocab_size, batch_size, itemsize)
     if isinstance(config, EquationConfig):
         return 2 * saved
-    T, scores = config.n_ctx, config.n_heads * config.n_ctx**2 * (2 if config.dropout else 1)
-    upper_half = config.n_layers * (scores - _scores_saved(config))  # which NumPy's blocks leave out
-    beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + config.n_heads * T**2
-    return saved + batch_size * itemsize * (upper_half + beside)
+    T, matrix = config.n_ctx, config.n_heads * config.n_ctx**2 if scores_in_memory else 0
+    # in place of the blocks that NumPy keeps, without what the mask hides
+    scores = config.n_layers * (matrix * (2 if config.dropout else 1) - _scores_saved(config))
+    beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + matrix
+    return saved + batch_size * itemsize * (scores + beside)
 
 
 def _part(path: str) -> str:

@@ -18,7 +18,8 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
     if config.schedule == "cosine":
         assert config.num_steps is not None  # Setup computes it where the config has epochs
         span = max(1, config.num_steps - config.warmup_steps)
-        done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
+        # not clip: array-api-compat's indexes with booleans, for which a GPU makes the host wait
+        done = xp.minimum(xp.maximum((t - config.warmup_steps) / span, xp.zeros_like(t)), xp.ones_like(t))
         lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))
     else:
         lr = xp.zeros_like(t) + peak
