@@ -11,8 +11,8 @@ makes hundreds of them. So what can be done once, before the first token, is don
   g (g^2 + constant).
 
 Weights lie in column order, in which a product with one row is fastest, and keys and values in arrays that were
-made for the whole context. All this needs pre-norm blocks, multi-head attention, one network and the tanh form of
-GELU; other models take the plain path.
+made for the whole context. All this is for the classic switches, the config's defaults; `Modern` has what differs
+with the modern ones. A model with others takes the plain path.
 """
 
 import functools
@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
+from baby_xp_backends import numpy_query_key
 from threadpoolctl import ThreadpoolController
 
-from baby_xp.layers import gelu, layernorm
+from baby_xp.config import CLASSIC, MODERN
+from baby_xp.layers import Shape, gelu, layernorm, rmsnorm
 from baby_xp.models import gpt
 
 SMALLEST_TOTAL, LARGEST_TOTAL = 1e-30, 1e30
@@ -38,10 +40,14 @@ K = (INNER * gelu.CUBIC) ** (1 / 3)
 
 def prepare(xp, p, config):
     """As gpt.prepare: the weights of a step, or the parameters as they are where the plain path is taken."""
-    known = ("pre", "mha", "mlp", "tanh")
-    if (config.c_sequence, config.c_attention, config.c_network, config.gelu) != known:
-        return p
-    return Prepared(p, config)
+    if _has(config, CLASSIC, "zero_init"):
+        return Prepared(p, config)
+    return Modern(p, config) if _has(config, MODERN, "zero_init", "tied_head", "logit_cap") else p
+
+
+def _has(config, switches, *but: str) -> bool:
+    """Whether the config has these switches, except for some."""
+    return all(getattr(config, name) == value for name, value in switches.items() if name not in but)
 
 
 def decode(xp, prepared, ids, config, cache=None):
@@ -85,40 +91,69 @@ class Cache:
 class Prepared:
     """The weights of a step, see above, and buffers for its arrays."""
 
+    EPS = layernorm.EPS
+
     def __init__(self, p, config):
         self.p, self.config = p, config
-        C, D = config.n_emb, config.head_size // config.n_heads
-        self.tokens, self.places = centred(p["wte"]["weight"]), centred(p["wpe"]["weight"])
-        queries = np.ones(3 * config.head_size, self.tokens.dtype)
-        queries[: config.head_size] = 1 / math.sqrt(D)
-        self.blocks: list[tuple[np.ndarray, ...]] = []
-        for block in p["blocks"].values():
-            attention, network = block["attention"], block["network"]
-            self.blocks.append((
-                behind_norm(block["norm1"], attention["qkv"], C) * queries,
-                with_bias(centred(attention["out"]["weight"]), centred(attention["out"]["bias"])),
-                behind_norm(block["norm2"], network["up"], C) * -K,
-                with_bias(centred(network["down"]["weight"]) / -K, centred(network["down"]["bias"])),
-            ))  # fmt: skip
-        kind = self.tokens.dtype
-        self.blocks = [tuple(np.asfortranarray(weight, dtype=kind) for weight in block) for block in self.blocks]
-        self.head = np.asfortranarray(behind_norm(p["ln_f"], p["lm_head"], C), dtype=kind)
+        kind = p["wte"]["weight"].dtype
+        blocks = [self.weights(block["attention"], block["network"], block) for block in p["blocks"].values()]
+        self.blocks = [tuple(np.asfortranarray(weight, dtype=kind) for weight in block) for block in blocks]
+        head = behind_norm(p.get("ln_f"), gpt.head_of(np, p, config), config.n_emb)
+        self.head = np.asfortranarray(head, dtype=kind)
         self.ones = np.ones(config.n_ctx, kind)
-        # Python's floats would be converted at each call
+        self.buffers = functools.lru_cache(maxsize=2)(lambda B, T: Buffers(B, T, config, kind, self.EPS))
+        self.prepare_more(p, kind)
+
+    def prepare_more(self, p, kind) -> None:
+        """The tables of the embedding, and numbers as arrays: Python's floats would be converted at each call."""
+        self.tokens, self.places = centred(p["wte"]["weight"]), centred(p["wpe"]["weight"])
         self.one, self.constant = np.array(1, kind), np.array(INNER / K, kind)
-        self.buffers = functools.lru_cache(maxsize=2)(lambda B, T: Buffers(B, T, config, kind))
+
+    def weights(self, attention, network, block) -> tuple[np.ndarray, ...]:
+        """The weights of a block: for queries, keys and values, out, up and down, each with a bias."""
+        C, S, H = self.config.n_emb, self.config.head_size, self.config.n_heads
+        queries = np.ones(3 * S)
+        queries[:S] = 1 / math.sqrt(S // H)
+        return (
+            behind_norm(block["norm1"], attention["qkv"], C) * queries,
+            with_bias(centred(attention["out"]["weight"]), centred(attention["out"]["bias"])),
+            behind_norm(block["norm2"], network["up"], C) * -K,
+            with_bias(centred(network["down"]["weight"]) / -K, centred(network["down"]["bias"])),
+        )
+
+    def embed(self, ids, now: slice, b: "Buffers") -> None:
+        """Write what goes into the first block into b.x."""
+        np.add(self.tokens.take(ids, axis=0), self.places[now], b.x_of_texts)
+
+    def turn(self, now: slice, b: "Buffers") -> None:
+        """Change queries and keys in b.qkv."""
+
+    def activate(self, b: "Buffers") -> None:
+        """b.g, what `up` made, -> b.h."""
+        g, s = b.g, b.s
+        np.multiply(g, g, s)
+        np.add(s, self.constant, s)
+        np.multiply(s, g, s)
+        np.exp(s, s)
+        np.add(s, self.one, s)
+        np.divide(g, s, b.h)
+
+    def predict(self, b: "Buffers") -> np.ndarray:
+        """The logits (B, V) from what is in b.last."""
+        return np.dot(b.last, self.head)
 
     def step(self, ids, cache: Cache):
         """ids (B, T) -> logits (B, V) after them, or None where scores lie too far apart; appends to the cache."""
         (B, T), t = ids.shape, cache.length
         b, end = self.buffers(B, T), t + T
-        now, ones, one, constant = slice(t, end), self.ones[:end], self.one, self.constant
+        now, ones = slice(t, end), self.ones[:end]
         visible = None if T == 1 else np.tri(T, end, t, dtype=ones.dtype)
-        x, delta, normed, g, s, h = b.x, b.delta, b.normed, b.g, b.s, b.h
-        np.add(self.tokens.take(ids, axis=0), self.places[now], b.x_of_texts)
+        x, delta, normed = b.x, b.delta, b.normed
+        self.embed(ids, now, b)
         for i, (qkv, out, up, down) in enumerate(self.blocks):
             b.norm()
             np.dot(normed, qkv, b.qkv)
+            self.turn(now, b)
             cache.blocks[i][:, :, :, now] = b.key_and_value
             e = np.matmul(b.query, cache.keys[i][..., :end])       # (B, H, T, t + T)
             np.exp(e, e)
@@ -130,30 +165,70 @@ class Prepared:
             np.dot(b.attended, out, delta)
             np.add(x, delta, x)
             b.norm()
-            np.dot(normed, up, g)                                  # (N, F)
-            np.multiply(g, g, s)
-            np.add(s, constant, s)
-            np.multiply(s, g, s)
-            np.exp(s, s)
-            np.add(s, one, s)
-            np.divide(g, s, h)
+            np.dot(normed, up, b.g)                                # (N, F)
+            self.activate(b)
             np.dot(b.h_and_one, down, delta)
             np.add(x, delta, x)
         if not (b.totals.min() > SMALLEST_TOTAL and b.totals.max() < LARGEST_TOTAL):
             return None
         cache.length = end
         b.norm()
-        return np.dot(b.last, self.head)
+        return self.predict(b)
+
+
+class Modern(Prepared):
+    """The same with RMSNorm, rotary positions, QK-norm and ReLU squared: nothing is centred, and biases are zero.
+
+    The norm after the embedding is done in advance. A rotation does not change a length, so queries and keys are
+    normalised first: the factors of the norm and of the scores then go into the cosines and sines.
+    """
+
+    EPS = rmsnorm.EPS
+
+    def prepare_more(self, p, kind) -> None:
+        H, D = self.config.n_heads, self.config.head_size // self.config.n_heads
+        self.tokens, _ = rmsnorm.forward.__wrapped__(np, {}, p["wte"]["weight"])
+        factors = np.repeat([1, math.sqrt(D)], H)[:, None]         # of queries and keys
+        tables = numpy_query_key.tables(0, Shape(1, self.config.n_ctx, H), D, np.float64)
+        self.cos, self.sin = ((table * factors).astype(kind) for table in tables)
+        self.zero, self.eps, self.cap = (np.array(one, kind) for one in (0, D * self.EPS, self.config.logit_cap))
+
+    def weights(self, attention, network, block) -> tuple[np.ndarray, ...]:
+        C = self.config.n_emb
+        qkv, up = behind_norm(None, attention["qkv"], C), behind_norm(None, network["up"], C)
+        return qkv, with_bias(attention["out"]["weight"], 0), up, with_bias(network["down"]["weight"], 0)
+
+    def embed(self, ids, now: slice, b: "Buffers") -> None:
+        b.x_of_texts[...] = self.tokens.take(ids, axis=0)
+
+    def turn(self, now: slice, b: "Buffers") -> None:
+        qk, turned = b.query_and_key, b.turned
+        length = np.vecdot(qk, qk, b.lengths[..., 0])
+        np.add(length, self.eps, length)
+        np.sqrt(length, length)
+        np.divide(qk, b.lengths, qk)
+        b.halves_of_turned[...] = b.halves_swapped
+        np.multiply(turned, self.sin[now], turned)
+        np.multiply(qk, self.cos[now], qk)
+        np.add(qk, turned, qk)
+
+    def activate(self, b: "Buffers") -> None:
+        np.maximum(b.g, self.zero, out=b.g)
+        np.multiply(b.g, b.g, b.h)
+
+    def predict(self, b: "Buffers") -> np.ndarray:
+        logits = np.dot(b.last, self.head)
+        return self.cap * np.tanh(logits / self.cap) if self.cap else logits
 
 
 class Buffers:
     """What a step writes into, and the views of it that it needs; N = B * T rows, text by text."""
 
-    def __init__(self, B: int, T: int, config, kind):
+    def __init__(self, B: int, T: int, config, kind, eps: float):
         C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
         N, D, F = B * T, S // H, 4 * C
-        # with the last channel, the sum of squares is C (variance + EPS)
-        self.stream = np.full((N, C + 1), math.sqrt(C * layernorm.EPS), kind)
+        # with the last channel, the sum of squares is C (variance + eps)
+        self.stream = np.full((N, C + 1), math.sqrt(C * eps), kind)
         self.x, self.x_of_texts = self.stream[:, :C], self.stream.reshape(B, T, C + 1)[..., :C]
         self.delta = np.empty((N, C), kind)
         self.root = np.empty((N, 1), kind)
@@ -165,11 +240,17 @@ class Buffers:
         self.qkv = np.empty((N, 3 * S), kind)
         qkv = self.qkv.reshape(B, T, 3, H, D).transpose(2, 0, 3, 1, 4)
         self.query, self.key_and_value = qkv[0], qkv[1:]           # (B, H, T, D), (2, B, H, T, D)
+        self.query_and_key = self.qkv.reshape(B, T, 3 * H, D)[:, :, : 2 * H]
+        self.turned, self.lengths = np.empty((B, T, 2 * H, D), kind), np.empty((B, T, 2 * H, 1), kind)
+        if D % 2 == 0:  # otherwise positions are not rotary
+            halves = B, T, 2 * H, 2, D // 2
+            self.halves_of_turned = self.turned.reshape(halves)
+            self.halves_swapped = self.query_and_key.reshape(halves)[..., ::-1, :]
         self.totals = np.empty((L, B, H, T), kind)
         self.g, self.s = np.empty((N, F), kind), np.empty((N, F), kind)
 
     def norm(self) -> None:
-        """normed = stream / root(C (variance + EPS)); the stream has mean 0."""
+        """normed = stream / root(C (variance + eps)); for layer norm the stream has mean 0."""
         if len(self.stream) == 1:  # two calls instead of three
             row = self.stream[0]
             np.multiply(self.x, 1 / math.sqrt(np.dot(row, row)), self.normed_x)
@@ -186,14 +267,15 @@ def centred(weight):
 
 def behind_norm(norm, linear, C: int):
     """(C + 1, F): the norm's gain, the root of C, the norm's bias and the layer's in one weight."""
-    weight = linear["weight"]
-    bias = norm["bias"] @ weight + linear.get("bias", 0)
-    return with_bias(math.sqrt(C) * norm["gain"][:, None] * weight, bias)
+    weight, bias = linear["weight"], linear.get("bias", 0)
+    if norm:
+        weight, bias = norm["gain"][:, None] * weight, norm["bias"] @ weight + bias
+    return with_bias(math.sqrt(C) * weight, bias)
 
 
 def with_bias(weight, bias):
     """(C + 1, F): the bias as the last row."""
-    return np.concatenate([weight, bias[None, :]])
+    return np.concatenate([weight, np.broadcast_to(bias, (1, weight.shape[1]))])
 
 
 class OneThread:

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from baby_xp_backends import numpy_decoding
 from conftest import case_of
-from layer_table import SWITCHES
+from layer_table import LATER, SWITCHES
 from threadpoolctl import threadpool_limits
 
 from baby_xp.arrays import params
-from baby_xp.config import GPTConfig
+from baby_xp.config import MODERN, GPTConfig
 from baby_xp.inference.generate import Logits, window_start
 from baby_xp.models import Model, gpt
 
 N_CTX, V = 7, 11
 IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
-ALL_SWITCHES = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+NAMED = {**{" ".join(s.values()): s for s in SWITCHES}, **LATER}
+NAMED["modern tied capped"] = {**MODERN, "tied_head": True, "logit_cap": 5.0}
+ALL_SWITCHES = pytest.mark.parametrize("switches", NAMED.values(), ids=list(NAMED))
 
 
 def model_and_weights(case, switches):
@@ -27,8 +29,10 @@ def model_and_weights(case, switches):
 def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
     if backend.variant == "jax jit":
         pytest.skip("generation is not compiled")
-    # slow where each operation takes long: there, two combinations without a common switch are enough
-    for switches in SWITCHES if backend.variant.startswith("numpy") else SWITCHES[::7]:
+    # slow where each operation takes long: there, a few combinations without a common switch are enough
+    for name, switches in NAMED.items():
+        if not backend.variant.startswith("numpy") and switches not in (*SWITCHES[::7], LATER["modern"]):
+            continue
         model, p = model_and_weights(backend, switches)
         whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
         whole, cache = backend.to_numpy(whole), None
@@ -37,8 +41,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
                 backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
             )
             cache = gpt.cache_of(saved)
-            message = " ".join(switches.values())
-            np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=message)
+            np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
@@ -74,10 +77,11 @@ def test_cached_and_uncached_logits_are_equal_past_the_context(kind, switches):
 
 @pytest.mark.parametrize("size", [30.0, 3e3])
 @pytest.mark.parametrize("first", [1, 4])
-def test_decoding_handles_scores_that_are_far_apart(size, first):
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern"])
+def test_decoding_handles_scores_that_are_far_apart(size, first, name):
     """exp of such a score is infinite or 0: NumPy's step must detect that and keep the cache correct."""
     case = case_of("numpy")
-    model, p = model_and_weights(case, SWITCHES[0])
+    model, p = model_and_weights(case, NAMED[name])
     for block in p["blocks"].values():
         block["attention"]["qkv"]["weight"][:, :24] *= size  # queries and keys
     logits = Logits(case.backend, model, p, True)
@@ -114,9 +118,10 @@ def test_decoding_computes_only_the_new_tokens(kind, monkeypatch):
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
 
 
-def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch):
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern", "modern tied capped"])
+def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch, name):
     case = case_of("numpy")
-    model, p = model_and_weights(case, {"c_sequence": "pre", "c_attention": "mha", "c_network": "mlp"})
+    model, p = model_and_weights(case, NAMED[name])
     logits = Logits(case.backend, model, p, True)
     monkeypatch.setattr(gpt, "forward", None)
     assert all(logits.next([IDS[:length].tolist()]).shape == (1, V) for length in range(3, 10))
