@@ -10,17 +10,22 @@ from baby_xp.config import TrainConfig
 def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Array:
     """The rate at step (1,) int32, counted from 0 -> (1,).
 
-    Linear warm-up over `warmup_steps`, then constant, or a half cosine that ends at `min_lr` after
-    `num_steps` (Loshchilov and Hutter 2017).
+    Linear warm-up over `warmup_steps`. Then constant; or a half cosine that ends at `min_lr` after `num_steps`
+    (Loshchilov and Hutter 2017); or constant with a linear decay to `min_lr` over the last `decay_fraction` of
+    the steps (Zhai et al. 2022).
     """
     t = xp.astype(step, dtype)
-    peak = config.peak_lr
+    peak, warmup = config.peak_lr, config.warmup_steps
+    warm = peak * (t + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return xp.where(t < warmup, warm, xp.zeros_like(t) + peak)
+    assert config.num_steps is not None  # Setup computes it where the config has epochs
+    begin = warmup if config.schedule == "cosine" else max(warmup, config.num_steps * (1 - config.decay_fraction))
+    done = (t - begin) / max(1, config.num_steps - begin)
+    # not xp.clip: that of array-api-compat indexes with masks, and a GPU waits for each
+    done = xp.minimum(xp.maximum(done, xp.zeros_like(t)), xp.ones_like(t))
     if config.schedule == "cosine":
-        assert config.num_steps is not None  # Setup computes it where the config has epochs
-        span = max(1, config.num_steps - config.warmup_steps)
-        done = xp.clip((t - config.warmup_steps) / span, 0.0, 1.0)
         lr = config.min_lr + 0.5 * (peak - config.min_lr) * (1 + xp.cos(math.pi * done))
     else:
-        lr = xp.zeros_like(t) + peak
-    warm = peak * (t + 1) / (config.warmup_steps + 1)
-    return xp.where(t < config.warmup_steps, warm, lr)
+        lr = peak + (config.min_lr - peak) * done
+    return xp.where(t < warmup, warm, lr)

@@ -128,7 +128,7 @@ def steps_in_parts(case, batch_size, accumulate, dropout=0.2, epochs=False, work
     # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
     batches = EpochWindows(TEXT[:155], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
-    more = () if workers is None else (workers.loss_and_gradients, workers.adamw)
+    more = () if workers is None else (workers.loss_and_gradients, workers.optimizer(config))
     step = case.compile(make_step(case.xp, model, config, *more))
     figures, sizes = [], []
     for i in range(steps):

@@ -180,7 +180,7 @@ def test_the_shared_update_is_that_of_one_process_bit_for_bit(together):
             shared = {name: array.copy() for name, array in shared.items()}
         alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config)
         before = {name: array.copy() for name, array in shared.items()}
-        given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.adamw)
+        given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.optimizer(config))
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
             assert given[name].tobytes() == before[name].tobytes()  # a step that is cut short needs it
