@@ -112,7 +112,7 @@ class TrainConfig:
     base_batch_size: Size | None = None
     """Batch size that lr was chosen for; if given, lr is scaled by batch_size / base_batch_size."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """After the warm-up: constant, half a cosine down to min_lr, or constant and at the end linear down to min_lr."""
+    """After the warm-up: constant, half a cosine down to min_lr, or constant and then linear down to min_lr."""
     min_lr: NotNegative = 1e-4
     """Learning rate at the end of the cosine or the linear decay."""
     decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.5

@@ -20,7 +20,7 @@ def step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
 
 
 CHAIN = 5
-"""Iterations of Newton-Schulz on the small Gram matrix alone. Each multiplies its rounding errors by 12 at most."""
+"""Iterations of Newton-Schulz on the Gram matrix alone. Each multiplies the error of a small eigenvalue by 12."""
 
 
 def orthogonalize(xp, x, iterations):
@@ -31,7 +31,7 @@ def orthogonalize(xp, x, iterations):
     """
     tall, narrow, wide = x.shape[1] > x.shape[2], min(x.shape[1:]), max(x.shape[1:])
     flat = x.reshape(len(x), -1)
-    x = x / (np.sqrt(np.vecdot(flat, flat)) + muon.EPS)[:, None, None]
+    x = x / np.maximum(np.sqrt(np.vecdot(flat, flat)), muon.EPS)[:, None, None]
     chain = CHAIN if 2 * wide > 3 * narrow else 1
     for first in range(0, iterations, chain):
         other = x.swapaxes(1, 2)

@@ -13,9 +13,10 @@ from baby_xp.arrays.namespace import replaceable
 from baby_xp.config import TrainConfig
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the polynomial a s + b s^3 + c s^5 of the singular values s. Jordan's: the steepest at 0 that, iterated, keeps
-them near 1."""
+"""a, b, c of the polynomial a s + b s^3 + c s^5 of a singular value s. Jordan chose them such that it is as steep
+as possible at 0 and, iterated, keeps s near 1."""
 EPS = 1e-7
+"""Least norm to divide by: that of a matrix of zeros is 0."""
 TILE = 65536
 """Elements of the matrices that a backend which computes in tiles takes together: few enough for the cache."""
 
@@ -68,7 +69,7 @@ def muon(xp, w, g, m, scale, lr, momentum: float, weight_decay: float, iteration
 
 
 def step_size(R: int, C: int) -> float:
-    """The factor of a step for weights (R, C) of R inputs and C outputs: sqrt(max(1, C / R)) (Jordan et al. 2024)."""
+    """The factor of a step for weights (R, C) of R inputs and C outputs: sqrt(max(1, C / R)), Jordan's too."""
     return math.sqrt(max(1.0, C / R))
 
 
@@ -87,7 +88,8 @@ def orthogonalize(xp, x, iterations: int):
     a, b, c = COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
     x = xp.matrix_transpose(x) if tall else x                      # (n, R, C), R <= C
-    x = x / (xp.sqrt(xp.sum(x * x, axis=(1, 2), keepdims=True)) + EPS)
+    norm = xp.sqrt(xp.sum(x * x, axis=(1, 2), keepdims=True))      # (n, 1, 1)
+    x = x / xp.maximum(norm, xp.full_like(norm, EPS))
     for _ in range(iterations):
         gram = x @ xp.matrix_transpose(x)                          # (n, R, R)
         x = a * x + (b * gram + c * (gram @ gram)) @ x             # (n, R, C)

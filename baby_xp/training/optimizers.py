@@ -43,8 +43,8 @@ class Parts(NamedTuple):
 def parts(model: Model, optimizer: str, rank: int = 0, number: int = 1) -> Parts:
     """What one of `number` processes updates. It depends on shapes alone.
 
-    The matrices go to the processes one by one, the costliest first, each to the one that has least to compute; the
-    other parameters are divided evenly. Raises BabyError where the optimizer is Muon and the model has no matrix.
+    The matrices go to the processes one by one, the costliest first, each to the process that has least to do; the
+    other parameters are divided evenly. Raises BabyError if the optimizer is Muon and the model has no matrix.
     """
     matrices = params.matrices(model.spec) if optimizer == "muon" else []
     if optimizer == "muon" and not matrices:

@@ -20,8 +20,12 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
     if config.schedule == "constant":
         return xp.where(t < warmup, warm, xp.zeros_like(t) + peak)
     assert config.num_steps is not None  # Setup computes it where the config has epochs
-    begin = warmup if config.schedule == "cosine" else max(warmup, config.num_steps * (1 - config.decay_fraction))
-    done = (t - begin) / max(1, config.num_steps - begin)
+    span = config.num_steps - warmup
+    if config.schedule == "linear":
+        span = min(span, config.num_steps * config.decay_fraction)
+    span = max(1, span)
+    begin = max(warmup, config.num_steps - span)
+    done = (t - begin) / span
     # not xp.clip: that of array-api-compat indexes with masks, and a GPU waits for each
     done = xp.minimum(xp.maximum(done, xp.zeros_like(t)), xp.ones_like(t))
     if config.schedule == "cosine":

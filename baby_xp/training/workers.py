@@ -164,8 +164,9 @@ def _reserve(file: int, length: int) -> None:
 class Workers:
     """`number` processes in all, this one included. A context manager: leaving it ends the others.
 
-    loss_and_gradients and optimizer(config) are for make_step. The state that the latter gives lies in the arena and is valid until
-    the update after the next one. Raises BabyError if a worker cannot be started or ends before its time.
+    loss_and_gradients and optimizer(config) are for make_step. The state that an optimizer gives lies in the arena
+    and is valid until the update after the next one. Raises BabyError if a worker cannot be started or ends before
+    its time.
     """
 
     arena: Arena
@@ -394,12 +395,14 @@ def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta
 def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> None:
     """Compute the parts of a process: from one state in the arena to the other."""
     xp, own = backend.xp, optimizers.parts(model, OPTIMIZERS[optimizer], rank, len(arena.gradients))
-    before, new, g, (scale, lr, *biases) = arena.states[old], arena.states[1 - old], arena.gradients[0], arena.rates
-    beta1, beta2, weight_decay, *more = arena.settings.tolist()
+    before, new, g = arena.states[old], arena.states[1 - old], arena.gradients[0]
+    scale, lr, *biases = arena.rates
+    beta1, beta2, weight_decay, rate, momentum, iterations = arena.settings.tolist()
     for at in own.slices:
         arrays = before[0][at], g[at], before[1][at], before[2][at], decays[at]
         adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
-    for at, w, m in muon.update(xp, own.matrices, before[0], g, before[1], scale, lr, weight_decay, *more):
+    more = weight_decay, rate, momentum, int(iterations)
+    for at, w, m in muon.update(xp, own.matrices, before[0], g, before[1], scale, lr, *more):
         new[0][at], new[1][at] = w, m  # of v there are only zeros, in both states
 
 
