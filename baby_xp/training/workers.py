@@ -297,6 +297,7 @@ class Workers:
             old = 0
             for own, given in zip(arena.states[old], (w, m, v), strict=True):
                 own[:] = given
+            arena.states[1 - old, 2] = v  # where Muon leaves it as it is
         if address(g) != address(arena.gradients[0]):
             arena.gradients[0][:] = g
         for own, given in zip(arena.rates, (scale, lr, bias1, bias2), strict=True):
@@ -403,7 +404,7 @@ def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> No
         adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
     more = weight_decay, rate, momentum, int(iterations)
     for at, w, m in muon.update(xp, own.matrices, before[0], g, before[1], scale, lr, *more):
-        new[0][at], new[1][at] = w, m  # of v there are only zeros, in both states
+        new[0][at], new[1][at] = w, m
 
 
 def serve() -> None:
