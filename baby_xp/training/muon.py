@@ -41,10 +41,18 @@ def update(xp, matrices, w, g, m, scale, lr, weight_decay: float, rate: float, m
     gradients, and AdamW's learning rate. The rest: Settings. Matrices of one shape are computed together.
     """
     for stack in stacks(matrices, xp.tokens_at_once and TILE):
-        arrays = [xp.stack([xp.reshape(flat[at], shape) for at, shape in stack]) for flat in (w, g, m)]
+        arrays = [_stacked(xp, flat, stack) for flat in (w, g, m)]
         new_w, new_m = muon(xp, *arrays, scale, rate * lr, momentum, weight_decay, iterations)
         for i, (at, _) in enumerate(stack):
             yield at, xp.reshape(new_w[i, ...], (-1,)), xp.reshape(new_m[i, ...], (-1,))
+
+
+def _stacked(xp, flat, stack):
+    """(n, R, C); a single matrix is not copied where the library has views."""
+    if len(stack) == 1:
+        at, shape = stack[0]
+        return xp.reshape(flat[at], (1, *shape))
+    return xp.stack([xp.reshape(flat[at], shape) for at, shape in stack])
 
 
 def stacks(matrices, most: int | None = None):

@@ -20,7 +20,7 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
     if config.schedule == "constant":
         return xp.where(t < warmup, warm, xp.zeros_like(t) + peak)
     assert config.num_steps is not None  # Setup computes it where the config has epochs
-    span = config.num_steps - warmup
+    span: float = config.num_steps - warmup
     if config.schedule == "linear":
         span = min(span, config.num_steps * config.decay_fraction)
     span = max(1, span)
