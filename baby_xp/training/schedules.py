@@ -12,7 +12,7 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
 
     Linear warm-up over `warmup_steps`. Then constant; or a half cosine that ends at `min_lr` after `num_steps`
     (Loshchilov and Hutter 2017); or constant with a linear decay to `min_lr` over the last `decay_fraction` of
-    the steps (Zhai et al. 2022).
+    the steps (Hägele et al. 2024).
     """
     t = xp.astype(step, dtype)
     peak, warmup = config.peak_lr, config.warmup_steps

@@ -195,7 +195,9 @@ def test_both_rates_follow_the_schedule():
             np.testing.assert_allclose(state["params"][at], expected, rtol=1e-4)
 
 
-def test_a_model_without_matrices_is_refused():
-    config = TrainConfig(num_steps=1, optimizer="muon")
-    with pytest.raises(BabyError, match="this model has none: choose --optimizer adamw"):
+def test_a_model_without_matrices_is_refused(refused):
+    config, words = TrainConfig(num_steps=1, optimizer="muon"), "this model has none: choose --optimizer adamw"
+    with pytest.raises(BabyError, match=words):
         optimizers.of(Model(EquationConfig(), 13), config)
+    for command in (["train", "equations"], ["estimate", "equations", "--no-measure"], ["equations", "mlp"]):
+        refused(*command, "--optimizer=muon", words=(words,))
