@@ -8,10 +8,12 @@ import math
 from baby_xp.arrays.tiles import number_of_tiles
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
+from baby_xp.layers.block import ACTIVATIONS
 from baby_xp.models import Model
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
+    "ln_emb": "norms",
     "attention": "attention", "network": "network", "lm_head": "head",
     "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
 }  # fmt: skip
@@ -53,6 +55,8 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     )
     if isinstance(config, EquationConfig):
         return 2 * batch_size * weights  # one row per context, not per token
+    if config.tied_head:
+        weights += vocab_size * config.n_emb
     attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
     return 2 * N * weights + config.n_layers * attention
 
@@ -76,17 +80,30 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
-    norm = C + 1  # normed channels, and one deviation per token
-    per_token = norm + C + V  # the last norm, the head's input, the loss
-    per_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
+    per_token = _norms_saved(config) + V  # and the loss
+    per_token += V if config.logit_cap else 0
+    per_token += config.n_layers * (_attention_saved(config) + _network_saved(config))
     masks = 2 * T * C if config.dropout else 0  # of the two outputs, one byte per element
     return B * (T * per_token * itemsize + config.n_layers * (_scores_saved(config) * itemsize + masks))
 
 
+def _norms_saved(config: GPTConfig) -> int:
+    """Elements per token: what each norm keeps, and the input of attention, network and head."""
+    C, layers = config.n_emb, 2 * config.n_layers + 1
+    norms = layers + config.embedding_norm
+    if config.norm != "rmsnorm":
+        return norms * (C + 1) + layers * C  # normed channels, and one deviation per token
+    # normed channels are the input of a layer, but for the first norm of all before pre-norm blocks, or the last
+    first = config.embedding_norm if config.c_sequence == "pre" else 1
+    return norms + (layers + first) * C
+
+
 def _attention_saved(config: GPTConfig) -> int:
-    """Elements per token: queries, keys, values, scaled queries, outputs, their scale, a sum per head, gate."""
+    """Elements per token: queries, keys, values, scaled queries, outputs, their scale, a sum per head, gate; with
+    QK-norm a deviation of each query and key."""
     S, H = config.head_size, config.n_heads
-    return 6 * S + H + (H + S // H if config.c_attention == "moh" else 0)
+    qk_norm = 2 * H if config.qk_norm else 0
+    return 6 * S + H + qk_norm + (H + S // H if config.c_attention == "moh" else 0)
 
 
 def _scores_saved(config: GPTConfig) -> int:
@@ -100,11 +117,12 @@ def _scores_saved(config: GPTConfig) -> int:
 
 
 def _network_saved(config: GPTConfig) -> int:
-    """Elements per token: the derivative of GELU and its output; of experts also the gate and the gated output."""
+    """Elements per token: what the activation keeps, its output; of experts also the gate and the gated output."""
+    activation = ACTIVATIONS[config.activation]
+    hidden, kept = mlp.width(config.n_emb, activation), 1 if activation.INPUTS == 1 else activation.INPUTS + 1
     if config.c_network == "mlp":
-        return 2 * mlp.EXPANSION * config.n_emb
-    experts = mixture_of_experts
-    return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
+        return (kept + 1) * hidden
+    return mixture_of_experts.EXPERTS * ((kept + 2) * hidden + 1)
 
 
 def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:

@@ -15,7 +15,7 @@ import baby_xp
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Memory, translate_out_of_memory
-from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.config import MODERN, EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.resources import counts
@@ -324,7 +324,7 @@ LARGER = {"n_ctx": 32, "n_emb": 32, "head_size": 32, "n_heads": 4, "n_layers": 2
 @pytest.mark.first_case
 @pytest.mark.parametrize("more", [
     {"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.1, "c_attention": "moh"}, {"c_network": "moe"},
-    {"n_ctx": 48, "n_heads": 16, "dropout": 0.1}, {"n_ctx": 64, "n_heads": 2},
+    {"n_ctx": 48, "n_heads": 16, "dropout": 0.1}, {"n_ctx": 64, "n_heads": 2}, MODERN,
 ], ids=str)  # fmt: skip
 def test_the_count_of_a_batch_is_near_what_it_takes(more):
     config = GPTConfig(**{**LARGER, **more})

@@ -161,8 +161,8 @@ def test_a_killed_run_resumes_exactly(text, tmp_path, alone, at_step):
     {"num_steps": None, "num_epochs": 1, "stride": 40},
     {"accumulate": 2, "batch_size": 2},
     {"dtype": "float64", "c_attention": "moh", "c_network": "moe", "c_sequence": "post"},
-    {"tokenizer": "byte"},
-], ids=["epochs", "accumulation", "float64 post moh moe", "bytes"])  # fmt: skip
+    {"tokenizer": "byte", "c_model": "modern", "logit_cap": 15},
+], ids=["epochs", "accumulation", "float64 post moh moe", "bytes modern"])  # fmt: skip
 def test_other_settings_resume_as_exactly(text, tmp_path, alone, more):
     train(text, tmp_path, Stopper(9), workers=1, **more)
     assert Ending.of(api.resume(path=tmp_path)) == alone(workers=1, **more)
