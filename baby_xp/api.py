@@ -243,7 +243,8 @@ def finetuning(base: Run) -> RunConfig:
     peak = config.train.peak_lr
     train = replace(
         config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
-        schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
+        muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
+        eval_every=100, max_minutes=0.0,
     )  # fmt: skip
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 

@@ -175,12 +175,22 @@ class TrainConfig:
     """Peak learning rate."""
     base_batch_size: Size | None = None
     """Batch size that lr was chosen for; if given, lr is scaled by batch_size / base_batch_size."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or half a cosine down to min_lr."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """After the warm-up: constant, half a cosine down to min_lr, or constant and then linear down to min_lr."""
     min_lr: NotNegative = 1e-4
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or the linear decay."""
+    decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.5
+    """Share of the steps, the last ones, over which the linear schedule decays."""
     warmup_steps: Count = 100
     """Steps over which the learning rate rises linearly to lr."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the weight matrices inside blocks and AdamW for the others."""
+    muon_lr: Annotated[float, Range(above=0)] = 0.02
+    """Muon: peak learning rate; warm-up and schedule are those of lr."""
+    muon_momentum: Annotated[float, Range(0, below=1)] = 0.95
+    """Muon: decay of the mean of the gradients."""
+    muon_iterations: Annotated[int, Range(1, 10)] = 5
+    """Muon: iterations that make an update orthogonal; fewer are faster and less exact."""
     beta1: Annotated[float, Range(above=0, below=1)] = 0.9
     """AdamW: decay of the mean of the gradients."""
     beta2: Annotated[float, Range(above=0, below=1)] = 0.99
@@ -212,7 +222,7 @@ class TrainConfig:
             raise BabyError(f"a step of {self.batch_size} x {self.accumulate} sequences is too large")
         if self.num_steps is None and self.num_epochs is None:
             raise BabyError("neither num_steps nor num_epochs is given: say how long to train")
-        if self.schedule == "cosine" and self.min_lr > self.peak_lr:
+        if self.schedule != "constant" and self.min_lr > self.peak_lr:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
     @property
@@ -333,6 +343,7 @@ class ResumeSettings(TypedDict, total=False):
 
     num_steps: int | None
     lr: float
+    muon_lr: float
     min_lr: float
     clip: float
     eval_every: int
@@ -351,8 +362,12 @@ class FinetuneSettings(ResumeSettings, total=False):
     num_epochs: int | None
     stride: int
     base_batch_size: int | None
-    schedule: Literal["constant", "cosine"]
+    schedule: Literal["constant", "cosine", "linear"]
+    decay_fraction: float
     warmup_steps: int
+    optimizer: Literal["adamw", "muon"]
+    muon_momentum: float
+    muon_iterations: int
     beta1: float
     beta2: float
     weight_decay: float
@@ -411,8 +426,18 @@ def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any])
             raise BabyError(f"{what} on windows from random places: give --num-epochs too, or leave out --stride")
     if "min_lr" in settings and train.schedule == "constant":
         raise BabyError(
-            "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
+            "min_lr has no effect on a constant learning rate: choose --schedule cosine or linear, "
+            "or leave out --min-lr"
         )
+    if "decay_fraction" in settings and train.schedule != "linear":
+        raise BabyError(
+            f"decay_fraction has no effect on a {train.schedule} schedule: choose --schedule linear, "
+            "or leave out --decay-fraction"
+        )
+    for name in ("muon_lr", "muon_momentum", "muon_iterations"):
+        if name in settings and train.optimizer != "muon":
+            flag = f"--{name.replace('_', '-')}"
+            raise BabyError(f"{name} has no effect on adamw: choose --optimizer muon, or leave out {flag}")
     if "max_sum" in settings and isinstance(data, EquationData) and data.max_sum and "+" not in data.operators:
         raise BabyError("max_sum has no effect without sums: add + to --operators, or leave out --max-sum")
 

@@ -50,8 +50,10 @@ class Estimate:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the matrix products of all training steps."""
-        return counts.step_flops(self.config.model, self.facts.vocab_size, self.facts.sequences)
+        """Floating-point operations of the matrix products of all training steps; with Muon, an upper bound."""
+        model, train, V = self.config.model, self.config.train, self.facts.vocab_size
+        by_muon = counts.muon_flops(model, V, train.muon_iterations) if train.optimizer == "muon" else 0
+        return counts.step_flops(model, V, self.facts.sequences) + self.facts.num_steps * by_muon
 
     @property
     def arrays(self) -> dict[str, int]:
@@ -145,12 +147,13 @@ def _seconds(config: RunConfig, facts: Facts, took: Trial) -> dict[str, float]:
 def lines(found: Estimate) -> list[str]:
     """The estimate as a table to read."""
     facts, context = found.facts, found.config.model.n_ctx
+    exactly = "at most" if found.config.train.optimizer == "muon" else "exactly"
     rows = [
         ("parameters", f"{found.n_parameters:,} exactly: {_listed(found.parameters, '{:,}')}"),
         *_by_formula(found),
         ("tokens", f"{found.tokens:,} in {facts.num_steps:,} steps of {facts.step_size} x {context}"),
         *_by_rule(found),
-        ("operations", f"{found.flops:.3g} exactly, in the matrix products of all training steps"),
+        ("operations", f"{found.flops:.3g} {exactly}, in the matrix products of all training steps"),
         ("", f"{6 * found.tokens * found.n_parameters:.3g} by The Little Baby's 6 T P"),
         ("arrays, MiB", _listed({kind: size / MIB for kind, size in found.arrays.items()}, "{:.1f}")),
         ("", f"while it generates, keys and values {found.cache / MIB:.2f}"),
