@@ -23,15 +23,18 @@ LARGEST_DROPOUT = 0.99999
 """Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
 LARGEST_STD = 1e6
 """Of first weights: far from any use, and from what float32 does not hold."""
+LARGEST_CAP = 1e6
+"""Of logits: no logit comes near it."""
 
 Size = Annotated[int, Range(1, LARGEST)]
 Count = Annotated[int, Range(0, LARGEST)]
 NotNegative = Annotated[float, Range(0)]
+Switch = Annotated[bool, checks.flag]
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT: sizes and the three switches."""
+    """A GPT: sizes and switches. The defaults of the switches make The Little Baby's model."""
 
     kind: ClassVar[str] = "gpt"
 
@@ -48,13 +51,35 @@ class GPTConfig:
     dropout: Annotated[float, Range(0, below=1)] = 0.0
     """Share of activations that training sets to zero, from 0 to below 1."""
     c_sequence: Literal["pre", "post"] = "pre"
-    """Layer norm before each half of a block (pre) or after it (post)."""
+    """Norm before each half of a block (pre) or after it (post)."""
     c_attention: Literal["mha", "moh"] = "mha"
     """Multi-head attention (mha) or a mixture of heads (moh)."""
     c_network: Literal["mlp", "moe"] = "mlp"
     """Feed-forward network (mlp) or a dense mixture of four of them (moe)."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A learned vector for each position, or queries and keys rotated by their position (rotary)."""
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"] = "layernorm"
+    """Layer norm, or RMSNorm without or with a learned gain."""
+    embedding_norm: Switch = False
+    """A norm after the embedding too."""
+    qk_norm: Switch = False
+    """RMSNorm of each query and each key, so that no attention score is large."""
+    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    """Non-linearity of the network: GELU, ReLU squared (relu2) or SwiGLU."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """GELU by its tanh approximation, or exactly, by erf."""
+    qkv_bias: Switch = False
+    """A bias for queries, keys and values."""
+    linear_bias: Switch = True
+    """A bias for the other linear layers of attention and network."""
+    head_bias: Switch = True
+    """A bias for the logits."""
+    tied_head: Switch = False
+    """Use the token embeddings as the weights of the head."""
+    zero_init: Switch = False
+    """Start with zeros in the last layer of attention and network, and in a head that is not tied."""
+    logit_cap: Annotated[float, Range(0, LARGEST_CAP)] = 0.0
+    """Keep logits between -cap and cap, by cap * tanh(logits / cap); at least 1, 0: no cap."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,6 +91,45 @@ class GPTConfig:
         if rng.drop_threshold(self.dropout) == rng.HALVES:
             met = f"dropout is met to 1 / {rng.HALVES}"
             raise BabyError(f"dropout {self.dropout} drops everything, as {met}: choose {LARGEST_DROPOUT} at most")
+        width = self.head_size // self.n_heads
+        if self.positions == "rotary" and width % 2:
+            raise BabyError(
+                f"rotary positions rotate pairs of channels, and head_size {self.head_size} with n_heads "
+                f"{self.n_heads} makes heads of {width}: choose an even width, or positions learned"
+            )
+        if self.gelu != "tanh" and self.activation != "gelu":
+            raise BabyError(
+                f"gelu {self.gelu} has no effect on activation {self.activation}: leave out gelu, or choose "
+                f"activation gelu"
+            )
+        if 0 < self.logit_cap < 1:
+            raise BabyError(f"logit_cap {self.logit_cap} is too low to predict anything: choose 1 or more, or 0")
+
+
+MODERN: dict[str, Any] = {
+    "c_sequence": "pre", "c_attention": "mha", "c_network": "mlp", "positions": "rotary", "norm": "rmsnorm",
+    "embedding_norm": True, "qk_norm": True, "activation": "relu2", "gelu": "tanh", "qkv_bias": False,
+    "linear_bias": False, "head_bias": False, "tied_head": False, "zero_init": True, "logit_cap": 0.0,
+}  # fmt: skip
+"""All switches of a GPT, as in NanoChat."""
+CLASSIC = {name: getattr(GPTConfig(), name) for name in MODERN}
+"""All switches as in The Little Baby: the defaults."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What stands for all switches of a GPT. It is a setting only: a run keeps the switches."""
+
+    c_model: Literal["classic", "modern"] | None = None
+    """All switches at once: The Little Baby's (classic) or NanoChat's (modern); single ones given too are kept."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """The switches that it stands for."""
+        return {"classic": CLASSIC, "modern": MODERN, None: {}}[self.c_model]
 
 
 @dataclass(frozen=True)
@@ -249,10 +313,13 @@ class RunConfig:
     def override(self, settings: Mapping[str, Any]) -> "RunConfig":
         """The same with some fields of its parts replaced.
 
-        num_epochs without num_steps means epochs: num_steps of the preset no longer holds. Where the table of
-        equations is another one, it is given a held-out case of its own. Raises BabyError for an unknown setting,
-        and for one that would change nothing.
+        num_epochs without num_steps means epochs: num_steps of the preset no longer holds. c_model stands for all
+        switches of a GPT that are not given themselves. Where the table of equations is another one, it is given a
+        held-out case of its own. Raises BabyError for an unknown setting, and for one that would change nothing.
         """
+        if "c_model" in settings and isinstance(self.model, GPTConfig):
+            rest = {name: value for name, value in settings.items() if name != "c_model"}
+            settings = {**Combination(settings["c_model"]).switches, **rest}
         known = {part: {field.name for field in fields(getattr(self, part))} for part in PARTS}
         unknown = [name for name in settings if not any(name in names for names in known.values())]
         if unknown:
@@ -321,9 +388,20 @@ class Settings(FinetuneSettings, total=False):
     c_sequence: Literal["pre", "post"]
     c_attention: Literal["mha", "moh"]
     c_network: Literal["mlp", "moe"]
+    c_model: Literal["classic", "modern"] | None
+    positions: Literal["learned", "rotary"]
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"]
+    embedding_norm: bool
+    qk_norm: bool
+    activation: Literal["gelu", "relu2", "swiglu", "tanh"]
     gelu: Literal["tanh", "erf"]
+    qkv_bias: bool
+    linear_bias: bool
+    head_bias: bool
+    tied_head: bool
+    zero_init: bool
+    logit_cap: float
     n_hidden: int
-    activation: Literal["tanh", "gelu"]
     std: float
     data: str | PathLike[str]
     digits: int

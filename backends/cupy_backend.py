@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,10 @@ class CupyBackend(Backend):
 
     def _faster(self) -> dict[str, Any]:
         """What replaces functions of the library and of ours, and what these replacements need."""
-        products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
-        ours = {"kernels": cupy_kernels.KERNELS, "launch": launch, "batched_product": products.batched}
-        return {"matmul": products.matmul, **ours}
+        self.products, launch = Products(self._cupy, self.tf32), Launcher(self._cupy)
+        ours = {"launch": launch, "counters": launch.counters, "product": self.products.product}
+        ours |= {"kernels": cupy_kernels.KERNELS, "gradients_in_place": True}
+        return {"matmul": self.products.matmul, **ours}
 
     def _here(self) -> None:
         """Make the device current in this thread, and set the precision of products, which all backends share."""
@@ -84,6 +85,15 @@ class CupyBackend(Backend):
         """Through pinned memory of CuPy's own: the host does not wait for the copy."""
         self._here()
         return self._cupy.array(host)
+
+    def asarrays(self, hosts: Iterable[np.ndarray]) -> list[Array]:
+        """One copy for all, where they are of one type."""
+        hosts = [self.host_array(host) for host in hosts]
+        if len({host.dtype for host in hosts}) > 1:
+            return super().asarrays(hosts)
+        flat = self.to_device(np.concatenate([host.reshape(-1) for host in hosts]))
+        ends = np.cumsum([host.size for host in hosts]).tolist()
+        return [flat[end - host.size : end].reshape(host.shape) for host, end in zip(hosts, ends, strict=True)]
 
     def to_numpy(self, array: Array) -> np.ndarray:
         self._here()
@@ -147,27 +157,39 @@ class Launcher:
     """Our kernels: compiled when one is first asked for, for each precision; CuPy does so for each device."""
 
     def __init__(self, cupy: Any):
-        self._module = cupy.RawModule
+        self._cupy = cupy
         self._functions: dict[tuple[str, str], Callable[..., None]] = {}
+        self._counters: Array = None
 
-    def __call__(self, name: str, dtype: Any, grid_and_block: Any, *arguments: Any) -> None:
-        """Run a kernel. Arrays are contiguous, numbers NumPy scalars of the type that the source says."""
-        key = name, np.dtype(dtype).name
+    def __call__(self, name: str, dtype: np.dtype[Any], grid_and_block: Any, *arguments: Any) -> None:
+        """Run a kernel. Arrays are contiguous, or their strides are among the arguments; numbers are NumPy scalars
+        of the type that the source says.
+        """
+        key = name, dtype.char
         if key not in self._functions:
-            module = self._module(code=cupy_kernels.source(key[1]))
+            module = self._cupy.RawModule(code=cupy_kernels.source(dtype.name))
             self._functions[key] = module.get_function(name)
         self._functions[key](*grid_and_block, arguments)
+
+    def counters(self, number: int) -> Array:
+        """At least that many zeros (int32), for kernels whose blocks count each other: they leave zeros behind."""
+        if self._counters is None or self._counters.size < number:
+            self._counters = self._cupy.zeros((max(number, 4096),), dtype=np.int32)
+        return self._counters
 
 
 class Products:
     """Matrix products where CuPy's own are slow or ignore TF32.
 
-    A 2-D product goes straight to cuBLAS, with transposed factors as flags. One of 3-D by 2-D takes a detour, and
-    a batched one copies a transposed factor and ignores TF32.
+    One of 3-D by 2-D takes a detour, and a batched one copies a transposed factor and ignores TF32.
     """
 
+    gemm: Callable[..., None]
+    """cuBLAS's gemmStridedBatchedEx without its handle. Another may be put in its place, see bench/graph.py."""
+
     def __init__(self, cupy: Any, tf32: bool):
-        self._cupy, self._tf32 = cupy, tf32
+        self._cupy, self._tf32, cuda = cupy, tf32, cupy.cuda
+        self.gemm = lambda *given: cuda.cublas.gemmStridedBatchedEx(cuda.get_cublas_handle(), *given)
         self._factors: dict[tuple[float, str], tuple[np.ndarray, int]] = {}
 
     def matmul(self, a: Array, b: Array) -> Array:
@@ -177,18 +199,19 @@ class Products:
             return flat.reshape(*a.shape[:-1], b.shape[-1])
         alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
         if alike and a.dtype == b.dtype and a.dtype.name in ("float32", "float64") and a.size and b.size:
-            contiguous = self._cupy.ascontiguousarray
-            return self.batched(contiguous(a), contiguous(b))
+            return self.product(a, b)
         return self._cupy.matmul(a, b)
 
-    def batched(
+    def product(
         self, a: Array, b: Array, transpose_a: bool = False, transpose_b: bool = False, factor: float = 1.0,
         out: Array = None,
     ) -> Array:  # fmt: skip
-        """factor * a @ b for contiguous (..., M, K) and (..., K, N) of the same leading axes -> (..., M, N).
+        """factor * a @ b for (..., M, K) and (..., K, N) of the same leading axes -> (..., M, N): `out` if given.
 
-        transpose_a, transpose_b: the last two axes of that factor lie the other way round.
+        transpose_a, transpose_b: the last two axes of that factor lie the other way round. The rows of matrices
+        may lie apart; an array of more axes that is not contiguous is copied.
         """
+        a, b = self._readable(a), self._readable(b)
         M, K = a.shape[-2:][::-1] if transpose_a else a.shape[-2:]
         N = b.shape[-2] if transpose_b else b.shape[-1]
         if out is None:
@@ -196,17 +219,20 @@ class Products:
         cublas, kind = self._cupy.cuda.cublas, a.dtype.name
         of_array, of_sum = self._types(cublas, kind)
         # cuBLAS counts by columns: what it takes for (K, M) is a, and out^T = b^T a^T
-        cublas.gemmStridedBatchedEx(
-            self._cupy.cuda.get_cublas_handle(),
+        self.gemm(
             cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
             cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N,
             N, M, K, self._pointer(factor, kind),
-            address(b), of_array, b.shape[-1], K * N,
-            address(a), of_array, a.shape[-1], M * K, self._pointer(0.0, kind),
-            address(out), of_array, N, M * N,
+            address(b), of_array, distance(b), K * N,
+            address(a), of_array, distance(a), M * K, self._pointer(0.0, kind),
+            address(out), of_array, distance(out), M * N,
             math.prod(a.shape[:-2]), of_sum, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
         return out
+
+    def _readable(self, a: Array) -> Array:
+        by_rows = a.ndim == 2 and a.strides[1] == a.itemsize and distance(a) >= a.shape[1]
+        return a if by_rows else self._cupy.ascontiguousarray(a)
 
     def _types(self, cublas: Any, kind: str) -> tuple[int, int]:
         """Of the arrays, and of the arithmetic."""
@@ -221,6 +247,11 @@ class Products:
             array = np.array(number, dtype=kind)
             self._factors[number, kind] = array, array.ctypes.data
         return self._factors[number, kind][1]
+
+
+def distance(array: Array) -> int:
+    """Of two rows of matrices (..., N, C), in elements."""
+    return array.strides[-2] // array.itemsize if array.shape[-2] > 1 else array.shape[-1]
 
 
 def address(array: Array) -> int:

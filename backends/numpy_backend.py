@@ -5,6 +5,7 @@ import functools
 import mmap
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import array_api_compat.numpy as library
 import numpy as np
@@ -30,8 +31,8 @@ class NumpyBackend(Backend):
             )
         keep_freed_memory()
         self.dtype, self.kernels = dtype, kernels
-        replacements = KERNELS if kernels == "fast" else {}
-        self.xp = Namespace(library, device="cpu", kernels=replacements, tokens_at_once=TOKENS_AT_ONCE)
+        fast: dict[str, Any] = {"kernels": KERNELS, "gradients_in_place": True} if kernels == "fast" else {}
+        self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
 
     def to_device(self, host: np.ndarray) -> Array:

@@ -11,8 +11,8 @@ makes hundreds of them. So what can be done once, before the first token, is don
   g (g^2 + constant).
 
 Weights lie in column order, in which a product with one row is fastest, and keys and values in arrays that were
-made for the whole context. All this needs pre-norm blocks, multi-head attention, one network and the tanh form of
-GELU; other models take the plain path.
+made for the whole context. All this is for the classic switches, the config's defaults; a model with another one
+takes the plain path.
 """
 
 import functools
@@ -23,6 +23,7 @@ from contextlib import nullcontext
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from baby_xp.config import CLASSIC
 from baby_xp.layers import gelu, layernorm
 from baby_xp.models import gpt
 
@@ -38,10 +39,8 @@ K = (INNER * gelu.CUBIC) ** (1 / 3)
 
 def prepare(xp, p, config):
     """As gpt.prepare: the weights of a step, or the parameters as they are where the plain path is taken."""
-    known = ("pre", "mha", "mlp", "tanh")
-    if (config.c_sequence, config.c_attention, config.c_network, config.gelu) != known:
-        return p
-    return Prepared(p, config)
+    classic = all(getattr(config, name) == value for name, value in CLASSIC.items())
+    return Prepared(p, config) if classic else p
 
 
 def decode(xp, prepared, ids, config, cache=None):

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from baby_xp_backends import numpy_decoding, numpy_muon
+from baby_xp_backends import numpy_decoding, numpy_muon, numpy_query_key
 
 from baby_xp.arrays import rng
-from baby_xp.arrays.tree import leaves
-from baby_xp.layers import gelu, heads, layernorm
+from baby_xp.arrays.tree import gradient_of, leaves
+from baby_xp.layers import gelu, heads, layernorm, rmsnorm
 from baby_xp.training.optimizers import EPS
 
 TILE = 65536
@@ -50,9 +50,9 @@ def linear_forward(xp, p, x):
 
 def linear_backward(xp, p, saved, dy):
     (x,) = saved
-    dp = {"weight": x.T @ dy}
+    dp = {"weight": np.matmul(x.T, dy, out=gradient_of(p, "weight"))}
     if "bias" in p:
-        dp["bias"] = ones(dy.shape[0], dy.dtype) @ dy
+        dp["bias"] = np.matmul(ones(dy.shape[0], dy.dtype), dy, out=gradient_of(p, "bias"))
     return dp, dy @ p["weight"].T
 
 
@@ -89,7 +89,24 @@ def layernorm_backward(xp, p, saved, dy):
     return {"gain": dgain, "bias": ones(N, dy.dtype) @ dy}, dx
 
 
-# GELU ---------------------------------------------------------------------------------------------------
+# RMSNorm ------------------------------------------------------------------------------------------------
+
+
+def rmsnorm_forward(xp, p, x):
+    rstd = 1 / np.sqrt(np.vecdot(x, x)[..., None] / x.shape[-1] + rmsnorm.EPS)
+    y = x * rstd
+    return y, (y, rstd)
+
+
+def rmsnorm_backward(xp, p, saved, dy):
+    y, rstd = saved
+    dx = y * (np.vecdot(dy, y)[..., None] / -dy.shape[-1])
+    dx += dy
+    dx *= rstd
+    return {}, dx
+
+
+# GELU, ReLU squared -------------------------------------------------------------------------------------
 
 
 def gelu_tanh_form(xp, x):
@@ -119,6 +136,23 @@ def _gelu_tile(x, y, derivative, cdf, square):
     np.subtract(1, cdf, out=derivative)
     derivative *= square
     derivative += cdf
+
+
+def relu2_forward(xp, p, x):
+    relu, y = np.empty_like(x), np.empty_like(x)
+    for s in tiles(*x.shape):
+        np.maximum(x[s], 0, out=relu[s])
+        np.multiply(relu[s], relu[s], out=y[s])
+    return y, (relu,)
+
+
+def relu2_backward(xp, p, saved, dy):
+    (relu,) = saved
+    dx = np.empty_like(dy)
+    for s in tiles(*dy.shape):
+        np.multiply(relu[s], dy[s], out=dx[s])
+        dx[s] += dx[s]
+    return {}, dx
 
 
 # softmax and attention ----------------------------------------------------------------------------------
@@ -380,7 +414,13 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "linear.backward": linear_backward,
     "layernorm.forward": layernorm_forward,
     "layernorm.backward": layernorm_backward,
+    "rmsnorm.forward": rmsnorm_forward,
+    "rmsnorm.backward": rmsnorm_backward,
     "gelu.tanh_form": gelu_tanh_form,
+    "relu2.forward": relu2_forward,
+    "relu2.backward": relu2_backward,
+    "query_key.forward": numpy_query_key.forward,
+    "query_key.backward": numpy_query_key.backward,
     "softmax.forward": softmax_forward,
     "heads.forward": heads_forward,
     "heads.backward": heads_backward,

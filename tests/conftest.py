@@ -75,6 +75,9 @@ class Case:
             array.flags.writeable = False
         return array
 
+    def asarrays(self, hosts):
+        return [self.asarray(host) for host in hosts]
+
     def compile(self, function):
         return self.backend.compile(function) if self.variant == "jax jit" else function
 

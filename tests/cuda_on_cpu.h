@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+using std::cos;
 using std::erf;
 using std::exp;
+using std::expm1;
 using std::log;
 using std::sqrt;
 using std::tanh;
@@ -63,16 +65,14 @@ static void resume(Thread& thread) {
 
 static void __syncthreads() { wait_at(AT_BLOCK); }
 
-static int __syncthreads_or(int mine) {
-    int turn = now->turn++ % 2, any = 0;
-    memcpy(now->exchanged[turn], &mine, sizeof mine);
-    wait_at(AT_BLOCK);
-    for (Thread& other : threads) {
-        int theirs;
-        memcpy(&theirs, other.exchanged[turn], sizeof theirs);
-        any |= other.turn >= now->turn && theirs;  // of those that came here, even if they have ended since
-    }
-    return any;
+static void __syncwarp() { wait_at(AT_WARP); }
+
+static void __threadfence() {}  // blocks run one after the other
+
+static int atomicAdd(int* at, int value) {
+    int before = *at;
+    *at += value;
+    return before;
 }
 
 template <class Value>

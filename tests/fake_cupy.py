@@ -4,6 +4,7 @@ Arrays are NumPy's, kernels are compiled by the machine's C++ compiler from the 
 cuda_on_cpu.h), and cuBLAS's batched product is read off its pointers. It is stricter than CuPy where that finds
 mistakes: new arrays hold no number, what lies beside an array is watched, arguments of a kernel must have its
 types, and arrays must be on the current device. The memory is a pool that counts, with a limit and CuPy's error.
+It counts launches, copies from the host, and what makes the host wait.
 
 What only a GPU can show is not here: speed, CuPy's own functions, and what really runs at once.
 """
@@ -60,11 +61,38 @@ class Machine:
         self.used, self.held = [0] * devices, [0] * devices
         self.limits = [0] * devices
         self.falling = False
-        self.launched, self.synchronized = [], 0
+        self.launched: list[tuple[str, int]] = []  # name and device, of our kernels and CuPy's functions
+        self.synchronized, self.copied = 0, 0  # times that the host waited, copies from the host
+        self.captured: list | None = None  # what a graph repeats, while one is captured
 
     @property
     def current(self) -> int:
         return getattr(self.threads, "device", 0)
+
+    def launch(self, name: str, times: int = 1) -> None:
+        """Count launches, but not those within a function that is one of CuPy's own."""
+        if not getattr(self.threads, "within", False):
+            self.launched += [(name, self.current)] * times
+
+    def record(self, work) -> None:
+        """Keep work that has been done for the graph that is captured, if one is."""
+        if self.captured is not None and not getattr(self.threads, "within", False):
+            self.captured.append(work)
+
+    def refuse_capture(self, what: str) -> None:
+        """As CUDA, or CuPy before it, does."""
+        if self.captured is not None:
+            raise CUDARuntimeError(f"{what} while a stream is captured")
+
+    @contextlib.contextmanager
+    def one_function(self):
+        """All that is called within counts as one function."""
+        before = getattr(self.threads, "within", False)
+        self.threads.within = True
+        try:
+            yield
+        finally:
+            self.threads.within = before
 
     @property
     def hooks(self) -> dict:
@@ -79,6 +107,8 @@ class Machine:
         if used > min(limit, self.size):
             raise OutOfMemoryError(size, self.held[device], self.limits[device])
         self.used[device], self.held[device] = used, max(self.held[device], used)
+        if self.captured is not None:
+            self.captured.append(lambda: array)  # what a graph uses stays
         for hook in self.hooks.values():
             hook.malloc_postprocess(device_id=device, size=size, mem_size=size, mem_ptr=1, pmem_id=1)
         weakref.finalize(array, self.give_back, device, size)
@@ -120,13 +150,57 @@ class Array(np.ndarray):
     def data(self):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
-    def __float__(self):
-        self.machine.synchronized += 1
-        return super().__float__()
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **named):
+        """An operator is a launch; its result is an array on the current device."""
+        machine = self.machine or next(x.machine for x in inputs if getattr(x, "machine", None))
+        check_devices(machine, inputs)
+        machine.launch(ufunc.__name__)
+        plain = [x.view(np.ndarray) if isinstance(x, Array) else x for x in inputs]
+        if out is not None:
+            named["out"] = tuple(x.view(np.ndarray) for x in out)
+        result = getattr(ufunc, method)(*plain, **named)
+        result = adopted(machine, result) if out is None else out[0]
+        machine.record(lambda: overwrite(result, getattr(ufunc, method)(*plain, **named)))
+        return result
 
-    def __bool__(self):
+    def __getitem__(self, key):
+        self._selected(key)
+        found = super().__getitem__(key)
+        return adopted(self.machine, found) if isinstance(found, np.generic) else found
+
+    def __setitem__(self, key, value):
+        self._selected(key)
+        if self.machine is not None:
+            self.machine.launch("copy")
+            self.machine.record(lambda: self.view(np.ndarray).__setitem__(key, value))
+        if self.machine is None or self.machine.captured is None:  # else nothing that exists may change
+            super().__setitem__(key, value)
+
+    def set(self, host):
+        """Overwrite with an array of the host."""
+        self.machine.refuse_capture("a copy from the host")
+        self.machine.copied += 1
+        overwrite(self, host)
+
+    def _selected(self, key) -> None:
+        """The size of what booleans select is known to the device alone."""
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(one, np.ndarray) and one.dtype == bool for one in keys):
+            self.machine.synchronized += 1
+
+
+def waiting(name: str):
+    """A method of arrays that reads a value, for which the host waits."""
+
+    def method(self, *arguments):
         self.machine.synchronized += 1
-        return super().__bool__()
+        return getattr(np.ndarray, name)(self, *arguments)
+
+    return method
+
+
+for reading in ("__float__", "__int__", "__index__", "__bool__", "item", "tolist"):
+    setattr(Array, reading, waiting(reading))
 
 
 def new_array(machine: Machine, shape, dtype) -> Array:
@@ -156,19 +230,45 @@ def adopted(machine: Machine, value):
     return array
 
 
+def overwrite(array: Array, values) -> None:
+    array.view(np.ndarray)[...] = values
+
+
+def is_view(array: Array, of: list[Array]) -> bool:
+    return any(np.may_share_memory(array, other) for other in of)
+
+
 def check_devices(machine: Machine, values) -> None:
     for value in values:
         if isinstance(value, Array) and value.where not in (None, machine.current):
             raise RuntimeError(f"array of device {value.where} while {machine.current} is current")
 
 
-def wrapped(machine: Machine, function):
+def wrapped(machine: Machine, function, name: str):
+    """A function of the namespace, as one launch, unless it only gives a view."""
+
     @functools.wraps(function)
     def call(*arguments, **named):
         named.pop("device", None)
         several = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else ()
         check_devices(machine, [*arguments, *several])
-        return adopted(machine, function(*arguments, **named))
+        arrays = [given for given in (*arguments, *several) if isinstance(given, Array)]
+        with machine.one_function():
+            result = adopted(machine, function(*arguments, **named))
+        if isinstance(result, np.ndarray) and not is_view(result, arrays):
+            machine.record(lambda: overwrite(result, function(*arguments, **named)))
+        if name == "clip":  # array-api-compat's own, which selects by booleans
+            machine.launch(name, 12)
+            machine.synchronized += 4
+        elif name == "concat":
+            # in one launch, with the addresses copied from the host, or one by one
+            machine.launch(name, 1 if len(several) > 8 else len(several))
+            machine.copied += 3 if len(several) > 8 else 0
+        elif name in ("asarray", "array") and not arrays:
+            machine.copied += 1
+        elif isinstance(result, np.ndarray) and result.size and not is_view(result, arrays):
+            machine.launch(name)
+        return result
 
     return call
 
@@ -182,7 +282,7 @@ def library(code: str):
     typed = "int count, void** values, const char* kinds, const int* sizes, const int* grid, const int* block"
     runs = []
     for name, text in re.findall(r"__global__ void (\w+)\((.*?)\n}\n", code, re.DOTALL):
-        waits = int(bool(re.search(r"warp_|__sync|__shfl", text)))  # else its threads need no coroutines
+        waits = int(bool(re.search(r"warp_|block_is|__sync|__shfl", text)))  # else its threads need no coroutines
         call = f"launch({name}, count, values, kinds, sizes, grid, block, falling, {waits})"
         runs.append(f'extern "C" int run_{name}({typed}, int falling) {{ return {call}; }}')
     folder = Path(tempfile.mkdtemp(prefix="baby_xp_kernels_"))
@@ -207,18 +307,17 @@ class RawModule:
 
         def kernel(grid, block, arguments):
             check_devices(machine, arguments)
-            machine.launched.append((name, machine.current))
+            machine.launch(name)
             kinds, sizes, values = zip(*map(argument, arguments), strict=True)
             triple = lambda given: (ctypes.c_int * 3)(*(*given, 1, 1)[:3])  # noqa: E731
             assert min(*grid, *block) > 0
             assert math.prod(block) <= 1024
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            problem = run(
-                len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes), triple(grid),
-                triple(block), int(machine.falling),
-            )  # fmt: skip
+            given = len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes)
+            problem = run(*given, triple(grid), triple(block), int(machine.falling))
             assert problem == 0, f"{name}: {PROBLEMS[problem]}"
             check_guards(name, arguments)
+            machine.record(lambda: (values, arguments, run(*given, triple(grid), triple(block), 0)))
 
         return kernel
 
@@ -235,7 +334,8 @@ def argument(given):
         return "p", 8, ctypes.c_void_p(0)
     if isinstance(given, np.ndarray):
         assert isinstance(given, Array), "a kernel was given an array of the host"
-        assert given.flags.c_contiguous, "a kernel was given a view, whose strides it does not know"
+        beside = given.size == 0 or given.strides[-1] == given.itemsize
+        assert given.flags.c_contiguous or beside, "a kernel was given a view, whose strides it does not know"
         return "p", 8, ctypes.c_void_p(given.ctypes.data)
     return given.dtype.kind, given.dtype.itemsize, SCALARS[given.dtype.name](given.item())
 
@@ -262,16 +362,16 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
 
 
 def gemm_strided_batched(
-    handle, trans_a, trans_b, m, n, k, alpha, a, type_a, lda, stride_a, b, type_b, ldb, stride_b, beta, c, type_c,
-    ldc, stride_c, count, compute, algo,
+    machine, handle, trans_a, trans_b, m, n, k, alpha, a, type_a, lda, stride_a, b, type_b, ldb, stride_b, beta, c,
+    type_c, ldc, stride_c, count, compute, algo,
 ):  # fmt: skip
     """cublasGemmStridedBatchedEx: column by column, C = alpha op(A) op(B) + beta C, for each of a batch."""
     kind = {0: np.float32, 1: np.float64}[type_a]
     assert type_a == type_b == type_c
     assert compute in {np.float32: (68, 77), np.float64: (70,)}[kind]
     scalar = lambda pointer: np.ctypeslib.as_array((ctypes.c_byte * 8).from_address(pointer))  # noqa: E731
-    factor, beta = (scalar(pointer)[: np.dtype(kind).itemsize].view(kind)[0] for pointer in (alpha, beta))
-    assert beta == 0
+    factor, keep = (scalar(pointer)[: np.dtype(kind).itemsize].view(kind)[0] for pointer in (alpha, beta))
+    assert keep == 0
 
     def matrix(pointer, rows, columns, leading, stride, i):
         assert leading >= rows
@@ -281,6 +381,10 @@ def gemm_strided_batched(
         strides = (flat.itemsize, leading * flat.itemsize)
         return np.lib.stride_tricks.as_strided(flat, (rows, columns), strides)
 
+    machine.launch("gemm")
+    given = trans_a, trans_b, m, n, k, alpha, a, type_a, lda, stride_a, b, type_b, ldb, stride_b
+    given += beta, c, type_c, ldc, stride_c, count, compute, algo
+    machine.record(lambda: gemm_strided_batched(machine, handle, *given))
     for i in range(count):
         of_a = matrix(a, *((k, m) if trans_a else (m, k)), lda, stride_a, i)
         of_b = matrix(b, *((n, k) if trans_b else (k, n)), ldb, stride_b, i)
@@ -307,7 +411,7 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
     for name in dir(array_api_compat.numpy):
         value = getattr(array_api_compat.numpy, name)
         is_type = isinstance(value, type)
-        vars(namespace)[name] = wrapped(machine, value) if callable(value) and not is_type else value
+        vars(namespace)[name] = wrapped(machine, value, name) if callable(value) and not is_type else value
 
     def empty(shape, dtype=None, device=None):
         return new_array(machine, shape, dtype or np.float64)
@@ -316,22 +420,26 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
         if x.flags.c_contiguous:
             return x
         copy = new_array(machine, x.shape, x.dtype)
-        copy[...] = x
+        copy[...] = x  # a launch
         return copy
 
     namespace.empty, namespace.ascontiguousarray = empty, ascontiguousarray
     namespace.empty_like = lambda x: new_array(machine, x.shape, x.dtype)
     cupy = types.ModuleType("cupy")
-    taken = ("empty", "ascontiguousarray", "matmul", "sum", "ones")
+    taken = ("empty", "ascontiguousarray", "matmul", "sum", "ones", "zeros")
     vars(cupy).update({name: vars(namespace)[name] for name in taken})
 
     def array(host):
         copy = new_array(machine, host.shape, host.dtype)
-        copy[...] = host
+        with machine.one_function():
+            copy[...] = host
+        machine.refuse_capture("a copy from the host")
+        machine.copied += 1
         return copy
 
     def asnumpy(x):
         check_devices(machine, [x])
+        machine.refuse_capture("a copy to the host")
         machine.synchronized += 1
         return np.array(x)
 
@@ -344,7 +452,12 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
     cupy._core = types.SimpleNamespace(
         _routines_linalg=compute_types, set_compute_type=lambda dtype, kind: setattr(machine, "compute_type", kind)
     )
-    return {"cupy": cupy, "array_api_compat.cupy": namespace}
+    nvmath = types.ModuleType("nvmath.bindings")
+    nvmath.cublas = types.SimpleNamespace(
+        create=lambda: 7, set_stream=lambda handle, stream: None, set_workspace=lambda handle, at, size: None,
+        gemm_strided_batched_ex=functools.partial(gemm_strided_batched, machine),
+    )  # fmt: skip
+    return {"cupy": cupy, "array_api_compat.cupy": namespace, "nvmath.bindings": nvmath}
 
 
 def _pool(machine: Machine):
@@ -390,6 +503,22 @@ def _cuda(machine: Machine):
         def __exit__(self, *error):
             del machine.hooks[self.name]
 
+    class Stream(contextlib.nullcontext):
+        def __init__(self, non_blocking):
+            super().__init__()
+            self.ptr = 1
+
+        def synchronize(self):
+            machine.refuse_capture("a wait")
+            machine.synchronized += 1
+
+        def begin_capture(self):
+            machine.captured = []
+
+        def end_capture(self):
+            works, machine.captured = machine.captured, None
+            return types.SimpleNamespace(launch=lambda stream: [work() for work in works])
+
     count = itertools.count(1)
     handles = {}
     runtime = types.SimpleNamespace(
@@ -398,9 +527,14 @@ def _cuda(machine: Machine):
         getDeviceProperties=lambda index: {"name": f"Pretended GPU {index}".encode()},
         memGetInfo=lambda: (machine.size - machine.held[machine.current], machine.size),
     )  # fmt: skip
+    def gemm(*given):
+        machine.refuse_capture("a call of cuBLAS")
+        gemm_strided_batched(machine, *given)
+
     return types.SimpleNamespace(
-        Device=Device, MemoryHook=MemoryHook, runtime=runtime,
+        Device=Device, MemoryHook=MemoryHook, Stream=Stream, runtime=runtime,
+        MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=contextlib.nullcontext,
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-        cublas=types.SimpleNamespace(**CUBLAS, gemmStridedBatchedEx=gemm_strided_batched),
+        cublas=types.SimpleNamespace(**CUBLAS, gemmStridedBatchedEx=gemm),
         get_cublas_handle=lambda: handles.setdefault(machine.current, next(count)),
     )  # fmt: skip

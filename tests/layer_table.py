@@ -9,7 +9,7 @@ import numpy as np
 from baby_xp.arrays import params
 from baby_xp.arrays.rng import Noise
 from baby_xp.arrays.tree import Layout, leaves
-from baby_xp.config import EquationConfig, GPTConfig
+from baby_xp.config import MODERN, EquationConfig, GPTConfig
 from baby_xp.layers import (
     Shape,
     attention,
@@ -24,10 +24,18 @@ from baby_xp.layers import (
     mixture_of_experts,
     mixture_of_heads,
     mlp,
+    query_key,
+    relu2,
+    rmsnorm,
+    rmsnorm_gain,
+    rotary,
+    soft_cap,
     softmax,
+    swiglu,
     tanh,
 )
 from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
+from baby_xp.layers.query_key import Steps
 from baby_xp.models import Model
 
 B, T, H, C, S, V = 3, 5, 2, 6, 8, 11
@@ -40,7 +48,13 @@ SWITCHES = [
     for a in ("mha", "moh")
     for n in ("mlp", "moe")
 ]
-"""All combinations of the three switches."""
+"""All combinations of the three switches that The Little Baby has."""
+OTHERS = {
+    "c_sequence": "post", "c_attention": "moh", "c_network": "moe", "norm": "rmsnorm-gain", "embedding_norm": True,
+    "activation": "swiglu", "qkv_bias": True, "linear_bias": False, "tied_head": True, "logit_cap": 5.0,
+}  # fmt: skip
+"""With `MODERN`, each value of every switch."""
+LATER = {"modern": MODERN, "others": OTHERS}
 
 
 @dataclass(frozen=True)
@@ -114,9 +128,9 @@ def _block(sequence: str, c_attention: str, c_network: str) -> Entry:
     )
 
 
-def _gpt(**switches) -> Entry:
+def _gpt(name: str, **switches) -> Entry:
     config = GPTConfig(n_ctx=T + 1, n_emb=C, head_size=S, n_heads=H, n_layers=2, dropout=RATE, **switches)
-    return _model(Model(config, V), ids(B, T, below=V), " ".join(["gpt", *switches.values()]))
+    return _model(Model(config, V), ids(B, T, below=V), name)
 
 
 def _model(model: Model, x, name: str) -> Entry:
@@ -136,6 +150,13 @@ TABLE = [
     _simple("layer norm", layernorm, layernorm.spec(C), floats(N, C)),
     _simple("gelu tanh", gelu, {}, floats(N, C), "tanh"),
     _simple("gelu erf", gelu, {}, floats(N, C), "erf"),
+    _simple("rms norm", rmsnorm, {}, floats(N, C)),
+    _simple("rms norm with gain", rmsnorm_gain, rmsnorm_gain.spec(C), floats(N, C)),
+    _simple("relu squared", relu2, {}, floats(N, C)),
+    _simple("swiglu", swiglu, {}, floats(N, 2 * C)),
+    _simple("soft cap", soft_cap, {}, floats(N, V), 2.0),
+    _simple("rotary", rotary, {}, floats(B, T, H, 4), 3),
+    _simple("queries and keys", query_key, {}, floats(N, 3 * S), SHAPE, Steps(True, True)),
     _simple("tanh", tanh, {}, floats(N, C)),
     _simple("softmax", softmax, {}, floats(B, H, T, T)),
     _cross_entropy(),
@@ -156,8 +177,9 @@ TABLE = [
     _noisy("mlp", mlp, mlp.spec(C), floats(N, C), 1),
     _noisy("mixture of experts", mixture_of_experts, mixture_of_experts.spec(C), floats(N, C), 1),
     *[_block(s, a, n) for s in ("pre", "post") for a in ("mha", "moh") for n in ("mlp", "moe")],
-    _gpt(),
-    _gpt(c_sequence="post", c_attention="moh", c_network="moe", gelu="erf"),
+    _gpt("gpt"),
+    _gpt("gpt post moh moe erf", c_sequence="post", c_attention="moh", c_network="moe", gelu="erf"),
+    *[_gpt(f"gpt {name}", **switches) for name, switches in LATER.items()],
     _model(Model(EquationConfig(n_emb=2, n_hidden=5), 13), ids(B, 4, below=13), "equations"),
     _model(
         Model(EquationConfig(n_emb=2, n_hidden=5, activation="gelu"), 13), ids(B, 4, below=13), "equations gelu"

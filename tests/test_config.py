@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from baby_xp.arrays import rng
 from baby_xp.config import (
+    CLASSIC,
     LARGEST_DROPOUT,
+    MODERN,
     MOST_LAYERS,
     DataConfig,
     EquationConfig,
@@ -31,6 +33,7 @@ NAN, INFINITY = float("nan"), float("inf")
 # More digits than a float has: math.isfinite would raise OverflowError.
 HUGE = 10**400
 
+FLAGS = ("embedding_norm", "qk_norm", "qkv_bias", "linear_bias", "head_bias", "tied_head", "zero_init")
 BAD = [
     (GPTConfig, "n_ctx", [0, -1, 1.5, "8", True, None, 2**31, HUGE]),
     (GPTConfig, "n_emb", [0, -1, 2.0, None, [8]]),
@@ -41,7 +44,12 @@ BAD = [
     (GPTConfig, "c_sequence", ["middle", "", None, [], 0]),
     (GPTConfig, "c_attention", ["mhb", "MHA", {}]),
     (GPTConfig, "c_network", ["mlp ", 1]),
+    (GPTConfig, "positions", ["rope", None, True]),
+    (GPTConfig, "norm", ["rms", "layernorm-gain", 1]),
+    (GPTConfig, "activation", ["tanh", "relu", None]),
     (GPTConfig, "gelu", ["relu", True]),
+    *((GPTConfig, name, [None, "yes", 2, NAN, []]) for name in FLAGS),
+    (GPTConfig, "logit_cap", [-1, 0.5, NAN, INFINITY, "15", None, 1e7, HUGE, True]),
     (EquationConfig, "n_ctx", [0, 1.5, None]),
     (EquationConfig, "n_emb", [0, 1.5]),
     (EquationConfig, "n_hidden", [0, 1.0]),
@@ -128,6 +136,32 @@ def test_the_table_above_has_every_field():
 def test_values_at_the_limits_are_accepted(kind, values):
     config = made(kind, **values)
     assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"positions": "rotary", "head_size": 12}, "head_size 12 with n_heads 4 makes heads of 3: choose"),
+    ({"gelu": "erf", "activation": "relu2"}, "gelu erf has no effect on activation relu2"),
+    ({"gelu": "erf", "activation": "swiglu"}, "gelu erf has no effect on activation swiglu"),
+    ({"logit_cap": 0.99}, "choose 1 or more, or 0"),
+])  # fmt: skip
+def test_switches_that_do_not_go_together_are_refused_in_one_line(values, message):
+    with pytest.raises(BabyError, match=message) as caught:
+        GPTConfig(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_combination_stands_for_every_switch_that_is_not_given_itself():
+    sizes = {"n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout"}
+    assert {field.name for field in fields(GPTConfig)} == sizes | MODERN.keys()
+    assert GPTConfig(**CLASSIC) == GPTConfig()
+    baby = preset("baby")
+    modern = baby.override({"c_model": "modern", "norm": "layernorm", "logit_cap": 15, "n_layers": 2})
+    assert modern.model == replace(baby.model, **{**MODERN, "norm": "layernorm", "logit_cap": 15, "n_layers": 2})
+    assert modern.override({"c_model": "classic"}).model == replace(baby.model, n_layers=2)
+    assert baby.override({"c_model": None}) == baby
+    for chosen, wrong in ((baby, "old"), (preset("equations"), "modern")):
+        with pytest.raises(BabyError, match="c_model"):
+            chosen.override({"c_model": wrong})
 
 
 def test_a_dropout_that_drops_everything_names_one_that_does_not():

@@ -102,10 +102,11 @@ def test_it_trains_and_generates(python, tmp_path):
     assert len(out) == len("the cat") + 5 + 1
 
 
-def test_every_package_is_in_the_installation(installed):
+def test_every_module_and_every_cuda_source_is_in_the_installation(installed):
     for name, source in (("baby_xp", "baby_xp"), ("baby_xp_backends", "backends"), ("baby_xp_data", "data")):
-        here = {path.relative_to(CHECKOUT / source) for path in (CHECKOUT / source).rglob("*.py")}
-        assert here == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
+        for pattern in ("*.py", "*.cu", "*.cuh", "py.typed"):
+            here = {path.relative_to(CHECKOUT / source) for path in (CHECKOUT / source).rglob(pattern)}
+            assert here == {path.relative_to(installed / name) for path in (installed / name).rglob(pattern)}
 
 
 def test_the_entry_points_lead_somewhere(installed, distribution):

@@ -72,8 +72,13 @@ def test_a_type_checker_knows_the_public_names(mypy, tmp_path):
 
 
 def test_keyword_arguments_are_the_fields_of_the_configs():
-    parts = (config.GPTConfig, config.EquationConfig, config.TrainConfig, config.DataConfig, config.EquationData)
+    parts = (
+        config.GPTConfig, config.Combination, config.EquationConfig, config.TrainConfig, config.DataConfig,
+        config.EquationData,
+    )  # fmt: skip
     kinds = {field.name: typing.get_type_hints(part)[field.name] for part in parts for field in fields(part)}
+    both = (typing.get_type_hints(part)["activation"] for part in (config.GPTConfig, config.EquationConfig))
+    kinds["activation"] = typing.Literal[tuple(word for words in both for word in typing.get_args(words))]
     settings = typing.get_type_hints(config.Settings)
     assert settings.keys() == kinds.keys()
     assert {name for name in kinds if settings[name] != kinds[name]} == {"data"}  # a path may be an object

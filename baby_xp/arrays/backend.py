@@ -5,7 +5,7 @@ own can add one. `auto` takes a GPU that works, else NumPy.
 """
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +85,16 @@ class Backend:
 
     def asarray(self, host: np.ndarray) -> Array:
         """Copy a host array to the device: floats in `dtype`, integers as int32, bools as they are."""
+        return self.to_device(self.host_array(host))
+
+    def asarrays(self, hosts: Iterable[np.ndarray]) -> list[Array]:
+        """Copy several host arrays to the device, as asarray does; the results may share memory."""
+        return [self.asarray(host) for host in hosts]
+
+    def host_array(self, host: np.ndarray) -> np.ndarray:
+        """The array in the type that it will have on the device."""
         host = np.asarray(host)
-        return self.to_device(np.asarray(host, dtype={"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32")))
+        return np.asarray(host, dtype={"f": self.dtype, "b": "bool"}.get(host.dtype.kind, "int32"))
 
     def integers(self, values: list[int]) -> Array:
         """A 1-D int32 array on the device; values are taken modulo 2**32."""

@@ -25,7 +25,8 @@ class Namespace(types.SimpleNamespace):
     `kernels` maps the qualified name of a replaceable function ("gelu.tanh_form") to a faster one with the
     same signature. Attributes are copied once: a lookup costs no more than on the module itself.
     `tokens_at_once` is how many tokens of a batch are best computed together, None for all of them: on a
-    processor, arrays that outgrow its caches cost time and save none.
+    processor, arrays that outgrow its caches cost time and save none. `gradients_in_place` says that arrays may be
+    written to: the kernels of a backward pass then put gradients where they belong, see tree.Parameters.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Namespace(types.SimpleNamespace):
         device: Any = None,
         kernels: Mapping[str, Callable[..., Any]] | None = None,
         tokens_at_once: int | None = None,
+        gradients_in_place: bool = False,
         **faster: Callable[..., Any],
     ):
         names = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
         super().__init__(**{**names, **faster})
         self.library, self.device, self.kernels = library, device, dict(kernels or {})
-        self.tokens_at_once = tokens_at_once
+        self.tokens_at_once, self.gradients_in_place = tokens_at_once, gradients_in_place
 
     def __repr__(self) -> str:
         return f"Namespace({getattr(self.library, '__name__', self.library)!s})"

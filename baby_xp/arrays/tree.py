@@ -37,6 +37,27 @@ def from_leaves(pairs: Iterable[tuple[str, Any]]) -> Tree:
     return tree
 
 
+class Parameters(dict[str, Any]):
+    """A tree of parameters whose nodes know where their gradients belong.
+
+    `gradients` is the same tree of views of the flat gradient. A backend's kernel may write a parameter's gradient
+    there and return that very view, which then need not be packed; the layers themselves know nothing about it.
+    A parameter that a model uses twice must not be written twice: hand it to one of the layers in a plain dict.
+    """
+
+    def __init__(self, tree: Tree, gradients: Tree):
+        self.gradients = gradients
+        super().__init__(
+            (key, Parameters(value, gradients[key]) if isinstance(value, dict) else value)
+            for key, value in tree.items()
+        )
+
+
+def gradient_of(p: Tree, name: str) -> Array:
+    """Where the gradient of the parameter p[name] may be written, or None."""
+    return p.gradients[name] if isinstance(p, Parameters) else None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each parameter lies in the flat buffer of all parameters, in the order of the tree."""
@@ -66,14 +87,22 @@ class Layout:
         bounds = pairwise(accumulate(self.sizes, initial=0))
         return {path: slice(*ends) for path, ends in zip(self.paths, bounds, strict=True)}
 
-    def pack(self, xp: Any, tree: Tree, **out: Array) -> Array:
-        """Lay the leaves one after the other: a tree of arrays -> (P,), on NumPy into an array `out` if given."""
+    def pack(self, xp: Any, tree: Tree) -> Array:
+        """Lay the leaves one after the other: a tree of arrays -> (P,)."""
         by_path = dict(leaves(tree))
         if by_path.keys() != set(self.paths):
             raise KeyError(f"tree does not fit the layout: {sorted(by_path.keys() ^ set(self.paths))}")
-        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths], **out)
+        return xp.concat([xp.reshape(by_path[path], (-1,)) for path in self.paths])
 
     def unpack(self, xp: Any, flat: Array) -> Tree:
         """The tree of arrays that `flat` (P,) holds; views of it where the library has views."""
         shapes = zip(self.slices.items(), self.shapes, strict=True)
         return from_leaves((path, xp.reshape(flat[at], shape)) for (path, at), shape in shapes)
+
+
+def fill(views: Tree, tree: Tree) -> None:
+    """Copy the leaves of a tree into views of the same tree, except those that are these views already."""
+    by_path = dict(leaves(tree))
+    for path, view in leaves(views):
+        if by_path[path] is not view:
+            view[...] = by_path[path]

@@ -101,12 +101,14 @@ def _parse_preset(
     command: Any, arguments: list[str], *more: tuple[str, Any]
 ) -> tuple["RunConfig", dict[str, Any]]:
     """A preset, and all that is given by name: settings in place of its own, and where to compute."""
+    from baby_xp.config import Combination, GPTConfig
     from baby_xp.presets import ABOUT, preset
 
     name, rest = positional(arguments, "baby")
     config, what = preset(name), command.__name__
+    switches = [("model", Combination())] if isinstance(config.model, GPTConfig) else []
     parts = [
-        ("model", config.model), ("train", config.train), ("data", config.data), ("where", Folder()),
+        *switches, ("model", config.model), ("train", config.train), ("data", config.data), ("where", Folder()),
         ("where", Compute()), *more,
     ]  # fmt: skip
     about = f"{what} {name}: {ABOUT[name]}.\n\n{inspect.cleandoc(command.__doc__)}"

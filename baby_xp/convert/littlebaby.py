@@ -20,7 +20,7 @@ import numpy as np
 
 from baby_xp import files
 from baby_xp.arrays.tree import Layout, Tree
-from baby_xp.config import GPTConfig, ModelConfig, TrainConfig, from_dict
+from baby_xp.config import CLASSIC, GPTConfig, ModelConfig, TrainConfig, from_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import shown
 from baby_xp.layers.mixture_of_experts import EXPANSION, EXPERTS
@@ -84,8 +84,9 @@ def write(
     """
     if not isinstance(config, GPTConfig):
         raise _cannot_hold("equation model")
-    if config.gelu != "tanh":
-        raise _cannot_hold("GELU by erf")
+    for name, value in CLASSIC.items():
+        if name not in SWITCHES and (odd := getattr(config, name)) != value:
+            raise _cannot_hold(f"model with {name} {odd}")
     if not isinstance(tokenizer, CharTokenizer):
         raise _cannot_hold("tokenizer of bytes")
     if not store.GUID.fullmatch(guid):

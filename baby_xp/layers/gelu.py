@@ -10,6 +10,7 @@ from baby_xp.arrays.namespace import replaceable
 
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
+INPUTS = 1  # channels that go in for each that comes out
 
 # Chebyshev coefficients of erfcx, computed with 40 digits from its values at 60 Chebyshev nodes; the next
 # would be below 2e-18

@@ -1,7 +1,7 @@
 """GPT: token and position embeddings, blocks, a last norm, a linear head (Radford et al. 2019).
 
-The Little Baby's model: positions are learned, the head has a bias and its own weights, and there is no
-dropout on the embeddings.
+The config's switches say which parts a model is made of. The defaults are The Little Baby's: learned positions,
+layer norm, and a head with a bias and its own weights. There is no dropout on the embeddings.
 """
 
 import math
@@ -9,38 +9,59 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
-from baby_xp.layers import Shape, block, embedding, layernorm, linear
-from baby_xp.layers.block import ATTENTIONS, NETWORKS, Parts
+from baby_xp.arrays.params import scaled, zeros
+from baby_xp.layers import Shape, block, embedding, linear, soft_cap
+from baby_xp.layers.block import ACTIVATIONS, ATTENTIONS, NETWORKS, NORMS, Parts
+from baby_xp.layers.query_key import Steps
 
 
 class Saved(NamedTuple):
     """What backward needs, for one backward pass."""
 
     shape: Shape
-    wte: Any
+    input: Any
     blocks: Iterator[block.Saved]
     """What each block has saved, the last block first. Each is freed once its successor is asked for."""
-    ln_f: Any
-    head: Any
+    output: Any
 
 
 def parts(config) -> Parts:
-    """What the config's three switches and its form of GELU stand for."""
-    attention, network = ATTENTIONS[config.c_attention], NETWORKS[config.c_network]
-    return Parts(config.c_sequence, attention, network, config.gelu)
+    """What the config's switches stand for."""
+    return Parts(
+        sequence=config.c_sequence,
+        attention=ATTENTIONS[config.c_attention],
+        network=NETWORKS[config.c_network],
+        norm=NORMS[config.norm],
+        activation=ACTIVATIONS[config.activation],
+        form=(config.gelu,) if config.activation == "gelu" else (),
+        query_key=Steps(rotary=config.positions == "rotary", norm=config.qk_norm),
+        qkv_bias=config.qkv_bias,
+        bias=config.linear_bias,
+    )
 
 
 def spec(config, V: int):
-    """Parameters of a GPT with V token ids."""
+    """Parameters of a GPT with V token ids. A part without any is an empty dict here, and absent from `p`."""
     C, S, H, L = config.n_emb, config.head_size, config.n_heads, config.n_layers
-    residual_scale = 1 / math.sqrt(2 * L)  # two projections of each block write into the residual stream
+    # two projections of each block write into the residual stream
+    residual_scale = 0.0 if config.zero_init else 1 / math.sqrt(2 * L)
+    norm = parts(config).norm.spec(C)
     return {
         "wte": embedding.spec(V, C),
-        "wpe": embedding.spec(config.n_ctx, C),
+        "wpe": embedding.spec(config.n_ctx, C) if config.positions == "learned" else {},
+        "ln_emb": norm if config.embedding_norm else {},
         "blocks": {str(i): block.spec(parts(config), C, S, H, residual_scale) for i in range(L)},
-        "ln_f": layernorm.spec(C),
-        "lm_head": linear.spec(C, V),
+        "ln_f": norm,
+        "lm_head": head_spec(config, V),
     }
+
+
+def head_spec(config, V: int):
+    """Weight (C, V), unless it is that of the embedding; bias (V,)."""
+    if config.tied_head:
+        return {"bias": zeros(V)} if config.head_bias else {}
+    head = linear.spec(config.n_emb, V, config.head_bias)
+    return scaled(head, 0.0) if config.zero_init else head
 
 
 def dropouts(config) -> int:
@@ -57,33 +78,80 @@ def forward(xp, p, ids, config, noise=None, cache=None):
     B, T = ids.shape
     t = cache[0][0].shape[2] if cache else 0                       # tokens before these ones
     shape = Shape(B, T, config.n_heads)
-    tokens, wte_saved = embedding.forward(xp, p["wte"], xp.reshape(ids, (-1,)))
-    places = p["wpe"]["weight"][t : t + T, :]                      # (T, C)
-    x = xp.reshape(xp.reshape(tokens, (B, T, -1)) + places[None, ...], (B * T, -1))
+    x, input_saved = embed(xp, p, ids, config, t)                  # (N, C)
     blocks_saved = []
     for i, block_p in enumerate(p["blocks"].values()):
         past = cache[i] if cache else None
         x, saved = block.forward(xp, block_p, x, parts(config), shape, block_noise(noise, config, i), past)
         blocks_saved.append(saved)
-    x, ln_f_saved = layernorm.forward(xp, p["ln_f"], x)
-    logits, head_saved = linear.forward(xp, p["lm_head"], x)       # (N, V)
-    return logits, Saved(shape, wte_saved, from_the_end(blocks_saved), ln_f_saved, head_saved)
+    logits, output_saved = predict(xp, p, x, config)               # (N, V)
+    return logits, Saved(shape, input_saved, from_the_end(blocks_saved), output_saved)
 
 
 def backward(xp, p, saved, dlogits, config):
     """dlogits (N, V) -> dp. `saved` serves once, so that what each block saved is freed as soon as it is used."""
-    shape, wte_saved, blocks_saved, ln_f_saved, head_saved = saved
-    dlm_head, dx = linear.backward(xp, p["lm_head"], head_saved, dlogits)
-    dln_f, dx = layernorm.backward(xp, p["ln_f"], ln_f_saved, dx)
+    shape, input_saved, blocks_saved, output_saved = saved
+    doutput, dx = predict_backward(xp, p, output_saved, dlogits, config)
     dblocks = {}
     for i in reversed(p["blocks"]):
         dblocks[i], dx = block.backward(xp, p["blocks"][i], next(blocks_saved), dx, parts(config))
+    dinput = embed_backward(xp, p, input_saved, dx, shape, config)
+    if config.tied_head:  # the head's gradient is one of wte, transposed
+        dhead = doutput["lm_head"].pop("weight")
+        dinput["wte"] = {"weight": dinput["wte"]["weight"] + xp.matrix_transpose(dhead)}
+    return {**dinput, "blocks": {i: dblocks[i] for i in p["blocks"]}, **doutput}
+
+
+def embed(xp, p, ids, config, t: int):
+    """ids (B, T), the first at position t -> x (N, C), saved: what goes into the first block."""
+    B, T = ids.shape
+    tokens, wte_saved = embedding.forward(xp, p["wte"], xp.reshape(ids, (-1,)))
+    x = tokens
+    if config.positions == "learned":
+        places = p["wpe"]["weight"][t : t + T, :]                  # (T, C)
+        x = xp.reshape(xp.reshape(tokens, (B, T, -1)) + places[None, ...], (B * T, -1))
+    ln_emb_saved = None
+    if config.embedding_norm:
+        x, ln_emb_saved = parts(config).norm.forward(xp, p.get("ln_emb", {}), x)
+    return x, (wte_saved, ln_emb_saved)
+
+
+def embed_backward(xp, p, saved, dx, shape, config):
+    """dx (N, C) -> gradients of wte, wpe and ln_emb."""
+    wte_saved, ln_emb_saved = saved
+    dln_emb, dwpe = {}, {}
+    if config.embedding_norm:
+        dln_emb, dx = parts(config).norm.backward(xp, p.get("ln_emb", {}), ln_emb_saved, dx)
     dwte = embedding.backward(xp, p["wte"], wte_saved, dx)
-    dwpe = xp.sum(xp.reshape(dx, (shape.B, shape.T, -1)), axis=0)  # (T, C)
-    unused = xp.zeros((config.n_ctx - shape.T, dwpe.shape[1]), dtype=dx.dtype, device=xp.device)
-    dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
-    dblocks = {i: dblocks[i] for i in p["blocks"]}
-    return {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": dln_f, "lm_head": dlm_head}
+    if config.positions == "learned":
+        dwpe = xp.sum(xp.reshape(dx, (shape.B, shape.T, -1)), axis=0)  # (T, C)
+        unused = xp.zeros((config.n_ctx - shape.T, dwpe.shape[1]), dtype=dx.dtype, device=xp.device)
+        dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
+    return {"wte": dwte, "wpe": dwpe, "ln_emb": dln_emb}
+
+
+def predict(xp, p, x, config):
+    """x (N, C) -> logits (N, V), saved: what follows the last block."""
+    x, ln_f_saved = parts(config).norm.forward(xp, p.get("ln_f", {}), x)
+    logits, head_saved = linear.forward(xp, head_of(xp, p, config), x)
+    logits, cap_saved = soft_cap.forward(xp, {}, logits, config.logit_cap)
+    return logits, (ln_f_saved, head_saved, cap_saved)
+
+
+def predict_backward(xp, p, saved, dlogits, config):
+    """dlogits (N, V) -> gradients of ln_f and lm_head, dx (N, C)."""
+    ln_f_saved, head_saved, cap_saved = saved
+    _, dlogits = soft_cap.backward(xp, {}, cap_saved, dlogits)
+    dlm_head, dx = linear.backward(xp, head_of(xp, p, config), head_saved, dlogits)
+    dln_f, dx = parts(config).norm.backward(xp, p.get("ln_f", {}), ln_f_saved, dx)
+    return {"ln_f": dln_f, "lm_head": dlm_head}, dx
+
+
+def head_of(xp, p, config):
+    """The parameters of the head; the weight of a tied one is the embedding's, transposed."""
+    if config.tied_head:
+        return {"weight": xp.matrix_transpose(p["wte"]["weight"]), **p.get("lm_head", {})}
+    return p["lm_head"]
 
 
 def from_the_end(values: list) -> Iterator:

@@ -9,10 +9,12 @@ from baby_xp.arrays import params
 from baby_xp.arrays.tiles import number_of_tiles
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
+from baby_xp.layers.block import ACTIVATIONS
 from baby_xp.models import Model
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
+    "ln_emb": "norms",
     "attention": "attention", "network": "network", "lm_head": "head",
     "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
 }  # fmt: skip
@@ -54,6 +56,8 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     )
     if isinstance(config, EquationConfig):
         return 2 * batch_size * weights  # one row per context, not per token
+    if config.tied_head:
+        weights += vocab_size * config.n_emb
     attention = 2 * 2 * N * config.n_ctx * config.head_size  # queries with keys, weights with values
     return 2 * N * weights + config.n_layers * attention
 
@@ -87,17 +91,30 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
-    norm = C + 1  # normed channels, and one deviation per token
-    per_token = norm + C + V  # the last norm, the head's input, the loss
-    per_token += config.n_layers * (2 * (norm + C) + _attention_saved(config) + _network_saved(config))
+    per_token = _norms_saved(config) + V  # and the loss
+    per_token += V if config.logit_cap else 0
+    per_token += config.n_layers * (_attention_saved(config) + _network_saved(config))
     masks = 2 * T * C if config.dropout else 0  # of the two outputs, one byte per element
     return B * (T * per_token * itemsize + config.n_layers * (_scores_saved(config) * itemsize + masks))
 
 
+def _norms_saved(config: GPTConfig) -> int:
+    """Elements per token: what each norm keeps, and the input of attention, network and head."""
+    C, layers = config.n_emb, 2 * config.n_layers + 1
+    norms = layers + config.embedding_norm
+    if config.norm != "rmsnorm":
+        return norms * (C + 1) + layers * C  # normed channels, and one deviation per token
+    # normed channels are the input of a layer, but for the first norm of all before pre-norm blocks, or the last
+    first = config.embedding_norm if config.c_sequence == "pre" else 1
+    return norms + (layers + first) * C
+
+
 def _attention_saved(config: GPTConfig) -> int:
-    """Elements per token: queries, keys, values, scaled queries, outputs, their scale, a sum per head, gate."""
+    """Elements per token: queries, keys, values, scaled queries, outputs, their scale, a sum per head, gate; with
+    QK-norm a deviation of each query and key."""
     S, H = config.head_size, config.n_heads
-    return 6 * S + H + (H + S // H if config.c_attention == "moh" else 0)
+    qk_norm = 2 * H if config.qk_norm else 0
+    return 6 * S + H + qk_norm + (H + S // H if config.c_attention == "moh" else 0)
 
 
 def _scores_saved(config: GPTConfig) -> int:
@@ -111,11 +128,12 @@ def _scores_saved(config: GPTConfig) -> int:
 
 
 def _network_saved(config: GPTConfig) -> int:
-    """Elements per token: the derivative of GELU and its output; of experts also the gate and the gated output."""
+    """Elements per token: what the activation keeps, its output; of experts also the gate and the gated output."""
+    activation = ACTIVATIONS[config.activation]
+    hidden, kept = mlp.width(config.n_emb, activation), 1 if activation.INPUTS == 1 else activation.INPUTS + 1
     if config.c_network == "mlp":
-        return 2 * mlp.EXPANSION * config.n_emb
-    experts = mixture_of_experts
-    return experts.EXPERTS * (3 * experts.EXPANSION * config.n_emb + 1)
+        return (kept + 1) * hidden
+    return mixture_of_experts.EXPERTS * ((kept + 2) * hidden + 1)
 
 
 def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
@@ -154,6 +172,12 @@ def _largest_tile(B: int, T: int, tokens_at_once: int | None) -> int:
     return -(-B // number_of_tiles(B, T, tokens_at_once))
 
 
+NARROW_HEAD = 32
+"""The CuPy backend's attention keeps no matrix of scores in memory for heads up to this wide."""
+FRAGMENTATION = 0.2
+"""Share of a GPU's memory that may lie in pieces too small to use."""
+
+
 def batch_that_fits(
     config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
 ) -> int:
@@ -161,26 +185,31 @@ def batch_that_fits(
 
     Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
     keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
-    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. Never more
-    than half of them, in case the count is too low; most batches are split into halves anyway. 0: none fits.
+    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. A part of
+    the room is left to FRAGMENTATION. Never more than half of batch_size, in case the count is too low; most
+    batches are split into halves anyway. 0: none fits.
     """
     flat = itemsize * sum(parameters(config, vocab_size).values())
     fixed = 6 * flat
     if room < max(fixed, 9 * flat):  # the update has old and new weights and moments side by side
         return 0
-    growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize), known - fixed)
-    return min(batch_size // 2, int(batch_size * (room - fixed) / growing))
+    scores = isinstance(config, EquationConfig) or config.head_size // config.n_heads > NARROW_HEAD
+    growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize, scores), known - fixed)
+    return min(batch_size // 2, int(batch_size * (1 - FRAGMENTATION) * (room - fixed) / growing))
 
 
-def gpu_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:
+def gpu_bytes(
+    config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4, scores_in_memory: bool = True
+) -> int:
     """Bytes of the arrays of a step that grow with the batch, about, where all of it is computed at once."""
     saved = saved_bytes(config, vocab_size, batch_size, itemsize)
     if isinstance(config, EquationConfig):
         return 2 * saved
-    T, scores = config.n_ctx, config.n_heads * config.n_ctx**2 * (2 if config.dropout else 1)
-    upper_half = config.n_layers * (scores - _scores_saved(config))  # which NumPy's blocks leave out
-    beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + config.n_heads * T**2
-    return saved + batch_size * itemsize * (upper_half + beside)
+    T, matrix = config.n_ctx, config.n_heads * config.n_ctx**2 if scores_in_memory else 0
+    # in place of the blocks that NumPy keeps, without what the mask hides
+    scores = config.n_layers * (matrix * (2 if config.dropout else 1) - _scores_saved(config))
+    beside = T * (vocab_size + 3 * mlp.EXPANSION * config.n_emb) + matrix
+    return saved + batch_size * itemsize * (scores + beside)
 
 
 def _part(path: str) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
 from baby_xp.arrays.tree import Layout, leaves
-from baby_xp.config import ModelConfig, to_dict
+from baby_xp.config import ModelConfig, model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.files import refusal, shown, write
 from baby_xp.runs import store
@@ -82,10 +82,19 @@ def belonging(guid: str, model_config: ModelConfig, tokenizer: Tokenizer) -> dic
 
 def check_belonging(path: Path, metadata: dict[str, str], expected: dict[str, str]) -> None:
     """Raises BabyError unless the arrays at `path` were written for the run, model and tokenizer of `expected`."""
+    found = {**metadata, "model": _completed(metadata.get("model", ""))}
     for name, value in expected.items():
-        if metadata.get(name) != value:
+        if found.get(name) != value:
             run = f"run {expected['guid']}"
             raise BabyError(f"{path} was written with another {name}: the files of {run} were mixed up")
+
+
+def _completed(model: str) -> str:
+    """A model's entry in the metadata, with the fields that its config did not have when the file was written."""
+    try:
+        return json.dumps(to_dict(model_from_dict(json.loads(model), "")), sort_keys=True)
+    except (ValueError, RecursionError, BabyError):
+        return model
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -143,13 +143,15 @@ class Loop:
         """Read the losses of the steps since the last reading."""
         if not self._unread:
             return
-        number = lambda metrics, name: float(self.backend.to_numpy(metrics[name])[0])  # noqa: E731
-        losses = [number(metrics, "loss") for _, metrics, _ in self._unread]
+        last = self._unread[-1][1]
+        numbers = [*(metrics["loss"] for _, metrics, _ in self._unread), last["lr"], last["grad_norm"]]
+        # together: a GPU makes the host wait for each reading
+        *losses, lr, grad_norm = self.backend.to_numpy(self.backend.xp.concat(numbers)).tolist()
         for (step, *_), loss in zip(self._unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise Diverged(f"loss became {loss}", step + 1)
         now, progress = time.perf_counter(), dict(self.progress)
-        progress |= {name: number(self._unread[-1][1], name) for name in ("lr", "grad_norm")}
+        progress |= {"lr": lr, "grad_norm": grad_norm}
         for loss in losses:  # one by one: the sum must not depend on how many are read at once
             progress["total"] += loss
         progress["count"] += len(losses)

@@ -107,17 +107,25 @@ def update(
     state: params, m, v (P,), decays (P,), step (1,) int32. `optimizer` has the signature of adamw.
     """
     norm = global_norm(xp, gradients)
-    scale = clip_scale(xp, norm, config.clip)
-    lr = schedules.learning_rate(xp, state["step"], config, gradients.dtype)
-    t = xp.astype(state["step"] + 1, gradients.dtype)
-    # -expm1(t log(beta)) is 1 - beta^t without the cancellation that costs float32 its digits at small t
-    bias1, bias2 = (-xp.expm1(t * math.log(beta)) for beta in (config.beta1, config.beta2))
+    scale, lr, bias1, bias2 = rates(xp, norm, state["step"], config)
     w, m, v = optimizer(
         xp, state["params"], gradients, state["m"], state["v"], state["decays"], scale, lr, bias1, bias2,
         config.beta1, config.beta2, config.weight_decay,
     )  # fmt: skip
     state = {**state, "params": w, "m": m, "v": v, "step": state["step"] + 1}
     return state, {"grad_norm": norm, "lr": lr}
+
+
+@replaceable
+def rates(xp, norm, step, config):
+    """What differs from step to step, (1,) each: the factor that clips gradients of this global norm (1,), the
+    learning rate, and AdamW's bias corrections. step (1,) int32, counted from 0.
+    """
+    t = xp.astype(step + 1, norm.dtype)
+    # -expm1(t log(beta)) is 1 - beta^t without the cancellation that costs float32 its digits at small t
+    bias1, bias2 = (-xp.expm1(t * math.log(beta)) for beta in (config.beta1, config.beta2))
+    lr = schedules.learning_rate(xp, step, config, norm.dtype)
+    return clip_scale(xp, norm, config.clip), lr, bias1, bias2
 
 
 def clip_scale(xp: Any, norm: Array, limit: float) -> Array:

@@ -19,12 +19,7 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
     warm = peak * (t + 1) / (warmup + 1)
     if config.schedule == "constant":
         return xp.where(t < warmup, warm, xp.zeros_like(t) + peak)
-    assert config.num_steps is not None  # Setup computes it where the config has epochs
-    span: float = config.num_steps - warmup
-    if config.schedule == "linear":
-        span = min(span, config.num_steps * config.decay_fraction)
-    span = max(1, span)
-    begin = max(warmup, config.num_steps - span)
+    begin, span = decay(config)
     done = (t - begin) / span
     # not xp.clip: that of array-api-compat indexes with masks, and a GPU waits for each
     done = xp.minimum(xp.maximum(done, xp.zeros_like(t)), xp.ones_like(t))
@@ -33,3 +28,13 @@ def learning_rate(xp: Any, step: Array, config: TrainConfig, dtype: Any) -> Arra
     else:
         lr = peak + (config.min_lr - peak) * done
     return xp.where(t < warmup, warm, lr)
+
+
+def decay(config: TrainConfig) -> tuple[float, float]:
+    """The step at which the rate begins to fall, and the number of steps over which it does."""
+    assert config.num_steps is not None  # Setup computes it where the config has epochs
+    span: float = config.num_steps - config.warmup_steps
+    if config.schedule == "linear":
+        span = min(span, config.num_steps * config.decay_fraction)
+    span = max(1, span)
+    return max(config.warmup_steps, config.num_steps - span), span

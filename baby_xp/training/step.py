@@ -14,6 +14,7 @@ from baby_xp.arrays import rng
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.tiles import samples, tiles
+from baby_xp.arrays.tree import Parameters, fill
 from baby_xp.layers import cross_entropy
 from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers
@@ -38,7 +39,7 @@ def initial_state(backend, flat, decays, seed: int):
 
 def on_device(backend: Backend, batch: Batch) -> Batch:
     """A batch of host arrays on the backend's device."""
-    return Batch(*(backend.asarray(part) for part in batch))
+    return Batch(*backend.asarrays(batch))
 
 
 def make_step(xp, model, config, loss_and_gradients=None, optimizer=None):
@@ -59,14 +60,16 @@ def make_step(xp, model, config, loss_and_gradients=None, optimizer=None):
     return step
 
 
-def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None):
+def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None, views=None):
     """Mean loss (1,) in nats per token, and the tree of its gradients, at params (P,).
 
     batch: inputs (B, T), targets (B, T) or (B,) for a model with one target per context, samples (B,). Where the
     batch is a part of a larger one, `n_targets` is the number of targets of the whole: the parts' losses and
-    gradients then add up to those of the whole.
+    gradients then add up to those of the whole. views: a tree where gradients may be written, see tree.Parameters.
     """
     p = model.layout.unpack(xp, params)
+    if views is not None:
+        p = Parameters(p, views)
     logits, saved = model.forward(xp, p, batch.inputs, noise)
     losses, loss_saved = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
     weight = xp.full_like(losses, 1 / (n_targets or losses.shape[0]))
@@ -75,35 +78,39 @@ def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | No
     return xp.reshape(xp.sum(losses * weight), (1,)), dp
 
 
-def over_parts(parts: Iterable, compute: Callable, add: Callable, begin: Callable = lambda gradients: gradients):
-    """Loss and gradients of a batch: those that `compute` gives for each of its parts, added up in their order.
+def over_parts(parts: Iterable, compute: Callable):
+    """Loss and gradients of a batch: those of its parts, added up in their order.
 
-    begin(gradients of the first part) -> total; add(total, gradients of another) -> total, may reuse the old one.
+    compute(part, total) -> loss of the part, total of the gradients so far; `total` is None at the first part, and
+    may be reused.
     """
     loss = total = None
     for part in parts:
-        more, gradients = compute(part)
-        loss, total = (more, begin(gradients)) if loss is None else (loss + more, add(total, gradients))
-        del gradients  # so that they take no memory while the next part is computed
+        more, total = compute(part, total)
+        loss = more if loss is None else loss + more
     return loss, total
 
 
-def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | None = None, pack=None):
+def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | None = None, out=None):
     """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`, tile by tile.
 
-    pack: lays the first tile's tree of gradients into the flat buffer to which the others' are added; None: a new
-    one.
+    out (P,): an array for the gradients, where the backend writes in place; None: a new one.
     """
     n_targets = n_targets or math.prod(batch.targets.shape)
+    if out is None and xp.gradients_in_place:
+        out = xp.empty_like(state["params"])
     # not a closure: the frames of a step that ran out of memory would keep the state alive
-    of_tile = functools.partial(_of_tile, xp, model, state, n_targets)
-    begin = pack or functools.partial(model.layout.pack, xp)
-    return over_parts(tiles(xp, batch), of_tile, functools.partial(add_tree, xp, model.layout), begin)
+    return over_parts(tiles(xp, batch), functools.partial(_add_tile, xp, model, state, n_targets, out))
 
 
-def _of_tile(xp, model, state, n_targets: int, tile):
+def _add_tile(xp, model, state, n_targets: int, out, tile, total):
     noise = step_noise(xp, model, state["seed"], state["step"], tile)
-    return loss_and_gradients(xp, model, state["params"], tile, noise, n_targets)
+    views = model.layout.unpack(xp, out) if total is None and out is not None else None
+    loss, tree = loss_and_gradients(xp, model, state["params"], tile, noise, n_targets, views)
+    if views is not None:
+        fill(views, tree)
+        return loss, out
+    return loss, model.layout.pack(xp, tree) if total is None else add_tree(xp, model.layout, total, tree)
 
 
 def gradients_of_step(config, compute=None):
@@ -122,10 +129,14 @@ def accumulated(compute, batch_size: int):
     def of_whole(xp, model, state, batch):
         B, n_targets = batch.inputs.shape[0], math.prod(batch.targets.shape)
         parts = (samples(batch, first, min(first + batch_size, B)) for first in range(0, B, batch_size))
-        of_part = functools.partial(compute, xp, model, state, n_targets=n_targets)
-        return over_parts(parts, of_part, operator.add)
+        return over_parts(parts, functools.partial(_add_part, compute, xp, model, state, n_targets))
 
     return of_whole
+
+
+def _add_part(compute, xp, model, state, n_targets: int, part, total):
+    loss, gradients = compute(xp, model, state, part, n_targets=n_targets)
+    return loss, gradients if total is None else total + gradients
 
 
 def total_loss(xp, model, params, batch):

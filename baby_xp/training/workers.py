@@ -378,8 +378,7 @@ def _gradients_of_shard(
     backend: Backend, model: Model, state: dict[str, Any], shard: Batch, n_targets: int, flat: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss (1,) and gradients (P,) of a shard of a batch; the gradients are `flat`, an array in the arena."""
-    pack = functools.partial(model.layout.pack, backend.xp, out=flat)
-    loss, total = loss_and_gradients_with_dropout(backend.xp, model, state, shard, n_targets, pack)
+    loss, total = loss_and_gradients_with_dropout(backend.xp, model, state, shard, n_targets, flat)
     if total is not flat:  # what adds up the tiles need not do so in place
         flat[:] = total
     return loss, flat

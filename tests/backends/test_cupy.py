@@ -15,7 +15,7 @@ import baby_xp
 from baby_xp import api, cli
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.backend import Memory, translate_out_of_memory
-from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.config import MODERN, EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError, BackendUnavailable, OutOfMemory
 from baby_xp.models import Model
 from baby_xp.resources import counts
@@ -203,16 +203,16 @@ def test_the_precision_is_that_of_each_backend_and_not_the_last_one(machine):
     assert seen == [1, 7, 1]  # CuPy's default, TF32
 
 
-def test_tf32_reaches_batched_products_and_changes_them_little(machine):
+def test_tf32_reaches_products_and_changes_them_little(machine):
     x = np.random.default_rng(0).normal(size=(2, 3, 20, 20))
     exact, fast = (
-        backend.to_numpy(backend.xp.batched_product(*[backend.asarray(x)] * 2))
+        backend.to_numpy(backend.xp.product(*[backend.asarray(x)] * 2))
         for backend in (registry.load("cupy"), registry.load("cupy", tf32=True))
     )
     distance = np.max(np.abs(exact - fast)) / np.max(np.abs(exact))
     assert 1e-6 < distance < 1e-2
     double = registry.load("cupy", dtype="float64", tf32=True)
-    found = double.to_numpy(double.xp.batched_product(*[double.asarray(x)] * 2))
+    found = double.to_numpy(double.xp.product(*[double.asarray(x)] * 2))
     np.testing.assert_allclose(found, x @ x, rtol=1e-12)
 
 
@@ -324,22 +324,22 @@ LARGER = {"n_ctx": 32, "n_emb": 32, "head_size": 32, "n_heads": 4, "n_layers": 2
 @pytest.mark.first_case
 @pytest.mark.parametrize("more", [
     {"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.1, "c_attention": "moh"}, {"c_network": "moe"},
-    {"n_ctx": 48, "n_heads": 16, "dropout": 0.1},
+    {"n_ctx": 48, "n_heads": 16, "dropout": 0.1}, {"n_ctx": 64, "n_heads": 2}, MODERN,
 ], ids=str)  # fmt: skip
 def test_the_count_of_a_batch_is_near_what_it_takes(more):
     config = GPTConfig(**{**LARGER, **more})
     for B in (3, 8):
         flat = 4 * Model(config, 65).n_parameters
-        counted = max(9 * flat, 6 * flat + counts.gpu_bytes(config, 65, B))
-        assert 0.95 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
+        counted = max(9 * flat, 6 * flat + counts.gpu_bytes(config, 65, B, scores_in_memory=False))
+        assert 0.85 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
 
 
 @pytest.mark.slow
 def test_whole_matrices_of_scores_are_counted():
-    """NumPy's blocks leave out most of what the mask hides; a GPU does not."""
-    config = GPTConfig(n_ctx=128, n_emb=16, head_size=16, n_heads=16, n_layers=2, dropout=0.1)
+    """NumPy's blocks leave out most of what the mask hides; a GPU does not, where heads are wide."""
+    config = GPTConfig(n_ctx=96, n_emb=16, head_size=80, n_heads=2, n_layers=2, dropout=0.1)
     counted = 6 * 4 * Model(config, 65).n_parameters + counts.gpu_bytes(config, 65, 1)
-    assert 1.0 < counted / peak_of(fake_cupy.Machine(), config, 65, 1) < 1.2
+    assert 0.9 < counted / peak_of(fake_cupy.Machine(), config, 65, 1) < 1.2
 
 
 def test_the_room_ends_at_the_limit_or_at_the_end_of_the_device():

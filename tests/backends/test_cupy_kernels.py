@@ -3,8 +3,11 @@
 On the CPU, the source that a GPU would get is compiled by the C++ compiler and run thread by thread: fake_cupy.py.
 """
 
+import math
+import re
 import shutil
 import subprocess
+from typing import get_args, get_type_hints
 
 import fake_cupy
 import numpy as np
@@ -18,6 +21,7 @@ from baby_xp.arrays.tree import leaves
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads, layernorm, linear, softmax
 from baby_xp.models import Model
+from baby_xp.resources import counts
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import optimizers
 from baby_xp.training.step import initial_state, make_step, on_device
@@ -94,6 +98,35 @@ def attention(B, T, H, D, noise: bool, spread: float = 1.0):
     return run
 
 
+def attention_after(t: int, T: int, D: int):
+    """Attention of T tokens to themselves and to the t before them."""
+    B, H = 2, 3
+
+    def run(xp, put):
+        past = tuple(put(draw(i, B, H, t, D)) for i in (2, 3))
+        y, saved = heads.forward(xp, {}, put(draw(0, B * T, 3 * H * D)), Shape(B, T, H), None, past)
+        return [y, saved.k, saved.v]
+
+    return run
+
+
+def rates(step: int, **settings):
+    config = TrainConfig(**{"num_steps": 50, "warmup_steps": 10, "min_lr": 1e-4, "clip": 1.0, **settings})
+    given = np.array([step], dtype=np.int32)
+    return lambda xp, put: optimizers.rates(xp, put(np.array([3.7])), put(given), config)
+
+
+def many_logits(xp, put):
+    """A head of many ids and its loss: rows of more elements than are ids."""
+    x, targets = put(draw(0, 260, 3)), put(np.random.default_rng(1).integers(0, 1027, 260).astype(np.int32))
+    p = {name: put(array) for name, array in weights(3, 1027).items()}
+    logits, saved = linear.forward(xp, p, x)
+    losses, loss_saved = cross_entropy.forward(xp, {}, logits, targets)
+    _, dlogits = cross_entropy.backward(xp, {}, loss_saved, put(draw(2, 260)))
+    dp, dx = linear.backward(xp, p, saved, dlogits)
+    return [losses, dlogits, dx, *dp.values()]
+
+
 def adamw(size: int):
     def run(xp, put):
         arrays = [put(draw(i, size)) for i in range(3)]
@@ -134,9 +167,21 @@ CASES = {
     "softmax of a short row": both_ways(softmax, {}, draw(0, 3, 5, 4), draw(1, 3, 5, 4)),
     "attention": attention(2, 37, 3, 5, noise=False),
     "attention with dropout": attention(3, 37, 2, 4, noise=True),
+    "attention of wide heads": attention(2, 37, 2, 40, noise=False),
+    "attention of wide heads with dropout": attention(2, 11, 2, 40, noise=True),
+    "attention of many tokens": attention(1, 70, 1, 32, noise=True),
     "attention of one token": attention(2, 1, 2, 4, noise=True),
     "attention with scores far apart": attention(2, 9, 3, 4, noise=False, spread=30.0),
     "cross-entropy": loss,
+    "attention of wide heads with scores far apart": attention(2, 9, 3, 34, noise=False, spread=30.0),
+    **{f"attention after others, heads of {D}": attention_after(t, T, D)
+       for t, T, D in ((33, 1, 4), (40, 9, 40), (3, 2, 70))},
+    "many logits": many_logits,
+    "rates": rates(7, schedule="cosine"),
+    "rates after the warm-up": rates(30, schedule="cosine"),
+    "rates after the end": rates(60, schedule="cosine"),
+    "linear rates": rates(40, schedule="linear", decay_fraction=0.5),
+    "constant rates without clipping": rates(30, schedule="constant", clip=0.0),
     "rows of many ids": rows_by_id(700, cupy_kernels.ONE_HOT_IDS + 5),
     "rows of few ids": rows_by_id(100, 11),
     "dropout": dropped,
@@ -182,7 +227,7 @@ def test_these_cases_reach_every_kernel_and_every_function(fake, monkeypatch):
     rng.streams(backend.xp, *(backend.integers([i]) for i in range(3)), 2)
     assert reached == set(cupy_kernels.KERNELS)
     in_source = {part.partition("(")[0] for part in cupy_kernels.source("float32").split("__global__ void ")[1:]}
-    assert {name for name, _ in machine.launched} == in_source
+    assert {name for name, _ in machine.launched} >= in_source
 
 
 @NAMES
@@ -194,6 +239,20 @@ def test_the_order_of_threads_changes_nothing(fake, name):
         arrays = CASES[name](backend.xp, lambda array: backend.asarray(np.asarray(array)))
         results.append([None if array is None else array.tobytes() for array in arrays])
     assert results[0] == results[1]
+
+
+def test_the_constants_of_the_source_are_those_of_the_maths():
+    definition = r"#define (\w+) (?:\(\(real\))?([\w.-]+?)u?\)?(?: +//.*)?\n"
+    found = dict(re.findall(definition, cupy_kernels.source("float64")))
+    unsigned = {name: getattr(rng, name) % 2**32 for name in ("GOLDEN", "FIRST", "SECOND")}
+    assert {name: int(found[name], 16) for name in unsigned} == unsigned
+    others = {
+        "ROOT_2_OVER_PI": gelu.ROOT_2_OVER_PI, "CUBIC": gelu.CUBIC, "ROOT_HALF": math.sqrt(0.5),
+        "ONE_OVER_ROOT_2_PI": 1 / math.sqrt(2 * math.pi), "LAYERNORM_EPS": layernorm.EPS,
+        "ADAMW_EPS": optimizers.EPS, "WIDEST": cupy_kernels.WIDEST, "WARPS": cupy_kernels.QUERIES,
+        "WIDEST_BACKWARD": cupy_kernels.WIDEST_IN_TRAINING, "WIDEST_BACKWARD ": counts.NARROW_HEAD,
+    }  # fmt: skip
+    assert {name: float(found[name.strip()]) for name in others} == pytest.approx(others, rel=1e-15)
 
 
 # bits -----------------------------------------------------------------------------------------------------
@@ -219,7 +278,7 @@ def test_streams_are_the_same_bit_for_bit(cupy32, plain):
 
 def test_attention_drops_what_the_mask_says(cupy, plain):
     """The softmax kernel hashes for itself; the weights that it drops are those that rng.keep_mask says."""
-    B, T, H, D = 2, 6, 3, 4
+    B, T, H, D = 2, 6, 3, 34
     _, saved = heads.forward(cupy.xp, {}, cupy.asarray(draw(0, B * T, 3 * H * D)), Shape(B, T, H),
                              (cupy.asarray(stream(B)), 0.5))  # fmt: skip
     weights, dropped = cupy.to_numpy(saved.weights), cupy.to_numpy(saved.dropped)
@@ -271,12 +330,12 @@ def test_kernels_take_views_as_they_are_meant(cupy, plain):
 
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("transpose_b", [False, True])
-def test_batched_products_are_products(cupy, transpose_a, transpose_b):
+def test_products_are_products(cupy, transpose_a, transpose_b):
     a, b = draw(0, 2, 3, 5, 7), draw(1, 2, 3, 7, 4)
     out = cupy.asarray(np.zeros((2, 3, 5, 4)))
     turned = ((a, transpose_a), (b, transpose_b))
     factors = [cupy.asarray(np.ascontiguousarray(x.swapaxes(-1, -2)) if turn else x) for x, turn in turned]
-    found = cupy.xp.batched_product(*factors, transpose_a, transpose_b, factor=0.25, out=out)
+    found = cupy.xp.product(*factors, transpose_a, transpose_b, factor=0.25, out=out)
     np.testing.assert_allclose(cupy.to_numpy(found), 0.25 * (a @ b), atol=1e-13)
     assert found is out
 
@@ -296,18 +355,63 @@ def test_matmul_is_matmul_for_all_shapes(cupy, a, b):
 # a step ---------------------------------------------------------------------------------------------------
 
 
-def test_a_step_never_waits_for_the_device(fake):
-    machine, backend = fake
-    model = Model(GPTConfig(n_ctx=8, n_emb=12, head_size=8, n_heads=2, n_layers=2, dropout=0.2), 17)
-    batch = RandomWindows(np.random.default_rng(0).integers(0, 17, 400), 8, 3, 0).batch(0)
+# What matters for the number of launches: layers, dropout, heads up to 32 wide or wider.
+WORKLOADS = {
+    "W1": (143, {"n_layers": 4, "n_heads": 4, "head_size": 16, "dropout": 0.0}),
+    "W2": (160, {"n_layers": 4, "n_heads": 4, "head_size": 16, "dropout": 0.1}),
+    "W3": (568, {"n_layers": 16, "n_heads": 4, "head_size": 16, "dropout": 0.1}),
+    "W4": (288, {"n_layers": 6, "n_heads": 2, "head_size": 128, "dropout": 0.2}),
+}
+
+
+def prepared(backend, workload: str, schedule: str):
+    """A compiled step of a narrow model, and a state and a batch for it."""
+    model = Model(GPTConfig(n_ctx=8, n_emb=16, **WORKLOADS[workload][1]), 65)
+    config = TrainConfig(num_steps=10, schedule=schedule, clip=1.0, warmup_steps=2)
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 3)
-    step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10)))
-    before = machine.synchronized
-    for _ in range(2):
-        state, metrics = step(state, on_device(backend, batch))
-    assert machine.synchronized == before
+    batch = RandomWindows(np.random.default_rng(0).integers(0, 65, 400), 8, 3, 0).batch(0)
+    return backend.compile(make_step(backend.xp, model, config)), state, batch
+
+
+@pytest.mark.parametrize("schedule", get_args(get_type_hints(TrainConfig)["schedule"]))
+@pytest.mark.parametrize("workload", [pytest.param("W1"), pytest.param("W3", marks=pytest.mark.slow), "W4"])
+def test_a_step_never_waits_for_the_device_and_copies_only_its_batch(fake, workload, schedule):
+    machine, backend = fake
+    step, state, batch = prepared(backend, workload, schedule)
+    state, _ = step(state, on_device(backend, batch))  # the first one makes the counters
+    machine.launched.clear()
+    before = machine.synchronized, machine.copied
+    state, metrics = step(state, on_device(backend, batch))
+    assert (machine.synchronized, machine.copied) == (before[0], before[1] + 1)
+    assert len(machine.launched) == WORKLOADS[workload][0]
     assert np.isfinite(float(backend.to_numpy(metrics["loss"])[0]))
-    assert machine.synchronized == before + 1
+    assert machine.synchronized == before[0] + 1  # the reading
+
+
+def test_the_fake_counts_what_makes_the_host_wait(fake):
+    machine, backend = fake
+    x, xp = backend.asarray(np.arange(4.0)), backend.xp
+    for reading in (
+        lambda: float(x[0]), lambda: int(x[0]), lambda: x[0].item(), lambda: x.tolist(), lambda: bool(x[0] > 0),
+        lambda: x[x > 1], lambda: xp.clip(x, 0.0, 1.0), lambda: backend.to_numpy(x),
+    ):  # fmt: skip
+        before = machine.synchronized
+        reading()
+        assert machine.synchronized > before
+    for copying in (lambda: backend.asarray(np.ones(3)), lambda: xp.asarray([1.0]), lambda: xp.concat([x] * 9)):
+        before = machine.copied
+        copying()
+        assert machine.copied > before
+
+
+def test_gradients_are_computed_where_they_belong(fake):
+    """No pass copies them into the flat gradient, except the small ones that are no products."""
+    machine, backend = fake
+    step, state, batch = prepared(backend, "W1", "constant")
+    step(state, on_device(backend, batch))
+    names = [name for name, _ in machine.launched]
+    assert names.count("copy") == 2  # of the two embeddings
+    assert "concat" not in names
 
 
 def test_the_layer_table_gives_the_same_numbers_a_second_time(cupy32):
@@ -334,5 +438,15 @@ def test_the_source_compiles_for_a_gpu_and_keeps_its_numbers_in_registers(tmp_pa
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "kernels.cu", "-o", "kernels.cubin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = cupy_kernels.source(dtype).count('extern "C" __global__')
-    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == kernels
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert set(spilled) == {("0", "0")}
+    assert len(spilled) >= cupy_kernels.source(dtype).count('extern "C" __global__')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA's compiler nvcc is not here")
+def test_each_file_compiles_alone(tmp_path):
+    for file in sorted(cupy_kernels.FOLDER.glob("*.cu")):
+        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", str(file), "-o", str(tmp_path / "alone.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), file.name

@@ -146,7 +146,7 @@ def test_tf32_changes_products_and_not_by_much(cupy):
     flat, batch = (draw(size=shape).astype(np.float32) for shape in ((256, 256), (4, 2, 128, 128)))
     for compute in (
         lambda backend: backend.asarray(flat) @ backend.asarray(flat),
-        lambda backend: backend.xp.batched_product(*[backend.asarray(batch)] * 2),
+        lambda backend: backend.xp.product(*[backend.asarray(batch)] * 2),
         lambda backend: backend.xp.matmul(*[backend.asarray(batch)] * 2),
     ):
         exact, fast, again = (

@@ -342,7 +342,10 @@ def test_no_damage_to_the_bytes_raises_anything_else(tmp_path_factory, made, kin
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"config": config_of({}, gelu="erf")}, "no GELU by erf"),
+    ({"config": config_of({}, gelu="erf")}, "no model with gelu erf"),
+    ({"config": config_of({}, norm="rmsnorm")}, "no model with norm rmsnorm"),
+    ({"config": config_of({}, linear_bias=False)}, "no model with linear_bias False"),
+    ({"config": config_of({}, logit_cap=15)}, "no model with logit_cap 15"),
     ({"tokenizer": ByteTokenizer()}, "no tokenizer of bytes"),
     ({"config": EquationConfig()}, "no equation model"),
     *(({"guid": guid}, "is not a GUID") for guid in ("", "small", "../x", GUID.upper(), GUID + "/x")),

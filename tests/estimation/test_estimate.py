@@ -13,13 +13,14 @@ import array_api_compat.numpy as library
 import numpy as np
 import pytest
 import small_runs
+from layer_table import LATER
 from small_runs import needs_signals, wait_until
 
 from baby_xp import api, processes
 from baby_xp.arrays import params, registry
 from baby_xp.arrays.namespace import Namespace
 from baby_xp.arrays.tiles import tile_sizes
-from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.config import MODERN, EquationConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.estimation import estimate, trial
 from baby_xp.inference.generate import Logits
@@ -37,8 +38,11 @@ SWITCHES = [
     {"c_sequence": sequence, "c_attention": attention, "c_network": network}
     for sequence, attention, network in product(("pre", "post"), ("mha", "moh"), ("mlp", "moe"))
 ]
+AGAIN = {**MODERN, "c_sequence": "post", "embedding_norm": False, "activation": "swiglu"}
 # odd sizes: masks are made two elements at a time
-GPTS = [GPTConfig(n_ctx=5, n_emb=7, head_size=9, n_heads=3, n_layers=2, dropout=0.3, **one) for one in SWITCHES]
+SIZES = {"n_ctx": 5, "n_emb": 7, "head_size": 9, "n_heads": 3, "n_layers": 2, "dropout": 0.3}
+GPTS = [GPTConfig(**SIZES, **one) for one in SWITCHES]
+GPTS += [GPTConfig(**{**SIZES, "head_size": 18}, **one) for one in (*LATER.values(), AGAIN)]
 EQUATIONS = [EquationConfig(n_emb=3, n_hidden=6, activation=activation) for activation in ("tanh", "gelu")]
 MODELS = [*GPTS, *EQUATIONS]
 TINY = {**small_runs.TINY, "num_steps": 6, "checkpoint_every": 3}
@@ -109,11 +113,13 @@ class Counted(np.ndarray):
 
 
 def counting_namespace() -> Namespace:
-    """NumPy as the maths is written, without faster functions; `where` and `stack` alone would lose the class."""
-    return Namespace(
-        library, device="cpu", where=lambda *arrays: library.where(*arrays).view(Counted),
-        stack=lambda arrays, **more: library.stack(arrays, **more).view(Counted),
-    )  # fmt: skip
+    """NumPy as the maths is written, without faster functions; some of its own would lose the class."""
+
+    def keeping(function):
+        return lambda *arguments, **named: function(*arguments, **named).view(Counted)
+
+    names = ("where", "concat", "stack")
+    return Namespace(library, device="cpu", **{name: keeping(getattr(library, name)) for name in names})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -156,6 +162,7 @@ def test_flops_of_forward_are_those_of_its_products(config, monkeypatch):
 @pytest.mark.parametrize("config", MODELS, ids=name_of)
 def test_saved_bytes_are_those_of_the_arrays_that_forward_keeps(config, n_ctx, head_size, dropout, dtype):
     if isinstance(config, GPTConfig):
+        head_size *= 1 + (config.positions == "rotary")
         config = dataclasses.replace(config, dropout=dropout, n_ctx=n_ctx, head_size=head_size)
     backend, model, batch = registry.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
     xp, state = backend.xp, state_of(model, backend)

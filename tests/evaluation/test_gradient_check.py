@@ -44,10 +44,11 @@ def wrong(rows) -> list[str]:
         {},
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "dropout": 0.2, "gelu": "erf"},
         {"dropout": 0.3, "dtype": "float64"},
+        {"c_model": "modern"},
         # the gate of an untrained model has hardly a gradient: slopes below what rounding resolves
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "num_steps": 1},
     ],
-    ids=["baby", "other switches", "dropout", "untrained"],
+    ids=["baby", "other switches", "dropout", "modern", "untrained"],
 )
 def test_every_array_of_a_trained_run_agrees(tmp_path, settings):
     run = trained(tmp_path, **settings)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from baby_xp_backends import numpy_decoding
 from conftest import case_of
-from layer_table import SWITCHES
+from layer_table import LATER, SWITCHES
 from threadpoolctl import threadpool_limits
 
 from baby_xp.arrays import params
@@ -14,7 +14,8 @@ from baby_xp.models import Model, gpt
 
 N_CTX, V = 7, 11
 IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
-ALL_SWITCHES = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+NAMED = {**{" ".join(s.values()): s for s in SWITCHES}, **LATER}
+ALL_SWITCHES = pytest.mark.parametrize("switches", NAMED.values(), ids=list(NAMED))
 
 
 def model_and_weights(case, switches):
@@ -27,8 +28,10 @@ def model_and_weights(case, switches):
 def test_token_by_token_gives_the_logits_of_the_whole(backend):
     if backend.variant == "jax jit":
         pytest.skip("generation is not compiled")
-    # slow where each operation takes long: there, the two combinations that have nothing in common serve
-    for switches in SWITCHES if backend.variant.startswith("numpy") else SWITCHES[::7]:
+    # slow where each operation takes long: there, combinations that have nothing in common serve
+    for name, switches in NAMED.items():
+        if not backend.variant.startswith("numpy") and switches not in (*SWITCHES[::7], LATER["modern"]):
+            continue
         model, p = model_and_weights(backend, switches)
         whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
         whole, cache = backend.to_numpy(whole), None
@@ -37,8 +40,7 @@ def test_token_by_token_gives_the_logits_of_the_whole(backend):
                 backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
             )
             cache = gpt.cache_of(saved)
-            message = " ".join(switches.values())
-            np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=message)
+            np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])

@@ -134,12 +134,13 @@ def test_without_matplotlib_the_error_names_the_remedy(monkeypatch, tmp_path):
 
 def test_inspecting_a_run_imports_no_matplotlib():
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import sys; sys.path[:0] = sys.argv[1:];"
         "from test_inspect import *; from baby_xp.evaluation import gradient_check;"
         "printing.report(a_run(gpt_config()), printing.InspectOptions('the cat', attention='all'));"
         "print([m for m in ('matplotlib', 'torch', 'jax') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    folders = map(str, Path(__file__).parents[:2])
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import case_of
-from layer_table import SWITCHES
+from layer_table import LATER, SWITCHES
 
 from baby_xp.arrays import params
 from baby_xp.arrays.tiles import samples
@@ -49,7 +49,7 @@ def on_plain_numpy(compute, *how):
 
 
 def six_steps(case, kind):
-    switches = {"pre mha mlp": SWITCHES[0], "post moh moe": SWITCHES[7], "muon": SWITCHES[0]}[kind]
+    switches = {"pre mha mlp": SWITCHES[0], "post moh moe": SWITCHES[7], "muon": SWITCHES[0], **LATER}[kind]
     model = Model(GPTConfig(**SMALL, dropout=0.2, **switches), 17)
     more = {"optimizer": "muon", "schedule": "linear"} if kind == "muon" else {}
     config = TrainConfig(num_steps=6, batch_size=3, warmup_steps=2, lr=1e-2, min_lr=1e-3, **more)
@@ -57,7 +57,7 @@ def six_steps(case, kind):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", ["pre mha mlp", "post moh moe", "muon"])
+@pytest.mark.parametrize("kind", ["pre mha mlp", "post moh moe", "modern", "muon"])
 def test_steps_of_training_agree_with_dropout_on(quick_backend, kind):
     losses, weights = six_steps(quick_backend, kind)
     expected, expected_weights = on_plain_numpy(six_steps, kind)
@@ -82,7 +82,7 @@ def test_steps_of_the_equation_model_agree(quick_backend, plain):
 
 
 @pytest.mark.first_case
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+@pytest.mark.parametrize("switches", [*SWITCHES, *LATER.values()], ids=lambda s: " ".join(map(str, s.values())))
 def test_one_batch_is_overfitted(switches):
     model = Model(GPTConfig(**SMALL, **switches), 17)
     config = TrainConfig(num_steps=300, batch_size=3, lr=2e-2, min_lr=1e-3, warmup_steps=10, weight_decay=0.0)
@@ -92,7 +92,7 @@ def test_one_batch_is_overfitted(switches):
     assert losses[-1] < 0.05
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: " ".join(s.values()))
+@pytest.mark.parametrize("switches", [*SWITCHES, *LATER.values()], ids=lambda s: " ".join(map(str, s.values())))
 def test_first_weights_predict_almost_nothing(switches):
     """The loss of a fresh model is near log V: neither confident nor broken."""
     model = Model(GPTConfig(n_ctx=16, n_emb=32, head_size=32, n_heads=4, n_layers=4, **switches), 65)
