@@ -16,20 +16,12 @@ from typing import Any, Literal, Unpack
 from baby_xp import checks, presets
 from baby_xp.arrays import params
 from baby_xp.compute import Compute
-from baby_xp.config import (
-    DataConfig,
-    EquationConfig,
-    FinetuneSettings,
-    GPTConfig,
-    ResumeSettings,
-    RunConfig,
-    Settings,
-    TrainConfig,
-)
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
 from baby_xp.models import Model
+from baby_xp.presets import FinetuneSettings, ResumeSettings, Settings
 from baby_xp.run import Run
 from baby_xp.runs import config_file, state_file, store, table
 from baby_xp.runs.config_file import StoredRun

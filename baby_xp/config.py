@@ -7,8 +7,7 @@ The Little Baby's where it has them.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from os import PathLike
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal
 
 from baby_xp_data.equation_table import EquationTable
 
@@ -336,78 +335,6 @@ class RunConfig:
         if isinstance(data, EquationData) and of_table & settings.keys() and "held_out" not in settings:
             found = replace(found, data=replace(data, held_out=data.table.suitable(data.held_out)))
         return found
-
-
-class ResumeSettings(TypedDict, total=False):
-    """What may be changed of a run that is resumed: fields of TrainConfig, as keyword arguments."""
-
-    num_steps: int | None
-    lr: float
-    muon_lr: float
-    min_lr: float
-    clip: float
-    eval_every: int
-    sample_tokens: int
-    patience: int
-    max_minutes: float
-    checkpoint_every: int
-    checkpoint_minutes: float
-
-
-class FinetuneSettings(ResumeSettings, total=False):
-    """What may be changed where a run is finetuned: fields of TrainConfig, and dropout."""
-
-    batch_size: int
-    accumulate: int
-    num_epochs: int | None
-    stride: int
-    base_batch_size: int | None
-    schedule: Literal["constant", "cosine", "linear"]
-    decay_fraction: float
-    warmup_steps: int
-    optimizer: Literal["adamw", "muon"]
-    muon_momentum: float
-    muon_iterations: int
-    beta1: float
-    beta2: float
-    weight_decay: float
-    seed: int
-    dtype: Literal["float32", "float64"]
-    dropout: float
-    tokenizer: Literal["char", "byte"]
-
-
-class Settings(FinetuneSettings, total=False):
-    """What may be changed of a preset: all fields of its configs."""
-
-    n_ctx: int
-    n_emb: int
-    head_size: int
-    n_heads: int
-    n_layers: int
-    c_sequence: Literal["pre", "post"]
-    c_attention: Literal["mha", "moh"]
-    c_network: Literal["mlp", "moe"]
-    c_model: Literal["classic", "modern"] | None
-    positions: Literal["learned", "rotary"]
-    norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"]
-    embedding_norm: bool
-    qk_norm: bool
-    activation: Literal["gelu", "relu2", "swiglu", "tanh"]
-    gelu: Literal["tanh", "erf"]
-    qkv_bias: bool
-    linear_bias: bool
-    head_bias: bool
-    tied_head: bool
-    zero_init: bool
-    logit_cap: float
-    n_hidden: int
-    std: float
-    data: str | PathLike[str]
-    digits: int
-    operators: Literal["+", "-", "+-"]
-    max_sum: int
-    held_out: str
 
 
 PARTS = ("model", "train", "data")

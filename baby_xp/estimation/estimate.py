@@ -12,10 +12,11 @@ from typing import Any, Literal, Unpack
 
 from baby_xp import layout, presets
 from baby_xp.compute import Compute
-from baby_xp.config import EquationConfig, GPTConfig, RunConfig, Settings
+from baby_xp.config import EquationConfig, GPTConfig, RunConfig
 from baby_xp.estimation import trial
 from baby_xp.estimation.trial import Facts, Trial
 from baby_xp.files import refusal
+from baby_xp.presets import Settings
 from baby_xp.resources import counts
 from baby_xp.session import SAMPLE_TOKENS
 from baby_xp.training.loop import EVALUATION_TOKENS
