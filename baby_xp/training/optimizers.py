@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     matrices: list[tuple[slice, tuple[int, ...]]]
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def parts(model: Model, optimizer: str, rank: int = 0, number: int = 1) -> Parts:
     """What one of `number` processes updates. It depends on shapes alone.
 
