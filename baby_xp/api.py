@@ -16,20 +16,12 @@ from typing import Any, Literal, Unpack
 from baby_xp import checks, presets
 from baby_xp.arrays import params
 from baby_xp.compute import Compute
-from baby_xp.config import (
-    DataConfig,
-    EquationConfig,
-    FinetuneSettings,
-    GPTConfig,
-    ResumeSettings,
-    RunConfig,
-    Settings,
-    TrainConfig,
-)
+from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
 from baby_xp.models import Model
+from baby_xp.presets import FinetuneSettings, ResumeSettings, Settings
 from baby_xp.run import Run
 from baby_xp.runs import config_file, state_file, store, table
 from baby_xp.runs.config_file import StoredRun
@@ -243,7 +235,8 @@ def finetuning(base: Run) -> RunConfig:
     peak = config.train.peak_lr
     train = replace(
         config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
-        schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
+        muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
+        eval_every=100, max_minutes=0.0,
     )  # fmt: skip
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 

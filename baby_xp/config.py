@@ -7,8 +7,7 @@ The Little Baby's where it has them.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from os import PathLike
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal
 
 from baby_xp_data.equation_table import EquationTable
 
@@ -175,12 +174,22 @@ class TrainConfig:
     """Peak learning rate."""
     base_batch_size: Size | None = None
     """Batch size that lr was chosen for; if given, lr is scaled by batch_size / base_batch_size."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or half a cosine down to min_lr."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """After the warm-up: constant, half a cosine down to min_lr, or constant and then linear down to min_lr."""
     min_lr: NotNegative = 1e-4
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or the linear decay."""
+    decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.5
+    """Share of the steps, the last ones, over which the linear schedule decays."""
     warmup_steps: Count = 100
     """Steps over which the learning rate rises linearly to lr."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the weight matrices inside blocks and AdamW for the others."""
+    muon_lr: Annotated[float, Range(above=0)] = 0.02
+    """Muon: peak learning rate; warm-up and schedule are those of lr."""
+    muon_momentum: Annotated[float, Range(0, below=1)] = 0.95
+    """Muon: decay of the mean of the gradients."""
+    muon_iterations: Annotated[int, Range(1, 10)] = 5
+    """Muon: iterations that make an update orthogonal; fewer are faster and less exact."""
     beta1: Annotated[float, Range(above=0, below=1)] = 0.9
     """AdamW: decay of the mean of the gradients."""
     beta2: Annotated[float, Range(above=0, below=1)] = 0.99
@@ -213,7 +222,7 @@ class TrainConfig:
             raise BabyError(f"{size} is too large: lower --batch-size or --accumulate")
         if self.num_steps is None and self.num_epochs is None:
             raise BabyError("neither num_steps nor num_epochs is given: give one of them")
-        if self.schedule == "cosine" and self.min_lr > self.peak_lr:
+        if self.schedule != "constant" and self.min_lr > self.peak_lr:
             raise BabyError(f"min_lr {self.min_lr} is above lr {self.peak_lr}: lower --min-lr or raise --lr")
 
     @property
@@ -304,9 +313,9 @@ class RunConfig:
     def override(self, settings: Mapping[str, Any]) -> "RunConfig":
         """The same with some fields of its parts replaced.
 
-        num_epochs without num_steps replaces num_steps of the preset. c_model stands for all switches of a GPT that
-        are not given themselves. A changed table of equations gets a held-out case that it has. Raises BabyError for
-        an unknown setting, and for one without effect.
+        num_epochs without num_steps replaces num_steps of the preset. c_model stands for all switches of a GPT
+        that are not given themselves. A changed table of equations gets a held-out case that it has. Raises
+        BabyError for an unknown setting, and for one without effect.
         """
         if "c_model" in settings and isinstance(self.model, GPTConfig):
             rest = {name: value for name, value in settings.items() if name != "c_model"}
@@ -329,73 +338,6 @@ class RunConfig:
         return found
 
 
-class ResumeSettings(TypedDict, total=False):
-    """The settings that can be changed when a run is resumed: fields of TrainConfig, as keyword arguments."""
-
-    num_steps: int | None
-    lr: float
-    min_lr: float
-    clip: float
-    eval_every: int
-    sample_tokens: int
-    patience: int
-    max_minutes: float
-    checkpoint_every: int
-    checkpoint_minutes: float
-
-
-class FinetuneSettings(ResumeSettings, total=False):
-    """The settings that can be changed when a run is finetuned: fields of TrainConfig, and dropout."""
-
-    batch_size: int
-    accumulate: int
-    num_epochs: int | None
-    stride: int
-    base_batch_size: int | None
-    schedule: Literal["constant", "cosine"]
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    weight_decay: float
-    seed: int
-    dtype: Literal["float32", "float64"]
-    dropout: float
-    tokenizer: Literal["char", "byte"]
-
-
-class Settings(FinetuneSettings, total=False):
-    """The settings that can be changed in a preset: all fields of its configs."""
-
-    n_ctx: int
-    n_emb: int
-    head_size: int
-    n_heads: int
-    n_layers: int
-    c_sequence: Literal["pre", "post"]
-    c_attention: Literal["mha", "moh"]
-    c_network: Literal["mlp", "moe"]
-    c_model: Literal["classic", "modern"] | None
-    positions: Literal["learned", "rotary"]
-    norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"]
-    embedding_norm: bool
-    qk_norm: bool
-    activation: Literal["gelu", "relu2", "swiglu", "tanh"]
-    gelu: Literal["tanh", "erf"]
-    qkv_bias: bool
-    linear_bias: bool
-    head_bias: bool
-    tied_head: bool
-    zero_init: bool
-    logit_cap: float
-    n_hidden: int
-    std: float
-    data: str | PathLike[str]
-    digits: int
-    operators: Literal["+", "-", "+-"]
-    max_sum: int
-    held_out: str
-
-
 PARTS = ("model", "train", "data")
 MODELS: dict[str, type[ModelConfig]] = {kind.kind: kind for kind in (GPTConfig, EquationConfig)}
 
@@ -412,8 +354,18 @@ def _refuse_what_changes_nothing(config: RunConfig, settings: Mapping[str, Any])
             raise BabyError(f"{what} on windows at random positions: give --num-epochs too, or leave out --stride")
     if "min_lr" in settings and train.schedule == "constant":
         raise BabyError(
-            "min_lr has no effect on a constant learning rate: choose --schedule cosine, or leave out --min-lr"
+            "min_lr has no effect on a constant learning rate: choose --schedule cosine or linear, "
+            "or leave out --min-lr"
         )
+    if "decay_fraction" in settings and train.schedule != "linear":
+        raise BabyError(
+            f"decay_fraction has no effect on a {train.schedule} schedule: choose --schedule linear, "
+            "or leave out --decay-fraction"
+        )
+    for name in ("muon_lr", "muon_momentum", "muon_iterations"):
+        if name in settings and train.optimizer != "muon":
+            flag = f"--{name.replace('_', '-')}"
+            raise BabyError(f"{name} has no effect on adamw: choose --optimizer muon, or leave out {flag}")
     if "max_sum" in settings and isinstance(data, EquationData) and data.max_sum and "+" not in data.operators:
         raise BabyError("max_sum has no effect without sums: add + to --operators, or leave out --max-sum")
 

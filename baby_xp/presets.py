@@ -1,4 +1,7 @@
-"""Named configurations, each with the reason for its numbers."""
+"""Named configurations, each with the reason for its numbers; and the settings that can be changed of one."""
+
+from os import PathLike
+from typing import Literal, TypedDict
 
 from baby_xp import checks
 from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, RunConfig, TrainConfig
@@ -156,3 +159,75 @@ def preset(name: str | RunConfig) -> RunConfig:
     if checks.text("preset", name) not in PRESETS:
         raise BabyError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+class ResumeSettings(TypedDict, total=False):
+    """What may be changed of a run that is resumed: fields of TrainConfig, as keyword arguments."""
+
+    num_steps: int | None
+    lr: float
+    muon_lr: float
+    min_lr: float
+    clip: float
+    eval_every: int
+    sample_tokens: int
+    patience: int
+    max_minutes: float
+    checkpoint_every: int
+    checkpoint_minutes: float
+
+
+class FinetuneSettings(ResumeSettings, total=False):
+    """What may be changed where a run is finetuned: fields of TrainConfig, and dropout."""
+
+    batch_size: int
+    accumulate: int
+    num_epochs: int | None
+    stride: int
+    base_batch_size: int | None
+    schedule: Literal["constant", "cosine", "linear"]
+    decay_fraction: float
+    warmup_steps: int
+    optimizer: Literal["adamw", "muon"]
+    muon_momentum: float
+    muon_iterations: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    seed: int
+    dtype: Literal["float32", "float64"]
+    dropout: float
+    tokenizer: Literal["char", "byte"]
+
+
+class Settings(FinetuneSettings, total=False):
+    """What may be changed of a preset: all fields of its configs."""
+
+    n_ctx: int
+    n_emb: int
+    head_size: int
+    n_heads: int
+    n_layers: int
+    c_sequence: Literal["pre", "post"]
+    c_attention: Literal["mha", "moh"]
+    c_network: Literal["mlp", "moe"]
+    c_model: Literal["classic", "modern"] | None
+    positions: Literal["learned", "rotary"]
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"]
+    embedding_norm: bool
+    qk_norm: bool
+    activation: Literal["gelu", "relu2", "swiglu", "tanh"]
+    gelu: Literal["tanh", "erf"]
+    qkv_bias: bool
+    linear_bias: bool
+    head_bias: bool
+    tied_head: bool
+    zero_init: bool
+    logit_cap: float
+    n_hidden: int
+    std: float
+    data: str | PathLike[str]
+    digits: int
+    operators: Literal["+", "-", "+-"]
+    max_sum: int
+    held_out: str

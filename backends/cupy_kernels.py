@@ -23,6 +23,7 @@ import numpy as np
 from baby_xp.arrays import rng
 from baby_xp.arrays.tree import gradient_of
 from baby_xp.layers import embedding, heads, softmax
+from baby_xp.training import schedules
 
 BLOCK, WARP = 256, 32
 """Threads of a block, and those of them that work on one row."""
@@ -35,6 +36,8 @@ QUERIES, WIDEST, WIDEST_IN_TRAINING = 8, 64, 32
 ALIGNED, WIDE, MANY = 64, 1024, 256
 """Rows of a matrix begin at a multiple of ALIGNED elements, as cuBLAS's fast kernels want it, where they are at
 least WIDE and the product has at least MANY rows, which pays for the copy of the weights."""
+SCHEDULES = ["constant", "cosine", "linear"]
+"""The kernel `rates` knows them by their number."""
 
 FOLDER = Path(__file__).with_name("cuda")
 
@@ -399,11 +402,11 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_
 
 
 def rates(xp, norm, step, config):
-    numbers, span = xp.empty((4,), dtype=norm.dtype), max(1, (config.num_steps or 0) - config.warmup_steps)
-    of_schedule = config.peak_lr, config.min_lr, config.warmup_steps, span, config.clip
-    scalars = (real(norm, number) for number in (*of_schedule, math.log(config.beta1), math.log(config.beta2)))
-    cosine = np.int32(config.schedule == "cosine")
-    xp.launch("rates", norm.dtype, ((1,), (1,)), norm, int32(xp, step), numbers, cosine, *scalars)
+    numbers, schedule = xp.empty((4,), dtype=norm.dtype), np.int32(SCHEDULES.index(config.schedule))
+    decay = (0, 1) if config.schedule == "constant" else schedules.decay(config)
+    settings = config.peak_lr, config.min_lr, config.warmup_steps, *decay, config.clip
+    scalars = (real(norm, number) for number in (*settings, math.log(config.beta1), math.log(config.beta2)))
+    xp.launch("rates", norm.dtype, ((1,), (1,)), norm, int32(xp, step), numbers, schedule, *scalars)
     return tuple(numbers[i : i + 1] for i in range(4))
 
 

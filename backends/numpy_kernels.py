@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from baby_xp_backends import numpy_decoding, numpy_query_key
+from baby_xp_backends import numpy_decoding, numpy_muon, numpy_query_key
 
 from baby_xp.arrays import rng
 from baby_xp.arrays.tree import gradient_of, leaves
@@ -426,6 +426,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "heads.backward": heads_backward,
     "rng.keep_mask": keep_mask,
     "dropout.select": dropout_select,
+    "muon.muon": numpy_muon.step,
+    "muon.orthogonalize": numpy_muon.orthogonalize,
     "optimizers.adamw": adamw,
     "optimizers.global_norm": global_norm,
     "step.add_tree": add_tree,

@@ -62,8 +62,13 @@ BAD = [
     (TrainConfig, "stride", [0, -1]),
     (TrainConfig, "lr", [0, -1e-3, NAN, INFINITY, "1e-3", None, HUGE]),
     (TrainConfig, "base_batch_size", [0, -1, 8.0]),
-    (TrainConfig, "schedule", ["linear", None, ["cosine"]]),
+    (TrainConfig, "schedule", ["step", None, ["cosine"]]),
     (TrainConfig, "min_lr", [-1e-9, NAN, 1.0]),
+    (TrainConfig, "decay_fraction", [0, -0.5, 1.1, NAN, "0.5", None]),
+    (TrainConfig, "optimizer", ["sgd", "Muon", None, 1]),
+    (TrainConfig, "muon_lr", [0, -0.02, NAN, INFINITY, "0.02", None]),
+    (TrainConfig, "muon_momentum", [-0.1, 1, 1.5, NAN, None]),
+    (TrainConfig, "muon_iterations", [0, -1, 11, 2.5, None]),
     (TrainConfig, "warmup_steps", [-1, 1.5, INFINITY]),
     (TrainConfig, "beta1", [0, 1, -0.9, NAN, "0.9", None]),
     (TrainConfig, "beta2", [0, 1, 1.1, []]),
@@ -185,8 +190,9 @@ def test_numbers_of_numpy_and_paths_are_kept_as_plain_values(kind, values, plain
 def test_training_needs_an_end_and_min_lr_below_lr():
     with pytest.raises(BabyError, match="num_steps nor num_epochs"):
         TrainConfig()
-    with pytest.raises(BabyError, match=r"min_lr 0\.1 is above lr 0\.01"):
-        TrainConfig(num_steps=1, lr=0.01, min_lr=0.1)
+    for schedule in ("cosine", "linear"):
+        with pytest.raises(BabyError, match=r"min_lr 0\.1 is above lr 0\.01"):
+            TrainConfig(num_steps=1, lr=0.01, min_lr=0.1, schedule=schedule)
 
 
 # the rate and the batch size ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATHS = [*(ROOT / "baby_xp/layers").glob("*.py"), *(ROOT / "baby_xp/models").glob("*.py")]
-MATHS += [ROOT / "baby_xp/training" / f"{name}.py" for name in ("optimizers", "schedules", "step")]
+MATHS += [ROOT / "baby_xp/training" / f"{name}.py" for name in ("muon", "optimizers", "schedules", "step")]
 MATHS += [ROOT / "baby_xp/arrays/rng.py"]
 ARRAYS = {"numpy", "cupy", "cupyx", "torch", "jax", "jaxlib", "scipy", "array_api_compat", "array_api_strict"}
 

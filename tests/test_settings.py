@@ -133,6 +133,10 @@ IN_VAIN = [
     ("equations-gpt", {"stride": 2}, ("stride 2", "equations", "leave out --stride")),
     ("baby", {"min_lr": 1e-5, "schedule": "constant"}, ("min_lr", "--schedule cosine", "leave out --min-lr")),
     ("3-months", {"min_lr": 1e-5}, ("min_lr", "--schedule cosine")),
+    ("baby", {"decay_fraction": 0.2}, ("decay_fraction", "--schedule linear", "leave out --decay-fraction")),
+    ("baby", {"muon_lr": 0.1}, ("muon_lr", "adamw", "--optimizer muon", "leave out --muon-lr")),
+    ("baby", {"muon_momentum": 0.9}, ("muon_momentum", "--optimizer muon")),
+    ("baby", {"muon_iterations": 3, "optimizer": "adamw"}, ("muon_iterations", "leave out --muon-iterations")),
     ("equations", {"operators": "-", "max_sum": 12}, ("max_sum", "--operators", "leave out --max-sum")),
 ]
 WITH_EFFECT = [
@@ -141,6 +145,8 @@ WITH_EFFECT = [
     ("3-months", {"stride": 3, "num_steps": 5}),
     ("3-months", {"schedule": "cosine", "min_lr": 1e-5}),
     ("baby", {"schedule": "constant"}),
+    ("baby", {"schedule": "linear", "decay_fraction": 0.2, "min_lr": 1e-5}),
+    ("baby", {"optimizer": "muon", "muon_lr": 0.1, "muon_momentum": 0.0, "muon_iterations": 3}),
     ("equations", {"operators": "+-", "max_sum": 12}),
     ("equations", {"operators": "-", "max_sum": 0}),  # 0 means all sums, and this table has none
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from baby_xp import config
+from baby_xp import config, presets
 from baby_xp.inference.generate import Sampling
 from baby_xp.inference.trained_model import SamplingSettings
 
@@ -79,7 +79,7 @@ def test_keyword_arguments_are_the_fields_of_the_configs():
     kinds = {field.name: typing.get_type_hints(part)[field.name] for part in parts for field in fields(part)}
     both = (typing.get_type_hints(part)["activation"] for part in (config.GPTConfig, config.EquationConfig))
     kinds["activation"] = typing.Literal[tuple(word for words in both for word in typing.get_args(words))]
-    settings = typing.get_type_hints(config.Settings)
+    settings = typing.get_type_hints(presets.Settings)
     assert settings.keys() == kinds.keys()
     assert {name for name in kinds if settings[name] != kinds[name]} == {"data"}  # a path may be path-like
     assert typing.get_type_hints(SamplingSettings) == typing.get_type_hints(Sampling)

@@ -84,6 +84,15 @@ def decay_mask(spec: Tree) -> np.ndarray:
     return mask
 
 
+def matrices(spec: Tree) -> list[tuple[slice, tuple[int, ...]]]:
+    """The weight matrices inside blocks, which Muon updates: slice of the flat buffer and shape of each."""
+    slices = Layout.of(spec).slices
+    return [
+        (slices[path], one.shape)
+        for path, one in leaves(spec) if path.startswith("blocks.") and one.decays and len(one.shape) == 2
+    ]  # fmt: skip
+
+
 def count(spec: Tree) -> int:
     """Number of parameters, P."""
     return Layout.of(spec).size

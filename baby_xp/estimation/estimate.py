@@ -12,10 +12,11 @@ from typing import Any, Literal, Unpack
 
 from baby_xp import layout, presets
 from baby_xp.compute import Compute
-from baby_xp.config import EquationConfig, GPTConfig, RunConfig, Settings
+from baby_xp.config import EquationConfig, GPTConfig, RunConfig
 from baby_xp.estimation import trial
 from baby_xp.estimation.trial import Facts, Trial
 from baby_xp.files import refusal
+from baby_xp.presets import Settings
 from baby_xp.resources import counts
 from baby_xp.session import SAMPLE_TOKENS
 from baby_xp.training.loop import EVALUATION_TOKENS
@@ -50,8 +51,10 @@ class Estimate:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the matrix products of all training steps."""
-        return counts.step_flops(self.config.model, self.facts.vocab_size, self.facts.sequences)
+        """Floating-point operations of the matrix products of all training steps; with Muon, an upper bound."""
+        model, train, V = self.config.model, self.config.train, self.facts.vocab_size
+        by_muon = counts.muon_flops(model, V, train.muon_iterations) if train.optimizer == "muon" else 0
+        return counts.step_flops(model, V, self.facts.sequences) + self.facts.num_steps * by_muon
 
     @property
     def arrays(self) -> dict[str, int]:
@@ -145,12 +148,13 @@ def _seconds(config: RunConfig, facts: Facts, took: Trial) -> dict[str, float]:
 def lines(found: Estimate) -> list[str]:
     """The estimate as a table to read."""
     facts, context = found.facts, found.config.model.n_ctx
+    exactly = "at most" if found.config.train.optimizer == "muon" else "exactly"
     rows = [
         ("parameters", f"{found.n_parameters:,} exactly: {_listed(found.parameters, '{:,}')}"),
         *_by_formula(found),
         ("tokens", f"{found.tokens:,} in {facts.num_steps:,} steps of {facts.step_size} x {context}"),
         *_by_rule(found),
-        ("operations", f"{found.flops:.3g} exactly, in the matrix products of all training steps"),
+        ("operations", f"{found.flops:.3g} {exactly}, in the matrix products of all training steps"),
         ("", f"{6 * found.tokens * found.n_parameters:.3g} by The Little Baby's 6 T P"),
         ("arrays, MiB", _listed({kind: size / MIB for kind, size in found.arrays.items()}, "{:.1f}")),
         ("", f"keys and values while generating {found.cache / MIB:.2f}"),

@@ -5,6 +5,7 @@ The tests compare each with the real computation.
 
 import math
 
+from baby_xp.arrays import params
 from baby_xp.arrays.tiles import number_of_tiles
 from baby_xp.config import EquationConfig, GPTConfig, ModelConfig
 from baby_xp.layers import mixture_of_experts, mlp
@@ -69,6 +70,16 @@ def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     """
     one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
     return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
+
+
+def muon_flops(config: ModelConfig, vocab_size: int, iterations: int) -> int:
+    """Floating-point operations of the matrix products of Muon in a step.
+
+    An iteration on (R, C), R <= C, makes three: (R, C) times its transpose, and the result, (R, R), times itself
+    and times (R, C). NumPy's kernels need fewer.
+    """
+    shapes = [shape for _, shape in params.matrices(Model(config, vocab_size).spec)]
+    return 2 * iterations * sum(min(shape) ** 2 * (min(shape) + 2 * max(shape)) for shape in shapes)
 
 
 def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize: int = 4) -> int:

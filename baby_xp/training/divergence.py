@@ -37,6 +37,7 @@ def largest_gradient(
     """
     xp, finding = backend.xp, None
     compute = gradients_of_step(config, workers and workers.loss_and_gradients)
+    optimizer = workers.optimizer(config) if workers else optimizers.of(model, config)
     state = state_on_device(backend, model, config, start)
     with np.errstate(all="ignore"):
         for step in range(start.step, last):
@@ -52,7 +53,7 @@ def largest_gradient(
             finding = Finding(parameter, norms[parameter], step + 1)
             if diverged:
                 break
-            state, _ = optimizers.update(xp, state, gradients, config)
+            state, _ = optimizers.update(xp, state, gradients, config, optimizer)
     return finding
 
 

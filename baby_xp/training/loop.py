@@ -95,7 +95,7 @@ class Loop:
             step = make_step(backend.xp, model, config)
             total: Callable[..., Any] = functools.partial(total_loss, backend.xp, model)
         else:
-            shared = self.workers.loss_and_gradients, self.workers.adamw
+            shared = self.workers.loss_and_gradients, self.workers.optimizer(config)
             step, total = make_step(backend.xp, model, config, *shared), self.workers.total_loss
         self._step = backend.compile(step)
         self._total = backend.compile(total)

@@ -1,14 +1,20 @@
-"""AdamW on the flat buffer, and clipping by the global norm."""
+"""AdamW on the flat buffer, Muon for the matrices in it, and clipping by the global norm."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from baby_xp.arrays import params
 from baby_xp.arrays.namespace import Array, replaceable
 from baby_xp.config import TrainConfig
-from baby_xp.training import schedules
+from baby_xp.errors import BabyError
+from baby_xp.models import Model
+from baby_xp.training import muon, schedules
 
 EPS = 1e-8
+LINE = 16
+"""Shares of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
 
 
 @replaceable
@@ -24,6 +30,73 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: 
     v = beta2 * v + (1 - beta2) * g * g
     step = (m / bias1) / (xp.sqrt(v / bias2) + EPS)
     return w - lr * (step + weight_decay * decays * w), m, v
+
+
+class Parts(NamedTuple):
+    """What one process updates: slices of the flat buffer by AdamW, matrices (slice, shape) by Muon."""
+
+    slices: list[slice]
+    matrices: list[tuple[slice, tuple[int, ...]]]
+
+
+@functools.lru_cache(maxsize=4)
+def parts(model: Model, optimizer: str, rank: int = 0, number: int = 1) -> Parts:
+    """What one of `number` processes updates. It depends on shapes alone.
+
+    The matrices go to the processes one by one, the costliest first, each to the process that has least to do; the
+    other parameters are divided evenly. Raises BabyError if the optimizer is Muon and the model has no matrix.
+    """
+    matrices = params.matrices(model.spec) if optimizer == "muon" else []
+    if optimizer == "muon" and not matrices:
+        raise BabyError(
+            "muon updates the weight matrices of blocks, and this model has none: choose --optimizer adamw"
+        )
+    shares: list[list[Any]] = [[] for _ in range(number)]
+    costs = [0] * number
+    for one in sorted(matrices, key=lambda one: -muon.cost(*one[1])):
+        least = costs.index(min(costs))
+        shares[least].append(one)
+        costs[least] += muon.cost(*one[1])
+    ends = [0, *(end for at, _ in matrices for end in (at.start, at.stop)), model.n_parameters]
+    gaps = [slice(*pair) for pair in zip(ends[::2], ends[1::2], strict=True) if pair[0] < pair[1]]
+    n = sum(at.stop - at.start for at in gaps)
+    bounds = [min(n, -(-n * one // (number * LINE)) * LINE) for one in (rank, rank + 1)]
+    return Parts(list(cut(gaps, *bounds)), shares[rank])
+
+
+def cut(slices, first: int, last: int):
+    """Elements first to last of those in the slices, as slices."""
+    before = 0
+    for at in slices:
+        begin, end = at.start + max(0, first - before), min(at.stop, at.start + last - before)
+        if begin < end:
+            yield slice(begin, end)
+        before += at.stop - at.start
+
+
+def of(model: Model, config: TrainConfig) -> Callable[..., Any]:
+    """The optimizer of a config: a function with the signature of adamw. Raises BabyError as `parts` does."""
+    if config.optimizer == "adamw":
+        return adamw
+    return functools.partial(muon_and_adamw, parts(model, "muon"), muon.settings(config))
+
+
+def muon_and_adamw(
+    own: Parts, settings, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
+):
+    """As adamw, but by Muon for the matrices; their m is its momentum, and their v stays as it is."""
+    gathered = [xp.concat([flat[at] for at in own.slices]) for flat in (w, g, m, v, decays)]
+    rest = adamw(xp, *gathered, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
+    done, begin = [], 0
+    for at in own.slices:
+        end = begin + at.stop - at.start
+        done.append((at, *(flat[begin:end] for flat in rest)))
+        begin = end
+    for at, new_w, new_m in muon.update(xp, own.matrices, w, g, m, scale, lr, weight_decay, *settings):
+        done.append((at, new_w, new_m, v[at]))
+    done.sort(key=lambda one: one[0].start)
+    _, *new = zip(*done, strict=True)
+    return tuple(xp.concat(pieces) for pieces in new)
 
 
 def update(

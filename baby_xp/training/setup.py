@@ -14,6 +14,7 @@ from baby_xp.text import dataset
 from baby_xp.text.corpus import Making
 from baby_xp.text.dataset import EquationDataset, TextDataset
 from baby_xp.text.tokenizer import Tokenizer
+from baby_xp.training import optimizers
 from baby_xp.training.workers import suitable_number
 
 
@@ -54,6 +55,7 @@ def prepare(
         undo.callback(data.discard)
         model = Model(config.model, data.tokenizer.vocab_size)
         limits.check_size(model)
+        optimizers.parts(model, config.train.optimizer)  # raises if the optimizer has nothing to do
         workers = number_of_workers(compute.workers, backend, model, config.train.batch_size)
         if check_memory:
             limits.check_training(config, model, backend, data.batches, workers)

@@ -42,12 +42,14 @@ def on_device(backend: Backend, batch: Batch) -> Batch:
     return Batch(*backend.asarrays(batch))
 
 
-def make_step(xp, model, config, loss_and_gradients=None, optimizer=optimizers.adamw):
+def make_step(xp, model, config, loss_and_gradients=None, optimizer=None):
     """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
 
     loss_and_gradients has the signature of loss_and_gradients_with_dropout, the default; optimizer that of
-    optimizers.adamw. Workers have both.
+    optimizers.adamw, the default is that of the config. Workers have both. Raises BabyError if the optimizer has
+    nothing to do in this model.
     """
+    optimizer = optimizer or optimizers.of(model, config)
     compute = gradients_of_step(config, loss_and_gradients)
 
     def step(state, batch):

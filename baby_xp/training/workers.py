@@ -3,7 +3,8 @@
 NumPy holds Python's lock too often for threads to help. So the main process starts others and gives each a shard,
 a share of the samples; it computes a shard itself and adds up the gradients in the order of the workers: a run is
 the same bit for bit for the same number of workers. Dropout does not depend on the split (see rng.py). Then each
-process does AdamW for its part of the flat buffer.
+process does AdamW for its part of the flat buffer; or Muon for its part of the matrices, and AdamW for its part of
+the other parameters.
 
 Arrays pass through one mapped piece of memory, commands through pipes. A worker whose main process is gone reads
 the end of its pipe and exits; a main process whose worker is gone reads the end of that pipe and raises. The
@@ -25,7 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
@@ -38,11 +39,11 @@ from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tiles import samples
-from baby_xp.config import model_from_dict, to_dict
+from baby_xp.config import TrainConfig, model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training import optimizers
+from baby_xp.training import muon, optimizers
 from baby_xp.training.step import loss_and_gradients_with_dropout, total_loss
 
 COMMAND = struct.Struct("<c9q")
@@ -58,10 +59,9 @@ from baby_xp.training.workers import serve
 serve()
 """
 GRADIENTS, TOTAL, UPDATE = b"g", b"t", b"u"
+OPTIMIZERS = "adamw", "muon"
 ELSEWHERE = 2
 """Where parameters lie: 0 or 1, one of the two states in the arena, or this: apart from them."""
-LINE = 16
-"""Parts of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
 WORTH_SPLITTING = 3e8
 """Floating-point operations of a step below which passing arrays around costs more than it gains."""
 INHERITED = os.name != "nt"
@@ -116,7 +116,7 @@ class Arena:
             "params": ((size,), dtype),
             "gradients": ((number, size), dtype),
             "rates": ((4, 1), dtype),
-            "settings": ((3,), "float64"),
+            "settings": ((3 + len(muon.Settings._fields),), "float64"),
             "losses": ((number,), "float64"),
             "inputs": ((batch_size * n_ctx,), "int32"),
             "targets": ((batch_size * n_ctx,), "int32"),
@@ -164,8 +164,9 @@ def _reserve(file: int, length: int) -> None:
 class Workers:
     """`number` processes in all, this one included. A context manager: leaving it ends the others.
 
-    loss_and_gradients and adamw are for make_step. The state that adamw gives lies in the arena and is valid until
-    the update after the next one. Raises BabyError if a worker cannot be started or ends before its time.
+    loss_and_gradients and optimizer(config) are for make_step. The state that an optimizer gives lies in the arena
+    and is valid until the update after the next one. Raises BabyError if a worker cannot be started or ends before
+    its time.
     """
 
     arena: Arena
@@ -175,8 +176,6 @@ class Workers:
         self.children: list[subprocess.Popen[bytes]] = []
         self._path, self._file = "", -1
         self._number = 0  # of the last command
-        n = model.n_parameters
-        self._bounds = [min(n, -(-n * rank // (number * LINE)) * LINE) for rank in range(number + 1)]
 
     def __enter__(self) -> "Workers":
         self._limits = threadpool_limits(1)
@@ -234,7 +233,6 @@ class Workers:
             "file": self._file if INHERITED else self._path, "rank": rank, "number": self.number,
             "batch_size": self.batch_size, "config": to_dict(self.model.config),
             "vocab_size": self.model.vocab_size, "dtype": self.backend.dtype, "kernels": self.backend.kernels,
-            "part": self._bounds[rank : rank + 2],
         }  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -285,23 +283,30 @@ class Workers:
             total = total + total.dtype.type(self.arena.losses[rank])
         return total
 
-    def adamw(self, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-        """As optimizers.adamw: each process updates its part. What is not in the arena is copied there first."""
+    def optimizer(self, config: TrainConfig) -> Callable[..., Any]:
+        """As optimizers.of, by all processes together: each updates its parts."""
+        return functools.partial(self._update, config.optimizer, muon.settings(config))
+
+    def _update(
+        self, optimizer, more, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
+    ):  # fmt: skip
+        """What is not in the arena is copied there first."""
         arena = self.arena
         old = arena.place_of(w, m, v)
         if old == ELSEWHERE:
             old = 0
             for own, given in zip(arena.states[old], (w, m, v), strict=True):
                 own[:] = given
+            arena.states[1 - old, 2] = v  # where Muon leaves it as it is
         if address(g) != address(arena.gradients[0]):
             arena.gradients[0][:] = g
         for own, given in zip(arena.rates, (scale, lr, bias1, bias2), strict=True):
             own[:] = given
-        arena.settings[:] = beta1, beta2, weight_decay
+        arena.settings[:] = beta1, beta2, weight_decay, *more
         self._number += 1
         for rank in range(1, self.number):
-            self._send(rank, UPDATE, old)
-        _update_part(self.backend, arena, slice(0, self._bounds[1]), decays[: self._bounds[1]], old)
+            self._send(rank, UPDATE, old, OPTIMIZERS.index(optimizer))
+        _update_parts(self.backend, self.model, arena, 0, decays, old, OPTIMIZERS.index(optimizer))
         for rank in range(1, self.number):
             self._wait(rank)
         return tuple(arena.states[1 - old])
@@ -387,11 +392,18 @@ def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta
         array[:] = values
 
 
-def _update_part(backend: Backend, arena: Arena, part: slice, decays: np.ndarray, old: int, *_: int) -> None:
-    """AdamW for a part of the flat buffer: from one state in the arena to the other."""
-    w, m, v = arena.states[old][:, part]
-    new, g = arena.states[1 - old][:, part], arena.gradients[0][part]
-    adamw_into(backend.xp, new, w, g, m, v, decays, *arena.rates, *arena.settings.tolist())
+def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> None:
+    """Compute the parts of a process: from one state in the arena to the other."""
+    xp, own = backend.xp, optimizers.parts(model, OPTIMIZERS[optimizer], rank, len(arena.gradients))
+    before, new, g = arena.states[old], arena.states[1 - old], arena.gradients[0]
+    scale, lr, *biases = arena.rates
+    beta1, beta2, weight_decay, rate, momentum, iterations = arena.settings.tolist()
+    for at in own.slices:
+        arrays = before[0][at], g[at], before[1][at], before[2][at], decays[at]
+        adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
+    more = weight_decay, rate, momentum, int(iterations)
+    for at, w, m in muon.update(xp, own.matrices, before[0], g, before[1], scale, lr, *more):
+        new[0][at], new[1][at] = w, m
 
 
 def serve() -> None:
@@ -408,11 +420,11 @@ def serve() -> None:
     file = setup["file"] if isinstance(setup["file"], int) else os.open(setup["file"], os.O_RDWR)
     arena = Arena(file, model, dtype, setup["batch_size"], setup["number"], create=False)
     os.close(file)
-    part = slice(*setup["part"])
+    decays = decay_mask(model.spec).astype(dtype)
     actions = {
         GRADIENTS: functools.partial(_compute_gradients, backend, model, arena, rank),
         TOTAL: functools.partial(_compute_total, backend, model, arena, rank),
-        UPDATE: functools.partial(_update_part, backend, arena, part, decay_mask(model.spec)[part].astype(dtype)),
+        UPDATE: functools.partial(_update_parts, backend, model, arena, rank, decays),
     }
     # numbers that are not finite show in the loss, which the main process checks
     with threadpool_limits(1), suppress(BrokenPipeError), np.errstate(all="ignore"):

@@ -2,6 +2,8 @@
 #include "common.cuh"
 
 #define ADAMW_EPS ((real)1e-8)
+#define COSINE 1
+#define LINEAR 2
 
 extern "C" __global__ void adamw(
         const real* __restrict__ w, const real* __restrict__ g, const real* __restrict__ m,
@@ -23,11 +25,12 @@ extern "C" __global__ void adamw(
 
 // numbers (4,): the factor that clips the gradients, the learning rate, and the two bias corrections. One thread.
 extern "C" __global__ void rates(
-        const real* __restrict__ norm, const int* __restrict__ step, real* __restrict__ numbers, int cosine,
-        real peak, real lowest, real warmup, real span, real limit, real log_beta1, real log_beta2) {
-    real t = step[0], lr = peak, done = (t - warmup) / span, scale = limit / (norm[0] + (real)1e-6);
+        const real* __restrict__ norm, const int* __restrict__ step, real* __restrict__ numbers, int schedule,
+        real peak, real lowest, real warmup, real begin, real span, real limit, real log_beta1, real log_beta2) {
+    real t = step[0], lr = peak, done = (t - begin) / span, scale = limit / (norm[0] + (real)1e-6);
     done = done < 0 ? 0 : done > 1 ? 1 : done;
-    if (cosine) lr = lowest + (real)0.5 * (peak - lowest) * (1 + cos((real)3.141592653589793 * done));
+    if (schedule == COSINE) lr = lowest + (real)0.5 * (peak - lowest) * (1 + cos((real)3.141592653589793 * done));
+    if (schedule == LINEAR) lr = peak + (lowest - peak) * done;
     numbers[0] = limit == 0 || scale > 1 ? 1 : scale;  // NaN stays NaN
     numbers[1] = t < warmup ? peak * (t + 1) / (warmup + 1) : lr;
     numbers[2] = -expm1((t + 1) * log_beta1);

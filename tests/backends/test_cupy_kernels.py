@@ -180,6 +180,7 @@ CASES = {
     "rates": rates(7, schedule="cosine"),
     "rates after the warm-up": rates(30, schedule="cosine"),
     "rates after the end": rates(60, schedule="cosine"),
+    "linear rates": rates(40, schedule="linear", decay_fraction=0.5),
     "constant rates without clipping": rates(30, schedule="constant", clip=0.0),
     "rows of many ids": rows_by_id(700, cupy_kernels.ONE_HOT_IDS + 5),
     "rows of few ids": rows_by_id(100, 11),

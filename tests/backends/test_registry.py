@@ -140,7 +140,7 @@ def losses(dtype: str, kernels: str, number: int) -> tuple[np.ndarray, list[int]
     windows = RandomWindows(IDS, 8, 12, 0)
     state = initial_state(backend, draw(model.spec, 0, dtype), decay_mask(model.spec), 7)
     with workers.Workers(backend, model, 6, number) as pool:
-        step, found = make_step(backend.xp, model, config, pool.loss_and_gradients, pool.adamw), []
+        step, found = make_step(backend.xp, model, config, pool.loss_and_gradients, pool.optimizer(config)), []
         for i in range(20):
             state, metrics = step(state, windows.batch(i))
             found.append(float(metrics["loss"][0]))

@@ -29,6 +29,7 @@ from baby_xp.models import Model
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
 from baby_xp.text.batches import Batch, EpochWindows, RandomWindows
+from baby_xp.training import optimizers
 from baby_xp.training.step import initial_state, make_step, step_noise
 from bench.memory import owners
 
@@ -112,12 +113,13 @@ class Counted(np.ndarray):
 
 
 def counting_namespace() -> Namespace:
-    """NumPy as the maths is written, without faster functions; `where` and `concat` would lose the class."""
+    """NumPy as the maths is written, without faster functions; some of its own would lose the class."""
 
     def keeping(function):
         return lambda *arguments, **named: function(*arguments, **named).view(Counted)
 
-    return Namespace(library, device="cpu", where=keeping(library.where), concat=keeping(library.concat))
+    names = ("where", "concat", "stack")
+    return Namespace(library, device="cpu", **{name: keeping(getattr(library, name)) for name in names})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -130,6 +132,17 @@ def test_step_flops_count_all_products(config, accumulate, monkeypatch):
     train = TrainConfig(num_steps=10, batch_size=BATCH, accumulate=accumulate)
     make_step(xp, model, train)(state, batch_of(config, BATCH * accumulate))
     assert counts.step_flops(config, V, BATCH * accumulate) == Counted.flops
+
+
+@pytest.mark.parametrize("config", GPTS[::7], ids=name_of)
+def test_flops_of_muon_are_those_of_its_products(config, monkeypatch):
+    monkeypatch.setattr(Counted, "flops", 0)
+    model, xp = Model(config, V), counting_namespace()
+    state = state_of(model, registry.load("numpy"))
+    train = TrainConfig(num_steps=10, optimizer="muon", muon_iterations=4)
+    gradients = state["params"].view(Counted)
+    optimizers.update(xp, state, gradients, train, optimizers.of(model, train))
+    assert counts.muon_flops(config, V, 4) == Counted.flops
 
 
 @pytest.mark.parametrize("config", MODELS, ids=name_of)

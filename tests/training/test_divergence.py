@@ -10,7 +10,7 @@ from conftest import case_of
 from baby_xp.config import GPTConfig, TrainConfig
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
-from baby_xp.training import checkpoint
+from baby_xp.training import checkpoint, optimizers
 from baby_xp.training.divergence import largest_gradient
 
 MODEL = Model(GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1, dropout=0.1), 11)
@@ -40,6 +40,9 @@ class Scripted:
         if at != "all":
             gradients[sum(model.layout.sizes[: model.layout.paths.index(at)])] = value
         return np.array([loss], self.dtype), gradients
+
+    def optimizer(self, config):
+        return optimizers.of(MODEL, config)
 
 
 GOOD = (3.0, "wte.weight", 5.0)

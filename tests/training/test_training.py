@@ -49,14 +49,15 @@ def on_plain_numpy(compute, *how):
 
 
 def six_steps(case, kind):
-    switches = {"pre mha mlp": SWITCHES[0], "post moh moe": SWITCHES[7], **LATER}[kind]
+    switches = {"pre mha mlp": SWITCHES[0], "post moh moe": SWITCHES[7], "muon": SWITCHES[0], **LATER}[kind]
     model = Model(GPTConfig(**SMALL, dropout=0.2, **switches), 17)
-    config = TrainConfig(num_steps=6, batch_size=3, warmup_steps=2, lr=1e-2, min_lr=1e-3)
+    more = {"optimizer": "muon", "schedule": "linear"} if kind == "muon" else {}
+    config = TrainConfig(num_steps=6, batch_size=3, warmup_steps=2, lr=1e-2, min_lr=1e-3, **more)
     return train(case, model, config, RandomWindows(TEXT, 8, 3, 0), 6)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", ["pre mha mlp", "post moh moe", "modern"])
+@pytest.mark.parametrize("kind", ["pre mha mlp", "post moh moe", "modern", "muon"])
 def test_steps_of_training_agree_with_dropout_on(quick_backend, kind):
     losses, weights = six_steps(quick_backend, kind)
     expected, expected_weights = on_plain_numpy(six_steps, kind)
@@ -118,17 +119,20 @@ def test_gradients_of_shards_add_up_to_those_of_the_batch(plain):
 ONE_BLOCK = {**SMALL, "n_layers": 1}
 
 
-def steps_in_parts(case, batch_size, accumulate, dropout=0.2, epochs=False, workers=None, steps=4):
+def steps_in_parts(
+    case, batch_size, accumulate, dropout=0.2, epochs=False, workers=None, steps=4, optimizer="adamw"
+):
     """Losses, gradient norms and last parameters of steps of 12 samples, `batch_size` of them at a time."""
     model = Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17)
     config = TrainConfig(
-        num_steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=1, lr=1e-2, min_lr=1e-3
-    )
+        num_steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=1, lr=1e-2, min_lr=1e-3,
+        optimizer=optimizer,
+    )  # fmt: skip
     assert config.step_size == 12
     # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
     batches = EpochWindows(TEXT[:155], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
-    more = () if workers is None else (workers.loss_and_gradients, workers.adamw)
+    more = () if workers is None else (workers.loss_and_gradients, workers.optimizer(config))
     step = case.compile(make_step(case.xp, model, config, *more))
     figures, sizes = [], []
     for i in range(steps):
@@ -169,12 +173,12 @@ def test_a_step_in_any_number_of_parts_equals_the_step(dropout, epochs):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("epochs", [False, True], ids=["random", "epochs"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_two_workers_in_four_parts_compute_the_step(epochs, dropout):
+@pytest.mark.parametrize(("dropout", "optimizer"), [(0.2, "muon"), (0.0, "adamw"), (0.2, "adamw")])
+def test_two_workers_in_four_parts_compute_the_step(epochs, dropout, optimizer):
     case = case_of("numpy")
-    expected = steps_in_parts(case, 12, 1, dropout, epochs)
+    expected = steps_in_parts(case, 12, 1, dropout, epochs, optimizer=optimizer)
     with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 3, 2) as pool:
-        how = {"dropout": dropout, "epochs": epochs, "workers": pool}
+        how = {"dropout": dropout, "epochs": epochs, "workers": pool, "optimizer": optimizer}
         check_parts(case, expected, batch_size=3, accumulate=4, **how)
     with Workers(case.backend, Model(GPTConfig(**ONE_BLOCK, dropout=dropout), 17), 12, 2) as pool:
         check_parts(case, expected, batch_size=12, accumulate=1, **how | {"workers": pool})
@@ -250,6 +254,23 @@ def test_the_cosine_rises_falls_and_stays(plain):
 def test_the_constant_rate_is_constant_after_the_warm_up(plain):
     lr = rates(plain, schedule="constant")
     assert lr[10:] == pytest.approx([1.0] * 110)
+
+
+@pytest.mark.parametrize(("settings", "begin"), [
+    ({}, 50), ({"decay_fraction": 0.25}, 75), ({"decay_fraction": 1.0}, 10), ({"decay_fraction": 1e-9}, 99),
+])  # fmt: skip
+def test_the_linear_decay_begins_late_and_ends_at_the_least_rate(plain, settings, begin):
+    lr = rates(plain, schedule="linear", **settings)
+    assert lr[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert lr[10 : begin + 1] == pytest.approx([1.0] * (begin - 9))
+    assert lr[begin:101] == pytest.approx([1 - 0.9 * (step - begin) / (100 - begin) for step in range(begin, 101)])
+    assert lr[100:] == pytest.approx([0.1] * 20)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_more_warm_up_than_steps_is_a_warm_up(plain, schedule):
+    lr = rates(plain, schedule=schedule, warmup_steps=150)
+    assert lr == pytest.approx([(step + 1) / 151 for step in range(120)])
 
 
 def test_only_weights_decay_and_residual_projections_start_smaller():

@@ -167,10 +167,11 @@ def test_repeated_steps_are_equal_bit_for_bit(together):
     assert len(set(map(tuple, runs))) == 1
 
 
-def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together, optimizer):
     """For a state outside the arena, for one from an update, and for gradients outside the arena."""
     setting, pool = together
-    config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1)
+    config = TrainConfig(num_steps=10, batch_size=BATCH, lr=0.1, optimizer=optimizer)
     alone = shared = setting.state
     for step in range(4):
         _, gradients = pool.loss_and_gradients(setting.xp, setting.model, shared, setting.batch)
@@ -178,9 +179,11 @@ def test_the_shared_update_equals_that_of_one_process_bit_for_bit(together):
             gradients = gradients.copy()
         if step == 3:
             shared = {name: array.copy() for name, array in shared.items()}
-        alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config)
+        by_one = optimizers.of(setting.model, config)
+        alone, _ = optimizers.update(setting.xp, alone, gradients.copy(), config, by_one)
         before = {name: array.copy() for name, array in shared.items()}
-        given, (shared, _) = shared, optimizers.update(setting.xp, shared, gradients, config, pool.adamw)
+        given, by_all = shared, pool.optimizer(config)
+        shared, _ = optimizers.update(setting.xp, shared, gradients, config, by_all)
         for name in ("params", "m", "v"):
             assert shared[name].tobytes() == alone[name].tobytes()
             assert given[name].tobytes() == before[name].tobytes()  # an interrupted step needs it
