@@ -23,8 +23,6 @@ LARGEST_DROPOUT = 0.99999
 """Nearly the largest share that leaves something: dropout is met to 1 / 65536."""
 LARGEST_STD = 1e6
 """Of first weights: far from any use, and from what float32 does not hold."""
-LARGEST_CAP = 1e6
-"""Of logits: no logit comes near it."""
 
 Size = Annotated[int, Range(1, LARGEST)]
 Count = Annotated[int, Range(0, LARGEST)]
@@ -78,7 +76,7 @@ class GPTConfig:
     """Use the token embeddings as the weights of the head."""
     zero_init: Switch = False
     """Start with zeros in the last layer of attention and network, and in a head that is not tied."""
-    logit_cap: Annotated[float, Range(0, LARGEST_CAP)] = 0.0
+    logit_cap: Annotated[float, Range(0, 1e6)] = 0.0
     """Keep logits between -cap and cap, by cap * tanh(logits / cap); at least 1, 0: no cap."""
 
     def __post_init__(self) -> None:
@@ -125,11 +123,6 @@ class Combination:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def switches(self) -> dict[str, Any]:
-        """The switches that it stands for."""
-        return {"classic": CLASSIC, "modern": MODERN, None: {}}[self.c_model]
 
 
 @dataclass(frozen=True)
@@ -309,7 +302,8 @@ class RunConfig:
         """
         if "c_model" in settings and isinstance(self.model, GPTConfig):
             rest = {name: value for name, value in settings.items() if name != "c_model"}
-            settings = {**Combination(settings["c_model"]).switches, **rest}
+            chosen = Combination(settings["c_model"]).c_model
+            settings = {**{"classic": CLASSIC, "modern": MODERN, None: {}}[chosen], **rest}
         known = {part: {field.name for field in fields(getattr(self, part))} for part in PARTS}
         unknown = [name for name in settings if not any(name in names for names in known.values())]
         if unknown:
