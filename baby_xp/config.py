@@ -22,8 +22,6 @@ LARGEST_DROPOUT = 0.99999
 """The largest rate, rounded down, that does not drop everything: rates are rounded to multiples of 1 / 65536."""
 LARGEST_STD = 1e6
 """Limit of the initial standard deviation: far above any useful value, far below the largest float32."""
-LARGEST_CAP = 1e6
-"""Limit of logit_cap: far above any logit."""
 
 Size = Annotated[int, Range(1, LARGEST)]
 Count = Annotated[int, Range(0, LARGEST)]
@@ -77,7 +75,7 @@ class GPTConfig:
     """Use the token embeddings as the weights of the head."""
     zero_init: Switch = False
     """Start with zeros in the last layer of attention and network, and in a head that is not tied."""
-    logit_cap: Annotated[float, Range(0, LARGEST_CAP)] = 0.0
+    logit_cap: Annotated[float, Range(0, 1e6)] = 0.0
     """Keep logits between -cap and cap, by cap * tanh(logits / cap); at least 1, 0: no cap."""
 
     def __post_init__(self) -> None:
@@ -124,11 +122,6 @@ class Combination:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def switches(self) -> dict[str, Any]:
-        """The switches that it stands for."""
-        return {"classic": CLASSIC, "modern": MODERN, None: {}}[self.c_model]
 
 
 @dataclass(frozen=True)
@@ -319,7 +312,8 @@ class RunConfig:
         """
         if "c_model" in settings and isinstance(self.model, GPTConfig):
             rest = {name: value for name, value in settings.items() if name != "c_model"}
-            settings = {**Combination(settings["c_model"]).switches, **rest}
+            chosen = Combination(settings["c_model"]).c_model
+            settings = {**{"classic": CLASSIC, "modern": MODERN, None: {}}[chosen], **rest}
         known = {part: {field.name for field in fields(getattr(self, part))} for part in PARTS}
         unknown = [name for name in settings if not any(name in names for names in known.values())]
         if unknown:
