@@ -1,10 +1,11 @@
 """Named configurations, each with the reason for its numbers; and the settings that can be changed of one."""
 
+from dataclasses import replace
 from os import PathLike
 from typing import Literal, TypedDict
 
 from baby_xp import checks
-from baby_xp.config import DataConfig, EquationConfig, EquationData, GPTConfig, RunConfig, TrainConfig
+from baby_xp.config import MODERN, DataConfig, EquationConfig, EquationData, GPTConfig, RunConfig, TrainConfig
 from baby_xp.errors import BabyError
 
 
@@ -124,6 +125,21 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
             DataConfig(data="shakespeare"),
         ),
     ),
+    # The switches of a modern GPT, with Muon, a longer context and a smaller model: the loss of nanogpt-cpu in
+    # a fraction of its time. Four heads were worse; so were AdamW's rate 1e-2, Muon's 0.02 and 0.04, four
+    # iterations in place of five, and a momentum of 0.95, with which longer runs do as well.
+    (
+        "Shakespeare with a modern GPT and Muon: the loss of nanogpt-cpu in seconds",
+        RunConfig(
+            "shakespeare",
+            replace(GPTConfig(n_ctx=128, n_emb=64, head_size=64, n_heads=2, n_layers=3, dropout=0.0), **MODERN),
+            TrainConfig(
+                batch_size=12, num_steps=300, lr=6e-3, schedule="linear", min_lr=0.0, warmup_steps=10,
+                optimizer="muon", muon_lr=0.03, muon_momentum=0.9, weight_decay=0.0, clip=0.0, eval_every=50,
+            ),
+            DataConfig(data="shakespeare"),
+        ),
+    ),
     _age(3, 8, "coos and gurgles"),
     _age(6, 16, "loud, random cries"),
     _age(12, 32, "joyful noise with hints of intention"),
@@ -162,7 +178,7 @@ def preset(name: str | RunConfig) -> RunConfig:
 
 
 class ResumeSettings(TypedDict, total=False):
-    """What may be changed of a run that is resumed: fields of TrainConfig, as keyword arguments."""
+    """The settings that can be changed when a run is resumed: fields of TrainConfig, as keyword arguments."""
 
     num_steps: int | None
     lr: float
@@ -178,7 +194,7 @@ class ResumeSettings(TypedDict, total=False):
 
 
 class FinetuneSettings(ResumeSettings, total=False):
-    """What may be changed where a run is finetuned: fields of TrainConfig, and dropout."""
+    """The settings that can be changed when a run is finetuned: fields of TrainConfig, and dropout."""
 
     batch_size: int
     accumulate: int

@@ -35,7 +35,7 @@ def main() -> int:
     sizes = {file.name: file.stat().st_size / MIB for file in sorted(asked.out.iterdir())}
     print("\n".join(f"{size:8.2f} MiB  {name}" for name, size in sizes.items()))
     print(f"{sum(sizes.values()):8.2f} MiB in all\n\nThere, in a checkout:")
-    ours, tests = f"'.[cuda{asked.cuda}]'" if asked.cuda else ".", " ".join(TESTS)
+    ours, tests = f"'.[cuda{asked.cuda},graphs]'" if asked.cuda else ".", " ".join(TESTS)
     print(f"python -m pip install --no-index --find-links {asked.out} -e {ours} {tests}")
     print(f"export BABY_XP_DATA={asked.out}")
     if sum(sizes.values()) > asked.limit:
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = harness.parser("bench.carry", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder")
     parser.add_argument("--python", default="3.12", help="version there (%(default)s), on Linux and x86-64")
-    parser.add_argument("--cuda", choices=("12", "13"), help="also CuPy, for this version (left out)")
+    parser.add_argument("--cuda", choices=("12", "13"), help="also CuPy and nvmath-python, for this version")
     parser.add_argument("--have", type=lambda text: {plain(name) for name in text.split(",")}, default=set(),
                         help="packages that are there, such as numpy,torch: they are left out")  # fmt: skip
     parser.add_argument("--limit", type=int, default=64, help="most MiB in all (%(default)s)")
@@ -73,13 +73,14 @@ def download(asked: argparse.Namespace) -> list[str]:
 
 
 def requirements(cuda: str | None) -> list[str]:
-    """What setup.cfg requires of baby_xp and of its tests, and CuPy for a version of CUDA."""
+    """What setup.cfg requires of baby_xp and its tests; for a GPU, also CuPy and what bench.graph needs."""
     setup = configparser.ConfigParser()
     setup.read(harness.ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = lambda text: [line for line in text.splitlines() if line and not line.startswith("#")]  # noqa: E731
     tests = [one for one in lines(extras["test"]) if re.match(r"[\w.-]+", one)[0] in (*TESTS, "setuptools")]
-    return [*lines(setup["options"]["install_requires"]), *tests, *(lines(extras[f"cuda{cuda}"]) if cuda else [])]
+    of_gpu = [*lines(extras[f"cuda{cuda}"]), *lines(extras["graphs"])] if cuda else []
+    return [*lines(setup["options"]["install_requires"]), *tests, *of_gpu]
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
         of_kernels = [*tests, "gpu", "-n", "0", KERNELS]
         return [Job(tool, [*command, tool, *of_kernels], (PASSED, clean)) for tool, clean in CLEAN.items() if gpu]
     if stage == "graph":
-        return [Job("W1", ["python", "-m", "bench.graph", "--workload", "W1", *out])] if gpu else []
+        return [Job("W1", ["python", "-m", "bench.graph", "--workloads", "W1", *out])] if gpu else []
     if stage in ("train", "ages"):
         return [train_job(name, asked, [*backend, *tf32]) for name in (AGES if stage == "ages" else [PRESET])]
     if stage == "epoch":

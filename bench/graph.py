@@ -8,6 +8,7 @@ The probe compares the replayed steps with plain ones, bit by bit, and reports t
 on a GPU decides whether the CuPy backend's `compile` becomes this.
 """
 
+import argparse
 import functools
 import json
 import statistics
@@ -131,15 +132,19 @@ def report(result: dict[str, Any]) -> str:
     return f"{what}: plain {plain:.3f} ms a step, graph {graph:.3f} ms, {graph / plain:.2f} of it; {same}"
 
 
-def main() -> int:
-    """Probe the workloads that the command line names. Exit code 1 if replayed steps learn something else."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = harness.parser("bench.graph", __doc__ or "", steps=100, rounds=5, out=None)
     workloads = harness.names_of(WORKLOADS, "workload")
     parser.add_argument("--workloads", type=workloads, default="W1", help="(%(default)s)")
     precisions = harness.names_of(("float32", "tf32"), "precision")
     parser.add_argument("--precision", type=precisions, default="float32,tf32", help="(%(default)s)")
-    asked = parser.parse_args()
-    wrong = 0
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Probe the workloads that the command line names. Exit code 1 if replayed steps learn something else."""
+    asked, wrong = parse(), 0
     for name in asked.workloads:
         for precision in asked.precision:
             result = probe(WORKLOADS[name], precision, asked.steps, asked.rounds)

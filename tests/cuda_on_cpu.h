@@ -1,6 +1,6 @@
 // Runs a CUDA kernel's source on the CPU, for tests: the threads of a block are coroutines of one thread.
 //
-// A coroutine runs until it waits for its warp (a shuffle) or its block (__syncthreads); then the next one goes on,
+// A coroutine runs until it waits for its warp (a shuffle) or its block (__syncthreads); then the next one runs,
 // in rising or in falling order. So a kernel whose result depends on an order that CUDA does not promise gives
 // another one when the order is turned round, and a barrier that not all threads come to is an error here.
 

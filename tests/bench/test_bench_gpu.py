@@ -20,7 +20,7 @@ from baby_xp.arrays.registry import load
 from baby_xp.config import GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.resources import counts
-from bench import gpu, growth, harness, memory, peers, results, roofline, train, workloads
+from bench import gpu, graph, growth, harness, memory, peers, results, roofline, train, workloads
 from bench.peers import ours
 
 
@@ -373,6 +373,8 @@ def test_each_program_accepts_the_arguments_of_a_session(monkeypatch, tmp_path, 
             if stage in ("train", "ages"):
                 assert cli.main(job.command[3:]) == 2
                 assert trained.pop() == (job.name, 20, backend == "cupy", backend)
+            elif stage == "graph":
+                assert parsed(monkeypatch, graph, *job.command[3:]).workloads == [job.name]
             elif stage in ("steps", "w5", "epoch", "crossover"):
                 asked = parsed(monkeypatch, programs[job.command[2]], *job.command[3:])
                 assert (asked.backend, asked.steps) == (backend, 0 if stage == "epoch" else 20)

@@ -44,14 +44,14 @@ def test_what_is_there_is_left_out_also_where_something_else_needs_it(monkeypatc
     asked = [re.match(r"[\w.-]+", word)[0] for word in command if ">=" in word]
     assert asked == [
         "array-api-compat", "docstring-parser", "pooch", "pytest-xdist", "hypothesis", "array-api-strict",
-        "setuptools", "cupy-cuda13x",
+        "setuptools", "cupy-cuda13x", "nvmath-python",
     ]  # fmt: skip
     assert command[command.index("--python-version") + 1] == "3.13"
     assert "--only-binary=:all:" in command
     assert left(out) == sorted([*(name.replace("-", "_") for name in asked), "platformdirs", "shakespeare.txt"])
     said = capsys.readouterr().out.splitlines()
-    assert "   10.00 MiB in all" in said
-    assert said[-2].startswith(f"python -m pip install --no-index --find-links {out} -e '.[cuda13]' pytest ")
+    assert "   11.00 MiB in all" in said
+    assert said[-2].startswith(f"python -m pip install --no-index --find-links {out} -e '.[cuda13,graphs]' ")
     assert said[-1] == f"export BABY_XP_DATA={out}"
 
 
@@ -66,8 +66,9 @@ def test_too_much_and_what_pip_cannot_find_end_with_1_and_a_line(monkeypatch, ca
 
 def test_what_is_asked_for_is_what_setup_requires():
     text = (ROOT / "setup.cfg").read_text("utf-8")
-    for cuda, last in (None, "setuptools>=77"), ("12", "cupy-cuda12x>=14.0"):
+    of_gpu = ["cupy-cuda12x>=14.0", "nvmath-python>=1.0"]
+    for cuda, last in (None, ["setuptools>=77"]), ("12", of_gpu):
         found = carry.requirements(cuda)
-        assert found[-1] == last
+        assert found[-len(last) :] == last
         assert all(f"    {line}\n" in text for line in found)
         assert found[0] == "numpy>=2.0"
