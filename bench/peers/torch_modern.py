@@ -4,6 +4,7 @@ The model is NanoChat's: rotary positions, RMSNorm without gain (also after the 
 ReLU squared, no biases. Modules carry the names of baby_xp's parameter tree.
 """
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -31,12 +32,15 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> dict[str, str]:
     """Train on all cores by the settings of baby_xp, from its first weights -> what a reader must know about it."""
     torch.set_num_threads(processes.cores())
-    torch.manual_seed(config.seed)
     cpu = torch.device("cpu")
     kind = ModernGPT if model.config.positions == "rotary" else GPT
     twin = kind(model.config, dataset.tokenizer.vocab_size).to(getattr(torch, config.dtype))
     weights = params.draw(model.spec, config.seed, config.dtype)
     load_weights(twin, tree.leaves(model.layout.unpack(np, weights)))
+    first = on_device(curve.batches.batch(0), cpu)
+    spare = copy.deepcopy(twin)
+    advance(spare, first, optimizers_of(spare, config), config.lr, config.clip)  # PyTorch imports much at first use
+    torch.manual_seed(config.seed)
     optimizers, rates = optimizers_of(twin, config), learning_rates(config)
 
     def total_loss(batch: Batch) -> float:
@@ -50,19 +54,29 @@ def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> di
 
     evaluate(0)
     for step in range(dataset.num_steps):
-        loss = twin(*on_device(curve.batch(step), cpu))
-        loss.backward()
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(twin.parameters(), config.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["share"] * rates[step]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        advance(twin, on_device(curve.batch(step), cpu), optimizers, rates[step], config.clip)
         if (step + 1) % curve.every == 0 or step + 1 == dataset.num_steps:
             curve.lap()
             evaluate(step + 1)
     return about(cpu)
+
+
+def advance(
+    twin: nn.Module,
+    batch: Iterable[torch.Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    lr: float,
+    clip: float,
+) -> None:
+    """One step at AdamW's rate lr."""
+    twin(*batch).backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
