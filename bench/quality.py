@@ -84,6 +84,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"argument --target: {asked.target} is not a loss")
     if asked.out and asked.out.suffix != ".json":
         parser.error(f"argument --out: {asked.out} is not the name of a file that ends in .json")
+    if asked.data != "shakespeare":
+        if not Path(asked.data).is_file():
+            parser.error(f"argument --data: there is no file {asked.data}")
+        asked.data = str(Path(asked.data).resolve())  # child processes run in another folder
     asked.recipes = [recipe(text, asked.data) for text in asked.recipes]
     labels = [one.label for one in asked.recipes]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -139,10 +143,10 @@ def kept_in(asked: argparse.Namespace) -> dict | None:
 def finished(asked: argparse.Namespace, kept: dict | None) -> dict:
     """The result with everything that is asked for; what was kept is not measured again."""
     libraries = [US, *peers.present(asked.peers, "numpy", "bench.quality")]
+    before, recipes = kept or {}, {one.label: one.config.to_dict() for one in asked.recipes}
     facts = {
         "target": asked.target, "data": asked.data, "evaluations": asked.evaluations,
-        "recipes": {**(kept or {}).get("recipes", {}), **{one.label: one.config.to_dict() for one in asked.recipes}},
-        "runs": (kept or {}).get("runs", []), "failed": {},
+        "recipes": {**before.get("recipes", {}), **recipes}, "runs": before.get("runs", []), "failed": {},
     }  # fmt: skip
     done = {(run["recipe"], run["library"], run["seed"]) for run in facts["runs"]}
     todo = [  # the seeds in turn, so that a disturbance of some minutes affects all
@@ -175,8 +179,9 @@ def measure(todo: list[tuple[Recipe, str, int]], facts: dict) -> Iterator[dict]:
             if key in failed:
                 continue
             config = one.config.override({"seed": seed}).to_dict()
+            request = {"library": library, "config": config, "evaluations": evaluations}
             try:
-                found = harness.ask("bench.quality:trained", library=library, config=config, evaluations=evaluations)
+                found = harness.ask("bench.quality:trained", **request)
             except harness.Failed as error:
                 failed[key] = str(error)
                 say(f"bench.quality: {label_of(one.label, library, seed)}: {error}: it is left out")
@@ -238,7 +243,8 @@ def has_twin(model: GPTConfig) -> bool:
 def trained(library: str, config: dict, evaluations: int, most: int | None = None) -> dict:
     """The child's part: train with a library -> the points of its Curve, facts about it, number of parameters.
 
-    Evaluations are over the whole validation part, in windows of n_ctx and of WINDOW tokens; most: batches of them.
+    Evaluations are over the whole validation part, or the first `most` batches of it, in windows of n_ctx and of
+    WINDOW tokens.
     """
     chosen = RunConfig.from_dict(config, "the recipe")
     n_ctx, batch_size = chosen.model.n_ctx, chosen.train.batch_size
@@ -369,11 +375,11 @@ def goals(result: dict, found: dict[tuple[str, str], list[dict]]) -> list[str]:
         time = statistics.median(seconds_to(runs, target))
         what = f"{label}, s to {target:g} on {CLASS[0]} cores with {CLASS[1]}"
         lines.append(results.goal(what, time, SECONDS, "{:.2f}") if there else f"- goal, {what}: not this machine")
-        others = {f"of PyTorch's time with {REFERENCE}": (REFERENCE, OF_REFERENCE),
-                  "of PyTorch's time with the same recipe": (label, OF_RECIPE)}  # fmt: skip
-        for what, (peer, most) in others.items():
+        others = {REFERENCE: (REFERENCE, OF_REFERENCE), "the same recipe": (label, OF_RECIPE)}
+        for with_what, (peer, most) in others.items():
             theirs = found.get((peer, "torch"))
-            lines.append(goal(f"{label}, share {what}", theirs and share(runs, theirs, target), most))
+            part = share(runs, theirs, target) if theirs else None
+            lines.append(goal(f"{label}, share of PyTorch's time with {with_what}", part, most))
     return lines
 
 

@@ -30,7 +30,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> dict[str, str]:
-    """Train on all cores by the settings of baby_xp, from its first weights -> what a reader must know about it."""
+    """Train on all cores by the settings of baby_xp, from its first weights -> facts about PyTorch."""
     torch.set_num_threads(processes.cores())
     cpu = torch.device("cpu")
     kind = ModernGPT if model.config.positions == "rotary" else GPT
@@ -39,7 +39,8 @@ def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> di
     load_weights(twin, tree.leaves(model.layout.unpack(np, weights)))
     first = on_device(curve.batches.batch(0), cpu)
     spare = copy.deepcopy(twin)
-    advance(spare, first, optimizers_of(spare, config), config.lr, config.clip)  # PyTorch imports much at first use
+    # a step that does not count, as PyTorch imports much of itself at the first one
+    advance(spare, first, optimizers_of(spare, config), config.lr, config.clip)
     torch.manual_seed(config.seed)
     optimizers, rates = optimizers_of(twin, config), learning_rates(config)
 

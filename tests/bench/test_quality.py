@@ -85,8 +85,10 @@ def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monke
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert [len(one) for one in rows] == [15] * 6
-    assert rows[-1] == ["modern", "torch", "1,000", "8", "10", "6.00", "6.00", "6.00", "2 of 2", "1.8000", "2.3000",
-                        "6.00", "1.8000", "2.3000", "0.250"]  # fmt: skip
+    assert rows[-1] == [
+        "modern", "torch", "1,000", "8", "10", "6.00", "6.00", "6.00", "2 of 2", "1.8000", "2.3000", "6.00",
+        "1.8000", "2.3000", "0.250",
+    ]  # fmt: skip
     assert "modern, share of PyTorch's time with nanogpt-cpu: at most 0.05: 0.250, MISSED" in out
     assert "modern, share of PyTorch's time with the same recipe: at most 0.5: 0.250, met" in out
     assert file.with_suffix(".md").read_text() == out
@@ -119,6 +121,7 @@ def test_a_library_that_differs_or_is_missing_is_left_out_in_one_line(monkeypatc
         ["--recipes", "no-such"], ["--recipes", "equations"], ["--recipes", "a: "], ["--recipes", "baby depth=3"],
         ["--recipes", "baby n_ctx"], ["--recipes", "baby", "baby"], ["--recipes", "baby lr=fast"],
         ["--seeds", "0"], ["--target", "nan"], ["--peers", "theano"], ["--out", "folder"],
+        ["--data", "no-such.txt"],
     ],
 )  # fmt: skip
 def test_bad_arguments_end_with_2_and_one_line(monkeypatch, capsys, words):
@@ -138,8 +141,10 @@ def test_pytorch_trains_the_same_model_to_the_same_losses(monkeypatch, text, rec
     ours, theirs = (quality.trained(library, config, evaluations=3)["curve"] for library in ("baby_xp", "torch"))
     steps, seconds, *losses = (np.array(column) for column in zip(*ours, strict=True))
     assert steps.tolist() == [0, 2, 4, 6]
-    assert seconds[0] == 0 and (np.diff(seconds) > 0).all()
-    assert losses[0][-1] < losses[0][0] and (losses[0][1:] != losses[1][1:]).all()
+    assert seconds[0] == 0
+    assert (np.diff(seconds) > 0).all()
+    assert losses[0][-1] < losses[0][0]
+    assert (losses[0][1:] != losses[1][1:]).all()
     others = [np.array(column) for column in zip(*theirs, strict=True)][2:]
     np.testing.assert_allclose(others, losses, rtol=1e-7)
 
