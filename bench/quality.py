@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from baby_xp import files, presets
+from baby_xp.arrays import params
 from baby_xp.config import CLASSIC, MODERN, EquationData, GPTConfig, RunConfig
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -209,13 +210,14 @@ def write(out: Path | None, result: dict) -> None:
 def difference(config: RunConfig, library: str) -> str | None:
     """Why a library cannot be compared with baby_xp on a recipe: its losses differ, or it fails; None if it can.
 
-    Both train a few steps without dropout and warm-up. Their first weights are all drawn, as zeros would hide a
-    difference.
+    Both train a few steps without dropout and warm-up. No first weights are zeros, and all matrices are larger
+    than usual: otherwise most of the model would hardly change the losses.
     """
     if not has_twin(config.model):
         return f"the model in {library} has the switches of c_model classic or modern, and a head_size of n_emb"
     short = {"num_steps": CHECKED_STEPS, "warmup_steps": 0, "dropout": 0.0, "zero_init": False}
-    request = {"config": config.override(short).to_dict(), "evaluations": CHECKED_STEPS, "most": CHECKED_BATCHES}
+    request = {"config": config.override(short).to_dict(), "evaluations": CHECKED_STEPS}
+    request |= {"most": CHECKED_BATCHES, "spread": peers.SPREAD}
     try:
         ours, theirs = (harness.ask("bench.quality:trained", library=name, **request) for name in (US, library))
     except harness.Failed as error:
@@ -240,11 +242,11 @@ def has_twin(model: GPTConfig) -> bool:
     return model.head_size == model.n_emb and switches in known
 
 
-def trained(library: str, config: dict, evaluations: int, most: int | None = None) -> dict:
+def trained(library: str, config: dict, evaluations: int, most: int | None = None, spread: float = 1.0) -> dict:
     """The child's part: train with a library -> the points of its Curve, facts about it, number of parameters.
 
     Evaluations are over the whole validation part, or the first `most` batches of it, in windows of n_ctx and of
-    WINDOW tokens.
+    WINDOW tokens. spread: a factor on the first weights that decay.
     """
     chosen = RunConfig.from_dict(config, "the recipe")
     n_ctx, batch_size = chosen.model.n_ctx, chosen.train.batch_size
@@ -260,7 +262,9 @@ def trained(library: str, config: dict, evaluations: int, most: int | None = Non
         kinds = [windows(n_ctx), windows(WINDOW) if n_ctx > WINDOW else None]
         curve = Curve(dataset.batches, -(-n // evaluations), kinds)
         train = replace(chosen.train, num_steps=n, num_epochs=None)
-        about = resolve_name(FITTERS[library])(model, train, dataset, curve)
+        weights = params.draw(model.spec, train.seed, train.dtype)
+        weights[params.decay_mask(model.spec) > 0] *= spread
+        about = resolve_name(FITTERS[library])(model, train, dataset, curve, weights)
         # in windows of WINDOW tokens, a model with that context has the loss that it has anyway
         points = [(*point[:3], point[2] if n_ctx == WINDOW else point[3]) for point in curve.points]
     return {"curve": points, "about": about, "parameters": model.n_parameters}

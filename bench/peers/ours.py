@@ -90,10 +90,12 @@ def fit_as_train_does(
     workers: int | None = None,
     listener: Listener | None = None,
     keep: Callable[[Checkpoint], None] = lambda kept: None,
+    weights: np.ndarray | None = None,
 ) -> tuple[Result, list[dict[str, int]], int]:
     """What `train` does between reading the text and writing the files; every measured step passes through here.
 
-    listener, keep: what the loop reports to, and hands checkpoints to. By default nothing is done with either.
+    listener, keep: what the loop reports to, and hands checkpoints to; by default nothing is done with either.
+    weights (P,): the first ones; None: drawn from the seed of the config.
     Returns the result, the sizes of all processes, and their number, which `train` would choose too: a small step
     is computed by one process with one BLAS thread, any other one by a process on each core (baby_xp.session).
     """
@@ -102,7 +104,7 @@ def fit_as_train_does(
     with Workers(*of_step, number) if number > 1 else alone(*of_step) as pool:
         plan = Plan(config, dataset.num_steps)
         loop = Loop(backend, model, dataset, plan, listener or Listener(), keep, Stop(), pool)
-        result = loop.run(first(model, config))
+        result = loop.run(first(model, config, weights))
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
 
 
@@ -131,24 +133,25 @@ class Laps(Listener):
         self.curve.lap()
 
 
-def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> dict[str, str]:
+def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weights: np.ndarray) -> dict[str, str]:
     """Train on a text as `train` does, with the curve's evaluations -> what a reader must know about it.
 
-    The curve is evaluated where the loop hands out a checkpoint; its own evaluations see a single batch.
+    weights (P,): the first ones. The curve is evaluated where the loop hands out a checkpoint; the loop's own
+    evaluations see a single batch.
     """
     backend = load("numpy", None, config.dtype)
 
     def evaluate(step: int, flat: np.ndarray) -> None:
-        weights = backend.asarray(flat)
-        total = lambda batch: total_loss(backend.xp, model, weights, on_device(backend, batch)).item()  # noqa: E731
+        here = backend.asarray(flat)
+        total = lambda batch: total_loss(backend.xp, model, here, on_device(backend, batch)).item()  # noqa: E731
         curve.evaluate(step, total)
 
-    evaluate(0, params.draw(model.spec, config.seed, config.dtype))
+    evaluate(0, weights)
     config = replace(config, eval_every=config.num_steps, checkpoint_every=curve.every, checkpoint_minutes=0.0)
     little = {"n_validation": 1, "validation": lambda: islice(dataset.validation(), 1)}
     keep = lambda kept: evaluate(kept.step, kept.state["params"])  # noqa: E731
     timed = replace(dataset, batches=curve, **little)
-    _, _, number = fit_as_train_does(backend, model, config, timed, None, Laps(curve), keep)
+    _, _, number = fit_as_train_does(backend, model, config, timed, None, Laps(curve), keep, weights)
     return {**_about(backend), "workers": str(number)}
 
 

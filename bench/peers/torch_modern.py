@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from baby_xp import processes
-from baby_xp.arrays import params, tree
+from baby_xp.arrays import tree
 from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
 from baby_xp.models import Model
@@ -29,13 +29,12 @@ EPS, BASE = 1e-6, 10_000
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
-def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve) -> dict[str, str]:
-    """Train on all cores by the settings of baby_xp, from its first weights -> facts about PyTorch."""
+def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weights: np.ndarray) -> dict[str, str]:
+    """Train on all cores by the settings of baby_xp, from its first weights (P,) -> facts about PyTorch."""
     torch.set_num_threads(processes.cores())
     cpu = torch.device("cpu")
     kind = ModernGPT if model.config.positions == "rotary" else GPT
     twin = kind(model.config, dataset.tokenizer.vocab_size).to(getattr(torch, config.dtype))
-    weights = params.draw(model.spec, config.seed, config.dtype)
     load_weights(twin, tree.leaves(model.layout.unpack(np, weights)))
     first = on_device(curve.batches.batch(0), cpu)
     spare = copy.deepcopy(twin)

@@ -1,5 +1,6 @@
 """bench.quality: recipes, times to a target, the table, and PyTorch's models beside baby_xp's."""
 
+import importlib
 import json
 import math
 
@@ -57,7 +58,7 @@ def test_a_difference_of_losses_names_both_and_nan_counts():
 def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monkeypatch, capsys, tmp_path, text):
     file, turns = tmp_path / "q.json", []
 
-    def answer(task, library, config, evaluations, most=None):
+    def answer(task, library, config, evaluations, most=None, spread=1.0):
         name = "modern" if config["model"]["positions"] == "rotary" else "nanogpt-cpu"
         found = run((0, 4), (6 if library == "torch" else 1.5, 1.8), recipe=name, library=library)
         if most is None:
@@ -101,7 +102,7 @@ def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monke
 
 
 def test_a_library_that_differs_or_is_missing_is_left_out_in_one_line(monkeypatch, capsys, text):
-    def answer(task, library, config, evaluations, most=None):
+    def answer(task, library, config, evaluations, most=None, spread=1.0):
         if library == "torch":
             raise harness.Failed(FAILURE)
         return {"curve": [[0, 0.0, 4.0, None], [6, 1.0, 1.8, None]], "about": {}, "parameters": 9}
@@ -134,7 +135,7 @@ def test_bad_arguments_end_with_2_and_one_line(monkeypatch, capsys, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [CLASSIC, MODERN])
-def test_pytorch_trains_the_same_model_to_the_same_losses(monkeypatch, text, recipe):
+def test_pytorch_trains_the_same_model_to_the_same_losses(text, recipe):
     pytest.importorskip("torch")
     wider = recipe.replace("n_ctx=8", "n_ctx=72") + " dtype=float64 zero_init=true accumulate=2"
     config = quality.recipe(wider, text).config.to_dict()
@@ -150,7 +151,18 @@ def test_pytorch_trains_the_same_model_to_the_same_losses(monkeypatch, text, rec
 
 
 @pytest.mark.slow
-def test_models_without_a_twin_and_real_ones_are_told_apart(text):
+def test_the_check_notices_a_pytorch_model_without_rotation(monkeypatch, text):
+    modern = pytest.importorskip("torch") and importlib.import_module("bench.peers.torch_modern")
+    config = quality.recipe(f"{MODERN} zero_init=false", text).config.to_dict()
+    curve_of = lambda library: quality.trained(library, config, 2, spread=peers.SPREAD)["curve"]  # noqa: E731
+    ours = curve_of("baby_xp")
+    assert quality.disagreement(ours, curve_of("torch")) is None
+    monkeypatch.setattr(modern, "rotated", lambda x, cos, sin: x)
+    assert "its losses differ" in quality.disagreement(ours, curve_of("torch"))
+
+
+@pytest.mark.slow
+def test_models_that_pytorch_has_are_told_apart_from_others(text):
     pytest.importorskip("torch")
     agree = quality.recipe(MODERN, text).config
     assert quality.difference(agree, "torch") is None
