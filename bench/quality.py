@@ -128,13 +128,15 @@ def kept_in(asked: argparse.Namespace) -> dict | None:
         return None
     try:
         kept = json.loads(asked.out.read_text(encoding="utf-8"))
-        recipes, machine, data = kept["recipes"], harness.class_of(kept["machine"]), kept["data"]
+        recipes, was = kept["recipes"], (harness.class_of(kept["machine"]), kept["data"], kept["evaluations"])
     except (ValueError, KeyError, TypeError):
         raise BabyError(f"{asked.out} is not a result of bench.quality: name a new file") from None
     here = harness.class_of(harness.ask("bench.harness:machine"))
-    if (machine, data, kept["evaluations"]) != (here, asked.data, asked.evaluations):
-        was = f"{machine}, data {data}, {kept['evaluations']} evaluations"
-        raise BabyError(f"{asked.out} was measured differently ({was}): name a new file")
+    if was != (here, asked.data, asked.evaluations):
+        raise BabyError(
+            f"{asked.out} was measured differently (machine {was[0]}; data {was[1]}; {was[2]} evaluations): "
+            "name a new file"
+        )
     for one in asked.recipes:
         if recipes.get(one.label, one.config.to_dict()) != one.config.to_dict():
             raise BabyError(f"{asked.out} has another recipe that is called {one.label!r}: name a new file")

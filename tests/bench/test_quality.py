@@ -99,6 +99,11 @@ def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monke
     assert "not reached" in capsys.readouterr().out
     assert says(monkeypatch, quality, "--recipes", f"{CLASSIC} lr=1", *words[3:]) == 2
     assert "has another recipe that is called 'nanogpt-cpu'" in capsys.readouterr().err
+    assert says(monkeypatch, quality, *words, "--evaluations", "5") == 2
+    assert "was measured differently" in capsys.readouterr().err
+    file.write_text("{}")
+    assert says(monkeypatch, quality, *words) == 2
+    assert "is not a result of bench.quality" in capsys.readouterr().err
 
 
 def test_a_library_that_differs_or_is_missing_is_left_out_in_one_line(monkeypatch, capsys, text):
