@@ -258,8 +258,7 @@ def trained(library: str, config: dict, evaluations: int, most: int | None = Non
         model = Model(chosen.model, dataset.tokenizer.vocab_size)
 
         def windows(length: int) -> Callable[[], Iterable[Batch]]:
-            at_once = max(1, batch_size * n_ctx // length)
-            return lambda: islice(consecutive_windows(ids, length, at_once), most)
+            return lambda: islice(consecutive_windows(ids, length, batch_size), most)
 
         kinds = [windows(n_ctx), windows(WINDOW) if n_ctx > WINDOW else None]
         curve = Curve(dataset.batches, -(-n // evaluations), kinds)

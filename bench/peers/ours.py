@@ -4,6 +4,7 @@ import inspect
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -89,12 +90,13 @@ def fit_as_train_does(
     dataset: Dataset,
     workers: int | None = None,
     listener: Listener | None = None,
-    keep: Callable[[Checkpoint], None] = lambda kept: None,
+    keep: Callable[[Workers | None, Checkpoint], None] = lambda pool, kept: None,
     weights: np.ndarray | None = None,
 ) -> tuple[Result, list[dict[str, int]], int]:
     """What `train` does between reading the text and writing the files; every measured step passes through here.
 
-    listener, keep: what the loop reports to, and hands checkpoints to; by default nothing is done with either.
+    listener: what the loop reports to; keep: receives its checkpoints, and the workers before them, None if there
+    are none; by default nothing is done with either.
     weights (P,): the first ones; None: drawn from the seed of the config.
     Returns the result, the sizes of all processes, and their number, which `train` would choose too: a small step
     is computed by one process with one BLAS thread, any other one by a process on each core (baby_xp.session).
@@ -103,7 +105,7 @@ def fit_as_train_does(
     of_step = backend, model, config.batch_size
     with Workers(*of_step, number) if number > 1 else alone(*of_step) as pool:
         plan = Plan(config, dataset.num_steps)
-        loop = Loop(backend, model, dataset, plan, listener or Listener(), keep, Stop(), pool)
+        loop = Loop(backend, model, dataset, plan, listener or Listener(), partial(keep, pool), Stop(), pool)
         result = loop.run(first(model, config, weights))
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
 
@@ -141,17 +143,15 @@ def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weigh
     """
     backend = load("numpy", None, config.dtype)
 
-    def evaluate(step: int, flat: np.ndarray) -> None:
-        here = backend.asarray(flat)
-        total = lambda batch: total_loss(backend.xp, model, here, on_device(backend, batch)).item()  # noqa: E731
-        curve.evaluate(step, total)
+    def evaluate(pool: Workers | None, kept: Checkpoint) -> None:
+        total, flat = pool.total_loss if pool else partial(total_loss, backend.xp, model), kept.state["params"]
+        curve.evaluate(kept.step, lambda batch: total(flat, on_device(backend, batch)).item())
 
-    evaluate(0, weights)
+    evaluate(None, first(model, config, weights))
     config = replace(config, eval_every=config.num_steps, checkpoint_every=curve.every, checkpoint_minutes=0.0)
     little = {"n_validation": 1, "validation": lambda: islice(dataset.validation(), 1)}
-    keep = lambda kept: evaluate(kept.step, kept.state["params"])  # noqa: E731
     timed = replace(dataset, batches=curve, **little)
-    _, _, number = fit_as_train_does(backend, model, config, timed, None, Laps(curve), keep, weights)
+    _, _, number = fit_as_train_does(backend, model, config, timed, None, Laps(curve), evaluate, weights)
     return {**_about(backend), "workers": str(number)}
 
 
