@@ -218,8 +218,7 @@ def difference(config: RunConfig, library: str) -> str | None:
     if not has_twin(config.model):
         return f"the model in {library} has the switches of c_model classic or modern, and a head_size of n_emb"
     short = {"num_steps": CHECKED_STEPS, "warmup_steps": 0, "dropout": 0.0, "zero_init": False}
-    request = {"config": config.override(short).to_dict(), "evaluations": CHECKED_STEPS}
-    request |= {"most": CHECKED_BATCHES, "spread": peers.SPREAD}
+    request = {"config": config.override(short).to_dict(), "evaluations": CHECKED_STEPS, "check": True}
     try:
         ours, theirs = (harness.ask("bench.quality:trained", library=name, **request) for name in (US, library))
     except harness.Failed as error:
@@ -244,11 +243,11 @@ def has_twin(model: GPTConfig) -> bool:
     return model.head_size == model.n_emb and switches in known
 
 
-def trained(library: str, config: dict, evaluations: int, most: int | None = None, spread: float = 1.0) -> dict:
+def trained(library: str, config: dict, evaluations: int, check: bool = False) -> dict:
     """The child's part: train with a library -> the points of its Curve, facts about it, number of parameters.
 
-    Evaluations are over the whole validation part, or the first `most` batches of it, in windows of n_ctx and of
-    WINDOW tokens. spread: a factor on the first weights that decay.
+    Evaluations are over the whole validation part, in windows of n_ctx and of WINDOW tokens. check: they are over
+    CHECKED_BATCHES of it, also before the first step, and the first weights are larger.
     """
     chosen = RunConfig.from_dict(config, "the recipe")
     n_ctx, batch_size = chosen.model.n_ctx, chosen.train.batch_size
@@ -258,13 +257,14 @@ def trained(library: str, config: dict, evaluations: int, most: int | None = Non
         model = Model(chosen.model, dataset.tokenizer.vocab_size)
 
         def windows(length: int) -> Callable[[], Iterable[Batch]]:
-            return lambda: islice(consecutive_windows(ids, length, batch_size), most)
+            return lambda: islice(consecutive_windows(ids, length, batch_size), CHECKED_BATCHES if check else None)
 
         kinds = [windows(n_ctx), windows(WINDOW) if n_ctx > WINDOW else None]
-        curve = Curve(dataset.batches, -(-n // evaluations), kinds)
+        curve = Curve(dataset.batches, -(-n // evaluations), kinds, check)
         train = replace(chosen.train, num_steps=n, num_epochs=None)
         weights = params.draw(model.spec, train.seed, train.dtype)
-        weights[params.decay_mask(model.spec) > 0] *= spread
+        if check:
+            weights[params.decay_mask(model.spec) > 0] *= peers.SPREAD
         about = resolve_name(FITTERS[library])(model, train, dataset, curve, weights)
         # in windows of WINDOW tokens, a model with that context has the loss that it has anyway
         points = [(*point[:3], point[2] if n_ctx == WINDOW else point[3]) for point in curve.points]

@@ -78,14 +78,20 @@ class Clock:
 class Curve:
     """Batches of a training on a text, and its validation losses over the seconds of training.
 
-    A trainer evaluates at step 0, then after every `every` steps and the last one. Seconds begin where it asks for
+    A trainer evaluates after every `every` steps and the last one, and if `first` before the first one. Seconds begin where it asks for
     its first batch, and evaluations do not count: it calls `lap` whenever steps are complete, and `evaluate` after
     that; what it does in between does not count either.
     """
 
-    def __init__(self, batches: Batches, every: int, windows: list[Callable[[], Iterable[Batch]] | None]):
+    def __init__(
+        self,
+        batches: Batches,
+        every: int,
+        windows: list[Callable[[], Iterable[Batch]] | None],
+        first: bool = False,
+    ):
         """windows: kinds of validation windows, each a function that gives its batches; None: has no loss."""
-        self.batches, self.every, self.windows = batches, every, windows
+        self.batches, self.every, self.windows, self.first = batches, every, windows, first
         self.batch_size = batches.batch_size
         self.points: list[tuple] = []
         """Step, seconds, and the mean loss in nats per token for each kind of windows."""

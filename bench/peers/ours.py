@@ -147,7 +147,8 @@ def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weigh
         total, flat = pool.total_loss if pool else partial(total_loss, backend.xp, model), kept.state["params"]
         curve.evaluate(kept.step, lambda batch: total(flat, on_device(backend, batch)).item())
 
-    evaluate(None, first(model, config, weights))
+    if curve.first:
+        evaluate(None, first(model, config, weights))
     config = replace(config, eval_every=config.num_steps, checkpoint_every=curve.every, checkpoint_minutes=0.0)
     little = {"n_validation": 1, "validation": lambda: islice(dataset.validation(), 1)}
     timed = replace(dataset, batches=curve, **little)

@@ -52,7 +52,8 @@ def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weigh
         curve.evaluate(step, total_loss)
         twin.train()
 
-    evaluate(0)
+    if curve.first:
+        evaluate(0)
     for step in range(dataset.num_steps):
         advance(twin, on_device(curve.batch(step), cpu), optimizers, rates[step], config.clip)
         if (step + 1) % curve.every == 0 or step + 1 == dataset.num_steps:

@@ -58,10 +58,10 @@ def test_a_difference_of_losses_names_both_and_nan_counts():
 def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monkeypatch, capsys, tmp_path, text):
     file, turns = tmp_path / "q.json", []
 
-    def answer(task, library, config, evaluations, most=None, spread=1.0):
+    def answer(task, library, config, evaluations, check=False):
         name = "modern" if config["model"]["positions"] == "rotary" else "nanogpt-cpu"
         found = run((0, 4), (6 if library == "torch" else 1.5, 1.8), recipe=name, library=library)
-        if most is None:
+        if not check:
             if turns:
                 assert len(json.loads(file.read_text())["runs"]) == len(turns)
             turns.append((name, library, config["train"]["seed"]))
@@ -107,7 +107,7 @@ def test_each_run_is_kept_at_once_and_an_interrupted_measurement_continues(monke
 
 
 def test_a_library_that_differs_or_is_missing_is_left_out_in_one_line(monkeypatch, capsys, text):
-    def answer(task, library, config, evaluations, most=None, spread=1.0):
+    def answer(task, library, config, evaluations, check=False):
         if library == "torch":
             raise harness.Failed(FAILURE)
         return {"curve": [[0, 0.0, 4.0, None], [6, 1.0, 1.8, None]], "about": {}, "parameters": 9}
@@ -146,11 +146,11 @@ def test_pytorch_trains_the_same_model_to_the_same_losses(text, recipe):
     config = quality.recipe(wider, text).config.to_dict()
     ours, theirs = (quality.trained(library, config, evaluations=3)["curve"] for library in ("baby_xp", "torch"))
     steps, seconds, *losses = (np.array(column) for column in zip(*ours, strict=True))
-    assert steps.tolist() == [0, 2, 4, 6]
-    assert seconds[0] == 0
+    assert steps.tolist() == [2, 4, 6]
+    assert seconds[0] > 0
     assert (np.diff(seconds) > 0).all()
     assert losses[0][-1] < losses[0][0]
-    assert (losses[0][1:] != losses[1][1:]).all()
+    assert (losses[0] != losses[1]).all()
     others = [np.array(column) for column in zip(*theirs, strict=True)][2:]
     np.testing.assert_allclose(others, losses, rtol=1e-7)
 
@@ -159,7 +159,7 @@ def test_pytorch_trains_the_same_model_to_the_same_losses(text, recipe):
 def test_the_check_notices_a_pytorch_model_without_rotation(monkeypatch, text):
     modern = pytest.importorskip("torch") and importlib.import_module("bench.peers.torch_modern")
     config = quality.recipe(f"{MODERN} zero_init=false", text).config.to_dict()
-    curve_of = lambda library: quality.trained(library, config, 2, spread=peers.SPREAD)["curve"]  # noqa: E731
+    curve_of = lambda library: quality.trained(library, config, 2, check=True)["curve"]  # noqa: E731
     ours = curve_of("baby_xp")
     assert quality.disagreement(ours, curve_of("torch")) is None
     monkeypatch.setattr(modern, "rotated", lambda x, cos, sin: x)
