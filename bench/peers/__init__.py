@@ -78,9 +78,9 @@ class Clock:
 class Curve:
     """Batches of a training on a text, and its validation losses over the seconds of training.
 
-    A trainer evaluates after every `every` steps and the last one, and if `first` before the first one. Seconds begin
-    where it asks for its first batch, and evaluations do not count: it calls `lap` whenever steps are complete, and
-    `evaluate` after that; what it does in between does not count either.
+    A trainer evaluates after every `every` steps and the last one, and if `first` before the first one. Seconds
+    begin where it asks for its first batch, and evaluations do not count: it calls `lap` whenever steps are
+    complete, and `evaluate` after that; what it does in between does not count either.
     """
 
     def __init__(
