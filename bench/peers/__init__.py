@@ -22,7 +22,9 @@ import numpy as np
 from baby_xp.arrays import params
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
+from baby_xp.text.dataset import Batches
 from baby_xp.training.loop import READ_EVERY
+from baby_xp.training.validation import mean_loss
 from bench import harness, workloads
 from bench.harness import say
 from bench.workloads import Workload, on_gpu
@@ -71,6 +73,46 @@ class Clock:
         """Milliseconds of each step after the warm-up; of several between two readings, their mean."""
         pairs = itertools.pairwise(self.marks[warmup :: self.every])
         return [1e3 * (end - begin) / self.every for begin, end in pairs]
+
+
+class Curve:
+    """Batches of a training on a text, and its validation losses over the seconds of training.
+
+    A trainer evaluates after every `every` steps and the last one, and if `first` before the first one. Seconds
+    begin where it asks for its first batch, and evaluations do not count: it calls `lap` whenever steps are
+    complete, and `evaluate` after that; what it does in between does not count either.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        every: int,
+        windows: list[Callable[[], Iterable[Batch]] | None],
+        first: bool = False,
+    ):
+        """windows: kinds of validation windows, each a function that gives its batches; None: has no loss."""
+        self.batches, self.every, self.windows, self.first = batches, every, windows, first
+        self.batch_size = batches.batch_size
+        self.points: list[tuple] = []
+        """Step, seconds, and the mean loss in nats per token for each kind of windows."""
+        self.seconds, self._since = 0.0, 0.0
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        if step == 0:
+            self._since = time.perf_counter()
+        return self.batches.batch(step)
+
+    def lap(self) -> None:
+        """Count the time since the last lap or evaluation as training."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def evaluate(self, step: int, total_loss: Callable[[Batch], float]) -> None:
+        """Add a point after `step` steps; total_loss: the sum of the losses of all targets of a batch."""
+        losses = [windows and mean_loss(total_loss, windows()) for windows in self.windows]
+        self.points.append((step, self.seconds, *losses))
+        self._since = time.perf_counter()
 
 
 @dataclass

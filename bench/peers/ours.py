@@ -4,6 +4,8 @@ import inspect
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
@@ -22,16 +24,16 @@ from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import process_memory
 from baby_xp.text.dataset import Dataset, prepare
-from baby_xp.training.checkpoint import first
+from baby_xp.training.checkpoint import Checkpoint, first
 from baby_xp.training.listener import Listener
 from baby_xp.training.loop import Loop, Result
 from baby_xp.training.plan import Plan
 from baby_xp.training.setup import number_of_workers
 from baby_xp.training.signals import Stop
-from baby_xp.training.step import initial_state, step_noise
+from baby_xp.training.step import initial_state, on_device, step_noise, total_loss
 from baby_xp.training.workers import Workers, alone
 from bench import harness, peers, workloads
-from bench.peers import SEED, Clock, Outcome
+from bench.peers import SEED, Clock, Curve, Outcome
 from bench.workloads import Workload, on_gpu
 
 
@@ -82,10 +84,20 @@ def compile_donating(function: Callable) -> Callable:
 
 
 def fit_as_train_does(
-    backend, model: Model, config: TrainConfig, dataset: Dataset, workers: int | None = None
+    backend,
+    model: Model,
+    config: TrainConfig,
+    dataset: Dataset,
+    workers: int | None = None,
+    listener: Listener | None = None,
+    keep: Callable[[Workers | None, Checkpoint], None] = lambda pool, kept: None,
+    weights: np.ndarray | None = None,
 ) -> tuple[Result, list[dict[str, int]], int]:
     """What `train` does between reading the text and writing the files; every measured step passes through here.
 
+    listener: what the loop reports to; keep: receives its checkpoints, and the workers before them, None if there
+    are none; by default nothing is done with either.
+    weights (P,): the first ones; None: drawn from the seed of the config.
     Returns the result, the sizes of all processes, and their number, which `train` would choose too: a small step
     is computed by one process with one BLAS thread, any other one by a process on each core (baby_xp.session).
     """
@@ -93,8 +105,8 @@ def fit_as_train_does(
     of_step = backend, model, config.batch_size
     with Workers(*of_step, number) if number > 1 else alone(*of_step) as pool:
         plan = Plan(config, dataset.num_steps)
-        loop = Loop(backend, model, dataset, plan, Listener(), lambda kept: None, Stop(), pool)
-        result = loop.run(first(model, config))
+        loop = Loop(backend, model, dataset, plan, listener or Listener(), partial(keep, pool), Stop(), pool)
+        result = loop.run(first(model, config, weights))
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
 
 
@@ -110,6 +122,38 @@ def train_preset(preset: str, settings: dict[str, Any], steps: int, warmup: int)
         backend, model = load("numpy", None, config.dtype), Model(chosen.model, dataset.tokenizer.vocab_size)
         _, sizes, number = fit_as_train_does(backend, model, config, dataset)
     return {"ms": clock.ms(warmup), "memory": sizes, "workers": number}
+
+
+class Laps(Listener):
+    """A listener that reads the clock of a curve whenever the loop has waited for its steps."""
+
+    def __init__(self, curve: Curve):
+        self.curve = curve
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A reading, also just before each checkpoint."""
+        self.curve.lap()
+
+
+def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weights: np.ndarray) -> dict[str, str]:
+    """Train on a text as `train` does, with the curve's evaluations -> what a reader must know about it.
+
+    weights (P,): the first ones. The curve is evaluated where the loop hands out a checkpoint; the loop's own
+    evaluations see a single batch.
+    """
+    backend = load("numpy", None, config.dtype)
+
+    def evaluate(pool: Workers | None, kept: Checkpoint) -> None:
+        total, flat = pool.total_loss if pool else partial(total_loss, backend.xp, model), kept.state["params"]
+        curve.evaluate(kept.step, lambda batch: total(flat, on_device(backend, batch)).item())
+
+    if curve.first:
+        evaluate(None, first(model, config, weights))
+    config = replace(config, eval_every=config.num_steps, checkpoint_every=curve.every, checkpoint_minutes=0.0)
+    little = {"n_validation": 1, "validation": lambda: islice(dataset.validation(), 1)}
+    timed = replace(dataset, batches=curve, **little)
+    _, _, number = fit_as_train_does(backend, model, config, timed, None, Laps(curve), evaluate, weights)
+    return {**_about(backend), "workers": str(number)}
 
 
 class Watched(Listener):
