@@ -140,6 +140,19 @@ _ALL: tuple[tuple[str, RunConfig], ...] = (
             DataConfig(data="shakespeare"),
         ),
     ),
+    # As much as two cores learn in 20 minutes. Untuned, except that the steps are few enough to overfit little.
+    (
+        "Shakespeare with a larger modern GPT: about 20 minutes on two cores",
+        RunConfig(
+            "shakespeare-20",
+            replace(GPTConfig(n_ctx=256, n_emb=256, head_size=256, n_heads=4, n_layers=6, dropout=0.1), **MODERN),
+            TrainConfig(
+                batch_size=16, num_steps=900, lr=3e-3, schedule="linear", decay_fraction=0.7, min_lr=0.0,
+                warmup_steps=30, optimizer="muon", weight_decay=0.1, clip=0.0, eval_every=100,
+            ),
+            DataConfig(data="shakespeare"),
+        ),
+    ),
     _age(3, 8, "coos and gurgles"),
     _age(6, 16, "loud, random cries"),
     _age(12, 32, "joyful noise with hints of intention"),
@@ -158,12 +171,13 @@ VOCABULARIES = {
 }
 """Different tokens in the text of each preset."""
 MEASURED_ON = (
-    "on two cores of an AMD EPYC Milan (equations-2 and equations-gpt: of one with AVX-512); hours are projected"
+    "on two cores of an AMD EPYC Milan (equations-2 and equations-gpt: of one with AVX-512; shakespeare and "
+    "shakespeare-20: of an Intel Xeon with AVX-512); hours are projected"
 )
 TIMES = {
     "baby": "53 s", "equations": "1 s", "equations-table": "1 s", "equations-2": "24 s", "equations-gpt": "55 s",
-    "nanogpt-cpu": "1.4 min", "3-months": "1.1 h", "6-months": "1.5 h", "12-months": "2.7 h", "24-months": "4.6 h",
-    "48-months": "10.7 h",
+    "nanogpt-cpu": "1.4 min", "shakespeare": "8 s", "shakespeare-20": "24 min", "3-months": "1.1 h",
+    "6-months": "1.5 h", "12-months": "2.7 h", "24-months": "4.6 h", "48-months": "10.7 h",
 }  # fmt: skip
 """How long the training of each takes there; docs/presets.md has the losses too."""
 
