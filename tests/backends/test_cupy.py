@@ -331,7 +331,7 @@ def test_the_count_of_a_batch_is_near_what_it_takes(more):
     for B in (3, 8):
         flat = 4 * Model(config, 65).n_parameters
         counted = max(9 * flat, 6 * flat + counts.gpu_bytes(config, 65, B, scores_in_memory=False))
-        assert 0.85 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
+        assert 0.8 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
 
 
 @pytest.mark.slow
