@@ -298,7 +298,8 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
 def heads_after(xp, qkv, shape, past):
     """The forward pass of tokens that come after others, whose keys and values are `past`; without dropout."""
     q, k, v = heads.split(xp, qkv, shape)
-    k, v = (xp.concat([before, new], axis=2) for before, new in zip(past, (k, v), strict=True))
+    joined = (xp.concat([before, new], axis=2) for before, new in zip(past, (k, v), strict=True))
+    k, v = (xp.ascontiguousarray(array) for array in joined)
     _, H, total, D = k.shape
     saved = heads.Saved(q, k, v, None, None, None)
     if D <= WIDEST:
