@@ -6,7 +6,7 @@ Axis letters, the same in every comment and docstring of this package:
     N  tokens in one step, B * T             C  channels: n_emb, the width of a token's vector
     H  attention heads: n_heads              D  channels of one head: head_size / n_heads
     S  all heads side by side: head_size     V  vocabulary: number of different token ids
-    F  hidden channels of the MLP: 4 * n_emb E  experts of a mixture
+    F  hidden channels of the MLP            E  experts of a mixture
     L  blocks: n_layers                      P  parameters of the whole model
 """
 

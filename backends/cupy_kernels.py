@@ -23,6 +23,7 @@ import numpy as np
 from baby_xp.arrays import rng
 from baby_xp.arrays.tree import gradient_of
 from baby_xp.layers import embedding, heads, softmax
+from baby_xp.resources.counts import NARROW_HEAD
 from baby_xp.training import schedules
 
 BLOCK, WARP = 256, 32
@@ -31,8 +32,9 @@ MOST_BLOCKS = 4096
 """Of an elementwise kernel: enough to fill any GPU; each thread then takes several elements."""
 ONE_HOT_IDS = 1024
 """Ids up to which the product with one-hot rows is the cheaper way to add up rows by id."""
-QUERIES, WIDEST, WIDEST_IN_TRAINING = 8, 64, 32
-"""Of the kernels for attention in one launch: queries of a block, and the widest heads, see attention.cu."""
+QUERIES, WIDEST = 8, 64
+"""Of the kernels for attention in one launch, see attention.cu: queries of a block, and the widest heads that they
+can decode. In training they serve heads up to NARROW_HEAD wide; beyond that cuBLAS's products are faster."""
 ALIGNED, WIDE, MANY = 64, 1024, 256
 """Rows of a matrix begin at a multiple of ALIGNED elements, as cuBLAS's fast kernels want it, where they are at
 least WIDE and the product has at least MANY rows, which pays for the copy of the weights."""
@@ -266,7 +268,7 @@ def softmax_backward(xp, p, saved, dy):
 # attention ----------------------------------------------------------------------------------------------
 
 
-class SavedOnce:
+class SavedInOneLaunch:
     """What the backward pass in one launch needs. Keys and values are views, made only when they are read."""
 
     def __init__(self, xp, qkv, shape, outputs, dropout):
@@ -283,10 +285,10 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     if past is not None:
         return heads_after(xp, qkv, shape, past)
     stream, rate = (None, 0.0) if noise is None else (int32(xp, noise[0]), noise[1])
-    if D <= WIDEST_IN_TRAINING:
+    if D <= NARROW_HEAD:
         strides = T * 3 * S, D, 3 * S
         outputs = attend(xp, qkv, shape, qkv[:, S:], qkv[:, 2 * S :], strides, 0, stream, rate)
-        return outputs[0], SavedOnce(xp, qkv, shape, outputs, (stream, rate))
+        return outputs[0], SavedInOneLaunch(xp, qkv, shape, outputs, (stream, rate))
     q, k, v = heads_apart(xp, qkv, shape, 3)  # (B, H, T, D) each
     weights = xp.product(q, k, transpose_b=True, factor=1 / math.sqrt(D))
     dropped = weights if noise is None else xp.empty_like(weights)
@@ -299,7 +301,7 @@ def heads_after(xp, qkv, shape, past):
     """The forward pass of tokens that come after others, whose keys and values are `past`; without dropout."""
     q, k, v = heads.split(xp, qkv, shape)
     joined = (xp.concat([before, new], axis=2) for before, new in zip(past, (k, v), strict=True))
-    k, v = (xp.ascontiguousarray(array) for array in joined)
+    k, v = (xp.ascontiguousarray(array) for array in joined)  # a library may keep the order of the views
     _, H, total, D = k.shape
     saved = heads.Saved(q, k, v, None, None, None)
     if D <= WIDEST:
@@ -323,7 +325,7 @@ def attend(xp, qkv, shape, k, v, strides, past: int, stream=None, rate: float = 
 
 
 def heads_backward(xp, p, saved, dy):
-    if isinstance(saved, SavedOnce):
+    if isinstance(saved, SavedInOneLaunch):
         (B, T, H), qkv, dy = saved.shape, saved.qkv, xp.ascontiguousarray(dy)
         (stream, rate), dqkv = saved.dropout, xp.empty_like(qkv)
         sizes = (np.int32(size) for size in (T, H, dy.shape[1] // H))
@@ -351,11 +353,9 @@ def _rows_of_scores(xp, name: str, first, stream, other, shape, rate: float):
 
 def heads_apart(xp, x, shape, parts: int):
     """x (N, parts S) -> `parts` arrays (B, H, T, D)."""
-    x, (B, T, H) = xp.ascontiguousarray(x), shape
-    D = x.shape[1] // (parts * H)
+    (B, T, H), D = shape, x.shape[1] // (parts * shape[2])
     y = xp.empty((parts, B, H, T, D), dtype=x.dtype)
-    sizes = (np.int32(size) for size in (T, H, D, parts))
-    xp.launch("to_heads", x.dtype, ((B * T,), (BLOCK,)), x, y, *sizes)
+    _move_heads(xp, xp.ascontiguousarray(x), y, y.shape, apart=True)
     return [y[part, ...] for part in range(parts)]
 
 
@@ -363,9 +363,14 @@ def heads_together(xp, y):
     """y (parts, B, H, T, D) -> (N, parts S)."""
     parts, B, H, T, D = y.shape
     x = xp.empty((B * T, parts * H * D), dtype=y.dtype)
-    sizes = (np.int32(size) for size in (T, H, D, parts))
-    xp.launch("from_heads", y.dtype, ((B * T,), (BLOCK,)), y, x, *sizes)
+    _move_heads(xp, y, x, y.shape, apart=False)
     return x
+
+
+def _move_heads(xp, before, after, shape, apart: bool) -> None:
+    parts, B, H, T, D = shape
+    sizes = (np.int32(size) for size in (T, H, D, parts, apart))
+    xp.launch("move_heads", before.dtype, ((B * T,), (BLOCK,)), before, after, *sizes)
 
 
 # cross-entropy ------------------------------------------------------------------------------------------

@@ -141,25 +141,15 @@ extern "C" __global__ void attention_backward(
     if (of_keys) dqkv[at + 2 * S] = sum1;
 }
 
-// (N, P H D) -> (P, B, H, T, D): one block per token
-extern "C" __global__ void to_heads(
-        const real* __restrict__ x, real* __restrict__ y, int T, int H, int D, int P) {
+// From (N, P H D) to (P, B, H, T, D) if `apart`, else back: one block per token.
+extern "C" __global__ void move_heads(
+        const real* __restrict__ from, real* __restrict__ to, int T, int H, int D, int P, int apart) {
     i64 n = blockIdx.x, N = gridDim.x, b = n / T, t = n % T;
     int S = H * D;
     for (int c = threadIdx.x; c < P * S; c += blockDim.x) {
         int part = c / S, h = c % S / D, d = c % D;
-        y[part * N * S + ((b * H + h) * T + t) * D + d] = x[n * P * S + c];
-    }
-}
-
-// and back
-extern "C" __global__ void from_heads(
-        const real* __restrict__ y, real* __restrict__ x, int T, int H, int D, int P) {
-    i64 n = blockIdx.x, N = gridDim.x, b = n / T, t = n % T;
-    int S = H * D;
-    for (int c = threadIdx.x; c < P * S; c += blockDim.x) {
-        int part = c / S, h = c % S / D, d = c % D;
-        x[n * P * S + c] = y[part * N * S + ((b * H + h) * T + t) * D + d];
+        i64 together = n * P * S + c, by_head = part * N * S + ((b * H + h) * T + t) * D + d;
+        to[apart ? by_head : together] = from[apart ? together : by_head];
     }
 }
 
