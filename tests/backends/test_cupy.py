@@ -365,6 +365,9 @@ def test_known_bytes_replace_a_smaller_count():
     room = 2**24
     by_count = counts.batch_that_fits(config, 65, 64, room, 0)
     assert counts.batch_that_fits(config, 65, 64, room, 16 * room) < by_count // 2
+    # what remains beside the weights would be enough for half of them, but a fifth of it is left free
+    fixed = 6 * 4 * Model(config, 65).n_parameters
+    assert counts.batch_that_fits(config, 65, 64, fixed + room, fixed + 2 * room) == int(64 * 0.8 / 2)
     # all 64 would fit by the count, and yet they did not
     assert counts.batch_that_fits(config, 65, 64, 2**40, 0) == 32
     assert counts.batch_that_fits(config, 65, 1, 2**40, 0) == 0

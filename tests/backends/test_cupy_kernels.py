@@ -19,7 +19,7 @@ from conftest import case_of
 from layer_table import TABLE, noting, numbers_for
 
 from baby_xp.arrays import params, rng
-from baby_xp.arrays.tree import leaves
+from baby_xp.arrays.tree import Parameters, fill, leaves
 from baby_xp.config import MODERN, GPTConfig, TrainConfig
 from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads, layernorm, linear, softmax
 from baby_xp.models import Model
@@ -140,7 +140,10 @@ def many_logits(xp, put):
     losses, loss_saved = cross_entropy.forward(xp, {}, logits, targets)
     _, dlogits = cross_entropy.backward(xp, {}, loss_saved, put(draw(2, 260)))
     dp, dx = linear.backward(xp, p, saved, dlogits)
-    return [losses, dlogits, dx, *dp.values()]
+    # once more, into places of its own
+    views = {name: put(np.zeros_like(array)) for name, array in weights(3, 1027).items()}
+    fill(views, linear.backward(xp, Parameters(p, views), saved, dlogits)[0])
+    return [losses, dlogits, dx, *dp.values(), *views.values()]
 
 
 def adamw(size: int):

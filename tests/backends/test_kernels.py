@@ -1,5 +1,6 @@
 """NumPy's faster functions: each gives what the plain function gives that it replaces."""
 
+import itertools
 import platform
 import subprocess
 import sys
@@ -63,8 +64,8 @@ def test_gradients_of_tiles_add_up():
     flat = params.draw(model.spec, 0, "float64")
     state = initial_state(FAST.backend, flat, params.decay_mask(model.spec), 5)
     results = []
-    for tokens_at_once in (None, 24, 1):  # 1, 2 and 7 parts
-        xp = Namespace(FAST.xp.library, device="cpu", kernels=FAST.xp.kernels, tokens_at_once=tokens_at_once)
+    for tokens_at_once, in_place in itertools.product((None, 24, 1), (False, True)):  # 1, 2 and 7 parts
+        xp = Namespace(FAST.xp.library, "cpu", FAST.xp.kernels, tokens_at_once, in_place)
         loss, gradients = loss_and_gradients_with_dropout(xp, model, state, batch)
         results.append([loss, gradients, total_loss(xp, model, state["params"], batch)])
     for other in results[1:]:

@@ -12,6 +12,7 @@ from conftest import case_of
 from layer_table import TABLE, numbers_for
 
 from baby_xp.arrays.tree import leaves
+from baby_xp.layers import rmsnorm
 
 ENTRIES = pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
@@ -153,3 +154,10 @@ def _compare(found, expected, dtype):
         assert distance(dp[path], dp0[path]) < TOLERANCE[dtype], path
     if dx0 is not None:
         assert distance(dx, dx0) < TOLERANCE[dtype]
+
+
+def test_rmsnorm_adds_a_millionth_to_the_mean_square():
+    """As NanoChat does; it shows where the channels are small."""
+    x = np.array([[3e-3, -4e-3]])  # mean square 1.25e-5
+    y, _ = rmsnorm.forward(case_of("numpy plain").xp, {}, x)
+    np.testing.assert_allclose(y, x / np.sqrt(1.25e-5 + 1e-6), rtol=1e-12)
