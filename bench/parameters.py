@@ -87,12 +87,12 @@ def write(file: Path, result: dict) -> None:
 
 # the variants -------------------------------------------------------------------------------------------
 
-PRESET = "baby"
+PRESET = "classic"
 BASE = {
     "data": "shakespeare", "batch_size": 8, "lr": 1e-2, "min_lr": 1e-3, "num_steps": 1000, "eval_every": 100,
     "sample_tokens": 0,
 }  # fmt: skip
-"""The base: the sizes of preset `baby`, on Shakespeare in place of its own text, with a rate for so few steps.
+"""The base: the sizes of preset `classic`, on Shakespeare in place of its own text, with a rate for so few steps.
 
 At the preset's own, 0.003, so few steps leave the model so undertrained that a longer context made it worse.
 """

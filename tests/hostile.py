@@ -68,14 +68,14 @@ class Base:
         os.chdir(self.here)
         training = ["--data=text.txt", "--num-steps=20", *TINY]
         for name in ("littlebaby", "model"):
-            self._train(name, "train", "baby", *training, "--path=elsewhere")
+            self._train(name, "train", "classic", *training, "--path=elsewhere")
             _call("export", "littlebaby", "last", "--to=littlebaby", "--path=elsewhere")
         models = {name: f"littlebaby/models/model_{self.names[name]}.json" for name in ("littlebaby", "model")}
         _call("import", "littlebaby", models["littlebaby"])
         small = ["--n-hidden=8", "--num-steps=5", "--eval-every=5", "--batch-size=8", "--backend=numpy"]
         self._train("equations", "train", "equations", *small, "--workers=1")
-        self._train("byte", "train", "baby", *training, "--tokenizer=byte")
-        self._train("char", "train", "baby", *training, "--max-minutes=1e-9")
+        self._train("byte", "train", "classic", *training, "--tokenizer=byte")
+        self._train("char", "train", "classic", *training, "--max-minutes=1e-9")
         for name in ("runs", "littlebaby"):
             shutil.copytree(name, self.source / name)
         self.names["model"] = models["model"]

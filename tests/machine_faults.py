@@ -306,7 +306,7 @@ def load_all() -> None:
         text, path = os.path.join(folder, "text.txt"), os.path.join(folder, "runs")
         Path(text).write_bytes(TEXTS["a"])
         options = {**SMALL, "path": path, "num_steps": 2}
-        run = perform("train", {**options, **GPT, "preset": "baby", "data": text, "dropout": 0.1})
+        run = perform("train", {**options, **GPT, "preset": "classic", "data": text, "dropout": 0.1})
         perform("train", {**options, "preset": "equations", "batch_size": 8})
         perform("finetune", {**options, "run": run.guid, "data": text})
         perform("resume", {"path": path, "num_steps": 4, "run": run.guid})

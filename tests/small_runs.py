@@ -109,7 +109,7 @@ def trained(tmp_path_factory) -> RunFiles:
     folder, out = tmp_path_factory.mktemp("trained"), io.StringIO()
     (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     with quick(), contextlib.chdir(folder), contextlib.redirect_stdout(out):
-        assert main(["train", *flags()]) == 0
+        assert main(["train", "classic", *flags()]) == 0
     guid = next(line for line in out.getvalue().splitlines() if line.startswith("run ")).split()[1]
     return RunFiles(folder / "runs", guid)
 

@@ -154,7 +154,7 @@ def test_a_combination_stands_for_every_switch_that_is_not_given_itself():
     sizes = {"n_ctx", "n_emb", "head_size", "n_heads", "n_layers", "dropout"}
     assert {field.name for field in fields(GPTConfig)} == sizes | MODERN.keys()
     assert GPTConfig(**CLASSIC) == GPTConfig()
-    baby = preset("baby")
+    baby = preset("classic")
     modern = baby.override({"c_model": "modern", "norm": "layernorm", "logit_cap": 15, "n_layers": 2})
     assert modern.model == replace(baby.model, **{**MODERN, "norm": "layernorm", "logit_cap": 15, "n_layers": 2})
     assert modern.override({"c_model": "classic"}).model == replace(baby.model, n_layers=2)
@@ -285,5 +285,5 @@ def test_json_that_is_not_a_config_raises_only_BabyError(value):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(BabyError, match="unknown preset 'nope': choose one of baby, equations, "):
+    with pytest.raises(BabyError, match="unknown preset 'nope': choose one of baby, classic, equations, "):
         preset("nope")

@@ -127,7 +127,7 @@ class Machine(RuleBasedStateMachine):
         if chance.random() < 0.3 and Path.cwd() == self.world.root:
             place = place.relative_to(self.world.root)
         arguments = {
-            **common, **GPT, "preset": "baby", "data": str(place), "dropout": chance.choice([0.0, 0.3]),
+            **common, **GPT, "preset": "classic", "data": str(place), "dropout": chance.choice([0.0, 0.3]),
             "tokenizer": chance.choice(["char", "byte"]),
         }  # fmt: skip
         if name in self.world.changed:
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
         return self.world.root / f"texts/{chance.choice(list(machine_faults.BAD_TEXTS))}.txt"
 
     def bad_train_of(self, chance: Random) -> Op:
-        arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "baby"}
+        arguments = {**GPT, **self.train_of(chance, may_stop=False).arguments, "preset": "classic"}
         arguments.pop("n_hidden", None)
         return Op("train", {**arguments, "data": str(self.bad_text(chance))}, makes=True, must=False)
 
@@ -621,8 +621,8 @@ def test_a_run_killed_repeatedly_ends_like_an_uninterrupted_one(machine, tmp_pat
     """At random times; also with workers."""
     (tmp_path / "text.txt").write_bytes(TEXTS["a"])
     settings = {
-        **SMALL, **GPT, "preset": "baby", "data": str(tmp_path / "text.txt"), "workers": workers, "num_steps": 400,
-        "eval_every": 40, "checkpoint_every": 1, "dropout": 0.2,
+        **SMALL, **GPT, "preset": "classic", "data": str(tmp_path / "text.txt"), "workers": workers,
+        "num_steps": 400, "eval_every": 40, "checkpoint_every": 1, "dropout": 0.2,
     }  # fmt: skip
     folder, half_written, chance = tmp_path / "runs", 0, Random(0)
     for number in range(kills + 1):

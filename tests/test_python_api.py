@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder):
-    return baby_xp.train("baby", data=folder / "text.txt", path=folder / "runs", **TINY)
+    return baby_xp.train("classic", data=folder / "text.txt", path=folder / "runs", **TINY)
 
 
 # accepted arguments -------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_train_accepts_numpy_numbers_and_path_objects(run, folder):
         "workers": np.int64(1),
     }  # fmt: skip
     again = baby_xp.train(
-        "baby", data=folder / "text.txt", path=folder / "again", tf32=np.False_, **{**TINY, **numbers},
+        "classic", data=folder / "text.txt", path=folder / "again", tf32=np.False_, **{**TINY, **numbers},
     )  # fmt: skip
     np.testing.assert_array_equal(again.params, run.params)
     same = ("model", "train", "data", "place")
@@ -87,7 +87,7 @@ def test_evaluate_and_check_accept_numpy_numbers(run, folder):
     assert run.neighbours("t", np.int64(2)) == run.neighbours("t", 2)
     assert run.inspect("the", np.True_).gradients
     found = baby_xp.estimate(
-        "baby", data=folder / "text.txt", measure=np.False_, memory_gib=None, **{**TINY, "workers": np.int64(1)}
+        "classic", data=folder / "text.txt", measure=np.False_, memory_gib=None, **{**TINY, "workers": np.int64(1)}
     )
     assert found.facts.workers == 1
 
@@ -95,7 +95,7 @@ def test_evaluate_and_check_accept_numpy_numbers(run, folder):
 def test_a_trial_accepts_numpy_numbers(folder, monkeypatch):
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     numbers = {**TINY, "workers": np.int64(1), "lr": np.float32(0.5), "data": folder / "text.txt"}
-    found = baby_xp.estimate("baby", **numbers)
+    found = baby_xp.estimate("classic", **numbers)
     assert (found.facts.workers, found.trial.ms_a_step > 0) == (1, True)
 
 
@@ -108,7 +108,7 @@ def test_the_lab_accepts_numpy_numbers():
 # refused arguments --------------------------------------------------------------------------------------
 
 LINE = {
-    "preset": (5, None, b"baby", ["baby"]),
+    "preset": (5, None, b"classic", ["classic"]),
     "path": (5, None, b"runs", "ru\0ns", ["runs"]),
     "backend": (5, None, b"numpy", "nump"),
     "device": (5, b"cpu", "cpu:7"),
@@ -145,7 +145,7 @@ def refused(call, *words: str) -> None:
 @pytest.mark.parametrize(("name", "value"), each(LINE))
 def test_train_names_a_bad_argument(folder, tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
-    asked = {"preset": "baby", "data": folder / "text.txt", "path": tmp_path / "runs", **TINY, name: value}
+    asked = {"preset": "classic", "data": folder / "text.txt", "path": tmp_path / "runs", **TINY, name: value}
     refused(lambda: baby_xp.train(**asked), name)
     assert not list(tmp_path.iterdir())
     if name not in ("path", "listener"):
@@ -355,7 +355,7 @@ def test_a_run_that_cannot_fit_is_refused_at_once(small_machine, folder, tmp_pat
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
     monkeypatch.chdir(folder)  # the message contains the path of the text, which should be short
     asked = {"data": "text.txt", **TINY, **settings}
-    refused(lambda: baby_xp.train("baby", path=tmp_path / "runs", **asked), *words)
+    refused(lambda: baby_xp.train("classic", path=tmp_path / "runs", **asked), *words)
     assert not list(tmp_path.rglob("*_*"))  # no file of a run was created
 
 
@@ -382,7 +382,7 @@ def only_small(spec):
 def test_an_estimate_counts_a_run_that_does_not_fit(small_machine, folder, monkeypatch, settings):
     monkeypatch.setattr(models.gpt, "spec", only_small(models.gpt.spec))
     asked = {"data": folder / "text.txt", **TINY, **settings}
-    lines = estimate.lines(baby_xp.estimate("baby", measure=False, **asked))
+    lines = estimate.lines(baby_xp.estimate("classic", measure=False, **asked))
     assert any("parameters" in line for line in lines)
 
 
@@ -407,7 +407,7 @@ def test_a_batch_larger_than_the_data_counts_only_the_data(folder, tmp_path, mon
     monkeypatch.setattr(process_memory, "free", lambda: 2**30)
     more = {"batch_size": 2**31 - 1, "path": tmp_path}
     asked = {**TINY, "num_epochs": 1, "num_steps": None, "data": folder / "text.txt", **more}
-    assert baby_xp.train("baby", **asked).config["result"]["steps"] == 1
+    assert baby_xp.train("classic", **asked).config["result"]["steps"] == 1
     assert baby_xp.train("equations", **{**EQUATIONS, "num_steps": 2, **more}).config["result"]["steps"] == 2
     monkeypatch.setattr(process_memory, "free", lambda: 2**28)
     more["batch_size"] = 10**7  # the buffers shared by two processes have room for all of it
@@ -416,11 +416,11 @@ def test_a_batch_larger_than_the_data_counts_only_the_data(folder, tmp_path, mon
 
 def test_other_backends_and_systems_without_sizes_have_no_limit(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(process_memory, "free", lambda: None)
-    assert baby_xp.train("baby", data=folder / "text.txt", path=tmp_path, **TINY)
+    assert baby_xp.train("classic", data=folder / "text.txt", path=tmp_path, **TINY)
     model, strict = models.Model(GPTConfig(), 50), registry.load("numpy")
     monkeypatch.setattr(process_memory, "free", lambda: 1)
     monkeypatch.setattr(strict, "name", "another")
-    limits.check_training(preset("baby"), model, strict, None, 1)
+    limits.check_training(preset("classic"), model, strict, None, 1)
     limits.check_texts(model, strict, 10**9)
 
 

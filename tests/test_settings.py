@@ -99,10 +99,10 @@ def test_finetune_and_resume_get_only_the_typed_settings(asked, call):
 
 
 @pytest.mark.parametrize(("name", "overrides", "expected"), [
-    ("baby", {"num_epochs": 1}, (None, 1)),
-    ("baby", {"num_epochs": 2, "num_steps": 7}, (7, 2)),
-    ("baby", {"num_epochs": None}, (2500, None)),
-    ("baby", {}, (2500, None)),
+    ("classic", {"num_epochs": 1}, (None, 1)),
+    ("classic", {"num_epochs": 2, "num_steps": 7}, (7, 2)),
+    ("classic", {"num_epochs": None}, (2500, None)),
+    ("classic", {}, (2500, None)),
     ("3-months", {"num_steps": 7}, (7, 1)),
     ("3-months", {"num_epochs": 2}, (None, 2)),
     ("equations", {"num_epochs": 3}, (None, 3)),
@@ -126,27 +126,27 @@ def test_one_epoch_is_trained_if_requested(call):
 # settings that have no effect ---------------------------------------------------------------------------
 
 IN_VAIN = [
-    ("baby", {"stride": 3}, ("stride 3", "give --num-epochs too, or leave out --stride")),
-    ("baby", {"stride": 3, "num_epochs": None}, ("stride 3", "--num-epochs")),
+    ("classic", {"stride": 3}, ("stride 3", "give --num-epochs too, or leave out --stride")),
+    ("classic", {"stride": 3, "num_epochs": None}, ("stride 3", "--num-epochs")),
     ("3-months", {"stride": 3, "num_epochs": None, "num_steps": 5}, ("stride 3", "--num-epochs")),
     ("equations", {"stride": 3, "num_epochs": 1}, ("stride 3", "equations", "leave out --stride")),
     ("equations-gpt", {"stride": 2}, ("stride 2", "equations", "leave out --stride")),
-    ("baby", {"min_lr": 1e-5, "schedule": "constant"}, ("min_lr", "--schedule cosine", "leave out --min-lr")),
+    ("classic", {"min_lr": 1e-5, "schedule": "constant"}, ("min_lr", "--schedule cosine", "leave out --min-lr")),
     ("3-months", {"min_lr": 1e-5}, ("min_lr", "--schedule cosine")),
-    ("baby", {"decay_fraction": 0.2}, ("decay_fraction", "--schedule linear", "leave out --decay-fraction")),
-    ("baby", {"muon_lr": 0.1}, ("muon_lr", "adamw", "--optimizer muon", "leave out --muon-lr")),
-    ("baby", {"muon_momentum": 0.9}, ("muon_momentum", "--optimizer muon")),
-    ("baby", {"muon_iterations": 3, "optimizer": "adamw"}, ("muon_iterations", "leave out --muon-iterations")),
+    ("classic", {"decay_fraction": 0.2}, ("decay_fraction", "--schedule linear", "leave out --decay-fraction")),
+    ("classic", {"muon_lr": 0.1}, ("muon_lr", "adamw", "--optimizer muon", "leave out --muon-lr")),
+    ("classic", {"muon_momentum": 0.9}, ("muon_momentum", "--optimizer muon")),
+    ("classic", {"muon_iterations": 3, "optimizer": "adamw"}, ("muon_iterations", "leave out --muon-iterations")),
     ("equations", {"operators": "-", "max_sum": 12}, ("max_sum", "--operators", "leave out --max-sum")),
 ]
 WITH_EFFECT = [
-    ("baby", {"stride": 1}),
-    ("baby", {"stride": 3, "num_epochs": 1}),
+    ("classic", {"stride": 1}),
+    ("classic", {"stride": 3, "num_epochs": 1}),
     ("3-months", {"stride": 3, "num_steps": 5}),
     ("3-months", {"schedule": "cosine", "min_lr": 1e-5}),
-    ("baby", {"schedule": "constant"}),
-    ("baby", {"schedule": "linear", "decay_fraction": 0.2, "min_lr": 1e-5}),
-    ("baby", {"optimizer": "muon", "muon_lr": 0.1, "muon_momentum": 0.0, "muon_iterations": 3}),
+    ("classic", {"schedule": "constant"}),
+    ("classic", {"schedule": "linear", "decay_fraction": 0.2, "min_lr": 1e-5}),
+    ("classic", {"optimizer": "muon", "muon_lr": 0.1, "muon_momentum": 0.0, "muon_iterations": 3}),
     ("equations", {"operators": "+-", "max_sum": 12}),
     ("equations", {"operators": "-", "max_sum": 0}),  # 0 means all sums, and this table has none
 ]
@@ -158,7 +158,7 @@ def test_a_setting_without_effect_is_refused(call, work, name, overrides, words)
         preset(name).override(overrides)
     for word in words:
         assert word in str(refused.value)
-    for command in ("train", "estimate") if name == "baby" else ("train",):
+    for command in ("train", "estimate") if name == "classic" else ("train",):
         assert call(command, name, *flags(**overrides)) == (2, "", f"baby_xp: {refused.value}\n")
     assert [path.name for path in work.iterdir()] == ["text.txt"]
 
@@ -173,7 +173,7 @@ def test_a_setting_with_an_effect_is_accepted(name, overrides):
 def test_stored_settings_are_not_refused():
     """Its config may contain settings that are refused today."""
     train = config.from_dict(TrainConfig, {"num_steps": 9, "stride": 3, "schedule": "constant"}, "x")
-    chosen = replace(preset("baby"), train=train)
+    chosen = replace(preset("classic"), train=train)
     assert chosen.override({}) == chosen
     assert chosen.override({"lr": 0.1}).train.lr == 0.1
     with pytest.raises(BabyError, match="min_lr has no effect"):

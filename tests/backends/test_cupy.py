@@ -51,7 +51,7 @@ def text(work) -> str:
 
 
 def train(text, listener=None, **more):
-    return api.train("baby", listener=listener, **{**TINY, "data": text, "backend": "cupy", **more})
+    return api.train("classic", listener=listener, **{**TINY, "data": text, "backend": "cupy", **more})
 
 
 @pytest.fixture

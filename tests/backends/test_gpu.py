@@ -48,7 +48,7 @@ def text(work) -> str:
 
 
 def train(text, listener=None, **more):
-    return api.train("baby", listener=listener, **{**TINY, "data": text, **more})
+    return api.train("classic", listener=listener, **{**TINY, "data": text, **more})
 
 
 # the same numbers ---------------------------------------------------------------------------------------

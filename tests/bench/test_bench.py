@@ -270,7 +270,7 @@ def test_steps_are_measured_with_the_workers_and_threads_of_train(monkeypatch, t
     (tmp_path / "text.txt").write_text("A small red hen sings. " * 40, "utf-8")
     sizes = {"n_ctx": 8, "n_emb": 16, "head_size": 16, "n_heads": 2, "n_layers": 1, "batch_size": 3}
     text = {"data": str(tmp_path / "text.txt"), "num_steps": 2, "eval_every": 2, "sample_tokens": 0}
-    baby_xp.train("baby", path=tmp_path / "runs", backend="numpy", workers=number, **sizes, **text)
+    baby_xp.train("classic", path=tmp_path / "runs", backend="numpy", workers=number, **sizes, **text)
     found = ours.train(TINY, 0.0, peers.Clock(TINY.batches(2)), workers=number)
     by_train, by_bench = seen
     assert by_bench == by_train
@@ -505,11 +505,11 @@ def test_a_whole_run_is_the_sum_of_its_parts_and_only_a_gpu_has_a_goal(
 
 @pytest.mark.parametrize(("taken", "ratio", "within"), [(100, "0.900", "met"), (110, "0.818", "MISSED")])
 def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, ratio, within):
-    asked = parsed(monkeypatch, memory, "estimate", "--presets", "baby", "--steps", "20")
+    asked = parsed(monkeypatch, memory, "estimate", "--presets", "classic", "--steps", "20")
     *_, result = memory.compare(asked)
     (found,) = result["presets"]
     projected, real = estimated
-    assert (real["preset"], real["place"]) == ("baby", projected)
+    assert (real["preset"], real["place"]) == ("classic", projected)
     assert real["settings"] == {"num_steps": 20, "eval_every": 10, "checkpoint_every": 3}
     found["real"]["taken"] = taken * MIB
     row = memory.row_of(found)
@@ -519,7 +519,7 @@ def test_an_estimate_is_compared_with_a_real_run(monkeypatch, estimated, taken, 
 @pytest.mark.slow
 def test_a_real_run_uses_train_and_includes_the_memory_of_workers():
     settings = {"num_steps": 21, "eval_every": 10, "sample_tokens": 0, "n_ctx": 16, "n_layers": 1, "n_emb": 16}
-    found = ours.train_run("baby", settings, {"backend": "numpy", "tf32": False})
+    found = ours.train_run("classic", settings, {"backend": "numpy", "tf32": False})
     assert found["ms"] > 0
     assert found["taken"] is None or found["taken"] > 5 * MIB
     assert set(memory.GPTS) < set(PRESETS)

@@ -197,7 +197,7 @@ def test_all_presets_are_listed(call):
     assert (code, err) == (0, "")
     head, *rows, last = out.splitlines()
     assert [line.split()[0] for line in rows] == list(PRESETS)
-    assert [line.split()[1] for line in rows[:2]] == ["160,050", "2,330"]
+    assert [line.split()[1] for line in rows[:2]] == ["104,704", "160,050"]
     assert (head.split()[1], "estimate" in last) == ("parameters", True)
 
 

@@ -22,7 +22,7 @@ from baby_xp.training.listener import Listener
 
 
 def train(**more) -> Run:
-    return baby_xp.train("baby", **{**TINY, "sample_tokens": 0, **more})
+    return baby_xp.train("classic", **{**TINY, "sample_tokens": 0, **more})
 
 
 # files --------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def test_every_file_of_the_layout_is_there_and_nothing_else(trained):
 
 def test_the_config_says_what_was_asked_and_how_it_ended(trained):
     config = json.loads(trained.config.read_text(encoding="ascii"))
-    assert (config["guid"], config["preset"], config["base"]) == (trained.guid, "baby", None)
+    assert (config["guid"], config["preset"], config["base"]) == (trained.guid, "classic", None)
     assert config["model"]["kind"] == "gpt"
     assert (config["model"]["n_ctx"], config["train"]["batch_size"], config["train"]["num_steps"]) == (8, 4, 3)
     assert config["vocab_size"] == len(set(TEXT))

@@ -24,7 +24,7 @@ STOPPING = "stopping after this step, with a checkpoint; interrupt again to stop
 
 
 def train(**more) -> Run:
-    return baby_xp.train("baby", **{**TINY, "sample_tokens": 0, **more})
+    return baby_xp.train("classic", **{**TINY, "sample_tokens": 0, **more})
 
 
 def listed() -> list[tuple[str, int]]:
@@ -209,7 +209,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_leaves_nothing(
     if existed:
         request.getfixturevalue("copied")
     before = all_of(work)
-    line = diverging("train", *flags(lr=1e30, clip=0, num_steps=num_steps, workers=workers))
+    line = diverging("train", "classic", *flags(lr=1e30, clip=0, num_steps=num_steps, workers=workers))
     what = "validation loss became nan at step 1" if num_steps == 1 else "loss became nan at step 2"
     assert line.startswith(f"baby_xp: the {what}; the largest gradient was that of ")
     parameter, norm = re.search(r"that of (\S+), norm ([\d.]+) in step 1; ", line).groups()
@@ -244,7 +244,7 @@ def test_a_run_that_diverges_after_a_checkpoint_keeps_the_checkpoint(
 
     at_step(note)
     rate_times(4, 1e30)
-    line = diverging("train", *flags(num_steps=30, eval_every=4, checkpoint_every=2, workers=workers))
+    line = diverging("train", "classic", *flags(num_steps=30, eval_every=4, checkpoint_every=2, workers=workers))
     run = baby_xp.load(weights="last")
     assert line.startswith("baby_xp: the loss became nan at step 6; the largest gradient was that of ")
     kept_as = f"the last good checkpoint, of step 4, is kept: run {run.guid} can be resumed"

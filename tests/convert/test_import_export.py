@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     small = {"n_ctx": 8, "n_emb": 8, "head_size": 8, "n_heads": 2, "n_layers": 1, "num_steps": 20, "batch_size": 4}
     small |= {"sample_tokens": 0, "backend": "numpy"}
-    return api.train("baby", path=folder / "ours", data=str(folder / "text.txt"), **small)
+    return api.train("classic", path=folder / "ours", data=str(folder / "text.txt"), **small)
 
 
 @pytest.fixture

@@ -218,8 +218,8 @@ def test_tokens_count_all_batches(work, monkeypatch, settings):
     sizes, windows = [], EpochWindows if "num_epochs" in settings else RandomWindows
     draw = windows.batch
     monkeypatch.setattr(windows, "batch", lambda *args: sizes.append(draw(*args).inputs.size) or draw(*args))
-    run = api.train("baby", path=work, **{**TINY, **settings})
-    found = estimate.estimate("baby", measure=False, **{**TINY, **settings})
+    run = api.train("classic", path=work, **{**TINY, **settings})
+    found = estimate.estimate("classic", measure=False, **{**TINY, **settings})
     assert (found.tokens, found.facts.num_steps) == (sum(sizes), run.config["result"]["steps"])
     assert found.flops == counts.step_flops(run.model.config, run.model.vocab_size, sum(sizes) // 8)
 
@@ -245,8 +245,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_trial_measures_and_leaves_nothing_behind(folder, workers):
     settings = {**TINY, "workers": workers}
-    found = estimate.estimate("baby", **settings)
-    assert found.facts == estimate.estimate("baby", **settings, measure=False).facts
+    found = estimate.estimate("classic", **settings)
+    assert found.facts == estimate.estimate("classic", **settings, measure=False).facts
     assert found.facts.workers == workers
     assert 0 < found.trial.ms_a_step < 5000
     assert all(seconds > 0 for seconds in found.seconds.values())
@@ -272,7 +272,7 @@ def test_a_trial_ignores_time_limits_and_patience(folder, monkeypatch):
     """If the system does not report sizes, memory is None."""
     monkeypatch.setattr(process_memory, "PROC", folder / "absent")
     often = {"num_steps": 1, "eval_every": 1, "checkpoint_every": 1, "patience": 1, "sample_tokens": 0}
-    found = estimate.estimate("baby", **{**TINY, **often, "max_minutes": 1e-9})
+    found = estimate.estimate("classic", **{**TINY, **often, "max_minutes": 1e-9})
     assert found.trial.ms_a_step > 0
     assert (process_memory.taken(), process_memory.children(), process_memory.of_interpreter()) == ([], [], None)
     assert found.memory is None
@@ -280,7 +280,7 @@ def test_a_trial_ignores_time_limits_and_patience(folder, monkeypatch):
 
 
 def test_without_a_trial_the_counts_remain(folder):
-    found = estimate.estimate("baby", measure=False, **TINY)
+    found = estimate.estimate("classic", measure=False, **TINY)
     assert (found.trial, found.memory, found.seconds) == (None, None, None)
     assert "not measured" in "\n".join(estimate.lines(found))
     assert found.arrays["weights"] == 4 * found.n_parameters
@@ -294,7 +294,7 @@ def test_a_bad_setting_is_an_error_of_one_line(folder, measure):
         *([] if measure else [{"backend": "abacus"}, {"n_emb": 2**21, "n_heads": 1}]),
     ):  # fmt: skip
         with pytest.raises(BabyError) as caught:
-            estimate.estimate("baby", measure=measure, **{**TINY, **wrong})
+            estimate.estimate("classic", measure=measure, **{**TINY, **wrong})
         assert "\n" not in str(caught.value)
 
 
@@ -306,14 +306,14 @@ def test_an_unknown_preset_is_an_error():
 def test_a_trial_that_diverges_is_reported(folder):
     diverging = {"lr": 1e30, "clip": 0.0, "warmup_steps": 0, "schedule": "constant"}
     with pytest.raises(BabyError, match="learning rate"):
-        estimate.estimate("baby", **{**TINY, **diverging})
+        estimate.estimate("classic", **{**TINY, **diverging})
 
 
 @needs_signals
 def test_a_killed_trial_is_reported(folder, monkeypatch):
     monkeypatch.setattr(processes, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(BabyError, match="killed by signal 9"):
-        estimate.estimate("baby", **TINY)
+        estimate.estimate("classic", **TINY)
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_a_killed_trial_is_reported(folder, monkeypatch):
 def test_an_orphaned_trial_cleans_up(folder, signals):
     """SIGTERM ends a Python process immediately, without running `finally`."""
     settings = {**TINY, "workers": 2}
-    call = f"trial.SECONDS = 1.0; estimate.estimate('baby', **{settings!r})"
+    call = f"trial.SECONDS = 1.0; estimate.estimate('classic', **{settings!r})"
     program = f"from baby_xp.estimation import estimate, trial; {call}"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     wait_until(lambda: list(folder.glob("baby_xp_*/models/*.safetensors")))

@@ -27,7 +27,7 @@ TINY = {
 def trained(folder, **more) -> Run:
     text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8", newline="\n")
-    return api.train("baby", path=folder / "runs", **{"data": str(text), **TINY, **more})
+    return api.train("classic", path=folder / "runs", **{"data": str(text), **TINY, **more})
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ TINY = {
 def trained(folder, **more) -> Run:
     text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8", newline="\n")
-    return api.train("baby", path=folder / "runs", **{"data": str(text), **TINY, **more})
+    return api.train("classic", path=folder / "runs", **{"data": str(text), **TINY, **more})
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def wrong(rows) -> list[str]:
         # the gate of an untrained model has hardly a gradient: slopes below what rounding resolves
         {"c_sequence": "post", "c_attention": "moh", "c_network": "moe", "num_steps": 1},
     ],
-    ids=["baby", "other switches", "dropout", "modern", "untrained"],
+    ids=["classic", "other switches", "dropout", "modern", "untrained"],
 )
 def test_every_array_of_a_trained_run_agrees(tmp_path, settings):
     run = trained(tmp_path, **settings)

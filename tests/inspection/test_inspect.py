@@ -713,7 +713,7 @@ def trained(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     return api.train(
-        "baby", path=folder / "runs", data=str(folder / "text.txt"), backend="numpy", batch_size=4,
+        "classic", path=folder / "runs", data=str(folder / "text.txt"), backend="numpy", batch_size=4,
         num_steps=20, eval_every=10, sample_tokens=0, lr=1e-2, warmup_steps=5, **SIZES,
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ class StopAt(baby_xp.Listener):
 @pytest.fixture(scope="module")
 def stopped(text, tmp_path_factory) -> Run:
     """A run that was stopped half-way, which no test changes."""
-    return api.train("baby", path=tmp_path_factory.mktemp("stopped"), data=text, listener=StopAt(5), **TINY)
+    return api.train("classic", path=tmp_path_factory.mktemp("stopped"), data=text, listener=StopAt(5), **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_every_command_reports_damage_in_one_line(stopped, tmp_path, command, ca
 @pytest.mark.parametrize("part", PARTS)
 def test_a_file_of_another_run_is_refused(copy, text, part):
     """Although both runs have the same settings and the same text."""
-    other = api.train("baby", path=copy.folder, data=text, listener=StopAt(5), **TINY)
+    other = api.train("classic", path=copy.folder, data=text, listener=StopAt(5), **TINY)
     shutil.copyfile(getattr(other.files, part), getattr(copy, part))
     if part == "tokenizer":  # the same characters make the same tokenizer
         swapped = json.loads(copy.tokenizer.read_text("utf-8"))
@@ -299,7 +299,7 @@ def full_where(monkeypatch, is_full) -> None:
 def test_a_full_disk_at_the_start_leaves_nothing(text, tmp_path, monkeypatch):
     full_where(monkeypatch, lambda path: True)
     with pytest.raises(BabyError, match="No space left on device"):
-        api.train("baby", path=tmp_path / "runs", data=text, **TINY)
+        api.train("classic", path=tmp_path / "runs", data=text, **TINY)
     assert not list(tmp_path.iterdir())
 
 
@@ -308,7 +308,7 @@ def test_a_full_disk_while_the_last_files_are_written_loses_no_step(text, tmp_pa
     with monkeypatch.context() as patch:
         full_where(patch, lambda path: name in path)
         with pytest.raises(BabyError, match=f"{name}.*No space left on device"):
-            api.train("baby", path=tmp_path, data=text, **TINY)
+            api.train("classic", path=tmp_path, data=text, **TINY)
     assert not list(tmp_path.rglob("*.tmp"))
     assert [(run.state, run.steps) for run in api.list_runs(tmp_path)] == [(state, 12)]
     run = api.resume(path=tmp_path)
@@ -321,7 +321,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monke
     """The error is the first one, not the one from writing the report."""
     full_where(monkeypatch, lambda path: name in path and bool(list(tmp_path.glob("outputs/metrics_*"))))
     with pytest.raises(BabyError, match=r"state_.* cannot be written \(No space left on device\)") as caught:
-        api.train("baby", path=tmp_path, data=text, **TINY)
+        api.train("classic", path=tmp_path, data=text, **TINY)
     run = api.load(path=tmp_path, backend="numpy", weights="last")
     assert len(run.generate(num_tokens=3)) == 3
     if name:
@@ -334,25 +334,25 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(text, tmp_path, monke
 
 def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(text, tmp_path):
     """In two processes: each ends as it does alone, and they share the ids of the text."""
-    script = "import sys, json; from baby_xp import api; api.train('baby', **json.loads(sys.argv[1]))"
+    script = "import sys, json; from baby_xp import api; api.train('classic', **json.loads(sys.argv[1]))"
     both = [{**TINY, "data": text, "path": str(tmp_path / "both"), "seed": seed} for seed in (0, 1)]
     other = subprocess.Popen([sys.executable, "-c", script, json.dumps(both[0])])
     while other.poll() is None and not list(tmp_path.glob("both/configs/.config_*")):
         time.sleep(0.01)
-    api.train("baby", **both[1])
+    api.train("classic", **both[1])
     assert other.wait() == 0
     names = [run.guid for run in api.list_runs(tmp_path / "both")]
     runs = [api.load(name, path=tmp_path / "both", backend="numpy") for name in names]
     found = {run.config["train"]["seed"]: run.params for run in runs}
     for seed in (0, 1):
-        alone = api.train("baby", **{**TINY, "data": text, "path": tmp_path / "alone", "seed": seed})
+        alone = api.train("classic", **{**TINY, "data": text, "path": tmp_path / "alone", "seed": seed})
         np.testing.assert_array_equal(found[seed], alone.params)
 
 
 def test_two_runs_in_two_threads(text, tmp_path):
     """Python delivers signals only to the main thread; training in other threads works too."""
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda seed: api.train("baby", path=tmp_path, data=text, seed=seed, **TINY), (0, 1)))
+        list(threads.map(lambda seed: api.train("classic", path=tmp_path, data=text, seed=seed, **TINY), (0, 1)))
     assert [run.state for run in api.list_runs(tmp_path)] == ["done", "done"]
 
 

@@ -39,7 +39,7 @@ def texts(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, texts) -> Run:
     """A run that no test changes."""
-    return api.train("baby", path=tmp_path_factory.mktemp("runs"), data=texts["first"], **TINY)
+    return api.train("classic", path=tmp_path_factory.mktemp("runs"), data=texts["first"], **TINY)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_grown_model_keeps_every_bit_and_draws_the_rest_from_its_seed(dtype):
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "float64"), ("float64", "float32")])
 def test_finetuning_in_another_precision_uses_it_from_the_start(tmp_path, texts, dtype, other):
     more = {"num_steps": 1, "dtype": dtype}
-    base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
+    base = api.train("classic", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
     kept = []
 
     class Onlooker(baby_xp.Listener):
@@ -106,7 +106,7 @@ def test_finetuning_in_another_precision_uses_it_from_the_start(tmp_path, texts,
 
 def test_finetuning_starts_at_the_bases_peak_rate_with_its_own_limits(tmp_path, texts, at_step):
     more = {"num_steps": None, "num_epochs": 1, "stride": 400, "max_minutes": 9.0, "base_batch_size": 16}
-    base = api.train("baby", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
+    base = api.train("classic", path=tmp_path / "runs", data=texts["first"], **{**TINY, **more})
     peak = TrainConfig(**base.config["train"]).peak_lr
 
     def interrupt(step, batch):
@@ -133,7 +133,7 @@ def test_finetuning_reduces_the_loss_more_than_training_from_scratch(base, texts
     before = records_of(tuned)[0]
     assert (before["step"], before["train_loss"]) == (0, None)
     scratch = api.train(
-        "baby", path=base.files.folder, data=texts["other"], **{**TINY, "num_steps": 40, "warmup_steps": 2}
+        "classic", path=base.files.folder, data=texts["other"], **{**TINY, "num_steps": 40, "warmup_steps": 2}
     )
     assert tuned.config["result"]["val_loss"] < scratch.config["result"]["val_loss"]
     assert tuned.config["result"]["val_loss"] < before["val_loss"] - 0.5
@@ -182,7 +182,7 @@ def test_a_finetuned_run_resumes_exactly(base, texts):
 
 
 def test_the_byte_tokenizer_needs_no_new_ids(tmp_path, texts):
-    base = api.train("baby", path=tmp_path / "runs", data=texts["first"], tokenizer="byte", **TINY)
+    base = api.train("classic", path=tmp_path / "runs", data=texts["first"], tokenizer="byte", **TINY)
     tuned = finetune(base, texts["other"], num_steps=3)
     assert (tuned.tokenizer.kind, tuned.model.vocab_size) == ("byte", 256)
 

@@ -95,7 +95,7 @@ class Ending:
 
 def train(text: Path, folder: Path, listener=None, **more) -> Run:
     settings = {**TINY, "backend": "numpy", "data": str(text), **more}
-    return api.train("baby", path=folder, listener=listener, **settings)
+    return api.train("classic", path=folder, listener=listener, **settings)
 
 
 _alone: dict[tuple, Ending] = {}

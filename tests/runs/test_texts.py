@@ -59,7 +59,7 @@ def whole(tmp_path_factory) -> Run:
     """A run without interruptions, which no test changes."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "input.txt").write_text(TEXT, encoding="utf-8", newline="\n")
-    return api.train("baby", data=str(folder / "input.txt"), path=folder / "runs", **TINY)
+    return api.train("classic", data=str(folder / "input.txt"), path=folder / "runs", **TINY)
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -79,7 +79,7 @@ def ids_of(runs: Path) -> Path:
 @pytest.mark.parametrize("data", ["input.txt", "../home/input.txt"])
 def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from(home, monkeypatch, data, whole):
     runs = home / "runs"
-    run = api.train("baby", data=data, path=runs, listener=Meddler(stop), **TINY)
+    run = api.train("classic", data=data, path=runs, listener=Meddler(stop), **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     monkeypatch.chdir(home.parent / "other")
     assert api.load(path=runs, backend="numpy").evaluate(num_tokens=5).loss == loss
@@ -88,7 +88,7 @@ def test_the_text_is_the_one_that_was_trained_on_wherever_the_run_is_called_from
 
 
 def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypatch):
-    run = api.train("baby", data="input.txt", **TINY)
+    run = api.train("classic", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     home.rename(home.parent / "moved")
     monkeypatch.chdir(home.parent / "moved")
@@ -105,7 +105,7 @@ def test_a_folder_that_was_moved_as_a_whole_finds_its_text_there(home, monkeypat
 
 
 def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
-    run = api.train("baby", data="input.txt", **TINY)
+    run = api.train("classic", data="input.txt", **TINY)
     loss = run.evaluate(num_tokens=5).loss
     shutil.copy("input.txt", home.parent / "copy.txt")
     Path("input.txt").write_text("another text, now, " * 50)
@@ -121,20 +121,20 @@ def test_among_two_texts_of_one_name_the_hash_decides(home, monkeypatch):
 def test_a_file_named_like_a_built_in_text_needs_a_path(home):
     Path("nursery").write_text("not a rhyme\n" * 200)
     Path("shakespeare").write_text("not a play\n" * 200)
-    run = api.train("baby", **{**TINY, "num_steps": 2})
+    run = api.train("classic", **{**TINY, "num_steps": 2})
     assert run.config["data"] == {**run.config["data"], "data": "nursery", "file": None}
     assert run.evaluate(num_tokens=5).entropy > 0
     # as earlier commits wrote it
     (home.parent / "nursery").write_text("not a rhyme either")
     assert dataset.of_run(DataConfig("nursery"), str(home.parent / "nursery"), "0" * 64) == DataConfig("nursery")
     assert dataset.of_run(DataConfig("shakespeare"), str(home.parent / "nursery"), "0" * 64).data == "shakespeare"
-    named = api.train("baby", data="./nursery", **{**TINY, "num_steps": 2})
+    named = api.train("classic", data="./nursery", **{**TINY, "num_steps": 2})
     assert named.config["data"]["file"] == str(home / "nursery")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ELOOP])
 def test_a_text_that_cannot_be_read_is_an_error_with_advice(home, monkeypatch, code):
-    run, stat = api.train("baby", data="input.txt", **TINY), os.stat
+    run, stat = api.train("classic", data="input.txt", **TINY), os.stat
 
     def refuse(path, **how):
         if str(path).endswith("input.txt"):
@@ -155,7 +155,7 @@ def test_the_name_of_a_text_need_not_be_utf_8(home, whole):
         os.rename("input.txt", name)
     except OSError:
         pytest.skip("this file system takes no such name")
-    run = api.train("baby", data=name, listener=Meddler(stop), **TINY)
+    run = api.train("classic", data=name, listener=Meddler(stop), **TINY)
     assert run.config["result"]["state"] == "stopped"
     assert_same(api.resume(), whole)
     assert "caf\\udce9\\n.txt" in run.files.report.read_text("utf-8")
@@ -177,7 +177,7 @@ DAMAGE = {
 
 
 def test_damaged_ids_are_created_again(home, whole):
-    run = api.train("baby", data="input.txt", listener=Meddler(stop), **TINY)
+    run = api.train("classic", data="input.txt", listener=Meddler(stop), **TINY)
     loss, path = run.evaluate(num_tokens=5).loss, ids_of(Path("runs"))
     data = path.read_bytes()
     for name, damage in DAMAGE.items():
@@ -202,7 +202,7 @@ def test_ids_that_change_during_training_have_no_effect(home, whole):
             path = ids_of(Path(name))
             path.write_bytes(damage(path.read_bytes()))
 
-        assert_same(api.train("baby", data="input.txt", path=name, listener=Meddler(meddle), **TINY), whole)
+        assert_same(api.train("classic", data="input.txt", path=name, listener=Meddler(meddle), **TINY), whole)
 
 
 def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home, monkeypatch, whole):
@@ -214,7 +214,7 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
             file.write(bytes(200))
 
     with pytest.raises(BabyError, match=r"\.ids was changed while it was in use; it will be rewritten"):
-        api.train("baby", data="input.txt", listener=Meddler(damage, at=8), **TINY)
+        api.train("classic", data="input.txt", listener=Meddler(damage, at=8), **TINY)
     (files,) = (store.RunFiles(Path("runs"), guid) for guid in store.guids(Path("runs")))
     config = store.read_sealed(files.config)
     assert (config["result"]["state"], config["result"]["steps"]) == ("failed", 4)
@@ -224,12 +224,13 @@ def test_mapped_ids_that_change_end_the_training_before_the_next_checkpoint(home
 def test_touched_or_removed_mapped_ids_have_no_effect(home, monkeypatch, whole):
     monkeypatch.setattr("baby_xp.text.corpus.IN_MEMORY", 0)
     touched = api.train(
-        "baby", data="input.txt", path="a", listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY
-    )
+        "classic", data="input.txt", path="a",
+        listener=Meddler(lambda: os.utime(ids_of(Path("a")), (1, 1))), **TINY,
+    )  # fmt: skip
     assert_same(touched, whole)
     if os.name != "nt":  # where a mapped file cannot be removed
         gone = Meddler(lambda: shutil.rmtree("b/corpora"))
-        assert_same(api.train("baby", data="input.txt", path="b", listener=gone, **TINY), whole)
+        assert_same(api.train("classic", data="input.txt", path="b", listener=gone, **TINY), whole)
 
 
 def test_half_written_ids_of_killed_processes_are_removed(home):
@@ -239,7 +240,7 @@ def test_half_written_ids_of_killed_processes_are_removed(home):
         (folder / name).write_bytes(b"half")
     with open(folder / ".0b.ids.1a2b3c4d.tmp", "wb") as growing:
         assert try_to_lock(growing)  # as its writer locks it
-        api.train("baby", data="input.txt", **{**TINY, "num_steps": 2})
+        api.train("classic", data="input.txt", **{**TINY, "num_steps": 2})
         assert sorted(path.suffix for path in folder.iterdir()) == [".ids", ".tmp"]
 
 
@@ -262,11 +263,11 @@ def test_a_failed_run_keeps_the_files_of_one_that_trains(home, content, keep_tex
     class Fails(baby_xp.Listener):
         def started(self, session, step):
             with pytest.raises(BabyError):
-                api.train("baby", data="bad.txt", **TINY)
+                api.train("classic", data="bad.txt", **TINY)
             if not keep_text:  # even if others remove it
                 shutil.rmtree("runs/outputs")
 
-    run = api.train("baby", data="input.txt", listener=Fails(), **TINY)
+    run = api.train("classic", data="input.txt", listener=Fails(), **TINY)
     assert_same(run, whole)
     assert run.files.report.exists()
     assert len(list(Path("runs/configs").iterdir())) == 1
@@ -274,18 +275,18 @@ def test_a_failed_run_keeps_the_files_of_one_that_trains(home, content, keep_tex
 
 def test_a_text_that_cannot_be_used_leaves_no_ids_and_keeps_those_of_others(home):
     with pytest.raises(BabyError, match="too short"):
-        api.train("baby", data="input.txt", **{**TINY, "n_ctx": 100_000})
+        api.train("classic", data="input.txt", **{**TINY, "n_ctx": 100_000})
     assert not Path("runs").exists()
-    api.train("baby", data="input.txt", **{**TINY, "num_steps": 2})
+    api.train("classic", data="input.txt", **{**TINY, "num_steps": 2})
     before = ids_of(Path("runs")).read_bytes()
     for wrong, words in (({"n_ctx": 100_000}, "too short"), ({"workers": 0}, "workers")):
         with pytest.raises(BabyError, match=words):
-            api.train("baby", data="input.txt", **{**TINY, **wrong})
+            api.train("classic", data="input.txt", **{**TINY, **wrong})
         assert ids_of(Path("runs")).read_bytes() == before
 
 
 def test_a_broken_link_among_the_configs_hides_no_run(home):
-    run = api.train("baby", data="input.txt", **{**TINY, "num_steps": 2})
+    run = api.train("classic", data="input.txt", **{**TINY, "num_steps": 2})
     other = store.RunFiles(Path("runs"), "aaaaaaaa-1111-4111-8111-111111111111")
     try:
         other.config.symlink_to("nowhere")
@@ -307,7 +308,7 @@ def test_the_hash_of_a_text_equals_that_of_its_corpus(home):
 
 def test_a_run_in_a_read_only_folder_can_be_evaluated(home, monkeypatch):
     """Its ids are then kept in memory."""
-    run = api.train("baby", data="input.txt", **TINY)
+    run = api.train("classic", data="input.txt", **TINY)
     loss, rows = run.evaluate(num_tokens=5).loss, run.check(tokens=4, elements=1, directions=1)
     shutil.rmtree("runs/corpora")
     before = all_of(Path("runs"))
@@ -323,7 +324,7 @@ def test_a_run_in_a_read_only_folder_can_be_evaluated(home, monkeypatch):
 
 
 def test_ids_that_cannot_be_stored_leave_no_folder(home, monkeypatch):
-    run = api.train("baby", data="input.txt", **TINY)
+    run = api.train("classic", data="input.txt", **TINY)
     shutil.rmtree("runs/corpora")
 
     def full(file):
@@ -339,7 +340,7 @@ def test_ids_that_cannot_be_stored_leave_no_folder(home, monkeypatch):
 
 
 def test_a_removed_current_folder_is_harmless(home, monkeypatch):
-    run = api.train("baby", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
+    run = api.train("classic", data=str(home / "input.txt"), path=home.parent / "runs", **TINY)
     loss = run.evaluate(num_tokens=5).loss
 
     def gone():
@@ -359,6 +360,6 @@ def test_an_interrupt_after_an_evaluation_still_writes_its_line(home, monkeypatc
         append(path, value)
 
     monkeypatch.setattr(baby_xp.session, "append_line", interrupted)
-    run = api.train("baby", data="input.txt", **TINY)
+    run = api.train("classic", data="input.txt", **TINY)
     assert run.config["result"]["state"] == "stopped"
     assert [record["step"] for record in metrics_of(run.files)] == [4, 8]

@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch):
 
 
 def train(listener=None, **more) -> Run:
-    return baby_xp.train("baby", listener=listener, **{**SETTINGS, **more})
+    return baby_xp.train("classic", listener=listener, **{**SETTINGS, **more})
 
 
 def measured(run: Run) -> list[dict]:

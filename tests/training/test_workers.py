@@ -217,7 +217,7 @@ def test_the_equation_model_with_one_target_per_context():
 
 def train(tmp_path, text_file, workers: int):
     return baby_xp.api.train(
-        "baby", path=tmp_path / "runs", backend="numpy", workers=workers, data=str(text_file), **TINY
+        "classic", path=tmp_path / "runs", backend="numpy", workers=workers, data=str(text_file), **TINY
     )
 
 
@@ -237,7 +237,7 @@ def test_a_training_is_reproduced_bit_for_bit_and_agrees_with_one_process(tmp_pa
 def test_the_best_weights_survive_later_steps(tmp_path, text_file):
     """A rate that is too high makes the first steps the best; the last record evaluates the kept weights."""
     run = baby_xp.api.train(
-        "baby", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
+        "classic", path=tmp_path / "runs", backend="numpy", workers=2, data=str(text_file),
         **{**TINY, "num_steps": 9, "eval_every": 1, "lr": 50.0, "warmup_steps": 0, "schedule": "constant"},
     )  # fmt: skip
     *records, last = [json.loads(line) for line in run.files.metrics.read_text().splitlines()]
@@ -530,7 +530,7 @@ def test_one_process_computes_small_steps_with_one_thread(tmp_path, n_emb, threa
 
     (tmp_path / "text.txt").write_text("to and fro, to and fro\n" * 200, encoding="utf-8")
     baby_xp.api.train(
-        "baby", path=tmp_path, backend="numpy", workers=1, data=str(tmp_path / "text.txt"), n_emb=n_emb,
+        "classic", path=tmp_path, backend="numpy", workers=1, data=str(tmp_path / "text.txt"), n_emb=n_emb,
         head_size=8, n_ctx=32, num_steps=1, sample_tokens=0, listener=Watch(),
     )  # fmt: skip
     assert seen
