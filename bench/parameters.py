@@ -9,7 +9,7 @@ from typing import Any
 from baby_xp_data import catalog
 
 from baby_xp.errors import BabyError
-from bench import harness, results, variants
+from bench import harness, variants
 from bench.harness import say
 from bench.peers import ours
 from bench.results import markdown, mib

@@ -92,9 +92,7 @@ def write(file: Path, result: dict, document: list[str]) -> None:
 # training and timing ------------------------------------------------------------------------------------
 
 
-def train_all(
-    task: str, requests: dict[str, dict], result: dict, jobs: int, keep: Callable[[], None]
-) -> None:
+def train_all(task: str, requests: dict[str, dict], result: dict, jobs: int, keep: Callable[[], None]) -> None:
     """Train the variants that the result lacks, `jobs` at once, each in a process of its own.
 
     task: what a child calls with one of the requests. keep: is called as soon as the result has one more.
@@ -140,7 +138,7 @@ def time_all(task: str, requests: dict[str, dict], result: dict, rounds: int) ->
     """Time a step of each variant in turn, and add the times to the result."""
     idle, before = harness.ask("bench.peers.ours:idle"), results.product_rate()
     *_, (runs, _) = harness.take_turns(task, requests, rounds, "variant", all_needed=True)
-    result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
+    result["timed"] |= {key: speed_of(found, idle) for key, found in runs.items()}
     result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
     result["timed_on"] = config_file.now()
     # the losses may be from a machine of another class
