@@ -340,7 +340,8 @@ def tables(result: dict) -> dict[str, list[str]]:
             changes = [one for one in some if not one.name or one.name in CHANGES]
             found[text] = markdown(table(text, changes, "left out of full", result))
             rest = [one for one in some if one.name and one.name not in CHANGES]
-            found[f"{text}, additions"] = markdown(table(text, rest, "added to full", result))
+            if rest:
+                found[f"{text}, additions"] = markdown(table(text, rest, "added to full", result))
     return found
 
 
