@@ -110,8 +110,6 @@ OF_MUON: dict[str, dict[str, Any]] = {
 """What is added to the full recipe only."""
 SAME_STEP = ("zeros as first weights", "higher rate", "linear decay to zero", "shorter warm-up", "momentum")
 """Beginnings of the names of what cannot change the time of a step."""
-
-
 SIDES = ("plain", "full")
 
 
@@ -237,7 +235,7 @@ def short_loss(run: Run) -> float:
 
 def time_all(file: Path, texts: list[str], only: list[str], steps: int, rounds: int) -> None:
     """Time a step of each variant that may take a different time, in turn, and keep it."""
-    result = variants.read(file)
+    result = variants.started(file, base())
     chosen = [one for one in all_variants(texts, only) if not one.name.startswith(SAME_STEP)]
     requests = {one.key: {"key": one.key, "steps": steps} for one in chosen}
     variants.time_all("bench.recipes:timed", requests, result, rounds)
