@@ -203,7 +203,8 @@ def test_rows_and_tables():
     ]  # fmt: skip
     assert cells["shakespeare"][2:] == [
         [
-            "the recipe itself: loss", "", "2.100 (2.100, 2.000, 2.300)", "", "1.800 (1.800, 1.900, 1.700)", "20.0 ms",
+            "the recipe itself: loss", "", "2.100 (2.100, 2.000, 2.300)", "", "1.800 (1.800, 1.900, 1.700)",
+            "20.0 ms",
         ],
         ["Muon", "optimizer adamw to muon", "-0.100 (-0.300 to -0.050)", "", "+0.075 (+0.050 to +0.100)", "0.75"],
     ]  # fmt: skip
