@@ -1,30 +1,18 @@
 """How each parameter affects size, speed and quality: the tables of docs/parameters.md. See bench/README.md."""
 
 import argparse
-import json
-import re
-import statistics
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from baby_xp_data import catalog
-from threadpoolctl import threadpool_limits
 
-import baby_xp
-from baby_xp import files
 from baby_xp.errors import BabyError
-from baby_xp.runs import config_file
-from bench import harness, results
+from bench import harness, variants
 from bench.harness import say
 from bench.peers import ours
 from bench.results import markdown, mib
-
-RESULTS = harness.ROOT / "bench/results"
-WARMUP = 5  # steps before those that are timed
-MARK = "<!-- table: {} -->"
 
 
 def main() -> int:
@@ -36,11 +24,8 @@ def main() -> int:
         if asked.speed:
             time_all(asked.file, asked.steps, asked.rounds)
         if asked.table:
-            result = read(asked.file)
-            print("\n".join(document(result)))
-        if asked.table and asked.page:
-            asked.page.write_text(filled(asked.page.read_text("utf-8"), tables(result)), encoding="utf-8")
-            say(f"the tables are in {asked.page}")
+            result = variants.read(asked.file)
+            variants.show(document(result), tables(result), asked.page)
     except BabyError as error:
         say(f"bench.parameters: {error}")
         return 2
@@ -49,40 +34,17 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = harness.parser("bench.parameters", __doc__, steps=20, rounds=3)
-    parser.add_argument("--train", action="store_true", help="train variants without results in the file")
-    parser.add_argument("--speed", action="store_true", help="time a step of each variant; needs a quiet machine")
-    parser.add_argument("--table", action="store_true", help="print the tables")
-    parser.add_argument("--file", type=Path, default=newest(), help="file of the results (%(default)s)")
-    parser.add_argument("--jobs", type=harness.positive, default=1, help="trainings at once (%(default)s)")
+    parser = variants.parser("bench.parameters", __doc__, "parameters", steps=20, rounds=3)
     known = harness.names_of(groups(), "group")
     parser.add_argument("--groups", type=known, default=groups(), help="train only these groups")
-    parser.add_argument("--page", type=Path, help="also insert the tables into this page")
     asked = parser.parse_args()
-    if not (asked.train or asked.speed or asked.table):
-        parser.error("nothing to do: give --train, --speed or --table")
-    if asked.file is None:
-        parser.error("there are no results yet: name a file with --file")
+    variants.check(parser, asked)
     return asked
-
-
-def newest() -> Path | None:
-    """The latest results that are kept."""
-    return max(RESULTS.glob("*-parameters.json"), default=None)
-
-
-def read(file: Path) -> dict:
-    """What a file keeps. Raises BabyError if there is no such file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BabyError(f"there is no {file}: measure first, with --train") from None
 
 
 def write(file: Path, result: dict) -> None:
     """Keep a result, and its tables beside it."""
-    files.write(file, json.dumps(result, indent=1) + "\n")
-    files.write(file.with_suffix(".md"), "\n".join(document(result)))
+    variants.write(file, result, document(result))
 
 
 # the variants -------------------------------------------------------------------------------------------
@@ -212,25 +174,10 @@ def to_time() -> list[Variant]:
 
 def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
     """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
-    if file.exists():
-        result = read(file)
-    else:
-        machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
-        result = {"date": config_file.now(), "machine": machine, "base": base(), "trained": {}, "timed": {}}
-    if result["base"] != base():
-        raise BabyError(f"{file} is of another base or another short text: name a new file with --file")
-    wanted = {one.key for one in ALL if one.group in chosen} - result["trained"].keys()
-    todo = [one.key for one in to_train() if one.key in wanted]
-    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a child process
-        running = {pool.submit(harness.ask, "bench.parameters:trained", key=key): key for key in todo}
-        try:
-            for done in as_completed(running):
-                found = result["trained"][running[done]] = done.result()
-                write(file, result)
-                say(f"{running[done]}: {found['failed'] or found['val_loss']}")
-        except BaseException:  # especially after Ctrl-C: do not start the jobs that are waiting
-            pool.shutdown(cancel_futures=True)
-            raise
+    result = variants.started(file, base())
+    wanted = {one.key for one in ALL if one.group in chosen}
+    requests = {one.key: {"key": one.key} for one in to_train() if one.key in wanted}
+    variants.train_all("bench.parameters:trained", requests, result, jobs, lambda: write(file, result))
 
 
 def base() -> dict:
@@ -239,27 +186,11 @@ def base() -> dict:
 
 
 def trained(key: str) -> dict:
-    """The child's part: train a variant -> parameters, losses (nats per token), val_loss of the best weights.
-
-    failed: why there is none. In one process and one thread, so that losses do not depend on the number of cores.
-    """
+    """The child's part: train a variant -> what differs from the base, and what `variants.trained` returns."""
     variant = next(one for one in ALL if one.key == key)
-    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
-        settings = settings_of(variant, Path(folder))
-        try:
-            run = baby_xp.train(PRESET, path=folder, backend="numpy", workers=1, **settings)
-        except BabyError as error:
-            return {"overrides": variant.overrides, "failed": str(error)}
-        records = [json.loads(line) for line in run.files.metrics.read_text("utf-8").splitlines()]
-    result, config = run.config["result"], run.config["train"]
-    if result["state"] != "done":
-        raise KeyboardInterrupt  # the run treats it as a request to stop, and a stopped run is not kept
-    return {
-        "overrides": variant.overrides, "parameters": run.model.n_parameters, "failed": None,
-        "tokens": result["steps"] * config["batch_size"] * config["accumulate"] * run.model.config.n_ctx,
-        "curve": [[one[name] for name in ("step", "train_loss", "val_loss", "grad_norm")] for one in records],
-        **{name: result[name] for name in ("steps", "best_step", "val_loss")},
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        found, _ = variants.trained(PRESET, settings_of(variant, Path(folder)), folder)
+    return {"overrides": variant.overrides, **found}
 
 
 def settings_of(variant: Variant, folder: Path) -> dict:
@@ -277,29 +208,16 @@ def settings_of(variant: Variant, folder: Path) -> dict:
 
 def time_all(file: Path, steps: int, rounds: int) -> None:
     """Time a step of each variant that may take a different time, in turn, and keep it."""
-    result, idle, before = read(file), harness.ask("bench.peers.ours:idle"), results.product_rate()
-    requests = {one.key: {"key": one.key, "steps": steps} for one in to_time()}
-    *_, (runs, _) = harness.take_turns("bench.parameters:timed", requests, rounds, "variant", all_needed=True)
-    result["timed"] = {key: speed_of(found, idle) for key, found in runs.items()}
-    result["product_rate_before"], result["product_rate_after"] = before, results.product_rate()
-    result["timed_on"] = config_file.now()
-    # the losses may be from a machine of another class
-    result["timed_class"] = harness.class_of(harness.ask("bench.harness:machine"))
+    result, requests = variants.read(file), {one.key: {"key": one.key, "steps": steps} for one in to_time()}
+    variants.time_all("bench.parameters:timed", requests, result, rounds)
     write(file, result)
-
-
-def speed_of(runs: list[dict], idle: list[dict]) -> dict:
-    """Milliseconds per step, the median of the rounds' medians, and the peak of memory over an idle process's."""
-    by_round = [statistics.median(run["ms"]) for run in runs]
-    more = {"memory": results.least_growth(runs, idle), "workers": runs[0]["workers"]}
-    return {"ms": statistics.median(by_round), "by_round": by_round, **more}
 
 
 def timed(key: str, steps: int) -> dict:
     """The child's part: train a variant for some steps as `train` does -> ms of each, memory, workers."""
     variant = next(one for one in ALL if one.key == key)
     with tempfile.TemporaryDirectory() as folder:
-        return ours.train_preset(PRESET, settings_of(variant, Path(folder)), steps, WARMUP)
+        return ours.train_preset(PRESET, settings_of(variant, Path(folder)), steps, variants.WARMUP)
 
 
 # the tables ---------------------------------------------------------------------------------------------
@@ -310,9 +228,7 @@ def document(result: dict) -> list[str]:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BASE.items())
     lines = [f"{result['date']}; {machine}", "", f"Base: python -m baby_xp train {PRESET} {flags}", ""]
-    if result["timed"]:
-        where = result.get("timed_class", "see the product rate for the class of machine")
-        lines += [f"Timed {result['timed_on']}; {where}", "", *results.rate_lines(result), ""]
+    lines += variants.about_times(result)
     for group, rows in tables(result).items():
         lines += [group, "", *rows, ""]
     return lines
@@ -356,16 +272,6 @@ def losses(variant: Variant, found: dict, base: dict) -> dict[str, str]:
         return {**cells, **at_end, "at its best": best, "best step": str(found["best_step"])}
     difference = found["val_loss"] - base["val_loss"]
     return {**cells, "validation loss": best, "against the base": f"{difference:+.3f}" if difference else ""}
-
-
-def filled(text: str, found: dict[str, list[str]]) -> str:
-    """A page with each table below its mark, in the place of what stood there. BabyError for an unknown mark."""
-    for name in re.findall(MARK.format("(.*?)"), text):
-        if name not in found:
-            raise BabyError(f"the page has a place for a table of {name!r}, and there is none")
-        rows = "\n".join(found[name])
-        text = re.sub(rf"({re.escape(MARK.format(name))}\n)(?:\|.*\n)*", lambda at: f"{at[1]}{rows}\n", text)  # noqa: B023
-    return text
 
 
 if __name__ == "__main__":

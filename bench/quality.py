@@ -92,10 +92,11 @@ def parse() -> argparse.Namespace:
     return asked
 
 
-def recipe(text: str, data: str) -> Recipe:
+def recipe(text: str, data: str | None = None) -> Recipe:
     """What a text like "preset", "preset name=value ..." or "label: preset name=value ..." describes.
 
-    Values are read as JSON, and where they are none, as texts. Raises BabyError where they do not fit together.
+    data: what it trains on; None: what it says itself. Values are read as JSON, and where they are none, as texts.
+    Raises BabyError where they do not fit together.
     """
     label, colon, rest = text.partition(":")
     words = (rest if colon else text).split()
@@ -112,7 +113,7 @@ def recipe(text: str, data: str) -> Recipe:
     config = presets.preset(preset)
     if isinstance(config.data, EquationData):
         raise BabyError(f"recipe {text!r} is about equations: choose a preset that learns a text")
-    return Recipe(label.strip(), config.override({**values, "data": data}))
+    return Recipe(label.strip(), config.override(values if data is None else {**values, "data": data}))
 
 
 # measuring ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ TEXTS = sorted(
 )
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [page for page in TEXTS if page.name != "CHANGELOG.md"]
-LONG = ("equations", "glossary", "inspect", "life-of-a-run", "parameters", "presets", "tour")
+LONG = ("equations", "glossary", "inspect", "life-of-a-run", "parameters", "presets", "recipes", "tour")
 LONG_PAGES = {"README.md", *(f"docs/{name}.md" for name in LONG)}
 """Pages whose blocks train for more than some seconds."""
 SECONDS_PER_PAGE, SECONDS_PER_CELL = 1800, 1800

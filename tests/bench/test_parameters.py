@@ -12,7 +12,7 @@ from baby_xp import presets
 from baby_xp.config import DataConfig, GPTConfig, TrainConfig
 from baby_xp.errors import BabyError
 from baby_xp.text import dataset
-from bench import harness, parameters
+from bench import harness, parameters, variants
 from bench.parameters import Variant
 from bench.peers import ours
 
@@ -30,16 +30,16 @@ def tiny(monkeypatch, tmp_path):
     (tmp_path / "whole.txt").write_text(nursery.generate(4000, 1), "utf-8")
 
 
-def variants(monkeypatch, *some: Variant) -> list[str]:
+def restrict(monkeypatch, *some: Variant) -> list[str]:
     """Restricts the benchmark to a few variants -> their keys."""
     monkeypatch.setattr(parameters, "ALL", list(some))
     return [one.key for one in some]
 
 
 def test_the_tables_of_the_page_match_the_newest_results():
-    kept, text = parameters.read(parameters.newest()), PAGE.read_text("utf-8")
-    assert parameters.filled(text, parameters.tables(kept)) == text
-    assert sorted(re.findall(parameters.MARK.format("(.*)"), text)) == sorted(parameters.groups())
+    kept, text = variants.read(variants.newest("parameters")), PAGE.read_text("utf-8")
+    assert variants.filled(text, parameters.tables(kept)) == text
+    assert sorted(re.findall(variants.MARK.format("(.*)"), text)) == sorted(parameters.groups())
     assert kept["base"] == parameters.base()
     assert {key: found["overrides"] for key, found in kept["trained"].items()} == {
         one.key: one.overrides for one in parameters.ALL
@@ -82,7 +82,7 @@ def test_each_variant_differs_from_the_base_only_as_named(tmp_path, monkeypatch)
 
 
 def test_a_variant_is_trained(tiny, monkeypatch):
-    wide, base, bad = variants(
+    wide, base, bad = restrict(
         monkeypatch, Variant("n_emb", "16", {"n_emb": 16, "accumulate": 2}), Variant("seed", "0"),
         Variant("n_heads", "3", {"n_heads": 3}),
     )  # fmt: skip
@@ -95,7 +95,7 @@ def test_a_variant_is_trained(tiny, monkeypatch):
 
 
 def test_a_stopped_training_is_not_kept(tiny, monkeypatch):
-    stopped, ended = variants(
+    stopped, ended = restrict(
         monkeypatch, Variant("seed", "0", {"max_minutes": 1e-9}),
         Variant("patience", "1", {"patience": 1, "lr": 1e-9, "min_lr": 1e-9}),
     )  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_stopped_training_is_not_kept(tiny, monkeypatch):
 def test_the_short_text_is_used_for_training(tiny, monkeypatch):
     monkeypatch.setattr(parameters, "SHORT", 800)
     monkeypatch.setattr(parameters, "SHORT_STEPS", 2)
-    keys = variants(monkeypatch, *(Variant("short text", "x", short=short) for short in (False, True)))
+    keys = restrict(monkeypatch, *(Variant("short text", "x", short=short) for short in (False, True)))
     whole, short = (parameters.trained(key) for key in keys)
     assert whole["val_loss"] != short["val_loss"]
     assert (whole["steps"], short["steps"]) == (4, 2)
@@ -152,9 +152,9 @@ def test_a_step_is_timed_with_the_workers_and_threads_of_train(tiny, monkeypatch
 def test_the_median_is_over_the_times_of_all_rounds():
     idle, sizes = [{"peak": 10 << 20, "shared": 0}], [([1.0, 2.0, 9.0], 30), ([3.0, 4.0], 25)]
     runs = [{"ms": ms, "memory": [{"peak": mib << 20, "shared": 0}], "workers": 1} for ms, mib in sizes]
-    found = parameters.speed_of(runs, idle)
+    found = variants.speed_of(runs, idle)
     assert (found["ms"], found["by_round"], found["memory"]) == (2.75, [2.0, 3.5], 15 << 20)
-    assert parameters.speed_of(runs, [])["memory"] is None
+    assert variants.speed_of(runs, [])["memory"] is None
 
 
 # the tables ---------------------------------------------------------------------------------------------
@@ -193,14 +193,14 @@ def test_only_the_marked_tables_of_a_page_are_replaced():
     page = "text\n\n<!-- table: n_ctx -->\n| old |\n| - |\n\nmore | text\n<!-- table: seed -->\nend\n"
     found = {"n_ctx": ["| a |", "| b |"], "seed": ["| c |"], "lr": ["| d |"]}
     filled = "text\n\n<!-- table: n_ctx -->\n| a |\n| b |\n\nmore | text\n<!-- table: seed -->\n| c |\nend\n"
-    assert parameters.filled(page, found) == filled == parameters.filled(filled, found)
+    assert variants.filled(page, found) == filled == variants.filled(filled, found)
     with pytest.raises(BabyError, match="'n_ctx'"):
-        parameters.filled(page, {"seed": ["| c |"]})
+        variants.filled(page, {"seed": ["| c |"]})
 
 
 def test_the_newest_results_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(parameters, "RESULTS", tmp_path)
-    assert parameters.newest() is None
+    monkeypatch.setattr(variants, "RESULTS", tmp_path)
+    assert variants.newest("parameters") is None
     for name in ("2026-01-02-a-parameters.json", "2026-02-01-a-parameters.json", "2026-03-01-a-generate.json"):
         (tmp_path / name).write_text("{}", "utf-8")
-    assert parameters.newest().name == "2026-02-01-a-parameters.json"
+    assert variants.newest("parameters").name == "2026-02-01-a-parameters.json"
