@@ -2,7 +2,7 @@
 
     python docs/pictures/make.py [FOLDER]
 
-trains the preset `baby`, which takes some minutes, and writes baby-light.svg and baby-dark.svg
+trains the preset `baby`, which takes a minute or two, and writes baby-light.svg and baby-dark.svg
 into FOLDER, by default the folder of this file. It needs matplotlib: pip install -e '.[plots]'.
 """
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import baby_xp
 
-SAMPLES = {10: (13, 1), 100: (13, 6), 400: (13, 6), 2500: (0, 30)}
+SAMPLES = {10: (13, 1), 40: (13, 6), 100: (13, 20), 1000: (0, 26)}
 """Steps at which the picture shows a sample -> its position, in points from the curve."""
 CHARACTERS = 52
 """Length of each of these samples."""

@@ -33,6 +33,7 @@ def tiny(monkeypatch):
         return resolve_name(task)(**request)
 
     monkeypatch.setattr(recipes, "SETTINGS", {**TINY, "data": "nursery"})
+    monkeypatch.setattr(recipes, "SHORTER", dict.fromkeys(TEXTS, {}))
     monkeypatch.setattr(recipes, "WINDOW", 4)
     monkeypatch.setattr(dataset, "NURSERY_CHARACTERS", 3000)
     answering(monkeypatch, answer)
@@ -60,7 +61,7 @@ def test_plain_and_full_are_as_described_and_all_changes_lead_from_one_to_the_ot
     assert differing(Variant(text, "full"), "full") == {}
     plain = settings(Variant(text, "plain").config)
     assert plain == {**settings(full), **CLASSIC, **{name: PLAIN[name] for name in PLAIN if name != "c_model"},
-                     **recipes.SETTINGS}  # fmt: skip
+                     **recipes.SETTINGS, **recipes.SHORTER[text]}  # fmt: skip
     changes = [one for one in variants_of(text) if one.name in CHANGES]
     added = {name: value for one in changes if one.sign == "+" for name, value in one.changed}
     left_out = {name: value for one in changes if one.sign == "-" for name, value in one.changed}
