@@ -326,8 +326,8 @@ def document(result: dict) -> list[str]:
     plain = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PLAIN.items())
     recipes = []
     for text, preset in TEXTS.items():
-        full = " ".join([preset, *(f"--{name.replace('_', '-')} {value}" for name, value in SHORTER[text].items())])
-        recipes.append(f"{text}: full is preset {full}, plain is {full} {plain}")
+        fewer = "".join(f" --{name.replace('_', '-')} {value}" for name, value in SHORTER[text].items())
+        recipes.append(f"{text}: full is preset {preset}{fewer}, plain is {preset}{fewer} {plain}")
     lines = [*heading(result), *recipes, "", *variants.about_times(result)]
     for name, rows in tables(result).items():
         lines += [name, "", *rows, ""]

@@ -33,7 +33,7 @@ def tiny(monkeypatch):
         return resolve_name(task)(**request)
 
     monkeypatch.setattr(recipes, "SETTINGS", {**TINY, "data": "nursery"})
-    monkeypatch.setattr(recipes, "SHORTER", dict.fromkeys(TEXTS, {}))
+    monkeypatch.setattr(recipes, "SHORTER", {text: {} for text in TEXTS})
     monkeypatch.setattr(recipes, "WINDOW", 4)
     monkeypatch.setattr(dataset, "NURSERY_CHARACTERS", 3000)
     answering(monkeypatch, answer)
