@@ -7,7 +7,7 @@ ReLU squared, no biases. Modules carry the names of baby_xp's parameter tree.
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -29,12 +29,23 @@ EPS, BASE = 1e-6, 10_000
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
-def fit(model: Model, config: TrainConfig, dataset: Dataset, curve: Curve, weights: np.ndarray) -> dict[str, str]:
-    """Train on all cores by the settings of baby_xp, from its first weights (P,) -> facts about PyTorch."""
-    torch.set_num_threads(processes.cores())
+def fit(
+    model: Model,
+    config: TrainConfig,
+    dataset: Dataset,
+    curve: Curve,
+    weights: np.ndarray,
+    make: Callable[..., nn.Module] | None = None,
+    threads: int | None = None,
+) -> dict[str, str]:
+    """Train by the settings of baby_xp, from its first weights (P,) -> facts about PyTorch.
+
+    make: (config, number of ids) -> the module, by default the model's twin. threads: by default one per core.
+    """
+    torch.set_num_threads(threads or processes.cores())
     cpu = torch.device("cpu")
-    kind = ModernGPT if model.config.positions == "rotary" else GPT
-    twin = kind(model.config, dataset.tokenizer.vocab_size).to(getattr(torch, config.dtype))
+    make = make or (ModernGPT if model.config.positions == "rotary" else GPT)
+    twin = make(model.config, dataset.tokenizer.vocab_size).to(getattr(torch, config.dtype))
     load_weights(twin, tree.leaves(model.layout.unpack(np, weights)))
     first = on_device(curve.batches.batch(0), cpu)
     spare = copy.deepcopy(twin)
@@ -162,9 +173,12 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, more=None):
+        """more (B, T, C): what is added to the values."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.H, -1).transpose(1, 2) for part in self.qkv(x).split(C, dim=2))
+        q, k, v = self.qkv(x).split(C, dim=2)
+        v = v if more is None else v + more
+        q, k, v = (part.view(B, T, self.H, -1).transpose(1, 2) for part in (q, k, v))
         q, k = norm(rotated(q, cos, sin)), norm(rotated(k, cos, sin))
         rate = self.rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)  # (B, H, T, D)
@@ -187,8 +201,8 @@ class Block(nn.Module):
         up, down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.network = nn.Sequential(OrderedDict(up=up, relu2=ReLU2(), down=down, dropout=nn.Dropout(dropout)))
 
-    def forward(self, x, cos, sin):
-        x = x + self.attention(norm(x), cos, sin)
+    def forward(self, x, cos, sin, more=None):
+        x = x + self.attention(norm(x), cos, sin, more)
         return x + self.network(norm(x))
 
 
