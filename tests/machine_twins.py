@@ -146,7 +146,9 @@ class Twins:
         twin, folder = Twin(), self.folder / str(next(self.count))
         options = {"path": folder, "backend": "numpy", "workers": 1, "listener": Noting(twin, folder)}
         often = {"checkpoint_every": 1, "checkpoint_minutes": 0, "max_minutes": 0}
-        train = {name: value for name, value in {**config["train"], **often}.items() if name != "min_lr"}
+        # all runs have a constant rate and AdamW, where these have no effect
+        without = {"min_lr", "decay_fraction", "muon_lr", "muon_momentum", "muon_iterations"}
+        train = {name: value for name, value in {**config["train"], **often}.items() if name not in without}
         if text is not None:
             options["data"] = str(self.folder / f"{text}.txt")
         if base is None:
