@@ -478,7 +478,7 @@ def _tiny_run(path: str):
     import baby_xp
 
     sizes = {"n_ctx": 16, "n_emb": 16, "head_size": 16, "n_heads": 2, "n_layers": 1, "batch_size": 4}
-    return baby_xp.train("baby", path=path, backend="numpy", workers=1, num_steps=10, eval_every=10, **sizes)
+    return baby_xp.train("classic", path=path, backend="numpy", workers=1, num_steps=10, eval_every=10, **sizes)
 
 
 if __name__ == "__main__":
