@@ -281,7 +281,7 @@ def _configs(values: Any, where: str) -> tuple[GPTConfig, dict[str, Any]]:
     if odd := values.keys() - {*SWITCHES, *SIZES, *TRAINING}:
         raise BabyError(f"{where} has {min(odd)!r}, which is not a setting of the original's; {REMEDY}")
     train = {name: values[name] for name in TRAINING if name in values}
-    from_dict(TrainConfig, {"num_steps": 1, "schedule": "constant", **train}, where)  # raises if they do not fit
+    from_dict(TrainConfig, {"num_epochs": 1, "schedule": "constant", **train}, where)  # raises if they do not fit
     return from_dict(GPTConfig, {n: value for n, value in values.items() if n not in TRAINING}, where), train
 
 

@@ -232,6 +232,7 @@ FAULTS = {
     "dropout": ("config", "dropout", 1.0, "dropout must be a number of at least 0 and below 1"),
     "rate": ("config", "lr", "fast", "lr must be a number above 0"),
     "epochs": ("config", "num_epochs", 0, "num_epochs must be a whole number of at least 1"),
+    "no epochs": ("config", "num_epochs", "null", "neither num_steps nor num_epochs is given"),
     "vocabulary": ("tokenizer", "vocab", ["a", "b"], "vocab_size"),
     "no vocabulary": ("tokenizer", "vocab", None, "not a list of characters"),
     "bytes": ("tokenizer", "kind", "byte", "vocab_size"),
