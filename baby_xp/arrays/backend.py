@@ -115,6 +115,9 @@ class Backend:
         """What was missing, if this error is about memory of the device."""
         return None
 
+    def before_workers(self) -> None:
+        """Compile what is not compiled yet: worker processes, which start next, then only load it."""
+
     def first_use(self) -> str | None:
         """A note for the user before the first steps on this machine."""
         return None

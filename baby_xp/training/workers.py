@@ -203,6 +203,7 @@ class Workers:
         self._forget_file()
 
     def _start(self) -> None:
+        self.backend.before_workers()
         try:
             self._make_arena()
             for rank in range(1, self.number):

@@ -1,0 +1,67 @@
+"""Functions of vectors that several kernels call: exp, and the hash of dropout's bits. See simd.py."""
+
+import math
+
+from baby_xp_backends.simd import bits, floats, select
+from numba import njit
+
+from baby_xp.arrays import rng
+
+inlined = njit(forceinline=True, error_model="numpy")
+"""For functions of vectors, which are always part of the kernel that calls them."""
+
+LOG2_E = math.log2(math.e)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+"""ln 2 in two parts; a product of the first one with an exponent is exact."""
+MAGIC = 1.5 * 2**23
+"""Numbers near this one have no fraction: adding and subtracting it rounds, and its lowest bits are the integer."""
+LOWEST, HIGHEST = -104.0, 89.0
+"""exp is 0 below, and infinite above, in float32."""
+NORMAL = -87.0
+"""exp is a normal number above."""
+
+
+@inlined
+def _reduced(x):
+    """x = n ln 2 + r with |r| <= ln(2) / 2 -> exp(r) and MAGIC + n, the bits of which begin with n.
+
+    The polynomial is that of expf in Cephes (Moshier 1989), to 2e-7.
+    """
+    shifted = x * LOG2_E + MAGIC
+    n = shifted - MAGIC
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    series = 1.9875691500e-4 * r + 1.3981999507e-3
+    series = series * r + 8.3334519073e-3
+    series = series * r + 4.1665795894e-2
+    series = series * r + 1.6666665459e-1
+    series = series * r + 5.0000001201e-1
+    return series * (r * r) + r + 1.0, shifted
+
+
+@inlined
+def exp(x):
+    """exp of each lane, to 2e-7 of its value, subnormal ones to their last bit; 0, infinity and NaN where it is."""
+    x = select(x < LOWEST, LOWEST, select(x > HIGHEST, HIGHEST, x))
+    y, shifted = _reduced(x)
+    n = bits(shifted) - MAGIC_BITS
+    half = ((n + 256) >> 1) - 128  # in two factors: 2^n alone may be no float
+    return y * floats((half + 127) << 23) * floats((n - half + 127) << 23)
+
+
+MAGIC_BITS = 0x4B400000
+
+
+@inlined
+def exp_of_negative(x):
+    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38."""
+    y, shifted = _reduced(select(x < NORMAL, NORMAL, x))
+    return floats(bits(y) + (bits(shifted) << 23))
+
+
+@inlined
+def mix(x):
+    """As rng.mix."""
+    x = x + rng.GOLDEN
+    x = (x ^ (x >> 16)) * rng.FIRST
+    x = (x ^ (x >> 15)) * rng.SECOND
+    return x ^ (x >> 16)
