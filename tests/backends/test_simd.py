@@ -1,0 +1,176 @@
+"""The vectors of simd.py: each operation gives what NumPy gives, at every width."""
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba", reason="numba is not installed")
+
+from baby_xp_backends import numba_maths, simd  # noqa: E402
+
+SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-42, -1e-45, 3e38, -3e38, 1e-20, 5.0, 2.5, 88.0, -88.0]
+A = np.array(SPECIAL, np.float32)
+B = np.array(SPECIAL[3:] + SPECIAL[:3], np.float32)
+INTEGERS = np.array([0, 1, -1, 2**31 - 1, -(2**31), 12345, -777, 65535, 65536, 3, 5, 7, 11, 13, 17, 2**30], np.int32)
+
+
+@pytest.fixture(params=[4, 8, 16])
+def wide(request):
+    return request.param, simd.of_width(request.param)
+
+
+def same(found, expected):
+    np.testing.assert_array_equal(found, expected)
+    floats = expected.dtype == np.float32
+    assert not floats or np.array_equal(np.signbit(found), np.signbit(expected)) or np.isnan(expected).any()
+
+
+def each(wide, function):
+    """A kernel out(a, b) that applies a function of vectors, W elements at a time."""
+    W, load, store = wide[0], wide[1].load, simd.store
+    function = numba.njit(function)
+
+    @numba.njit
+    def kernel(a, b, out):
+        for at in range(0, len(out), W):
+            store(out, at, function(load(a, at), load(b, at)))
+
+    return kernel
+
+
+def applied(wide, function, a, b, dtype=None):
+    out = np.empty(len(a), dtype or a.dtype)
+    each(wide, function)(a, b, out)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_arithmetic_of_floats(wide):
+    for function in (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a * b, lambda a, b: a / b):
+        with np.errstate(all="ignore"):
+            same(applied(wide, function, A, B), function(A, B))
+    with np.errstate(all="ignore"):
+        same(applied(wide, lambda a, b: 2.5 * a - 1, A, B), np.float32(2.5) * A - np.float32(1))
+        same(applied(wide, lambda a, b: simd.sqrt(a), A, B), np.sqrt(A))
+
+
+def test_arithmetic_of_integers_wraps(wide):
+    a, b = INTEGERS, INTEGERS[::-1].copy()
+    for function in (lambda a, b: a + b, lambda a, b: a * b, lambda a, b: a - b, lambda a, b: a ^ b,
+                     lambda a, b: a & b, lambda a, b: a << 3):  # fmt: skip
+        same(applied(wide, function, a, b), function(a, b))
+    same(applied(wide, lambda a, b: a >> 5, a, b), (a.view(np.uint32) >> np.uint32(5)).view(np.int32))
+
+
+def test_comparison_and_selection(wide):
+    for found, expected in (
+        (lambda a, b: simd.select(a < b, a, b), lambda a, b: np.where(a < b, a, b)),
+        (lambda a, b: simd.select(a <= b, 1.0, b), lambda a, b: np.where(a <= b, np.float32(1), b)),
+        (lambda a, b: simd.select(a > b, a, 0.0), lambda a, b: np.where(a > b, a, np.float32(0))),
+        (lambda a, b: simd.select((a >= b) & (b > 0.0), a, b), lambda a, b: np.where((a >= b) & (b > 0), a, b)),
+    ):
+        same(applied(wide, found, A, B), expected(A, B))
+    same(applied(wide, lambda a, b: simd.select(a < b, a, b), INTEGERS, INTEGERS[::-1].copy()),
+         np.minimum(INTEGERS, INTEGERS[::-1]))  # fmt: skip
+
+
+def test_bits_are_those_of_the_floats(wide):
+    same(applied(wide, lambda a, b: simd.bits(a), A, B, np.int32), A.view(np.int32))
+    same(applied(wide, lambda a, b: simd.floats(simd.bits(a)), A, B), A)
+
+
+def test_lanes_spread_and_interleave(wide):
+    W, of = wide
+    lanes, spread, load, interleave, store = of.lanes, of.spread, of.load, simd.interleave, simd.store
+
+    @numba.njit
+    def kernel(a, b, out, numbers):
+        store(numbers, 0, lanes() + spread(3) * 2)
+        first, second = interleave(load(a, 0), load(b, 0))
+        store(out, 0, first)
+        store(out, W, second)
+
+    out, numbers = np.empty(2 * W, np.float32), np.empty(W, np.int32)
+    kernel(A, B, out, numbers)
+    same(out, np.stack([A[:W], B[:W]], axis=1).reshape(-1))
+    same(numbers, np.arange(W, dtype=np.int32) + 6)
+
+
+def test_sums_and_the_largest_lane(wide):
+    W, of = wide
+    load, total, totals, largest, rows, store = of.load, simd.total, simd.totals, simd.largest, of.load_rows, simd.store
+    a = np.random.default_rng(0).integers(-99, 99, W * W).astype(np.float32)  # sums without rounding
+
+    @numba.njit
+    def kernel(a, out):
+        store(out, 0, totals(rows(a, 0, W, W)))
+        return total(load(a, 0)), largest(load(a, 0))
+
+    out = np.empty(W, np.float32)
+    assert kernel(a, out) == (a[:W].sum(), a[:W].max())
+    same(out, a.reshape(W, W).sum(axis=1))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4])
+def test_the_first_lanes_alone_are_read_and_written(wide, n):
+    W, of = wide
+    first, bools, store, store_bools = of.load_first, of.load_bools_first, simd.store_first, simd.store_bools_first
+    whole, all_bools, put, put_bools = of.load, of.load_bools, simd.store, simd.store_bools
+
+    @numba.njit
+    def kernel(a, keep, out, kept, rest, n):
+        store(out, 1, first(a, 1, n), n)
+        put(rest, 0, first(a, 1, n))
+        store_bools(kept, 1, bools(keep, 1, n), n)
+        put_bools(kept, W + 1, all_bools(keep, 0) & (whole(a, 0) < 2.0))
+
+    keep = np.arange(2 * W) % 3 == 0
+    out, kept, rest = np.full(W + 1, 9, np.float32), np.ones(2 * W + 1, bool), np.empty(W, np.float32)
+    kernel(np.arange(2 * W, dtype=np.float32), keep, out, kept, rest, n)
+    same(out, np.array([9, *range(1, n + 1), *[9] * (W - n)], np.float32))
+    same(rest, np.array([*range(1, n + 1), *[0] * (W - n)], np.float32))
+    assert kept[: W + 1].tolist() == [True, *keep[1 : n + 1], *[True] * (W - n)]
+    assert kept[W + 1 :].tolist() == [bool(keep[i] and i < 2) for i in range(W)]
+
+
+def test_tuples_of_vectors(wide):
+    W, of = wide
+    load, rows, zeros, store_rows, store = of.load, of.load_rows, of.zero_rows, simd.store_rows, simd.store
+    dot, axpy, add_outer = simd.dot, simd.axpy, simd.add_outer
+    draw = np.random.default_rng(0).integers(-9, 9, (5, W)).astype(np.float32)
+
+    @numba.njit
+    def kernel(a, numbers, out, outer):
+        three = rows(a, W, W, 3)
+        store(out, 0, dot(three, numbers, 1))
+        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, three))
+        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, zeros(2)))
+        add_outer(load(a, 4 * W), three, outer, 0)
+
+    numbers, out, outer = np.array([2, 3, 5, 7], np.float32), np.empty((6, W), np.float32), np.ones((3, W), np.float32)
+    kernel(draw.reshape(-1), numbers, out.reshape(-1), outer.reshape(-1))
+    same(out[0], numbers[1:] @ draw[1:4])
+    same(out[1:4], draw[1:4] + numbers[1:, None] * draw[0])
+    same(out[4:], numbers[:2, None] * draw[0])
+    same(outer, 1 + draw[4] * draw[1:4])
+
+
+def test_exp_over_its_whole_range(wide):
+    x = np.concatenate([np.linspace(-110, 95, 40_000), np.linspace(-1e-3, 1e-3, 1000), [0.0, -0.0, 1e-42]])
+    x = np.concatenate([x, [np.inf, -np.inf, np.nan, 3e38, -3e38, 88.7228, 88.73, -103.97, -104.1]]).astype(np.float32)
+    x = np.concatenate([x, np.zeros(-len(x) % 16, np.float32)])
+    exp, of_negative = numba_maths.exp, numba_maths.exp_of_negative
+    with np.errstate(all="ignore"):
+        expected = np.exp(x.astype(np.float64)).astype(np.float32)
+    np.testing.assert_allclose(applied(wide, lambda a, b: exp(a), x, x), expected, rtol=2.5e-7, atol=1.5e-45)
+    x = np.where(x > 0, -x, x)
+    with np.errstate(all="ignore"):
+        expected = np.exp(x.astype(np.float64)).astype(np.float32)
+    found = applied(wide, lambda a, b: of_negative(a), x, x)
+    np.testing.assert_allclose(found, expected, rtol=2.5e-7, atol=1.7e-38)
+
+
+def test_the_width_follows_from_the_features():
+    assert simd.width_for("+avx,+avx2,+fma,+avx512f,-avx512vl") == 16
+    assert simd.width_for("+avx,+avx2,+fma,-avx512f") == 8
+    assert simd.width_for("+neon,-avx512f") == simd.width_for("") == simd.width_for("+avx2,-fma") == 4
+    assert simd.width_for(simd.features()) == simd.W
