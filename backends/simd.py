@@ -8,11 +8,10 @@ time. Here it learns a type whose machine form is an LLVM vector, and the few op
     <  <=  >  >=         -> mask
     load, store          a vector from or to an array, by the place of its first element in the flat array
     load_first, store_first    the same for its first n lanes; the other lanes are 0, or not stored
-    load_bools, store_bools    a mask from or to an array of bools, and load_bools_first, store_bools_first
     load_rows, store_rows, zero_rows    a tuple of vectors
     spread, lanes        copies of a scalar; 0, 1, 2, ... as integers
-    select, sqrt, bits, floats, interleave, total, totals, largest    see there
-    dot, axpy            of a tuple of vectors and elements of an array
+    select, sqrt, bits, floats, total, totals    see there
+    dot, axpy, add_outer    of a tuple of vectors and elements of an array
 
 Floats are float32 and integers int32. LLVM may join a product and a sum to one operation with one rounding, and
 changes nothing else: NaN and infinities are as in NumPy. Operations that make a vector of nothing have a width: see
@@ -172,22 +171,6 @@ def floats(typing, x):
     return result(x), lambda context, builder, signature, arguments: builder.bitcast(*arguments, result.machine)
 
 
-@intrinsic
-def interleave(typing, a, b):
-    """a0 b0 a1 b1 ... in two vectors."""
-    result = types.UniTuple(a, 2)
-
-    def code(context, builder, signature, arguments):
-        order = [place for i in range(a.width) for place in (i, a.width + i)]
-        halves = [
-            builder.shuffle_vector(*arguments, ir.Constant(ir.VectorType(I32, a.width), part))
-            for part in (order[: a.width], order[a.width :])
-        ]
-        return cgutils.pack_array(builder, halves)
-
-    return result(a, b), code
-
-
 def _halves_joined(builder, x, width: int, join):
     """The one number that is left when the upper half of the lanes is joined to the lower half, again and again."""
     while width > 1:
@@ -207,17 +190,6 @@ def total(typing, x):
 
     def code(context, builder, signature, arguments):
         return _halves_joined(builder, *arguments, x.width, lambda a, b: builder.fadd(a, b))
-
-    return types.float32(x), code
-
-
-@intrinsic
-def largest(typing, x):
-    """The largest lane; with NaN in one of them, any."""
-
-    def code(context, builder, signature, arguments):
-        larger = lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)  # noqa: E731
-        return _halves_joined(builder, *arguments, x.width, larger)
 
     return types.float32(x), code
 
@@ -297,35 +269,6 @@ def store_first(typing, array, at, x, n):
 
 
 SUFFIX = {"float32": "f32", "int32": "i32"}
-BYTE = ir.IntType(8)
-
-
-@intrinsic
-def store_bools(typing, array, at, mask):
-    """Put a mask into an array of bools."""
-
-    def code(context, builder, signature, arguments):
-        value, at, lanes = arguments
-        whole = builder.zext(lanes, ir.VectorType(BYTE, mask.width))
-        builder.store(whole, _pointer(context, builder, array, value, at, whole.type)).align = 1
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, mask), code
-
-
-@intrinsic
-def store_bools_first(typing, array, at, mask, n):
-    """As store_bools, but the first n lanes alone."""
-
-    def code(context, builder, signature, arguments):
-        value, at, lanes, n = arguments
-        whole = builder.zext(lanes, ir.VectorType(BYTE, mask.width))
-        pointer = _pointer(context, builder, array, value, at, whole.type)
-        first = _first_lanes(context, builder, mask.width, n)
-        _call(builder, f"llvm.masked.store.v{mask.width}i8.p0", ir.VoidType(), whole, pointer, I32(1), first)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, mask, types.intp), code
 
 
 @intrinsic
@@ -429,33 +372,6 @@ def of_width(width: int) -> SimpleNamespace:
 
         return result(array, types.intp, types.intp), code
 
-    @intrinsic
-    def load_bools(typing, array, at):
-        """A mask from an array of bools."""
-        result, stored = Vector("mask", width), ir.VectorType(BYTE, width)
-
-        def code(context, builder, signature, arguments):
-            loaded = builder.load(_pointer(context, builder, array, *arguments, stored))
-            loaded.align = 1
-            return builder.icmp_unsigned("!=", loaded, ir.Constant(stored, None))
-
-        return result(array, types.intp), code
-
-    @intrinsic
-    def load_bools_first(typing, array, at, n):
-        """As load_bools, but the first n lanes alone; the others are not set."""
-        result, stored = Vector("mask", width), ir.VectorType(BYTE, width)
-
-        def code(context, builder, signature, arguments):
-            value, at, n = arguments
-            pointer = _pointer(context, builder, array, value, at, stored)
-            zeros = ir.Constant(stored, None)
-            first = _first_lanes(context, builder, width, n)
-            loaded = _call(builder, f"llvm.masked.load.v{width}i8.p0", stored, pointer, I32(1), first, zeros)
-            return builder.icmp_unsigned("!=", loaded, zeros)
-
-        return result(array, types.intp, types.intp), code
-
     @intrinsic(prefer_literal=True)
     def load_rows(typing, array, at, step, number):
         """A tuple of vectors: those at array[at], array[at + step], ... `number` is a constant."""
@@ -500,8 +416,8 @@ def of_width(width: int) -> SimpleNamespace:
         return result(), lambda *_: ir.Constant(result.machine, list(range(width)))
 
     return SimpleNamespace(
-        load=load, load_first=load_first, load_bools=load_bools, load_bools_first=load_bools_first,
-        load_rows=load_rows, zero_rows=zero_rows, spread=spread, lanes=lanes,
+        load=load, load_first=load_first, load_rows=load_rows, zero_rows=zero_rows, spread=spread,
+        lanes=lanes,
     )  # fmt: skip
 
 
@@ -521,5 +437,5 @@ def features() -> str:
 W = width_for(features())
 """Lanes of a vector register of this processor."""
 _own = of_width(W)
-load, load_first, load_bools, load_bools_first = _own.load, _own.load_first, _own.load_bools, _own.load_bools_first
-load_rows, zero_rows, spread, lanes = _own.load_rows, _own.zero_rows, _own.spread, _own.lanes
+load, load_first, load_rows, zero_rows = _own.load, _own.load_first, _own.load_rows, _own.zero_rows
+spread, lanes = _own.spread, _own.lanes

@@ -11,11 +11,11 @@ from conftest import case_of
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels  # noqa: E402
+from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 
-from baby_xp.arrays import registry  # noqa: E402
-from baby_xp.arrays.namespace import REPLACEABLE  # noqa: E402
-from baby_xp.layers import Shape, gelu, heads, layernorm  # noqa: E402
+from baby_xp.arrays import registry
+from baby_xp.arrays.namespace import REPLACEABLE
+from baby_xp.layers import Shape, gelu, heads, layernorm
 
 
 @pytest.fixture
