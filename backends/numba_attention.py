@@ -6,8 +6,8 @@ the scores of W queries into the cache first, so that exp can be shifted by the 
 again.
 
 Arrays are flat. qkv (B, T, 3, H, D): queries, keys and values. shift, inverse (B, H, T): the largest score of a
-query, and 1 / the sum of exp(score - shift). streams (B,), threshold: dropout's, see rng.py; a threshold of 0 drops
-nothing. `scratch` is the caller's memory, of scratch_size numbers.
+query, and 1 / the sum of exp(score - shift). streams (B,), threshold: dropout's, see rng.py; a threshold of 0 is
+no dropout. `scratch` is the caller's memory, of scratch_size numbers.
 """
 
 import math
@@ -55,7 +55,7 @@ def _forward(D: int):
     @compiled(f"void({FLOATS}, {FLOATS}, {FLOATS}, {FLOATS}, {INTEGERS}, i8, f8, i8, i8, i8, {FLOATS})")
     def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H, scratch):
         """y (B, T, H, D), shift and inverse are written."""
-        token, key, value = 3 * H * D, H * D, 2 * H * D  # from a token to the next, from queries to keys, to values
+        token, key, value = 3 * H * D, H * D, 2 * H * D  # to the next token, from queries to keys, to values
         factors, scores = W * D, W * D + W
         for b in range(B):
             stream = spread(streams[b])
@@ -107,7 +107,7 @@ def _backward(D: int):
     def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scale, B, T, H, scratch):
         """y, dy (B, T, H, D); dqkv, as qkv, is written."""
         token, key, value = 3 * H * D, H * D, 2 * H * D
-        keys, values = 0, W * D  # places in scratch: of what is loaded as vectors, of a row for each query, of sums
+        keys, values = 0, W * D  # places in scratch: vectors, a row for each query, sums
         queries = 2 * W * D
         dys = queries + T * D
         along, dqs = dys + T * D, dys + T * D + T

@@ -1,7 +1,7 @@
 """Compiled kernels on disk: compiled once for each machine and version, and loaded in later processes.
 
-A folder holds what numba compiled from one state of the sources, for one processor, numba and Python; its name is a
-hash of these. It is made aside, with a list of its files and their hashes, and then renamed: another process sees
+A folder holds what numba compiled from one state of the sources, for one processor, numba and Python; its name is
+a hash of these. It is made aside, with a list of its files and their hashes, and then renamed: another process sees
 all of it or nothing, and a file that was damaged since is noticed. Without a folder that can be written, kernels
 are compiled into a temporary one, which the worker processes of this process use too.
 """
@@ -60,7 +60,8 @@ def key() -> str:
 def _processor() -> str:
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-        return "\n".join(line for line in first if line.startswith(("vendor", "model", "flags", "Features", "CPU")))
+        names = "vendor", "model", "flags", "Features", "CPU"
+        return "\n".join(line for line in first if line.startswith(names))
     return f"{platform.machine()} {platform.processor()}"
 
 

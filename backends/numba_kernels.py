@@ -39,7 +39,7 @@ def layernorm_backward(xp, p, saved, dy):
     xhat, rstd = saved
     if dy.dtype != np.float32 or xhat.dtype != np.float32:
         return numpy_kernels.layernorm_backward(xp, p, saved, dy)
-    dx, dgain, dbias = np.empty(dy.shape, dy.dtype), np.zeros(dy.shape[1], dy.dtype), np.zeros(dy.shape[1], dy.dtype)
+    dx, (dgain, dbias) = np.empty(dy.shape, dy.dtype), np.zeros((2, dy.shape[1]), dy.dtype)
     inputs = flat(dy), flat(p["gain"]), flat(xhat), flat(rstd)
     numba_elementwise.layernorm_backward(*inputs, dx.reshape(-1), dgain, dbias)
     return {"gain": dgain, "bias": dbias}, dx

@@ -14,7 +14,7 @@ LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 """ln 2 in two parts; a product of the first one with an exponent is exact."""
 MAGIC = 1.5 * 2**23
-"""Numbers near this one have no fraction: adding and subtracting it rounds, and its lowest bits are the integer."""
+"""Numbers near this one have no fraction: adding and subtracting it rounds; its lowest bits are the integer."""
 LOWEST, HIGHEST = -104.0, 89.0
 """exp is 0 below, and infinite above, in float32."""
 NORMAL = -87.0
@@ -40,7 +40,7 @@ def _reduced(x):
 
 @inlined
 def exp(x):
-    """exp of each lane, to 2e-7 of its value, subnormal ones to their last bit; 0, infinity and NaN where it is."""
+    """exp of each lane, to 2e-7 of its value, subnormal ones to their last bit; 0, infinity and NaN too."""
     x = select(x < LOWEST, LOWEST, select(x > HIGHEST, HIGHEST, x))
     y, shifted = _reduced(x)
     n = bits(shifted) - MAGIC_BITS

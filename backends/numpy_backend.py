@@ -27,7 +27,7 @@ BY_NUMBA = "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.f
 
 @functools.cache
 def numba_kernels() -> dict[str, Any]:
-    """The replacements by numba, loaded or compiled. numba takes half a second to import: only once they are used."""
+    """The replacements by numba, loaded or compiled. numba takes half a second to import: only when used."""
     found: dict[str, Any] = numba_cache.load("baby_xp_backends.numba_kernels").KERNELS
     return found
 

@@ -1,7 +1,7 @@
 """Vectors for numba: a kernel says what the lanes of the processor's vector registers do.
 
-numba knows only scalars and arrays, and leaves it to LLVM to find loops that can be computed several elements at a
-time. Here it learns a type whose machine form is an LLVM vector, and the few operations on it that the kernels need:
+numba knows only scalars and arrays, and leaves it to LLVM to find loops that can be computed several elements at
+a time. Here it learns a type whose machine form is an LLVM vector, and the few operations on it that kernels need:
 
     +  -  *  /           of floats; + and * of integers, which wrap; a scalar stands for a vector of copies of it
     &  ^  << >>          of integers; >> fills with zeros
@@ -14,12 +14,13 @@ time. Here it learns a type whose machine form is an LLVM vector, and the few op
     dot, axpy, add_outer    of a tuple of vectors and elements of an array
 
 Floats are float32 and integers int32. LLVM may join a product and a sum to one operation with one rounding, and
-changes nothing else: NaN and infinities are as in NumPy. Operations that make a vector of nothing have a width: see
-`of_width`, and W for the width of this processor.
+changes nothing else: NaN and infinities are as in NumPy. Operations that make a vector of nothing have a width:
+see `of_width`, and W for the width of this processor.
 """
 
 import operator
 from types import SimpleNamespace
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -76,7 +77,7 @@ def _operator(symbol, code, kinds, makes_mask: bool = False) -> None:
         return result
 
     def lower(context, builder, signature, arguments):
-        joint = _joint(*signature.args)
+        (joint,) = {one for one in signature.args if isinstance(one, Vector)}
         a, b = (
             value if isinstance(kind, Vector) else _spread(context, builder, joint, kind, value)
             for value, kind in zip(arguments, signature.args, strict=True)
@@ -95,7 +96,7 @@ def _spread(context, builder, vector: Vector, kind, value):
     return builder.shuffle_vector(first, ir.Constant(vector.machine, ir.Undefined), zeros)
 
 
-def _arithmetic(floats: str, integers: str | None):
+def _arithmetic(floats: str, integers: str = ""):
     def code(builder, a, b, kind):
         if kind == "float32":
             return getattr(builder, floats)(a, b, flags=JOINED)
@@ -114,7 +115,7 @@ def _compared(symbol: str):
 _operator(operator.add, _arithmetic("fadd", "add"), ("float32", "int32"))
 _operator(operator.sub, _arithmetic("fsub", "sub"), ("float32", "int32"))
 _operator(operator.mul, _arithmetic("fmul", "mul"), ("float32", "int32"))
-_operator(operator.truediv, _arithmetic("fdiv", None), ("float32",))
+_operator(operator.truediv, _arithmetic("fdiv"), ("float32",))
 _operator(operator.and_, lambda builder, a, b, kind: builder.and_(a, b), ("int32", "mask"))
 _operator(operator.xor, lambda builder, a, b, kind: builder.xor(a, b), ("int32",))
 _operator(operator.lshift, lambda builder, a, b, kind: builder.shl(a, b), ("int32",))
@@ -135,7 +136,7 @@ def _call(builder, name: str, result, *arguments):
 @intrinsic
 def select(typing, mask, a, b):
     """a in the lanes where the mask is set, else b; a or b may be a scalar."""
-    joint = _joint(a, b)
+    joint: Any = _joint(a, b)
 
     def code(context, builder, signature, arguments):
         values = (
@@ -172,7 +173,7 @@ def floats(typing, x):
 
 
 def _halves_joined(builder, x, width: int, join):
-    """The one number that is left when the upper half of the lanes is joined to the lower half, again and again."""
+    """What is left when the upper half of the lanes is joined to the lower half, again and again."""
     while width > 1:
         width //= 2
         nothing = ir.Constant(x.type, ir.Undefined)
@@ -189,7 +190,7 @@ def total(typing, x):
     """The sum of all lanes."""
 
     def code(context, builder, signature, arguments):
-        return _halves_joined(builder, *arguments, x.width, lambda a, b: builder.fadd(a, b))
+        return _halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
 
     return types.float32(x), code
 
@@ -354,7 +355,8 @@ def of_width(width: int) -> SimpleNamespace:
         result = vector_in(array)
 
         def code(context, builder, signature, arguments):
-            return _load(builder, _pointer(context, builder, array, *arguments, result.machine))
+            value, at = arguments
+            return _load(builder, _pointer(context, builder, array, value, at, result.machine))
 
         return result(array, types.intp), code
 

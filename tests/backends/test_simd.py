@@ -10,7 +10,8 @@ from baby_xp_backends import numba_maths, simd  # noqa: E402
 SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-42, -1e-45, 3e38, -3e38, 1e-20, 5.0, 2.5, 88.0, -88.0]
 A = np.array(SPECIAL, np.float32)
 B = np.array(SPECIAL[3:] + SPECIAL[:3], np.float32)
-INTEGERS = np.array([0, 1, -1, 2**31 - 1, -(2**31), 12345, -777, 65535, 65536, 3, 5, 7, 11, 13, 17, 2**30], np.int32)
+INTEGERS = np.array([0, 1, -1, 2**31 - 1, -(2**31), 12345, -777, 65535, 65536, 3, 5, 7, 11, 13, 17, 2**30])
+INTEGERS = INTEGERS.astype(np.int32)
 
 
 @pytest.fixture(params=[4, 8, 16])
