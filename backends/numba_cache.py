@@ -2,8 +2,8 @@
 
 A folder holds what numba compiled from one state of the sources, for one processor, numba and Python; its name is
 a hash of these. It is made aside, with a list of its files and their hashes, and then renamed: another process
-sees all of it or nothing, and a file that was damaged since is noticed. Without a folder that can be written, kernels
-are compiled into a temporary one, which the worker processes of this process use too.
+sees all of it or nothing, and a file that was damaged since is noticed. Without a folder that can be written,
+kernels are compiled into a temporary one, which the worker processes of this process use too.
 """
 
 import atexit
