@@ -11,10 +11,12 @@ no dropout. `scratch` is the caller's memory, of scratch_size numbers.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
+from baby_xp_backends import numpy_kernels
 from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import exp_of_negative, inlined, mix
+from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp_of_negative, flat, inlined, mix
 from baby_xp_backends.simd import (
     W,
     add_outer,
@@ -33,8 +35,10 @@ from baby_xp_backends.simd import (
     zero_rows,
 )
 
+from baby_xp.arrays import rng
+from baby_xp.layers import Shape, heads
+
 HALF = 0xFFFF
-FLOATS, INTEGERS = "f4[::1]", "i4[::1]"
 
 
 @inlined
@@ -182,3 +186,52 @@ FORWARD, BACKWARD = ({D: make(D) for D in WIDTHS} for make in (_forward, _backwa
 def scratch_size(D: int, T: int) -> int:
     """Numbers that a kernel needs as scratch."""
     return 2 * W * D + 2 * T * D + T + W * (T * D + 2 * W + T + D)
+
+
+class SavedNarrow(NamedTuple):
+    """What heads_backward needs for narrow heads; q, k and v are views of qkv, and k and v the cache."""
+
+    k: Any
+    v: Any
+    qkv: Any
+    shape: Shape
+    y: Any
+    shift: Any
+    inverse: Any
+    noise: Any
+
+
+def heads_forward(xp, p, qkv, shape, noise=None, past=None):
+    """As heads.forward. Of narrow heads it keeps the largest score and the sum of each query."""
+    B, T, H = shape
+    D = qkv.shape[1] // (3 * H)
+    if qkv.dtype != np.float32 or D not in WIDTHS or past is not None:
+        return numpy_kernels.heads_forward(xp, p, qkv, shape, noise, past)
+    y = np.empty((B * T, H * D), qkv.dtype)
+    shift, inverse = np.empty(B * H * T, qkv.dtype), np.empty(B * H * T, qkv.dtype)
+    scratch = np.zeros(scratch_size(D, T), np.float32)
+    arguments = *_dropout(noise, B), B, T, H, scratch
+    FORWARD[D](flat(qkv), y.reshape(-1), shift, inverse, *arguments)
+    _, k, v = heads.split(np, qkv, shape)
+    return y, SavedNarrow(k, v, qkv, shape, y, shift, inverse, noise)
+
+
+def heads_backward(xp, p, saved, dy):
+    if not isinstance(saved, SavedNarrow):
+        return numpy_kernels.heads_backward(xp, p, saved, dy)
+    _, _, qkv, (B, T, H), y, shift, inverse, noise = saved
+    D = qkv.shape[1] // (3 * H)
+    dqkv = np.empty(qkv.shape, qkv.dtype)
+    scratch = np.empty(scratch_size(D, T), np.float32)
+    dy = flat(np.asarray(dy, np.float32))
+    arguments = dqkv.reshape(-1), *_dropout(noise, B), B, T, H, scratch
+    BACKWARD[D](flat(qkv), y.reshape(-1), dy, shift, inverse, *arguments)
+    return {}, dqkv
+
+
+def _dropout(noise, B: int):
+    """Streams (B,), threshold and the factor of survivors."""
+    if noise is None:
+        return np.zeros(B, np.int32), 0, 1.0
+    stream, rate = noise
+    return flat(stream), rng.drop_threshold(rate), rng.survivor_scale(rate)

@@ -25,7 +25,7 @@ from typing import Any
 
 FOLDER = "BABY_XP_KERNELS"
 """The environment variable by which worker processes find a temporary folder."""
-SOURCES = "simd", "numba_maths", "numba_attention", "numba_elementwise", "numba_kernels", "numba_cache"
+SOURCES = "simd.py", "numba_*.py"
 LIST = "files.json"
 LOCK = threading.Lock()
 
@@ -50,8 +50,7 @@ def key() -> str:
     found = hashlib.sha256()
     settings = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and k != "NUMBA_CACHE_DIR"}
     found.update(repr([version(), sys.version, sorted(settings.items()), _processor()]).encode())
-    for name in SOURCES:
-        path = Path(__file__).with_name(f"{name}.py")
+    for path in sorted(path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern)):
         found.update(repr([str(path), path.stat().st_mtime_ns]).encode() + path.read_bytes())
     return found.hexdigest()[:24]
 

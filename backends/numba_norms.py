@@ -1,42 +1,16 @@
-"""Element by element, and row by row, by vectors: GELU and layer norm. See simd.py. Arrays are flat."""
+"""Norms of rows by vectors, see simd.py. The kernels take flat arrays."""
 
+import numpy as np
+from baby_xp_backends import numpy_kernels
 from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import exp, inlined
+from baby_xp_backends.numba_maths import FLOATS, flat
 from baby_xp_backends.simd import W, load, load_first, spread, sqrt, store, store_first, total
 
-from baby_xp.layers import gelu, layernorm
-
-FLOATS = "f4[::1]"
-TWICE = 2 * gelu.ROOT_2_OVER_PI
-CUBIC = TWICE * gelu.CUBIC
-
-
-@inlined
-def _gelu(x):
-    """x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), and its derivative."""
-    square = x * x
-    cdf = 1.0 / (1.0 + exp(x * (-TWICE - CUBIC * square)))
-    y = x * cdf
-    return y, cdf + y * (1.0 - cdf) * (TWICE + 3 * CUBIC * square)
-
-
-@compiled(f"void({FLOATS}, {FLOATS}, {FLOATS})")
-def gelu_tanh(x, y, derivative):
-    """y and derivative are written."""
-    whole = len(x) // W * W
-    for at in range(0, whole, W):
-        one, slope = _gelu(load(x, at))
-        store(y, at, one)
-        store(derivative, at, slope)
-    if whole < len(x):
-        n = len(x) - whole
-        one, slope = _gelu(load_first(x, whole, n))
-        store_first(y, whole, one, n)
-        store_first(derivative, whole, slope, n)
+from baby_xp.layers import layernorm
 
 
 @compiled(f"void({', '.join([FLOATS] * 6)})")
-def layernorm_forward(x, gain, bias, y, xhat, rstd):
+def layernorm_rows(x, gain, bias, y, xhat, rstd):
     """x (N, C); y, xhat (N, C) and rstd (N,) are written."""
     C = len(gain)
     whole = C // W * W
@@ -70,7 +44,7 @@ def layernorm_forward(x, gain, bias, y, xhat, rstd):
 
 
 @compiled(f"void({', '.join([FLOATS] * 7)})")
-def layernorm_backward(dy, gain, xhat, rstd, dx, dgain, dbias):
+def layernorm_rows_backward(dy, gain, xhat, rstd, dx, dgain, dbias):
     """dx (N, C) is written; dgain, dbias (C,) are zeros and become sums."""
     C = len(gain)
     whole = C // W * W
@@ -97,3 +71,22 @@ def layernorm_backward(dy, gain, xhat, rstd, dx, dgain, dbias):
         if n:
             d, x = load_first(dy, base + whole, n) * load_first(gain, whole, n), load_first(xhat, base + whole, n)
             store_first(dx, base + whole, (d - one - x * two) * scale, n)
+
+
+def layernorm_forward(xp, p, x):
+    if x.dtype != np.float32:
+        return numpy_kernels.layernorm_forward(xp, p, x)
+    y, xhat, rstd = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype), np.empty((len(x), 1), x.dtype)
+    inputs = flat(x), flat(p["gain"]), flat(p["bias"])
+    layernorm_rows(*inputs, y.reshape(-1), xhat.reshape(-1), rstd.reshape(-1))
+    return y, (xhat, rstd)
+
+
+def layernorm_backward(xp, p, saved, dy):
+    xhat, rstd = saved
+    if dy.dtype != np.float32 or xhat.dtype != np.float32:
+        return numpy_kernels.layernorm_backward(xp, p, saved, dy)
+    dx, (dgain, dbias) = np.empty(dy.shape, dy.dtype), np.zeros((2, dy.shape[1]), dy.dtype)
+    inputs = flat(dy), flat(p["gain"]), flat(xhat), flat(rstd)
+    layernorm_rows_backward(*inputs, dx.reshape(-1), dgain, dbias)
+    return {"gain": dgain, "bias": dbias}, dx
