@@ -6,9 +6,11 @@ Same arguments, same results up to rounding. Arrays of other types go to NumPy's
 from collections.abc import Callable
 from typing import Any
 
-from baby_xp_backends import numba_activations, numba_attention, numba_norms
+from baby_xp_backends import numba_activations, numba_attention, numba_norms, numba_products
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "linear.forward": numba_products.linear_forward,
+    "linear.backward": numba_products.linear_backward,
     "layernorm.forward": numba_norms.layernorm_forward,
     "layernorm.backward": numba_norms.layernorm_backward,
     "gelu.tanh_form": numba_activations.gelu_tanh_form,

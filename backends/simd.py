@@ -326,6 +326,52 @@ def axpy(typing, x, array, at, rows):
 
 
 @intrinsic
+def axpy_rows(typing, x, array, at, step, rows):
+    """As axpy, with the numbers array[at + d step]."""
+
+    def code(context, builder, signature, arguments):
+        x, value, at, step, rows_ = arguments
+        sums = []
+        for row in cgutils.unpack_tuple(builder, rows_):
+            product = builder.fmul(x, _element(context, builder, array, value, at, 0, rows.dtype), flags=JOINED)
+            sums.append(builder.fadd(row, product, flags=JOINED))
+            at = builder.add(at, step)
+        return cgutils.pack_array(builder, sums)
+
+    return rows(x, array, types.intp, types.intp, rows), code
+
+
+@intrinsic(prefer_literal=True)
+def repeat(typing, x, number):
+    """A tuple of copies of a vector. `number` is a constant."""
+    result = types.UniTuple(x, number.literal_value)
+
+    def code(context, builder, signature, arguments):
+        return cgutils.pack_array(builder, [arguments[0]] * number.literal_value)
+
+    return result(x, number), code
+
+
+@intrinsic
+def transposed(typing, rows):
+    """W vectors of W lanes -> lane i of each, for all i: W vectors."""
+
+    def code(context, builder, signature, arguments):
+        width, vectors = rows.dtype.width, cgutils.unpack_tuple(builder, *arguments)
+        kind, half = ir.VectorType(I32, width), width // 2
+        low, high = ([place for i in range(start, start + half) for place in (i, width + i)] for start in (0, half))
+        for _ in range(width.bit_length() - 1):  # each turn interleaves the lanes of the two halves of the rows
+            vectors = [
+                builder.shuffle_vector(*pair, ir.Constant(kind, part))
+                for pair in zip(vectors[:half], vectors[half:], strict=True)
+                for part in (low, high)
+            ]
+        return cgutils.pack_array(builder, vectors)
+
+    return rows(rows), code
+
+
+@intrinsic
 def add_outer(typing, x, rows, array, at):
     """Add x times rows[d] to the vector at array[at + d W], for each d."""
 

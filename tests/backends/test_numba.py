@@ -15,7 +15,8 @@ from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
-from baby_xp.layers import Shape, gelu, heads, layernorm
+from baby_xp.arrays.tree import Parameters
+from baby_xp.layers import Shape, gelu, heads, layernorm, linear
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def drawn(*shape, seed=0, spread=1.0):
 
 def close(found, expected, tolerance=2e-6):
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max(initial=0)))
 
 
 def test_float32_alone_is_computed_by_numba():
@@ -79,6 +80,28 @@ def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast):
         qkv[20] = value
         y, _ = heads.forward(fast, {}, qkv, Shape(1, 40, 1))
         assert np.isnan(y[20:]).any(axis=1).all()
+
+
+@pytest.mark.parametrize(("N", "C", "F"), [
+    (8, 32, 32), (16, 64, 192), (24, 256, 64), (160, 96, 32), (40, 20, 64), (9, 32, 32), (8, 32, 65), (0, 32, 32),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers(fast, plain, N, C, F, bias):
+    """With gradients written where the step wants them, and without; N, C and F of sizes that BLAS takes too."""
+    p = {"weight": drawn(C, F), **({"bias": drawn(F, seed=3)} if bias else {})}
+    x, dy = drawn(N, C, seed=1), drawn(N, F, seed=2)
+    double = {name: value.astype(np.float64) for name, value in p.items()}
+    expected, saved0 = linear.forward(plain, double, x.astype(np.float64))
+    expected_dp, expected_dx = linear.backward(plain, double, saved0, dy.astype(np.float64))
+    y, saved = linear.forward(fast, p, x)
+    close(y, expected, 1e-5)
+    views = {name: np.full(value.shape, np.nan, np.float32) for name, value in p.items()}
+    for own in (p, Parameters(p, views)):
+        dp, dx = linear.backward(fast, own, saved, dy)
+        close(dx, expected_dx, 1e-5)
+        for name, value in expected_dp.items():
+            close(dp[name], value, 1e-5)
+    assert dp["weight"] is views["weight"]
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 1000])

@@ -148,6 +148,34 @@ def test_tuples_of_vectors(wide):
     same(outer, 1 + draw[4] * draw[1:4])
 
 
+def test_rows_are_columns_after_transposition(wide):
+    W, of = wide
+    rows, put, turn = of.load_rows, simd.store_rows, simd.transposed
+    a = np.arange(W * W, dtype=np.float32)
+
+    @numba.njit
+    def kernel(a, out):
+        put(out, 0, W, turn(rows(a, 0, W, W)))
+
+    out = np.empty((W, W), np.float32)
+    kernel(a, out.reshape(-1))
+    same(out, a.reshape(W, W).T)
+
+
+def test_rows_of_a_product(wide):
+    W, of = wide
+    load, put, axpy_rows, repeat = of.load, simd.store_rows, simd.axpy_rows, simd.repeat
+    a, numbers = np.arange(2 * W, dtype=np.float32), np.arange(9, dtype=np.float32)
+
+    @numba.njit
+    def kernel(a, numbers, out):
+        put(out, 0, W, axpy_rows(load(a, 0), numbers, 1, 3, repeat(load(a, W), 3)))
+
+    out = np.empty((3, W), np.float32)
+    kernel(a, numbers, out.reshape(-1))
+    same(out, a[W:] + numbers[1::3, None] * a[:W])
+
+
 def test_exp_over_its_whole_range(wide):
     x = np.concatenate([np.linspace(-110, 95, 40_000), np.linspace(-1e-3, 1e-3, 1000), [0.0, -0.0, 1e-42]])
     x = np.concatenate([x, [np.inf, -np.inf, np.nan, 3e38, -3e38, 88.7228, 88.73, -103.97, -104.1]])
