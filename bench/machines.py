@@ -6,7 +6,6 @@ A class has one file. For each workload it has one whole run on one machine; a n
 import itertools
 import json
 import statistics
-from pathlib import Path
 
 from baby_xp import files
 from baby_xp.errors import BabyError

@@ -98,11 +98,16 @@ def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.med
 
 def against_best(value_of: Mapping[str, float | None], us: str = US) -> tuple[float, str] | None:
     """Our value divided by the smallest one of the peers, and that peer's name; None if one side has none."""
-    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
-    if not peers or value_of.get(us) is None:
+    best = best_peer(value_of)
+    if best is None or value_of.get(us) is None:
         return None
-    best = min(peers, key=peers.get)
-    return value_of[us] / peers[best], best
+    return value_of[us] / value_of[best], best
+
+
+def best_peer(value_of: Mapping[str, float | None]) -> str | None:
+    """The peer with the smallest value; None if none has one."""
+    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
+    return min(peers, key=peers.get, default=None)
 
 
 def is_ours(name: str) -> bool:
