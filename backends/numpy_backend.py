@@ -55,7 +55,7 @@ class NumpyBackend(Backend):
         self._compiles, self._why_not = False, ""
         by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
         kept = {**KERNELS, **{name: lazily(name) for name in BY_NUMBA if by_numba}}
-        fast: dict[str, Any] = {"kernels": kept, "gradients_in_place": True} if kernels == "fast" else {}
+        fast: dict[str, Any] = {"kernels": kept, "gradients_in_place": True} if kernels != "plain" else {}
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
         if by_numba:
