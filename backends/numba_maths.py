@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from baby_xp_backends.simd import W, bits, floats, load, select, spread, total
+from baby_xp_backends.simd import bits, floats, select
 from numba import njit
 
 from baby_xp.arrays import rng
@@ -69,15 +69,6 @@ def exp_of_negative(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)) of each lane: 0 below -88."""
     return select(x < -88.0, 0.0, 1.0 / (1.0 + exp_of_negative(0.0 - x)))
-
-
-@inlined
-def mean_product(a, b, at, C):
-    """The mean of a times b over the C elements from `at` on. C is a multiple of W."""
-    sums = spread(0.0)
-    for i in range(at, at + C, W):
-        sums = sums + load(a, i) * load(b, i)
-    return total(sums) / C
 
 
 @inlined

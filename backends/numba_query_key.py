@@ -1,7 +1,8 @@
-"""Rotation and QK-norm of queries and keys by vectors, see simd.py: one pass over each head of each token.
+"""Rotation and QK-norm of queries and keys by vectors, see simd.py: one head of one token after the other.
 
-The kernels take flat arrays and heads whose halves are a multiple of W; NumPy computes the others. qkv (B, T, 3, H,
-D), and rstd (B, T, 2 H), that of queries and then of keys. cos, sin (T, D / 2): those of the angles of a position.
+A vector has LANES numbers, so that the halves of a head 16 wide are vectors; NumPy computes heads whose halves are
+no multiple of that. Arrays are flat. qkv (B, T, 3, H, D); rstd (B, T, 2 H), that of queries and then of keys; cos,
+sin (T, D / 2), those of the angles of a position.
 """
 
 import math
@@ -9,11 +10,15 @@ import math
 import numpy as np
 from baby_xp_backends import numpy_query_key
 from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, flat, mean_product
+from baby_xp_backends.numba_maths import FLOATS, flat
 from baby_xp_backends.numpy_query_key import Saved
-from baby_xp_backends.simd import W, load, store
+from baby_xp_backends.simd import W, of_width, store, total
 
 from baby_xp.layers import rmsnorm
+
+LANES = min(W, 8)
+_own = of_width(LANES)
+load, spread = _own.load, _own.spread
 
 
 @compiled(f"void({', '.join([FLOATS] * 5)}, i8, i8, i8, b1, b1)")
@@ -23,20 +28,21 @@ def heads_of_tokens(qkv, cos, sin, y, rstd, T, H, D, rotary, norm):
     for token in range(len(qkv) // (3 * S)):
         of_angles = token % T * half
         for head in range(2 * H):
-            base = 3 * S * token + D * head
-            for i in range(0, half, W):
+            base, squares = 3 * S * token + D * head, spread(0.0)
+            for i in range(0, half, LANES):
                 a, b = load(qkv, base + i), load(qkv, base + half + i)
                 if rotary:
                     c, s = load(cos, of_angles + i), load(sin, of_angles + i)
                     a, b = a * c + b * s, b * c - a * s
+                squares = squares + a * a + b * b
                 store(y, base + i, a)
                 store(y, base + half + i, b)
             if norm:
-                scale = 1.0 / math.sqrt(mean_product(y, y, base, D) + rmsnorm.EPS)
+                scale = 1.0 / math.sqrt(total(squares) / D + rmsnorm.EPS)
                 rstd[2 * H * token + head] = scale
-                for at in range(base, base + D, W):
+                for at in range(base, base + D, LANES):
                     store(y, at, load(y, at) * scale)
-        for at in range(3 * S * token + 2 * S, 3 * S * (token + 1), W):
+        for at in range(3 * S * token + 2 * S, 3 * S * (token + 1), LANES):
             store(y, at, load(qkv, at))
 
 
@@ -49,8 +55,11 @@ def heads_of_tokens_backward(dy, y, cos, sin, rstd, dx, T, H, D, rotary, norm):
         for head in range(2 * H):
             base, along, scale = 3 * S * token + D * head, 0.0, 1.0
             if norm:
-                along, scale = mean_product(dy, y, base, D), rstd[2 * H * token + head]
-            for i in range(0, half, W):
+                sums = spread(0.0)
+                for at in range(base, base + D, LANES):
+                    sums = sums + load(dy, at) * load(y, at)
+                along, scale = total(sums) / D, rstd[2 * H * token + head]
+            for i in range(0, half, LANES):
                 a, b = load(dy, base + i), load(dy, base + half + i)
                 if norm:
                     a = (a - load(y, base + i) * along) * scale
@@ -60,12 +69,12 @@ def heads_of_tokens_backward(dy, y, cos, sin, rstd, dx, T, H, D, rotary, norm):
                     a, b = a * c - b * s, b * c + a * s
                 store(dx, base + i, a)
                 store(dx, base + half + i, b)
-        for at in range(3 * S * token + 2 * S, 3 * S * (token + 1), W):
+        for at in range(3 * S * token + 2 * S, 3 * S * (token + 1), LANES):
             store(dx, at, load(dy, at))
 
 
 def _suits(qkv, shape) -> bool:
-    return qkv.dtype == np.float32 and qkv.shape[1] // (3 * shape.H) % (2 * W) == 0
+    return qkv.dtype == np.float32 and qkv.shape[1] // (3 * shape.H) % (2 * LANES) == 0
 
 
 def _turns(t: int, shape, D: int):

@@ -115,11 +115,11 @@ def test_activations_hold_far_from_zero(fast, plain, activation, form):
     x = np.concatenate([x, x[:3]]).astype(np.float32)[None]
     if activation is swiglu:
         x = np.concatenate([x, x[:, ::-1]], axis=1)
-    (y, saved), (y0, saved0) = (
-        activation.forward(xp, {}, x.astype(kind), *form) for xp, kind in ((fast, np.float32), (plain, np.float64))
-    )
-    dx, dx0 = (activation.backward(xp, {}, s, np.ones_like(one))[1] for xp, s, one in ((fast, saved, y), (plain, saved0, y0)))
-    for found, expected in ((y, y0), (dx, dx0)):
+    results = []
+    for xp, kind in ((fast, np.float32), (plain, np.float64)):
+        y, saved = activation.forward(xp, {}, x.astype(kind), *form)
+        results.append([y, activation.backward(xp, {}, saved, np.ones_like(y))[1]])
+    for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7)
 
 
@@ -132,7 +132,7 @@ def test_norms(fast, plain, norm, C):
 
 
 @pytest.mark.parametrize("steps", [Steps(True, True), Steps(True, False), Steps(False, True)])
-@pytest.mark.parametrize(("B", "T", "H", "D"), [(2, 5, 2, 32), (1, 3, 1, 64), (2, 4, 3, 16), (1, 9, 2, 6)])
+@pytest.mark.parametrize(("B", "T", "H", "D"), [(2, 5, 2, 32), (1, 3, 1, 64), (2, 4, 3, 16), (1, 9, 2, 12)])
 def test_queries_and_keys(fast, plain, B, T, H, D, steps):
     qkv, dqkv, shape = drawn(B * T, 3 * H * D), drawn(B * T, 3 * H * D, seed=1), Shape(B, T, H)
     compare(fast, plain, query_key, {}, qkv, dqkv, shape, steps)
