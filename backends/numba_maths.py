@@ -57,9 +57,18 @@ MAGIC_BITS = 0x4B400000
 
 @inlined
 def exp_of_negative(x):
-    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38."""
+    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38.
+
+    It holds up to 88; above, the result is meaningless.
+    """
     y, shifted = _reduced(select(x < NORMAL, NORMAL, x))
     return floats(bits(y) + (bits(shifted) << 23))
+
+
+@inlined
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of each lane: 0 below -88."""
+    return select(x < -88.0, 0.0, 1.0 / (1.0 + exp_of_negative(0.0 - x)))
 
 
 @inlined

@@ -103,7 +103,7 @@ SCRATCH = np.empty(DEPTH * COLUMNS, np.float32)
 
 def fit(N: int, C: int, F: int) -> bool:
     """Whether the kernels take these sizes: of N, C and F, F as columns and the others as rows or terms."""
-    return N % ROWS == 0 and F % COLUMNS == 0 and C * F <= LARGEST
+    return N > 0 and N % ROWS == 0 and F % COLUMNS == 0 and C * F <= LARGEST
 
 
 def linear_forward(xp, p, x):

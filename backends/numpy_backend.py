@@ -22,8 +22,10 @@ TOKENS_AT_ONCE = 1024
 
 
 BY_NUMBA = (
-    "linear.forward", "linear.backward", "layernorm.forward", "layernorm.backward", "gelu.tanh_form",
-    "heads.forward", "heads.backward",
+    "linear.forward", "linear.backward", "layernorm.forward", "layernorm.backward", "rmsnorm.forward",
+    "rmsnorm.backward", "rmsnorm_gain.forward", "rmsnorm_gain.backward", "gelu.tanh_form", "gelu.erf_form",
+    "relu2.forward", "relu2.backward", "swiglu.forward", "swiglu.backward", "query_key.forward",
+    "query_key.backward", "heads.forward", "heads.backward",
 )  # fmt: skip
 """What numba_kernels.py replaces in float32, where numba is installed."""
 

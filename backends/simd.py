@@ -359,7 +359,9 @@ def transposed(typing, rows):
     def code(context, builder, signature, arguments):
         width, vectors = rows.dtype.width, cgutils.unpack_tuple(builder, *arguments)
         kind, half = ir.VectorType(I32, width), width // 2
-        low, high = ([place for i in range(start, start + half) for place in (i, width + i)] for start in (0, half))
+        low, high = (
+            [place for lane in range(start, start + half) for place in (lane, width + lane)] for start in (0, half)
+        )
         for _ in range(width.bit_length() - 1):  # each turn interleaves the lanes of the two halves of the rows
             vectors = [
                 builder.shuffle_vector(*pair, ir.Constant(kind, part))

@@ -16,7 +16,8 @@ from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.arrays.tree import Parameters
-from baby_xp.layers import Shape, gelu, heads, layernorm, linear
+from baby_xp.layers import Shape, gelu, heads, layernorm, linear, query_key, relu2, rmsnorm, rmsnorm_gain, swiglu
+from baby_xp.layers.query_key import Steps
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def drawn(*shape, seed=0, spread=1.0):
 
 def close(found, expected, tolerance=2e-6):
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max(initial=0)))
+    largest = max(1, np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 def test_float32_alone_is_computed_by_numba():
@@ -105,27 +107,63 @@ def test_linear_layers(fast, plain, N, C, F, bias):
     assert dp["weight"] is views["weight"]
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 1000])
-def test_gelu(fast, plain, size):
-    x = np.concatenate([drawn(size, spread=4.0), np.array([-1e4, -40, -10, 0, 10, 1e4], np.float32)])
-    for found, expected in zip(gelu.tanh_form(fast, x), gelu.tanh_form(plain, x.astype(np.float64)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=5e-7)
-    assert np.isnan(gelu.tanh_form(fast, np.full(20, np.nan, np.float32))).all()
-
-
-@pytest.mark.parametrize("C", [1, 6, 16, 200])
-def test_layer_norm(fast, plain, C):
-    x, dy = drawn(9, C, spread=3.0) + 5, drawn(9, C, seed=1)
-    x.flags.writeable = False
-    p = {"gain": drawn(C, seed=2), "bias": drawn(C, seed=3)}
+def compare(fast, plain, layer, p, x, dy, *arguments, tolerance=5e-6):
+    """y, the gradients and dx by the kernels, and by the plain functions in float64."""
     results = []
     for xp, kind in ((fast, np.float32), (plain, np.float64)):
-        own = {name: value.astype(kind) for name, value in p.items()}
-        y, saved = layernorm.forward(xp, own, x.astype(kind) if kind is np.float64 else x)
-        dp, dx = layernorm.backward(xp, own, saved, dy.astype(kind))
-        results.append([y, dp["gain"], dp["bias"], dx])
+        own, own_x = {name: value.astype(kind) for name, value in p.items()}, x.astype(kind)
+        own_x.flags.writeable = False
+        y, saved = layer.forward(xp, own, own_x, *arguments)
+        dp, dx = layer.backward(xp, own, saved, dy.astype(kind))
+        results.append([y, *dp.values(), dx])
     for found, expected in zip(*results, strict=True):
-        close(found, expected, 1e-4 if C == 1 else 1e-5)
+        close(found, expected, tolerance)
+
+
+ACTIVATIONS = pytest.mark.parametrize(
+    ("activation", "form"), [(gelu, ["tanh"]), (gelu, ["erf"]), (relu2, []), (swiglu, [])],
+    ids=["gelu tanh", "gelu erf", "relu2", "swiglu"],
+)  # fmt: skip
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("F", [1, 15, 16, 170])
+def test_activations(fast, plain, activation, form, F):
+    x, dy = drawn(7, activation.INPUTS * F, spread=3.0), drawn(7, F, seed=1)
+    compare(fast, plain, activation, {}, x, dy, *form, tolerance=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@ACTIVATIONS
+def test_activations_hold_far_from_zero(fast, plain, activation, form):
+    x = np.array([0, -0.0, 1e-30, -5, -8, 20, -20, 87.5, -87.5, 90, -90, 1e4, -1e4, np.inf, -np.inf, np.nan])
+    x = np.concatenate([x, x[:3]]).astype(np.float32)[None]
+    if activation is swiglu:
+        x = np.concatenate([x, x[:, ::-1]], axis=1)
+    results = []
+    for xp, kind in ((fast, np.float32), (plain, np.float64)):
+        y, saved = activation.forward(xp, {}, x.astype(kind), *form)
+        results.append([y, activation.backward(xp, {}, saved, np.ones_like(y))[1]])
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("C", [1, 6, 16, 64, 200])
+@pytest.mark.parametrize("norm", [layernorm, rmsnorm, rmsnorm_gain])
+def test_norms(fast, plain, norm, C):
+    x, dy = drawn(9, C, spread=3.0) + 5, drawn(9, C, seed=1)
+    p = {name: drawn(C, seed=seed) for seed, name in enumerate(norm.spec(C), 2)}
+    compare(fast, plain, norm, p, x, dy, tolerance=1e-4 if C == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("steps", [Steps(True, True), Steps(True, False), Steps(False, True)])
+@pytest.mark.parametrize(("B", "T", "H", "D"), [(2, 5, 2, 32), (1, 3, 1, 64), (2, 4, 3, 16), (1, 9, 2, 12)])
+def test_queries_and_keys(fast, plain, B, T, H, D, steps):
+    qkv, dqkv, shape = drawn(B * T, 3 * H * D), drawn(B * T, 3 * H * D, seed=1), Shape(B, T, H)
+    compare(fast, plain, query_key, {}, qkv, dqkv, shape, steps)
+    past = 2 * (np.zeros((B, H, 7, D), np.float32),)
+    found, expected = (query_key.forward(xp, {}, qkv, shape, steps, past)[0] for xp in (fast, plain))
+    close(found, expected)
 
 
 # the cache -----------------------------------------------------------------------------------------------
