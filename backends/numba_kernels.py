@@ -6,7 +6,14 @@ Same arguments, same results up to rounding. Arrays of other types go to NumPy's
 from collections.abc import Callable
 from typing import Any
 
-from baby_xp_backends import numba_activations, numba_attention, numba_norms
+from baby_xp_backends import (
+    numba_activations,
+    numba_attention,
+    numba_dropout,
+    numba_norms,
+    numba_optimizers,
+    numba_tokens,
+)
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "layernorm.forward": numba_norms.layernorm_forward,
@@ -14,4 +21,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gelu.tanh_form": numba_activations.gelu_tanh_form,
     "heads.forward": numba_attention.heads_forward,
     "heads.backward": numba_attention.heads_backward,
+    "cross_entropy.forward": numba_tokens.cross_entropy_forward,
+    "cross_entropy.backward": numba_tokens.cross_entropy_backward,
+    "embedding.sum_by_id": numba_tokens.sum_by_id,
+    "dropout.drop": numba_dropout.dropout_drop,
+    "dropout.select": numba_dropout.dropout_select,
+    "optimizers.adamw": numba_optimizers.adamw,
+    "workers.adamw_into": numba_optimizers.adamw_into,
 }

@@ -21,7 +21,11 @@ TOKENS_AT_ONCE = 1024
 """This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
 
 
-BY_NUMBA = "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward"
+BY_NUMBA = (
+    "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward",
+    "cross_entropy.forward", "cross_entropy.backward", "embedding.sum_by_id", "dropout.drop", "dropout.select",
+    "optimizers.adamw", "workers.adamw_into",
+)  # fmt: skip
 """What numba_kernels.py replaces in float32, where numba is installed."""
 
 
