@@ -28,4 +28,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "dropout.select": numba_dropout.dropout_select,
     "optimizers.adamw": numba_optimizers.adamw,
     "workers.adamw_into": numba_optimizers.adamw_into,
+    "muon.muon": numba_optimizers.muon_step,
+    "workers.muon_into": numba_optimizers.muon_into,
 }

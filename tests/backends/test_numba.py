@@ -16,7 +16,7 @@ from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.layers import Shape, cross_entropy, dropout, embedding, gelu, heads, layernorm
-from baby_xp.training import optimizers, workers
+from baby_xp.training import muon, optimizers, workers
 
 
 @pytest.fixture
@@ -185,6 +185,30 @@ def test_adamw(fast, plain, size):
     new = np.empty((3, size), np.float32)
     workers.adamw_into(fast, new, w, g, m, v, decays, *rates, *more)
     assert new.tobytes() == np.stack(found).tobytes()
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (2, 3)), (1, (4, 4)), (3, (5, 12)), (2, (40, 10)), (3, (64, 256))])
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_muon(fast, plain, n, shape, iterations):
+    """Also of matrices that lie in the flat buffer in another order, with others between them."""
+    size = shape[0] * shape[1]
+    begins = [7 + 2 * size * (n - 1 - i) for i in range(n)]
+    matrices = [(slice(begin, begin + size), shape) for begin in begins]
+    w, g, m = (drawn(7 + 2 * n * size, seed=seed) for seed in range(3))
+    scale, lr = np.array([0.7], np.float32), np.array([1e-2], np.float32)
+    new = np.zeros((2, len(w)), np.float32)
+    workers.muon_into(fast, new, matrices, w, g, m, scale, lr, 0.1, 5.0, 0.9, iterations)
+    stacked = [np.stack([flat[at].reshape(shape) for at, _ in matrices]) for flat in (w, g, m)]
+    arguments = scale, 5 * lr, 0.9, 0.1, iterations
+    found = muon.muon(fast, *stacked, *arguments)
+    expected = muon.muon(plain, *(one.astype(np.float64) for one in stacked), *arguments)
+    close(found[0], expected[0], 1e-6 if iterations == 1 else 2e-4)
+    close(found[1], expected[1])
+    for flat, matrices_of_stack in zip(new, found, strict=True):
+        for (at, _), one in zip(matrices, matrices_of_stack, strict=True):
+            assert flat[at].tobytes() == one.tobytes()
+            flat[at] = 0
+    assert not new.any()
 
 
 # the cache -----------------------------------------------------------------------------------------------
