@@ -1,6 +1,7 @@
-"""Faster forms of some of the functions in numpy_kernels.py: float32 alone, by numba. The extra `fast` has it.
+"""Faster forms of replaceable functions: float32 alone, by numba. The extra `fast` has it.
 
-Same arguments, same results up to rounding. Arrays of other types go to NumPy's functions.
+Same arguments, same results up to rounding. Arrays of other types go to the functions of numpy_kernels.py, or to the
+plain ones where it has none.
 """
 
 from collections.abc import Callable
@@ -29,5 +30,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "optimizers.adamw": numba_optimizers.adamw,
     "workers.adamw_into": numba_optimizers.adamw_into,
     "muon.muon": numba_optimizers.muon_step,
-    "workers.muon_into": numba_optimizers.muon_into,
+    "muon.update_into": numba_optimizers.muon_update_into,
 }

@@ -11,7 +11,7 @@ from baby_xp_backends.numba_cache import compiled
 from baby_xp_backends.numba_maths import FLOATS, flat
 from baby_xp_backends.simd import W, load, sqrt, store
 
-from baby_xp.training import muon, workers
+from baby_xp.training import muon
 
 
 @compiled(f"void({', '.join([FLOATS] * 8 + ['f8'] * 8)})")
@@ -79,11 +79,11 @@ def muon_step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
     return new
 
 
-def muon_into(xp, new, matrices, w, g, m, scale, lr, weight_decay, rate, momentum, iterations):
-    """As workers.muon_into: matrices are read where they lie, and written where they belong."""
+def muon_update_into(xp, new, matrices, w, g, m, scale, lr, weight_decay, rate, momentum, iterations):
+    """As muon.update_into: matrices are read where they lie, and written where they belong."""
     if w.dtype != np.float32 or min((math.prod(shape) for _, shape in matrices), default=W) < W:
         more = weight_decay, rate, momentum, iterations
-        workers.muon_into.__wrapped__(xp, new, matrices, w, g, m, scale, lr, *more)
+        muon.update_into.__wrapped__(xp, new, matrices, w, g, m, scale, lr, *more)
         return
     arrays = new[0], new[1], *map(flat, (w, g, m))
     for stack in muon.stacks(matrices, muon.TILE):

@@ -24,7 +24,7 @@ TOKENS_AT_ONCE = 1024
 BY_NUMBA = (
     "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward",
     "cross_entropy.forward", "cross_entropy.backward", "embedding.sum_by_id", "dropout.drop", "dropout.select",
-    "optimizers.adamw", "workers.adamw_into", "muon.muon", "workers.muon_into",
+    "optimizers.adamw", "workers.adamw_into", "muon.muon", "muon.update_into",
 )  # fmt: skip
 """What numba_kernels.py replaces in float32, where numba is installed."""
 

@@ -393,15 +393,6 @@ def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta
         array[:] = values
 
 
-@replaceable
-def muon_into(xp, new, matrices, w, g, m, scale, lr, weight_decay, rate, momentum, iterations) -> None:
-    """As muon.update, on NumPy alone; the new w, m of the matrices go into the arrays (P,) of `new`, shared memory."""
-    for at, new_w, new_m in muon.update(
-        xp, matrices, w, g, m, scale, lr, weight_decay, rate, momentum, iterations
-    ):  # fmt: skip
-        new[0][at], new[1][at] = new_w, new_m
-
-
 def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> None:
     """Compute the parts of a process: from one state in the arena to the other."""
     xp, own = backend.xp, optimizers.parts(model, OPTIMIZERS[optimizer], rank, len(arena.gradients))
@@ -412,7 +403,7 @@ def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> No
         arrays = before[0][at], g[at], before[1][at], before[2][at], decays[at]
         adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
     more = weight_decay, rate, momentum, int(iterations)
-    muon_into(xp, new, own.matrices, before[0], g, before[1], scale, lr, *more)
+    muon.update_into(xp, new, own.matrices, before[0], g, before[1], scale, lr, *more)
 
 
 def serve() -> None:

@@ -197,7 +197,7 @@ def test_muon(fast, plain, n, shape, iterations):
     w, g, m = (drawn(7 + 2 * n * size, seed=seed) for seed in range(3))
     scale, lr = np.array([0.7], np.float32), np.array([1e-2], np.float32)
     new = np.zeros((2, len(w)), np.float32)
-    workers.muon_into(fast, new, matrices, w, g, m, scale, lr, 0.1, 5.0, 0.9, iterations)
+    muon.update_into(fast, new, matrices, w, g, m, scale, lr, 0.1, 5.0, 0.9, iterations)
     stacked = [np.stack([flat[at].reshape(shape) for at, _ in matrices]) for flat in (w, g, m)]
     arguments = scale, 5 * lr, 0.9, 0.1, iterations
     found = muon.muon(fast, *stacked, *arguments)
