@@ -1,7 +1,7 @@
 """Faster forms of replaceable functions: float32 alone, by numba. The extra `fast` has it.
 
-Same arguments, same results up to rounding. Arrays of other types go to the functions of numpy_kernels.py, or to the
-plain ones where it has none.
+Same arguments, same results up to rounding. Arrays of other types go to the functions of numpy_kernels.py, or to
+the plain ones where it has none.
 """
 
 from collections.abc import Callable

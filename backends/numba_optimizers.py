@@ -30,8 +30,8 @@ def adamw_elements(w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, kee
 
 @compiled(f"void({FLOATS}, {FLOATS}, i8[::1], i8, f8, f8, {FLOATS}, {FLOATS})")
 def nesterov(g, m, begins, size, share, momentum, new_m, directions):
-    """Of n matrices of `size` elements, at least W, that begin at these places of the buffers g, m, new_m (P,): the
-    new running means, and the directions (n, size), are written. share: what a gradient adds to its mean.
+    """Of n matrices of `size` elements, at least W, that begin at these places of the buffers g, m, new_m (P,):
+    the new running means, and the directions (n, size), are written. share: what a gradient adds to its mean.
     """
     for number in range(len(begins)):
         for i in range(0, size, W):
@@ -74,8 +74,8 @@ def muon_step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
         return numpy_muon.step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations)
     new = np.empty_like(w), np.empty_like(w)
     begins = np.arange(len(w)) * math.prod(shape)
-    arrays = *(array.reshape(-1) for array in new), *map(flat, (w, g, m))
-    _muon(begins, shape, *arrays, scale, lr, momentum, weight_decay, iterations)
+    arrays = [array.reshape(-1) for array in new] + [flat(array) for array in (w, g, m)]
+    _muon(begins, shape, arrays, scale, lr, momentum, weight_decay, iterations)
     return new
 
 
@@ -85,14 +85,15 @@ def muon_update_into(xp, new, matrices, w, g, m, scale, lr, weight_decay, rate, 
         more = weight_decay, rate, momentum, iterations
         muon.update_into.__wrapped__(xp, new, matrices, w, g, m, scale, lr, *more)
         return
-    arrays = new[0], new[1], *map(flat, (w, g, m))
+    arrays = [new[0], new[1], *map(flat, (w, g, m))]
     for stack in muon.stacks(matrices, muon.TILE):
         begins = np.array([at.start for at, _ in stack])
-        _muon(begins, stack[0][1], *arrays, scale, rate * lr, momentum, weight_decay, iterations)
+        _muon(begins, stack[0][1], arrays, scale, rate * lr, momentum, weight_decay, iterations)
 
 
-def _muon(begins, shape, new_w, new_m, w, g, m, scale, lr, momentum, weight_decay, iterations):
-    """One step for matrices of this shape, which begin at these places of the buffers (P,)."""
+def _muon(begins, shape, arrays, scale, lr, momentum, weight_decay, iterations):
+    """One step for matrices of this shape that begin at these places of the arrays (P,): new w, new m, w, g, m."""
+    new_w, new_m, w, g, m = arrays
     size, directions = math.prod(shape), np.empty((len(begins), *shape), np.float32)
     nesterov(g, m, begins, size, (1 - momentum) * scale[0], momentum, new_m, directions.reshape(-1))
     factor = np.float32(lr[0] * muon.step_size(*shape))

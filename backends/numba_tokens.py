@@ -22,7 +22,7 @@ def cross_entropy_rows(logits, targets, probabilities, totals, at_target):
     V = len(logits) // max(1, len(targets))
     for row in range(len(targets)):
         base, target = row * V, targets[row]
-        if target < 0 or V <= target:
+        if target < 0 or target >= V:
             raise IndexError("a target is no token id")
         tops, sums = spread(-math.inf), spread(0.0)
         for i in range(0, V, W):
@@ -33,7 +33,7 @@ def cross_entropy_rows(logits, targets, probabilities, totals, at_target):
             at = min(i, V - W)
             e = exp_of_negative(load(logits, base + at) - top)
             store(probabilities, base + at, e)
-            sums = sums + select(lanes() >= i - at, e, 0.0)        # without the lanes that overlap
+            sums = sums + select(lanes() >= i - at, e, 0.0)  # without the lanes that overlap
         totals[row] = total(sums)
         at_target[row] = logits[base + target] - top
         inverse = 1 / spread(totals[row])
