@@ -25,7 +25,9 @@ BY_NUMBA = (
     "linear.forward", "linear.backward", "layernorm.forward", "layernorm.backward", "rmsnorm.forward",
     "rmsnorm.backward", "rmsnorm_gain.forward", "rmsnorm_gain.backward", "gelu.tanh_form", "gelu.erf_form",
     "relu2.forward", "relu2.backward", "swiglu.forward", "swiglu.backward", "query_key.forward",
-    "query_key.backward", "heads.forward", "heads.backward",
+    "query_key.backward", "heads.forward", "heads.backward", "cross_entropy.forward", "cross_entropy.backward",
+    "embedding.sum_by_id", "dropout.drop", "dropout.select", "muon.muon", "muon.update_into",
+    "optimizers.adamw", "workers.adamw_into",
 )  # fmt: skip
 """What numba_kernels.py replaces in float32, where numba is installed."""
 

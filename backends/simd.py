@@ -172,7 +172,7 @@ def floats(typing, x):
     return result(x), lambda context, builder, signature, arguments: builder.bitcast(*arguments, result.machine)
 
 
-def _halves_joined(builder, x, width: int, join):
+def halves_joined(builder, x, width: int, join):
     """What is left when the upper half of the lanes is joined to the lower half, again and again."""
     while width > 1:
         width //= 2
@@ -190,7 +190,7 @@ def total(typing, x):
     """The sum of all lanes."""
 
     def code(context, builder, signature, arguments):
-        return _halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
+        return halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
 
     return types.float32(x), code
 

@@ -16,8 +16,23 @@ from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.arrays.tree import Parameters
-from baby_xp.layers import Shape, gelu, heads, layernorm, linear, query_key, relu2, rmsnorm, rmsnorm_gain, swiglu
+from baby_xp.layers import (
+    Shape,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    heads,
+    layernorm,
+    linear,
+    query_key,
+    relu2,
+    rmsnorm,
+    rmsnorm_gain,
+    swiglu,
+)
 from baby_xp.layers.query_key import Steps
+from baby_xp.training import muon, optimizers, workers
 
 
 @pytest.fixture
@@ -164,6 +179,112 @@ def test_queries_and_keys(fast, plain, B, T, H, D, steps):
     past = 2 * (np.zeros((B, H, 7, D), np.float32),)
     found, expected = (query_key.forward(xp, {}, qkv, shape, steps, past)[0] for xp in (fast, plain))
     close(found, expected)
+
+
+# ids of tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("N", "V"), [(0, 20), (3, 5), (7, 16), (9, 31), (40, 65), (5, 300)])
+def test_cross_entropy(fast, plain, N, V):
+    logits, dy = drawn(N, V, spread=5.0), drawn(N, seed=1)
+    targets = np.random.default_rng(2).integers(0, V, N).astype(np.int32)
+    losses, saved = cross_entropy.forward(fast, {}, logits, targets)
+    expected, saved0 = cross_entropy.forward(plain, {}, logits.astype(np.float64), targets)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=2e-6)
+    dlogits = cross_entropy.backward(fast, {}, saved, dy)[1]
+    expected = cross_entropy.backward(plain, {}, saved0, dy.astype(np.float64))[1]
+    np.testing.assert_allclose(dlogits, expected, rtol=2e-6, atol=1e-6)
+    assert (losses.dtype, dlogits.dtype) == (np.float32, np.float32)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_cross_entropy_of_logits_that_are_huge_or_not_finite(fast, plain):
+    logits, targets = drawn(6, 33), np.arange(6, dtype=np.int32)
+    logits[0] = np.linspace(-1e4, 1e4, 33)
+    logits[1] = -1e30
+    logits[2, 30] = -np.inf
+    logits[3, 32], logits[4, 5], logits[5] = np.nan, np.inf, -np.inf
+    losses, (probabilities, _) = cross_entropy.forward(fast, {}, logits, targets)
+    expected, (expected_probabilities, _) = cross_entropy.forward(plain, {}, logits.astype(np.float64), targets)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+    np.testing.assert_allclose(probabilities, expected_probabilities, rtol=2e-6, atol=2e-38)
+
+
+@pytest.mark.parametrize("C", [1, 16, 21, 128])
+def test_rows_are_added_by_id(fast, plain, C):
+    ids, dy = np.random.default_rng(0).integers(0, 7, 50).astype(np.int32), drawn(50, C)
+    close(embedding.sum_by_id(fast, ids, dy, 8), embedding.sum_by_id(plain, ids, dy.astype(np.float64), 8))
+    in_order = np.zeros((8, C), np.float32)
+    for one, row in zip(ids, dy, strict=True):
+        in_order[one] += row
+    assert embedding.sum_by_id(fast, ids, dy, 8).tobytes() == in_order.tobytes()
+
+
+def test_ids_that_are_outside_are_refused(fast):
+    for wrong in (-1, 20):
+        ids = np.array([3, wrong], np.int32)
+        with pytest.raises(IndexError):
+            cross_entropy.forward(fast, {}, drawn(2, 20), ids)
+        with pytest.raises(IndexError):
+            embedding.sum_by_id(fast, ids, drawn(2, 20), 20)
+
+
+# dropout, optimizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 32), (3, 34), (4, 33), (2, 7, 100), (6, 128)])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_the_same_bit_for_bit(fast, shape, rate):
+    plain32 = case_of("numpy plain", "float32").xp
+    B = 3 if shape == (6, 128) else shape[0]  # tokens, a few of each sample
+    stream = np.random.default_rng(2).integers(-(2**31), 2**31, B).astype(np.int32)
+    x, dy = drawn(*shape), drawn(*shape, seed=1)
+    results = []
+    for xp in (fast, plain32):
+        y, saved = dropout.forward(xp, {}, x, (stream, rate))
+        results.append([y, dropout.backward(xp, {}, saved, dy)[1]])
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == shape
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [3, 16, 1000, 70_001])
+def test_adamw(fast, plain, size):
+    w, g, m = (drawn(size, seed=seed) for seed in range(3))
+    v, decays = drawn(size, seed=3) ** 2, np.arange(size).astype(np.float32) % 2
+    rates = [np.array([x], np.float32) for x in (0.7, 1e-2, 0.3, 0.05)]
+    more = 0.9, 0.99, 0.1
+    found = optimizers.adamw(fast, w, g, m, v, decays, *rates, *more)
+    expected = optimizers.adamw(plain, *(one.astype(np.float64) for one in (w, g, m, v, decays, *rates)), *more)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    new = np.empty((3, size), np.float32)
+    workers.adamw_into(fast, new, w, g, m, v, decays, *rates, *more)
+    assert new.tobytes() == np.stack(found).tobytes()
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (2, 3)), (1, (4, 4)), (3, (5, 12)), (2, (40, 10)), (3, (64, 256))])
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_muon(fast, plain, n, shape, iterations):
+    """Also of matrices that lie in the flat buffer in another order, with others between them."""
+    size = shape[0] * shape[1]
+    begins = [7 + 2 * size * (n - 1 - i) for i in range(n)]
+    matrices = [(slice(begin, begin + size), shape) for begin in begins]
+    w, g, m = (drawn(7 + 2 * n * size, seed=seed) for seed in range(3))
+    scale, lr = np.array([0.7], np.float32), np.array([1e-2], np.float32)
+    new = np.zeros((2, len(w)), np.float32)
+    muon.update_into(fast, new, matrices, w, g, m, scale, lr, 0.1, 5.0, 0.9, iterations)
+    stacked = [np.stack([flat[at].reshape(shape) for at, _ in matrices]) for flat in (w, g, m)]
+    arguments = scale, 5 * lr, 0.9, 0.1, iterations
+    found = muon.muon(fast, *stacked, *arguments)
+    expected = muon.muon(plain, *(one.astype(np.float64) for one in stacked), *arguments)
+    close(found[0], expected[0], 1e-6 if iterations == 1 else 2e-4)
+    close(found[1], expected[1])
+    for flat, matrices_of_stack in zip(new, found, strict=True):
+        for (at, _), one in zip(matrices, matrices_of_stack, strict=True):
+            assert flat[at].tobytes() == one.tobytes()
+            flat[at] = 0
+    assert not new.any()
 
 
 # the cache -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
 
-from baby_xp_backends import numba_maths, simd  # noqa: E402
+from baby_xp_backends import numba_maths, simd, simd_lanes  # noqa: E402
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-42, -1e-45, 3e38, -3e38, 1e-20, 5.0, 2.5, 88.0, -88.0]
 A = np.array(SPECIAL, np.float32)
@@ -107,6 +107,36 @@ def test_sums_of_lanes(wide):
     out = np.empty(W, np.float32)
     assert kernel(a, out) == a[:W].sum()
     same(out, a.reshape(W, W).sum(axis=1))
+
+
+def test_the_largest_lane(wide):
+    W, of = wide
+    load, highest = of.load, simd_lanes.highest
+
+    @numba.njit
+    def kernel(a, at):
+        return highest(load(a, at))
+
+    a = np.array([*A[:4], 1e-42, -np.inf, *-np.arange(26)], np.float32)
+    for at in range(16):
+        assert kernel(a, at) == a[at : at + W].max()
+    assert kernel(np.full(W, -np.inf, np.float32), 0) == -np.inf
+
+
+def test_halves_of_integers(wide):
+    W, of = wide
+    load, store, halves = of.load, simd.store, simd_lanes.halves
+
+    @numba.njit
+    def kernel(a, out):
+        for at in range(0, len(a), W):
+            first, second = halves(load(a, at))
+            store(out, 2 * at, first)
+            store(out, 2 * at + W, second)
+
+    out = np.empty(2 * len(INTEGERS), np.int32)
+    kernel(INTEGERS, out)
+    same(out, INTEGERS.view(np.uint16).astype(np.int32))
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4])
