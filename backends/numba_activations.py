@@ -8,11 +8,14 @@ import math
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, exp_of_negative, flat, inlined, sigmoid
-from baby_xp_backends.simd import W, bits, floats, load, select, spread, store
+from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat, inlined
+from baby_xp_backends.simd_width import W
 
 from baby_xp.layers import gelu, swiglu
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp_of_negative, sigmoid
+    from baby_xp_backends.simd import bits, floats, load, select, spread, store
 
 TWICE = 2 * gelu.ROOT_2_OVER_PI
 CUBIC = TWICE * gelu.CUBIC

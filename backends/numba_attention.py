@@ -15,28 +15,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp_of_negative, flat, inlined, mix
-from baby_xp_backends.simd import (
-    W,
-    add_outer,
-    axpy,
-    bits,
-    dot,
-    floats,
-    lanes,
-    load,
-    load_rows,
-    select,
-    spread,
-    store,
-    store_rows,
-    totals,
-    zero_rows,
-)
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat, inlined
+from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays import rng
 from baby_xp.layers import Shape, heads
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp_of_negative, mix
+    from baby_xp_backends.simd import (
+        add_outer,
+        axpy,
+        bits,
+        dot,
+        floats,
+        lanes,
+        load,
+        load_rows,
+        select,
+        spread,
+        store,
+        store_rows,
+        totals,
+        zero_rows,
+    )
 
 HALF = 0xFFFF
 

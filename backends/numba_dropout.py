@@ -2,13 +2,16 @@
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, flat, mix
-from baby_xp_backends.simd import W, lanes, load, select, spread, store
-from baby_xp_backends.simd_lanes import halves
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat
+from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays import rng
 from baby_xp.layers import dropout
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import mix
+    from baby_xp_backends.simd import lanes, load, select, spread, store
+    from baby_xp_backends.simd_lanes import halves
 
 
 @compiled(f"void({FLOATS}, {INTEGERS}, i8, f8, {FLOATS})")

@@ -1,18 +1,16 @@
-"""What several kernels need: exp of vectors, the hash of dropout's bits, arrays made flat. See simd.py."""
+"""Functions of vectors that several kernels call: exp, sigmoid, the hash of dropout's bits. See simd.py."""
 
 import math
 
-import numpy as np
+from baby_xp_backends.numba_library import numba_function
 from baby_xp_backends.simd import bits, floats, select
-from numba import njit
 
 from baby_xp.arrays import rng
 
-FLOATS, INTEGERS = "f4[::1]", "i4[::1]"
-"""numba's names of the flat arrays that kernels take."""
+def inlined(function):
+    """As numba_library.inlined, but also where nothing is compiled: this module always imports numba."""
+    return numba_function(function, forceinline=True)
 
-inlined = njit(forceinline=True, error_model="numpy")
-"""For functions of vectors, which are always part of the kernel that calls them."""
 
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
@@ -78,8 +76,3 @@ def mix(x):
     x = (x ^ (x >> 16)) * rng.FIRST
     x = (x ^ (x >> 15)) * rng.SECOND
     return x ^ (x >> 16)
-
-
-def flat(array) -> np.ndarray:
-    """The elements one after the other, as the kernels take them: a copy of what has gaps or is read-only."""
-    return (array if array.flags.carray else np.array(array, order="C")).reshape(-1)

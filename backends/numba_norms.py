@@ -9,11 +9,13 @@ import math
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, flat, inlined
-from baby_xp_backends.simd import W, load, spread, store, total
+from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat, inlined
+from baby_xp_backends.simd_width import W
 
 from baby_xp.layers import layernorm, rmsnorm, rmsnorm_gain
+
+if COMPILING:
+    from baby_xp_backends.simd import load, spread, store, total
 
 
 def _suits(x) -> bool:

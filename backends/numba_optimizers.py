@@ -7,11 +7,13 @@ import math
 
 import numpy as np
 from baby_xp_backends import numpy_kernels, numpy_muon
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, flat
-from baby_xp_backends.simd import W, load, sqrt, store
+from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat
+from baby_xp_backends.simd_width import W
 
 from baby_xp.training import muon
+
+if COMPILING:
+    from baby_xp_backends.simd import load, sqrt, store
 
 
 @compiled(f"void({', '.join([FLOATS] * 8 + ['f8'] * 8)})")

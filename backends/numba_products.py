@@ -8,22 +8,23 @@ than they gain.
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, flat
-from baby_xp_backends.simd import (
-    W,
-    axpy,
-    axpy_rows,
-    load,
-    load_rows,
-    repeat,
-    spread,
-    store,
-    store_rows,
-    transposed,
-)
+from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat
+from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays.tree import gradient_of
+
+if COMPILING:
+    from baby_xp_backends.simd import (
+        axpy,
+        axpy_rows,
+        load,
+        load_rows,
+        repeat,
+        spread,
+        store,
+        store_rows,
+        transposed,
+    )
 
 ROWS = 8 if W == 16 else 4
 COLUMNS = 2 * W

@@ -9,16 +9,19 @@ import math
 
 import numpy as np
 from baby_xp_backends import numpy_query_key
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, flat
+from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat
 from baby_xp_backends.numpy_query_key import Saved
-from baby_xp_backends.simd import W, of_width, store, total
+from baby_xp_backends.simd_width import W
 
 from baby_xp.layers import rmsnorm
 
 LANES = min(W, 8)
-_own = of_width(LANES)
-load, spread = _own.load, _own.spread
+
+if COMPILING:
+    from baby_xp_backends.simd import of_width, store, total
+
+    _own = of_width(LANES)
+    load, spread = _own.load, _own.spread
 
 
 @compiled(f"void({', '.join([FLOATS] * 5)}, i8, i8, i8, b1, b1)")

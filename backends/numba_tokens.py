@@ -6,12 +6,15 @@ A row of logits has at least W of them: its last vector overlaps the one before.
 import math
 
 import numpy as np
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp_of_negative, flat
-from baby_xp_backends.simd import W, lanes, load, load_first, select, spread, store, store_first, total
-from baby_xp_backends.simd_lanes import highest
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat
+from baby_xp_backends.simd_width import W
 
 from baby_xp.layers import cross_entropy, embedding
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp_of_negative
+    from baby_xp_backends.simd import lanes, load, load_first, select, spread, store, store_first, total
+    from baby_xp_backends.simd_lanes import highest
 
 
 @compiled(f"void({FLOATS}, {INTEGERS}, {FLOATS}, {FLOATS}, {FLOATS})")
@@ -22,8 +25,6 @@ def cross_entropy_rows(logits, targets, probabilities, totals, at_target):
     V = len(logits) // max(1, len(targets))
     for row in range(len(targets)):
         base, target = row * V, targets[row]
-        if target < 0 or target >= V:
-            raise IndexError("a target is no token id")
         tops, sums = spread(-math.inf), spread(0.0)
         for i in range(0, V, W):
             x = load(logits, base + min(i, V - W))
@@ -62,8 +63,6 @@ def add_rows(ids, dy, sums, C):
     whole = C // W * W
     n = C - whole
     for row in range(len(ids)):
-        if ids[row] < 0 or len(sums) <= ids[row] * C:
-            raise IndexError("a token id is outside the table")
         at, to = row * C, ids[row] * C
         for i in range(0, whole, W):
             store(sums, to + i, load(sums, to + i) + load(dy, at + i))
@@ -74,7 +73,7 @@ def add_rows(ids, dy, sums, C):
 def cross_entropy_forward(xp, p, logits, targets):
     if logits.dtype != np.float32 or logits.shape[1] < W:
         return cross_entropy.forward.__wrapped__(xp, p, logits, targets)
-    probabilities, ids = np.empty(logits.shape, np.float32), flat(np.asarray(targets, np.int32))
+    probabilities, ids = np.empty(logits.shape, np.float32), _within(logits.shape[1], targets)
     totals, at_target = np.empty((2, len(logits)), np.float32)
     cross_entropy_rows(flat(logits), ids, probabilities.reshape(-1), totals, at_target)
     return np.log(totals) - at_target, (probabilities, targets)
@@ -84,7 +83,7 @@ def cross_entropy_backward(xp, p, saved, dy):
     probabilities, targets = saved
     if dy.dtype != np.float32 or probabilities.shape[1] < W:
         return cross_entropy.backward.__wrapped__(xp, p, saved, dy)
-    dlogits, ids = np.empty(probabilities.shape, np.float32), flat(np.asarray(targets, np.int32))
+    dlogits, ids = np.empty(probabilities.shape, np.float32), _within(probabilities.shape[1], targets)
     cross_entropy_rows_backward(flat(probabilities), ids, flat(dy), dlogits.reshape(-1))
     return {}, dlogits
 
@@ -93,5 +92,13 @@ def sum_by_id(xp, ids, dy, V):
     if dy.dtype != np.float32:
         return embedding.sum_by_id.__wrapped__(xp, ids, dy, V)
     sums = np.zeros((V, dy.shape[1]), np.float32)
-    add_rows(flat(np.asarray(ids, np.int32)), flat(dy), sums.reshape(-1), dy.shape[1])
+    add_rows(_within(V, ids), flat(dy), sums.reshape(-1), dy.shape[1])
     return sums
+
+
+def _within(V: int, ids) -> np.ndarray:
+    """ids (N,) as the kernels take them, which do not check them. Raises IndexError if one is not below V."""
+    ids = flat(np.asarray(ids, np.int32))
+    if ids.size and (ids.min() < 0 or ids.max() >= V):
+        raise IndexError(f"a token id is not from 0 to {V - 1}")
+    return ids

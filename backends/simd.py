@@ -22,8 +22,7 @@ import operator
 from types import SimpleNamespace
 from typing import Any
 
-import llvmlite.binding
-import numba
+from baby_xp_backends.simd_width import W
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -471,21 +470,6 @@ def of_width(width: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def width_for(features: str) -> int:
-    """Lanes of a vector register with these features of a CPU, as LLVM names them: "+avx2,-avx512f,..."."""
-    known = features.split(",")
-    return 16 if "+avx512f" in known else 8 if "+avx2" in known and "+fma" in known else 4
-
-
-def features() -> str:
-    """The features of the CPU that numba compiles for; none for one that was only named."""
-    if numba.config.CPU_FEATURES is not None:
-        return str(numba.config.CPU_FEATURES)
-    return "" if numba.config.CPU_NAME else str(llvmlite.binding.get_host_cpu_features().flatten())
-
-
-W = width_for(features())
-"""Lanes of a vector register of this processor."""
 _own = of_width(W)
 load, load_first, load_rows, zero_rows = _own.load, _own.load_first, _own.load_rows, _own.zero_rows
 spread, lanes = _own.spread, _own.lanes
