@@ -36,11 +36,12 @@ def nesterov(g, m, begins, size, share, momentum, new_m, directions):
     the new running means, and the directions (n, size), are written. share: what a gradient adds to its mean.
     """
     for number in range(len(begins)):
+        begin = begins[number]
         for i in range(0, size, W):
             at = min(i, size - W)
-            gradient = load(g, begins[number] + at) * share
-            mean = load(m, begins[number] + at) * momentum + gradient
-            store(new_m, begins[number] + at, mean)
+            gradient = load(g, begin + at) * share
+            mean = load(m, begin + at) * momentum + gradient
+            store(new_m, begin + at, mean)
             store(directions, number * size + at, mean * momentum + gradient)
 
 
@@ -48,10 +49,11 @@ def nesterov(g, m, begins, size, share, momentum, new_m, directions):
 def descend(w, steps, begins, size, keep, new_w):
     """As nesterov: from w (P,) and the steps (n, size), new_w (P,) is written."""
     for number in range(len(begins)):
+        begin = begins[number]
         for i in range(0, size, W):
             at = min(i, size - W)
             step = load(steps, number * size + at)
-            store(new_w, begins[number] + at, load(w, begins[number] + at) * keep - step)
+            store(new_w, begin + at, load(w, begin + at) * keep - step)
 
 
 def adamw(xp, w, *more):
@@ -70,7 +72,7 @@ def adamw_into(xp, new, w, g, m, v, decays, *rates):
 
 
 def muon_step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
-    """As muon.muon."""
+    """As muon.muon: for one process, which gives the same as several that use muon_update_into, bit for bit."""
     shape = w.shape[1:]
     if w.dtype != np.float32 or math.prod(shape) < W:
         return numpy_muon.step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations)
