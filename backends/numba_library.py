@@ -5,8 +5,8 @@ milliseconds: importing numba would take half a second and tens of megabytes in 
 kernels are therefore written to be imported without numba. There @compiled turns a kernel into an entry of this
 library, by its name; names that only the body of a kernel uses are imported under `if COMPILING`.
 
-A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name is
-a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
+A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name
+is a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
 nothing, and damage is noticed. Without a folder that can be written, a temporary one is made, which the worker
 processes of this process use too.
 """
@@ -41,8 +41,7 @@ FOLDER = "BABY_XP_KERNELS"
 SOURCES = "simd*.py", "numba_*.py"
 CODE, NAMES = "kernels.o", "kernels.json"
 CALLED = "memcpy", "memmove", "memset", "sqrt"
-"""Functions of the C library that compiled kernels may call. Kernels raise no exceptions: numba's code for these is
-not there."""
+"""Functions of the C library that compiled kernels may call. One that is missing would end the process."""
 
 FLOATS, INTEGERS, PLACES = "f4[::1]", "i4[::1]", "i8[::1]"
 """numba's names of the flat arrays that kernels take: float32, int32, int64."""
@@ -57,7 +56,7 @@ kernels: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
 def compiled(signature: str) -> Callable[..., Any]:
-    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Arrays are not checked in any way."""
+    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Nobody checks that arguments fit it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
