@@ -13,7 +13,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 
-from baby_xp.arrays import registry
+from baby_xp.arrays import registry, rng
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.layers import Shape, gelu, heads, layernorm
 
@@ -49,7 +49,8 @@ def test_float32_alone_is_computed_by_numba():
 
 @pytest.mark.parametrize(("B", "T", "H", "D"), [
     (1, 1, 1, 8), (3, 5, 2, 8), (2, 16, 2, 8), (2, 31, 1, 8), (5, 33, 3, 8), (1, 64, 16, 8), (2, 70, 1, 8),
-    (3, 9, 2, 16), (2, 40, 2, 6),
+    (3, 9, 2, 16), (2, 40, 2, 6), (1, 17, 3, 1), (2, 37, 1, 4), (2, 19, 2, 24), (1, 65, 1, 32), (2, 18, 1, 40),
+    (1, 50, 2, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_attention(fast, plain, B, T, H, D, rate):
@@ -61,6 +62,18 @@ def test_attention(fast, plain, B, T, H, D, rate):
     close(saved.k, saved0.k, 0)
     _, dqkv = heads.backward(plain, {}, saved0, dy.astype(np.float64))
     close(heads.backward(fast, {}, saved, dy)[1], dqkv, 1e-5)
+
+
+@pytest.mark.parametrize("T", [31, 32])
+def test_attention_drops_what_the_mask_drops(fast, plain, T):
+    """Values such that y is the matrix of weights."""
+    B, H, rate = 2, 3, 0.3
+    qkv = drawn(B, T, 3, H, T)
+    qkv[:, :, 2] = np.eye(T)[:, None]
+    stream = np.array([5, -6], np.int32)
+    y, _ = heads.forward(fast, {}, qkv.reshape(B * T, -1), Shape(B, T, H), (stream, rate))
+    kept = rng.keep_mask(plain, stream, H * T * T, rate).reshape(B, H, T, T)
+    np.testing.assert_array_equal(y.reshape(B, T, H, T).swapaxes(1, 2) > 0, kept & np.tri(T, dtype=bool))
 
 
 @pytest.mark.parametrize("spread", [10.0, 300.0])
