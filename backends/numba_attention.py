@@ -30,27 +30,13 @@ from baby_xp_backends.simd import (
     store,
     store_first,
     store_rows,
+    total,
     transposed,
     zero_rows,
 )
 
 from baby_xp.arrays import rng
 from baby_xp.layers import Shape, heads
-
-HALF = 0xFFFF
-
-
-@inlined
-def _hash(place, stream):
-    """The hash from which the dropout of the elements at these places in the sample is taken."""
-    return mix(mix(place >> 1) ^ stream)
-
-
-@inlined
-def _bits_of(hashed, place):
-    """The 16 bits of the elements at these places."""
-    return (hashed >> ((place & 1) << 4)) & HALF
-
 
 @inlined
 def _whole(n):
@@ -59,12 +45,12 @@ def _whole(n):
 
 
 @inlined
-def _copy(source, base, step, T, D, factor, scratch, to):
-    """T rows of D numbers, which begin `step` apart -> (N, C): times the factor, zeros around them."""
+def _copy(source, base, step, T, D, scratch, to):
+    """T rows of D numbers, which begin `step` apart -> (N, C), with zeros around them."""
     for i in range(_whole(T)):
         for c in range(0, D, W):
             row = load_first(source, base + i * step + c, min(W, D - c) if i < T else 0)
-            store(scratch, to + i * _whole(D) + c, row * factor)
+            store(scratch, to + i * _whole(D) + c, row)
 
 
 @inlined
@@ -76,18 +62,39 @@ def _transpose(scratch, rows, N, C, to):
             store_rows(scratch, to + i * C + c * W, W, tile)
 
 
+@inlined
+def _hash(place, stream):
+    """The hash from which the dropout of the weights at these places in the sample is taken."""
+    return mix(mix(place >> 1) ^ stream)
+
+
+@inlined
+def _bits_of(hashed, place):
+    """The 16 bits of the weights at these places."""
+    return (hashed >> ((place & 1) << 4)) & 0xFFFF
+
+
+@inlined
+def _kept(place, stream, threshold, T):
+    """Whether dropout keeps the weights at these places, and those at the next ones: two masks."""
+    hashed = _hash(place, stream)
+    if T & 1:
+        after = _bits_of(_hash(place + 1, stream), place + 1)
+        return _bits_of(hashed, place) >= threshold, after >= threshold
+    return (hashed & 0xFFFF) >= threshold, (hashed >> 16) >= threshold  # one hash serves a pair of keys
+
+
 @compiled(f"void({', '.join([FLOATS] * 4)}, {INTEGERS}, i8, f8, i8, i8, i8, i8, {FLOATS})")
 def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H, D, scratch):
     """y (B, T, H, D), shift and inverse are written."""
-    N, C, token = _whole(T), _whole(D), 3 * H * D  # token: from one to the next in qkv
+    N, C, token, scale = _whole(T), _whole(D), 3 * H * D, 1 / math.sqrt(D)  # token: from one to the next in qkv
     values, columns, scores = 2 * N * C, 3 * N * C, 5 * N * C  # places in scratch; columns of queries and keys
     out = scores + N * W
     for b in range(B):
         stream = spread(streams[b])
         for h in range(H):
             for part in range(3):
-                factor = spread(1.0 if part else 1 / math.sqrt(D))
-                _copy(qkv, b * T * token + (part * H + h) * D, token, T, D, factor, scratch, part * N * C)
+                _copy(qkv, b * T * token + (part * H + h) * D, token, T, D, scratch, part * N * C)
             for part in range(2):
                 _transpose(scratch, part * N * C, N, C, columns + part * N * C)
             for first in range(0, T, W):
@@ -103,18 +110,19 @@ def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H,
                         if start == first:
                             score = select(query >= j, score, -math.inf)
                         top = select(score > top, score, top)
-                places = (query + h * T) * T
-                sums, hashed = spread(0.0), query
-                for j in range(end):
-                    e = exp_of_negative(load(scratch, scores + j * W) - top)
-                    if j > first:
-                        e = select(query >= j, e, 0.0)
-                    sums = sums + e
+                top, sums, places = top * scale, spread(0.0), (query + h * T) * T
+                for j in range(0, end, 2):
+                    at = scores + j * W
+                    e = exp_of_negative(load(scratch, at) * scale - top)
+                    e1 = exp_of_negative(load(scratch, at + W) * scale - top)
+                    if j >= first:
+                        e, e1 = select(query >= j, e, 0.0), select(query > j, e1, 0.0)
+                    sums = sums + (e + e1)
                     if threshold:
-                        if (T | j) & 1 == 0 or T & 1:  # a hash serves a pair of keys, in rows of even length
-                            hashed = _hash(places + j, stream)
-                        e = select(_bits_of(hashed, places + j) >= threshold, e, 0.0)
-                    store(scratch, scores + j * W, e)
+                        keep, keep1 = _kept(places + j, stream, threshold, T)
+                        e, e1 = select(keep, e, 0.0), select(keep1, e1, 0.0)
+                    store(scratch, at, e)
+                    store(scratch, at + W, e1)
                 at = (b * H + h) * N + first
                 store(shift, at, top)
                 store(inverse, at, 1.0 / sums)
@@ -137,7 +145,7 @@ def forward_scratch(T: int, D: int) -> int:
 @compiled(f"void({', '.join([FLOATS] * 6)}, {INTEGERS}, i8, f8, i8, i8, i8, i8, {FLOATS})")
 def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scale, B, T, H, D, scratch):
     """y, dy (B, T, H, D); dqkv, as qkv, is written."""
-    N, C, token = _whole(T), _whole(D), 3 * H * D
+    N, C, token, scale = _whole(T), _whole(D), 3 * H * D, 1 / math.sqrt(D)
     keys, dys, columns, dqs = N * C, 3 * N * C, 4 * N * C, 8 * N * C  # rows of queries, keys, values, dy; columns
     along = 9 * N * C
     kepts, dscores, out = along + N, along + N + N * W, along + N + 2 * N * W
@@ -146,57 +154,58 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
         for h in range(H):
             base, row = b * T * token + h * D, (b * H + h) * N
             for part in range(3):
-                factor = spread(1.0 if part else 1 / math.sqrt(D))
-                _copy(qkv, base + part * H * D, token, T, D, factor, scratch, part * N * C)
-            _copy(dy, (b * T * H + h) * D, H * D, T, D, spread(survivor_scale), scratch, dys)
-            for i in range(N):
+                _copy(qkv, base + part * H * D, token, T, D, scratch, part * N * C)
+            _copy(dy, (b * T * H + h) * D, H * D, T, D, scratch, dys)
+            for i in range(T):
                 # the sum over keys of dweights * weights is the sum over channels of dy * y
-                sum_of_both = np.float32(0.0)
-                if i < T:
-                    for d in range(((b * T + i) * H + h) * D, ((b * T + i) * H + h) * D + D):
-                        sum_of_both += y[d] * dy[d]
-                    for at in range(dys + i * C, dys + i * C + C, W):
-                        store(scratch, at, load(scratch, at) * inverse[row + i])
-                scratch[along + i] = sum_of_both * inverse[row + i]
+                sums, factor = spread(0.0), inverse[row + i] * survivor_scale
+                for c in range(0, D, W):
+                    d = load(scratch, dys + i * C + c)
+                    sums = sums + d * load_first(y, ((b * T + i) * H + h) * D + c, min(W, D - c))
+                    store(scratch, dys + i * C + c, d * factor)
+                scratch[along + i] = total(sums) * inverse[row + i]
             for part in range(4):
                 _transpose(scratch, part * N * C, N, C, columns + part * N * C)
             for at in range(dqs, dqs + N * C, W):
                 store(scratch, at, spread(0.0))
             for start in range(0, T, W):
                 for first in range(start, T, W):
-                    kept_tile, dscore_tile = kepts + (first - start) * W, dscores + (first - start) * W
+                    to_tile = (first - start) * W
                     for part in range(2):  # the scores, then the gradients of the weights
                         tile = zero_rows(W)
                         x, others = 3 * part * N * C + first * C, (1 + part) * N * C + start * C
                         for at in range(columns, columns + D * W, W):
                             tile = axpy(load(scratch, at + x), scratch, at + others, 1, tile)
-                        store_rows(scratch, dscore_tile if part else kept_tile, W, tile)
+                        store_rows(scratch, (dscores if part else kepts) + to_tile, W, tile)
                     query, top, mean = lanes() + first, load(shift, row + first), load(scratch, along + first)
-                    places, hashed = (query + h * T) * T, query
-                    for lane in range(0, W * W, W):
-                        j = start + lane // W
-                        e = exp_of_negative(load(scratch, kept_tile + lane) - top)
+                    places = (query + h * T) * T
+                    for j in range(start, start + W, 2):
+                        at = to_tile + (j - start) * W
+                        e = exp_of_negative(load(scratch, kepts + at) * scale - top)
+                        e1 = exp_of_negative(load(scratch, kepts + at + W) * scale - top)
                         if start == first:
-                            e = select(query >= j, e, 0.0)
-                        de, kept = load(scratch, dscore_tile + lane), e
+                            e, e1 = select(query >= j, e, 0.0), select(query > j, e1, 0.0)
+                        de, de1 = load(scratch, dscores + at), load(scratch, dscores + at + W)
+                        kept, kept1 = e, e1
                         if threshold:
-                            if (T | j) & 1 == 0 or T & 1:
-                                hashed = _hash(places + j, stream)
-                            keep = _bits_of(hashed, places + j) >= threshold
-                            kept, de = select(keep, e, 0.0), select(keep, de, 0.0)
-                        store(scratch, kept_tile + lane, kept)
-                        store(scratch, dscore_tile + lane, e * (de - mean))
+                            keep, keep1 = _kept(places + j, stream, threshold, T)
+                            kept, kept1 = select(keep, e, 0.0), select(keep1, e1, 0.0)
+                            de, de1 = select(keep, de, 0.0), select(keep1, de1, 0.0)
+                        store(scratch, kepts + at, kept)
+                        store(scratch, kepts + at + W, kept1)
+                        store(scratch, dscores + at, e * scale * (de - mean))
+                        store(scratch, dscores + at + W, e1 * scale * (de1 - mean))
                     for c in range(0, D, W):
                         at = dqs + first * C + c
                         tile = load_rows(scratch, at, C, W)
                         for j in range(W):
                             k = load(scratch, keys + (start + j) * C + c)
-                            tile = axpy(k, scratch, dscore_tile + j * W, 1, tile)
+                            tile = axpy(k, scratch, dscores + to_tile + j * W, 1, tile)
                         store_rows(scratch, at, C, tile)
                 for part in range(2):  # the gradients of the keys, then of the values
                     for c in range(0, D, W):
                         tile = zero_rows(W)
-                        for i in range(start, N):
+                        for i in range(start, T):
                             x = load(scratch, (dys if part else 0) + i * C + c)
                             at = (kepts if part else dscores) + (i // W * W - start) * W + i % W
                             tile = axpy(x, scratch, at, W, tile)
@@ -206,8 +215,7 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                             store_first(dqkv, at, load(scratch, out + i * W), min(W, D - c))
             for i in range(T):
                 for c in range(0, D, W):
-                    dq = load(scratch, dqs + i * C + c) * (1 / math.sqrt(D))
-                    store_first(dqkv, base + i * token + c, dq, min(W, D - c))
+                    store_first(dqkv, base + i * token + c, load(scratch, dqs + i * C + c), min(W, D - c))
 
 
 def backward_scratch(T: int, D: int) -> int:
@@ -237,7 +245,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     D, N = qkv.shape[1] // (3 * H), -(-T // W) * W
     y = np.empty((B * T, H * D), qkv.dtype)
     shift, inverse = np.empty((2, B * H * N), qkv.dtype)
-    scratch = np.empty(forward_scratch(T, D), np.float32)
+    scratch = _aligned(forward_scratch(T, D))
     forward(flat(qkv), y.reshape(-1), shift, inverse, *_dropout(noise, B), B, T, H, D, scratch)
     _, k, v = heads.split(np, qkv, shape)
     return y, SavedOutput(k, v, qkv, shape, y, shift, inverse, noise)
@@ -250,7 +258,7 @@ def heads_backward(xp, p, saved, dy):
     D = qkv.shape[1] // (3 * H)
     dqkv = np.empty(qkv.shape, qkv.dtype)
     inputs = flat(qkv), y.reshape(-1), flat(np.asarray(dy, np.float32)), shift, inverse
-    scratch = np.empty(backward_scratch(T, D), np.float32)
+    scratch = _aligned(backward_scratch(T, D))
     backward(*inputs, dqkv.reshape(-1), *_dropout(noise, B), B, T, H, D, scratch)
     return {}, dqkv
 
@@ -261,3 +269,9 @@ def _dropout(noise, B: int):
         return np.zeros(B, np.int32), 0, 1.0
     stream, rate = noise
     return flat(stream), rng.drop_threshold(rate), rng.survivor_scale(rate)
+
+
+def _aligned(size: int):
+    """Memory for numbers, from the beginning of a line of the cache on: vectors across two lines are slow."""
+    memory = np.empty(size + 15, np.float32)
+    return memory[-memory.__array_interface__["data"][0] // 4 % 16 :]
