@@ -38,6 +38,7 @@ from baby_xp_backends.simd import (
 from baby_xp.arrays import rng
 from baby_xp.layers import Shape, heads
 
+
 @inlined
 def _whole(n):
     """n, rounded up to whole vectors."""
@@ -54,11 +55,11 @@ def _copy(source, base, step, T, D, scratch, to):
 
 
 @inlined
-def _transpose(scratch, rows, N, C, to):
-    """(N, C) -> (N / W, C, W): tiles of columns."""
+def _transpose(source, base, step, N, C, scratch, to):
+    """N rows of C numbers, which begin `step` apart -> (N / W, C, W): tiles of columns."""
     for i in range(0, N, W):
         for c in range(0, C, W):
-            tile = transposed(load_rows(scratch, rows + i * C + c, C, W))
+            tile = transposed(load_rows(source, base + i * step + c, step, W))
             store_rows(scratch, to + i * C + c * W, W, tile)
 
 
@@ -89,14 +90,17 @@ def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H,
     """y (B, T, H, D), shift and inverse are written."""
     N, C, token, scale = _whole(T), _whole(D), 3 * H * D, 1 / math.sqrt(D)  # token: from one to the next in qkv
     values, columns, scores = 2 * N * C, 3 * N * C, 5 * N * C  # places in scratch; columns of queries and keys
-    out = scores + N * W
+    out, whole = scores + N * W, N == T and C == D
     for b in range(B):
         stream = spread(streams[b])
         for h in range(H):
             for part in range(3):
-                _copy(qkv, b * T * token + (part * H + h) * D, token, T, D, scratch, part * N * C)
-            for part in range(2):
-                _transpose(scratch, part * N * C, N, C, columns + part * N * C)
+                base, rows = b * T * token + (part * H + h) * D, part * N * C
+                if part == 2 or not whole:
+                    _copy(qkv, base, token, T, D, scratch, rows)
+                if part < 2:
+                    source, at, step = (qkv, base, token) if whole else (scratch, rows, C)
+                    _transpose(source, at, step, N, C, scratch, columns + rows)
             for first in range(0, T, W):
                 query, end, top = lanes() + first, first + W, spread(-math.inf)
                 for start in range(0, end, W):
@@ -165,7 +169,7 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                     store(scratch, dys + i * C + c, d * factor)
                 scratch[along + i] = total(sums) * inverse[row + i]
             for part in range(4):
-                _transpose(scratch, part * N * C, N, C, columns + part * N * C)
+                _transpose(scratch, part * N * C, C, N, C, scratch, columns + part * N * C)
             for at in range(dqs, dqs + N * C, W):
                 store(scratch, at, spread(0.0))
             for start in range(0, T, W):
