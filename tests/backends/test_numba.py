@@ -76,9 +76,10 @@ def test_attention_drops_what_the_mask_drops(fast, plain, T):
     np.testing.assert_array_equal(y.reshape(B, T, H, T).swapaxes(1, 2) > 0, kept & np.tri(T, dtype=bool))
 
 
+@pytest.mark.parametrize("D", [8, 32])
 @pytest.mark.parametrize("spread", [10.0, 300.0])
-def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, spread):
-    qkv = drawn(2 * 40, 3 * 16, spread=spread)
+def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, spread, D):
+    qkv = drawn(2 * 40, 3 * 2 * D, spread=spread)
     y, saved = heads.forward(fast, {}, qkv, Shape(2, 40, 2))
     expected, saved0 = heads.forward(plain, {}, qkv.astype(np.float64), Shape(2, 40, 2))
     close(y, expected, 2e-5 * spread)
@@ -86,12 +87,14 @@ def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, spread):
     close(heads.backward(fast, {}, saved, dy)[1], heads.backward(plain, {}, saved0, dy)[1], 1e-4 * spread)
 
 
-def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast):
-    for value in (np.nan, np.inf):
-        qkv = drawn(40, 24)
-        qkv[20] = value
-        y, _ = heads.forward(fast, {}, qkv, Shape(1, 40, 1))
-        assert np.isnan(y[20:]).any(axis=1).all()
+@pytest.mark.parametrize("D", [8, 32])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast, value, D):
+    qkv = drawn(40, 3 * D)
+    qkv[20] = value
+    y, saved = heads.forward(fast, {}, qkv, Shape(1, 40, 1))
+    assert np.isnan(y[20:]).any(axis=1).all()
+    assert np.isnan(heads.backward(fast, {}, saved, np.ones_like(y))[1]).any()
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 1000])
