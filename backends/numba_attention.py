@@ -16,27 +16,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp_of_negative, flat, inlined, mix
-from baby_xp_backends.simd import (
-    W,
-    axpy,
-    lanes,
-    load,
-    load_first,
-    load_rows,
-    select,
-    spread,
-    store,
-    store_first,
-    store_rows,
-    total,
-    transposed,
-    zero_rows,
-)
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat, inlined
+from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays import rng
 from baby_xp.layers import Shape, heads
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp_of_negative, mix
+    from baby_xp_backends.simd import (
+        axpy,
+        axpy_rows,
+        lanes,
+        load,
+        load_first,
+        load_rows,
+        select,
+        spread,
+        store,
+        store_first,
+        store_rows,
+        total,
+        transposed,
+        zero_rows,
+    )
 
 
 @inlined
@@ -47,10 +50,10 @@ def _whole(n):
 
 @inlined
 def _copy(source, base, step, T, D, scratch, to):
-    """T rows of D numbers, which begin `step` apart -> (N, C), with zeros around them."""
+    """T rows of D numbers, which begin `step` apart -> (N, C): zeros at their ends; the last one again and again."""
     for i in range(_whole(T)):
         for c in range(0, D, W):
-            row = load_first(source, base + i * step + c, min(W, D - c) if i < T else 0)
+            row = load_first(source, base + min(i, T - 1) * step + c, min(W, D - c))
             store(scratch, to + i * _whole(D) + c, row)
 
 
@@ -98,16 +101,17 @@ def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H,
                 base, rows = b * T * token + (part * H + h) * D, part * N * C
                 if part == 2 or not whole:
                     _copy(qkv, base, token, T, D, scratch, rows)
-                if part < 2:
-                    source, at, step = (qkv, base, token) if whole else (scratch, rows, C)
-                    _transpose(source, at, step, N, C, scratch, columns + rows)
+                if part < 2 and whole:
+                    _transpose(qkv, base, token, N, C, scratch, columns + rows)
+                elif part < 2:
+                    _transpose(scratch, rows, C, N, C, scratch, columns + rows)
             for first in range(0, T, W):
                 query, end, top = lanes() + first, first + W, spread(-math.inf)
                 for start in range(0, end, W):
                     tile = zero_rows(W)
                     for d in range(0, D * W, W):
                         q, keys = load(scratch, columns + first * C + d), columns + (N + start) * C
-                        tile = axpy(q, scratch, keys + d, 1, tile)
+                        tile = axpy(q, scratch, keys + d, tile)
                     store_rows(scratch, scores + start * W, W, tile)
                     for j in range(start, start + W):
                         score = load(scratch, scores + j * W)
@@ -133,7 +137,7 @@ def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H,
                 for c in range(0, D, W):
                     tile = zero_rows(W)
                     for j in range(end):
-                        tile = axpy(load(scratch, values + j * C + c), scratch, scores + j * W, 1, tile)
+                        tile = axpy(load(scratch, values + j * C + c), scratch, scores + j * W, tile)
                     store_rows(scratch, out, W, tile)
                     for i in range(min(W, T - first)):
                         row = load(scratch, out + i * W) * (inverse[at + i] * survivor_scale)
@@ -170,8 +174,6 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                 scratch[along + i] = total(sums) * inverse[row + i]
             for part in range(4):
                 _transpose(scratch, part * N * C, C, N, C, scratch, columns + part * N * C)
-            for at in range(dqs, dqs + N * C, W):
-                store(scratch, at, spread(0.0))
             for start in range(0, T, W):
                 for first in range(start, T, W):
                     to_tile = (first - start) * W
@@ -179,7 +181,7 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                         tile = zero_rows(W)
                         x, others = 3 * part * N * C + first * C, (1 + part) * N * C + start * C
                         for at in range(columns, columns + D * W, W):
-                            tile = axpy(load(scratch, at + x), scratch, at + others, 1, tile)
+                            tile = axpy(load(scratch, at + x), scratch, at + others, tile)
                         store_rows(scratch, (dscores if part else kepts) + to_tile, W, tile)
                     query, top, mean = lanes() + first, load(shift, row + first), load(scratch, along + first)
                     places = (query + h * T) * T
@@ -201,10 +203,10 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                         store(scratch, dscores + at + W, e1 * scale * (de1 - mean))
                     for c in range(0, D, W):
                         at = dqs + first * C + c
-                        tile = load_rows(scratch, at, C, W)
+                        tile = load_rows(scratch, at, C, W) if start else zero_rows(W)
                         for j in range(W):
                             k = load(scratch, keys + (start + j) * C + c)
-                            tile = axpy(k, scratch, dscores + to_tile + j * W, 1, tile)
+                            tile = axpy(k, scratch, dscores + to_tile + j * W, tile)
                         store_rows(scratch, at, C, tile)
                 for part in range(2):  # the gradients of the keys, then of the values
                     for c in range(0, D, W):
@@ -212,7 +214,7 @@ def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scal
                         for i in range(start, T):
                             x = load(scratch, (dys if part else 0) + i * C + c)
                             at = (kepts if part else dscores) + (i // W * W - start) * W + i % W
-                            tile = axpy(x, scratch, at, W, tile)
+                            tile = axpy_rows(x, scratch, at, W, tile)
                         store_rows(scratch, out, W, tile)
                         for i in range(min(W, T - start)):
                             at = base + (1 + part) * H * D + (start + i) * token + c

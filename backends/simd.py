@@ -10,7 +10,8 @@ a time. Here it learns a type whose machine form is an LLVM vector, and the few 
     load_first, store_first    the same for its first n lanes; the other lanes are 0, or not stored
     load_rows, store_rows, zero_rows    a tuple of vectors
     spread, lanes        copies of a scalar; 0, 1, 2, ... as integers
-    select, sqrt, bits, floats, total, transposed, axpy    see there
+    select, sqrt, bits, floats, total    see there
+    axpy, axpy_rows, repeat, transposed    of a tuple of vectors: see there
 
 Floats are float32 and integers int32. LLVM may join a product and a sum to one operation with one rounding, and
 changes nothing else: NaN and infinities are as in NumPy. Operations that make a vector of nothing have a width:
@@ -21,8 +22,7 @@ import operator
 from types import SimpleNamespace
 from typing import Any
 
-import llvmlite.binding
-import numba
+from baby_xp_backends.simd_width import W
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -171,7 +171,7 @@ def floats(typing, x):
     return result(x), lambda context, builder, signature, arguments: builder.bitcast(*arguments, result.machine)
 
 
-def _halves_joined(builder, x, width: int, join):
+def halves_joined(builder, x, width: int, join):
     """What is left when the upper half of the lanes is joined to the lower half, again and again."""
     while width > 1:
         width //= 2
@@ -189,7 +189,7 @@ def total(typing, x):
     """The sum of all lanes."""
 
     def code(context, builder, signature, arguments):
-        return _halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
+        return halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
 
     return types.float32(x), code
 
@@ -266,35 +266,70 @@ def store_rows(typing, array, at, step, rows):
     return types.void(array, types.intp, types.intp, rows), code
 
 
-# tuples of vectors -----------------------------------------------------------------------------------------
+# tuples of vectors --------------------------------------------------------------------------------------
+
+
+@intrinsic
+def axpy(typing, x, array, at, rows):
+    """A tuple: rows[d] + x times the number array[at + d]."""
+
+    def code(context, builder, signature, arguments):
+        x, value, at, rows_ = arguments
+        return cgutils.pack_array(builder, [
+            builder.fadd(
+                row,
+                builder.fmul(x, _element(context, builder, array, value, at, d, rows.dtype), flags=JOINED),
+                flags=JOINED,
+            )
+            for d, row in enumerate(cgutils.unpack_tuple(builder, rows_))
+        ])  # fmt: skip
+
+    return rows(x, array, types.intp, rows), code
+
+
+@intrinsic
+def axpy_rows(typing, x, array, at, step, rows):
+    """As axpy, with the numbers array[at + d step]."""
+
+    def code(context, builder, signature, arguments):
+        x, value, at, step, rows_ = arguments
+        sums = []
+        for row in cgutils.unpack_tuple(builder, rows_):
+            product = builder.fmul(x, _element(context, builder, array, value, at, 0, rows.dtype), flags=JOINED)
+            sums.append(builder.fadd(row, product, flags=JOINED))
+            at = builder.add(at, step)
+        return cgutils.pack_array(builder, sums)
+
+    return rows(x, array, types.intp, types.intp, rows), code
 
 
 @intrinsic(prefer_literal=True)
-def axpy(typing, x, array, at, step, rows):
-    """A tuple: rows[d] + x times the number array[at + d step]. `step` is a constant."""
+def repeat(typing, x, number):
+    """A tuple of copies of a vector. `number` is a constant."""
+    result = types.UniTuple(x, number.literal_value)
 
     def code(context, builder, signature, arguments):
-        x, value, at, _, rows_ = arguments
-        sums = []
-        for d, row in enumerate(cgutils.unpack_tuple(builder, rows_)):
-            one = _element(context, builder, array, value, at, d * step.literal_value, rows.dtype)
-            sums.append(builder.fadd(row, builder.fmul(x, one, flags=JOINED), flags=JOINED))
-        return cgutils.pack_array(builder, sums)
+        return cgutils.pack_array(builder, [arguments[0]] * number.literal_value)
 
-    return rows(x, array, types.intp, step, rows), code
+    return result(x, number), code
 
 
 @intrinsic
 def transposed(typing, rows):
-    """W vectors of W lanes -> W vectors: the first one has the first lanes of all, and so on."""
+    """W vectors of W lanes -> lane i of each, for all i: W vectors."""
 
     def code(context, builder, signature, arguments):
         width, vectors = rows.dtype.width, cgutils.unpack_tuple(builder, *arguments)
-        half, mixed = width // 2, [lane // 2 + lane % 2 * width for lane in range(width)]
-        parts = [ir.Constant(ir.VectorType(I32, width), [lane + more for lane in mixed]) for more in (0, half)]
-        for _ in range(width.bit_length() - 1):  # lanes of two vectors that lie half the tuple apart take turns
-            vectors = [builder.shuffle_vector(vectors[i // 2], vectors[i // 2 + half], parts[i % 2])
-                       for i in range(width)]  # fmt: skip
+        kind, half = ir.VectorType(I32, width), width // 2
+        low, high = (
+            [place for lane in range(start, start + half) for place in (lane, width + lane)] for start in (0, half)
+        )
+        for _ in range(width.bit_length() - 1):  # each turn interleaves the lanes of the two halves of the rows
+            vectors = [
+                builder.shuffle_vector(*pair, ir.Constant(kind, part))
+                for pair in zip(vectors[:half], vectors[half:], strict=True)
+                for part in (low, high)
+            ]
         return cgutils.pack_array(builder, vectors)
 
     return rows(rows), code
@@ -383,21 +418,6 @@ def of_width(width: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def width_for(features: str) -> int:
-    """Lanes of a vector register with these features of a CPU, as LLVM names them: "+avx2,-avx512f,..."."""
-    known = features.split(",")
-    return 16 if "+avx512f" in known else 8 if "+avx2" in known and "+fma" in known else 4
-
-
-def features() -> str:
-    """The features of the CPU that numba compiles for; none for one that was only named."""
-    if numba.config.CPU_FEATURES is not None:
-        return str(numba.config.CPU_FEATURES)
-    return "" if numba.config.CPU_NAME else str(llvmlite.binding.get_host_cpu_features().flatten())
-
-
-W = width_for(features())
-"""Lanes of a vector register of this processor."""
 _own = of_width(W)
 load, load_first, load_rows, zero_rows = _own.load, _own.load_first, _own.load_rows, _own.zero_rows
 spread, lanes = _own.spread, _own.lanes
