@@ -50,7 +50,7 @@ def _whole(n):
 
 @inlined
 def _copy(source, base, step, T, D, scratch, to):
-    """T rows of D numbers, which begin `step` apart -> (N, C): zeros at their ends; the last one again and again."""
+    """T rows of D numbers, which begin `step` apart -> (N, C): zeros follow each, and the last one is repeated."""
     for i in range(_whole(T)):
         for c in range(0, D, W):
             row = load_first(source, base + min(i, T - 1) * step + c, min(W, D - c))
