@@ -1,13 +1,14 @@
-"""Attention of narrow heads by vectors, see simd.py: nothing of T x T is kept.
+"""Attention by vectors, see simd.py, in tiles of W queries and W keys: nothing of T x T is kept.
 
-A vector holds one number of each of W queries (forward) or W keys (backward). The D channels of these tokens are a
-tuple of vectors and stay in registers, while the tokens of the other side pass by one at a time. Forward computes
-the scores of W queries into the cache first, so that exp can be shifted by the largest; backward computes them
-again.
+A vector holds one number of each of W queries, and W of them, for W keys, are a tile of scores. Every product sums
+outer products: one vector is multiplied by each of W numbers, and the W sums stay in registers. For that each head
+is first copied to `scratch`: as rows of tokens, and as tiles of columns, where the same channel of W tokens is a
+vector. Forward computes the scores of W queries before exp, which can so be shifted by the largest; backward
+computes them again.
 
-Arrays are flat. qkv (B, T, 3, H, D): queries, keys and values. shift, inverse (B, H, T): the largest score of a
-query, and 1 / the sum of exp(score - shift). streams (B,), threshold: dropout's, see rng.py; a threshold of 0 is
-no dropout. `scratch` is the caller's memory, of scratch_size numbers.
+Arrays are flat. qkv (B, T, 3, H, D): queries, keys and values. shift, inverse (B, H, N): the largest score of a
+query, and 1 / the sum of exp(score - shift); N and C are T and D, rounded up to whole vectors. streams (B,),
+threshold: dropout's, see rng.py; a threshold of 0 is no dropout.
 """
 
 import math
@@ -24,174 +25,213 @@ from baby_xp.layers import Shape, heads
 if COMPILING:
     from baby_xp_backends.numba_maths import exp_of_negative, mix
     from baby_xp_backends.simd import (
-        add_outer,
         axpy,
-        bits,
-        dot,
-        floats,
+        axpy_rows,
         lanes,
         load,
+        load_first,
         load_rows,
         select,
         spread,
         store,
+        store_first,
         store_rows,
-        totals,
+        total,
+        transposed,
         zero_rows,
     )
 
-HALF = 0xFFFF
+
+@inlined
+def _whole(n):
+    """n, rounded up to whole vectors."""
+    return (n + W - 1) // W * W
+
+
+@inlined
+def _copy(source, base, step, T, D, scratch, to):
+    """T rows of D numbers, which begin `step` apart -> (N, C): zeros follow each, and the last one is repeated."""
+    for i in range(_whole(T)):
+        for c in range(0, D, W):
+            row = load_first(source, base + min(i, T - 1) * step + c, min(W, D - c))
+            store(scratch, to + i * _whole(D) + c, row)
+
+
+@inlined
+def _transpose(source, base, step, N, C, scratch, to):
+    """N rows of C numbers, which begin `step` apart -> (N / W, C, W): tiles of columns."""
+    for i in range(0, N, W):
+        for c in range(0, C, W):
+            tile = transposed(load_rows(source, base + i * step + c, step, W))
+            store_rows(scratch, to + i * C + c * W, W, tile)
 
 
 @inlined
 def _hash(place, stream):
-    """The hash from which the dropout of the elements at these places in the sample is taken."""
+    """The hash from which the dropout of the weights at these places in the sample is taken."""
     return mix(mix(place >> 1) ^ stream)
 
 
 @inlined
 def _bits_of(hashed, place):
-    """The 16 bits of the elements at these places."""
-    return (hashed >> ((place & 1) << 4)) & HALF
+    """The 16 bits of the weights at these places."""
+    return (hashed >> ((place & 1) << 4)) & 0xFFFF
 
 
-def _forward(D: int):
-    scale = 1 / math.sqrt(D)
+@inlined
+def _kept(place, stream, threshold, T):
+    """Whether dropout keeps the weights at these places, and those at the next ones: two masks."""
+    hashed = _hash(place, stream)
+    if T & 1:
+        after = _bits_of(_hash(place + 1, stream), place + 1)
+        return _bits_of(hashed, place) >= threshold, after >= threshold
+    return (hashed & 0xFFFF) >= threshold, (hashed >> 16) >= threshold  # one hash serves a pair of keys
 
-    @compiled(f"void({FLOATS}, {FLOATS}, {FLOATS}, {FLOATS}, {INTEGERS}, i8, f8, i8, i8, i8, {FLOATS})")
-    def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H, scratch):
-        """y (B, T, H, D), shift and inverse are written."""
-        token, key, value = 3 * H * D, H * D, 2 * H * D  # to the next token, from queries to keys, to values
-        factors, scores = W * D, W * D + W
-        for b in range(B):
-            stream = spread(streams[b])
-            for h in range(H):
-                base = b * T * token + h * D
-                for first in range(0, T, W):
-                    number = min(W, T - first)
-                    for i in range(number):
-                        for d in range(D):
-                            scratch[d * W + i] = qkv[base + (first + i) * token + d] * scale
-                    q, end, query = load_rows(scratch, 0, W, D), first + number, lanes() + first
-                    top = spread(-math.inf)
-                    for j in range(end):
-                        score = dot(q, qkv, base + key + j * token)
-                        store(scratch, scores + j * W, score)
-                        if j > first:
+
+@compiled(f"void({', '.join([FLOATS] * 4)}, {INTEGERS}, i8, f8, i8, i8, i8, i8, {FLOATS})")
+def forward(qkv, y, shift, inverse, streams, threshold, survivor_scale, B, T, H, D, scratch):
+    """y (B, T, H, D), shift and inverse are written."""
+    N, C, token, scale = _whole(T), _whole(D), 3 * H * D, 1 / math.sqrt(D)  # token: from one to the next in qkv
+    values, columns, scores = 2 * N * C, 3 * N * C, 5 * N * C  # places in scratch; columns of queries and keys
+    out, whole = scores + N * W, N == T and C == D
+    for b in range(B):
+        stream = spread(streams[b])
+        for h in range(H):
+            for part in range(3):
+                base, rows = b * T * token + (part * H + h) * D, part * N * C
+                if part == 2 or not whole:
+                    _copy(qkv, base, token, T, D, scratch, rows)
+                if part < 2 and whole:
+                    _transpose(qkv, base, token, N, C, scratch, columns + rows)
+                elif part < 2:
+                    _transpose(scratch, rows, C, N, C, scratch, columns + rows)
+            for first in range(0, T, W):
+                query, end, top = lanes() + first, first + W, spread(-math.inf)
+                for start in range(0, end, W):
+                    tile = zero_rows(W)
+                    for d in range(0, D * W, W):
+                        q, keys = load(scratch, columns + first * C + d), columns + (N + start) * C
+                        tile = axpy(q, scratch, keys + d, tile)
+                    store_rows(scratch, scores + start * W, W, tile)
+                    for j in range(start, start + W):
+                        score = load(scratch, scores + j * W)
+                        if start == first:
                             score = select(query >= j, score, -math.inf)
                         top = select(score > top, score, top)
-                    places = (query + h * T) * T
-                    sums, sum_of_values, hashed = spread(0.0), zero_rows(D), query
+                top, sums, places = top * scale, spread(0.0), (query + h * T) * T
+                for j in range(0, end, 2):
+                    at = scores + j * W
+                    e = exp_of_negative(load(scratch, at) * scale - top)
+                    e1 = exp_of_negative(load(scratch, at + W) * scale - top)
+                    if j >= first:
+                        e, e1 = select(query >= j, e, 0.0), select(query > j, e1, 0.0)
+                    sums = sums + (e + e1)
+                    if threshold:
+                        keep, keep1 = _kept(places + j, stream, threshold, T)
+                        e, e1 = select(keep, e, 0.0), select(keep1, e1, 0.0)
+                    store(scratch, at, e)
+                    store(scratch, at + W, e1)
+                at = (b * H + h) * N + first
+                store(shift, at, top)
+                store(inverse, at, 1.0 / sums)
+                for c in range(0, D, W):
+                    tile = zero_rows(W)
                     for j in range(end):
-                        e = exp_of_negative(load(scratch, scores + j * W) - top)
-                        if j > first:
-                            e = select(query >= j, e, 0.0)
-                        sums = sums + e
+                        tile = axpy(load(scratch, values + j * C + c), scratch, scores + j * W, tile)
+                    store_rows(scratch, out, W, tile)
+                    for i in range(min(W, T - first)):
+                        row = load(scratch, out + i * W) * (inverse[at + i] * survivor_scale)
+                        store_first(y, ((b * T + first + i) * H + h) * D + c, row, min(W, D - c))
+
+
+def forward_scratch(T: int, D: int) -> int:
+    """Numbers that forward needs as scratch."""
+    N, C = -(-T // W) * W, -(-D // W) * W
+    return 5 * N * C + N * W + W * W
+
+
+@compiled(f"void({', '.join([FLOATS] * 6)}, {INTEGERS}, i8, f8, i8, i8, i8, i8, {FLOATS})")
+def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scale, B, T, H, D, scratch):
+    """y, dy (B, T, H, D); dqkv, as qkv, is written."""
+    N, C, token, scale = _whole(T), _whole(D), 3 * H * D, 1 / math.sqrt(D)
+    keys, dys, columns, dqs = N * C, 3 * N * C, 4 * N * C, 8 * N * C  # rows of queries, keys, values, dy; columns
+    along = 9 * N * C
+    kepts, dscores, out = along + N, along + N + N * W, along + N + 2 * N * W
+    for b in range(B):
+        stream = spread(streams[b])
+        for h in range(H):
+            base, row = b * T * token + h * D, (b * H + h) * N
+            for part in range(3):
+                _copy(qkv, base + part * H * D, token, T, D, scratch, part * N * C)
+            _copy(dy, (b * T * H + h) * D, H * D, T, D, scratch, dys)
+            for i in range(T):
+                # the sum over keys of dweights * weights is the sum over channels of dy * y
+                sums, factor = spread(0.0), inverse[row + i] * survivor_scale
+                for c in range(0, D, W):
+                    d = load(scratch, dys + i * C + c)
+                    sums = sums + d * load_first(y, ((b * T + i) * H + h) * D + c, min(W, D - c))
+                    store(scratch, dys + i * C + c, d * factor)
+                scratch[along + i] = total(sums) * inverse[row + i]
+            for part in range(4):
+                _transpose(scratch, part * N * C, C, N, C, scratch, columns + part * N * C)
+            for start in range(0, T, W):
+                for first in range(start, T, W):
+                    to_tile = (first - start) * W
+                    for part in range(2):  # the scores, then the gradients of the weights
+                        tile = zero_rows(W)
+                        x, others = 3 * part * N * C + first * C, (1 + part) * N * C + start * C
+                        for at in range(columns, columns + D * W, W):
+                            tile = axpy(load(scratch, at + x), scratch, at + others, tile)
+                        store_rows(scratch, (dscores if part else kepts) + to_tile, W, tile)
+                    query, top, mean = lanes() + first, load(shift, row + first), load(scratch, along + first)
+                    places = (query + h * T) * T
+                    for j in range(start, start + W, 2):
+                        at = to_tile + (j - start) * W
+                        e = exp_of_negative(load(scratch, kepts + at) * scale - top)
+                        e1 = exp_of_negative(load(scratch, kepts + at + W) * scale - top)
+                        if start == first:
+                            e, e1 = select(query >= j, e, 0.0), select(query > j, e1, 0.0)
+                        de, de1 = load(scratch, dscores + at), load(scratch, dscores + at + W)
+                        kept, kept1 = e, e1
                         if threshold:
-                            if (T | j) & 1 == 0 or T & 1:  # a hash serves a pair of keys, in rows of even length
-                                hashed = _hash(places + j, stream)
-                            e = select(_bits_of(hashed, places + j) >= threshold, e, 0.0)
-                        sum_of_values = axpy(e, qkv, base + value + j * token, sum_of_values)
-                    store_rows(scratch, 0, W, sum_of_values)
-                    store(scratch, scores, top)
-                    store(scratch, factors, 1.0 / sums)
-                    for i in range(number):
-                        shift[(b * H + h) * T + first + i] = scratch[scores + i]
-                        inverse[(b * H + h) * T + first + i] = scratch[factors + i]
-                        factor = scratch[factors + i] * survivor_scale
-                        for d in range(D):
-                            y[((b * T + first + i) * H + h) * D + d] = scratch[d * W + i] * factor
-
-    return forward
-
-
-def _backward(D: int):
-    scale = 1 / math.sqrt(D)
-    signature = f"void({', '.join([FLOATS] * 6)}, {INTEGERS}, i8, f8, i8, i8, i8, {FLOATS})"
-
-    @compiled(signature)
-    def backward(qkv, y, dy, shift, inverse, dqkv, streams, threshold, survivor_scale, B, T, H, scratch):
-        """y, dy (B, T, H, D); dqkv, as qkv, is written."""
-        token, key, value = 3 * H * D, H * D, 2 * H * D
-        keys, values = 0, W * D  # places in scratch: vectors, a row for each query, sums
-        queries = 2 * W * D
-        dys = queries + T * D
-        along, dqs = dys + T * D, dys + T * D + T
-        # in rows of even length a hash serves a pair of keys: then a vector has every second key, and the next
-        # vector has the others
-        step = 1 if T & 1 else 2
-        hashes = dqs + (T * D + W) * W
-        for b in range(B):
-            stream = spread(streams[b])
-            for h in range(H):
-                base, row = b * T * token + h * D, (b * H + h) * T
-                for i in range(T):
-                    at = ((b * T + i) * H + h) * D
-                    sum_of_both = np.float32(0.0)
-                    for d in range(D):
-                        sum_of_both += y[at + d] * dy[at + d]
-                        scratch[queries + i * D + d] = qkv[base + i * token + d] * scale
-                        scratch[dys + i * D + d] = dy[at + d] * (inverse[row + i] * survivor_scale)
-                    scratch[along + i] = sum_of_both * inverse[row + i]
-                for i in range(T * D + W):
-                    store(scratch, dqs + i * W, spread(0.0))
-                for block in range(0, T, step * W):
-                    for start in range(block, block + step):
-                        for lane in range(W):
-                            j = min(start + step * lane, T - 1)
-                            for d in range(D):
-                                scratch[keys + d * W + lane] = qkv[base + key + j * token + d]
-                                scratch[values + d * W + lane] = qkv[base + value + j * token + d]
-                        k, v = load_rows(scratch, keys, W, D), load_rows(scratch, values, W, D)
-                        dk, dv = zero_rows(D), zero_rows(D)
-                        places = lanes() * step + start
-                        masked = start + step * (W - 1)  # queries before this one do not see all of the keys
+                            keep, keep1 = _kept(places + j, stream, threshold, T)
+                            kept, kept1 = select(keep, e, 0.0), select(keep1, e1, 0.0)
+                            de, de1 = select(keep, de, 0.0), select(keep1, de1, 0.0)
+                        store(scratch, kepts + at, kept)
+                        store(scratch, kepts + at + W, kept1)
+                        store(scratch, dscores + at, e * scale * (de - mean))
+                        store(scratch, dscores + at + W, e1 * scale * (de1 - mean))
+                    for c in range(0, D, W):
+                        at = dqs + first * C + c
+                        tile = load_rows(scratch, at, C, W) if start else zero_rows(W)
+                        for j in range(W):
+                            k = load(scratch, keys + (start + j) * C + c)
+                            tile = axpy(k, scratch, dscores + to_tile + j * W, tile)
+                        store_rows(scratch, at, C, tile)
+                for part in range(2):  # the gradients of the keys, then of the values
+                    for c in range(0, D, W):
+                        tile = zero_rows(W)
                         for i in range(start, T):
-                            e = exp_of_negative(dot(k, scratch, queries + i * D) - shift[row + i])
-                            if i < masked:
-                                e = select(places <= i, e, 0.0)
-                            de = dot(v, scratch, dys + i * D)
-                            kept = e
-                            if threshold:
-                                place = places + (h * T + i) * T
-                                if start == block:
-                                    hashed = _hash(place, stream)
-                                    store(scratch, hashes + i * W, floats(hashed))
-                                else:
-                                    hashed = bits(load(scratch, hashes + i * W))
-                                keep = _bits_of(hashed, place) >= threshold
-                                kept, de = select(keep, e, 0.0), select(keep, de, 0.0)
-                            dv = axpy(kept, scratch, dys + i * D, dv)
-                            dscore = e * (de - scratch[along + i])
-                            dk = axpy(dscore, scratch, queries + i * D, dk)
-                            add_outer(dscore, k, scratch, dqs + i * D * W)
-                        store_rows(scratch, keys, W, dk)
-                        store_rows(scratch, values, W, dv)
-                        for lane in range(min(W, (T - start + step - 1) // step)):
-                            j = start + step * lane
-                            for d in range(D):
-                                dqkv[base + key + j * token + d] = scratch[keys + d * W + lane]
-                                dqkv[base + value + j * token + d] = scratch[values + d * W + lane]
-                for i in range(0, T * D, W):
-                    store(scratch, queries + i, totals(load_rows(scratch, dqs + i * W, W, W)) * scale)
-                for i in range(T):
-                    for d in range(D):
-                        dqkv[base + i * token + d] = scratch[queries + i * D + d]
-
-    return backward
+                            x = load(scratch, (dys if part else 0) + i * C + c)
+                            at = (kepts if part else dscores) + (i // W * W - start) * W + i % W
+                            tile = axpy_rows(x, scratch, at, W, tile)
+                        store_rows(scratch, out, W, tile)
+                        for i in range(min(W, T - start)):
+                            at = base + (1 + part) * H * D + (start + i) * token + c
+                            store_first(dqkv, at, load(scratch, out + i * W), min(W, D - c))
+            for i in range(T):
+                for c in range(0, D, W):
+                    store_first(dqkv, base + i * token + c, load(scratch, dqs + i * C + c), min(W, D - c))
 
 
-WIDTHS = (8,)
-FORWARD, BACKWARD = ({D: make(D) for D in WIDTHS} for make in (_forward, _backward))
+def backward_scratch(T: int, D: int) -> int:
+    """Numbers that backward needs as scratch."""
+    N, C = -(-T // W) * W, -(-D // W) * W
+    return 9 * N * C + N + 2 * N * W + W * W
 
 
-def scratch_size(D: int, T: int) -> int:
-    """Numbers that a kernel needs as scratch."""
-    return 2 * W * D + 2 * T * D + T + W * (T * D + 2 * W + T + D)
-
-
-class SavedNarrow(NamedTuple):
-    """What heads_backward needs for narrow heads; q, k and v are views of qkv, and k and v the cache."""
+class SavedOutput(NamedTuple):
+    """What heads_backward needs; k and v are views of qkv, and the cache."""
 
     k: Any
     v: Any
@@ -204,30 +244,28 @@ class SavedNarrow(NamedTuple):
 
 
 def heads_forward(xp, p, qkv, shape, noise=None, past=None):
-    """As heads.forward. Of narrow heads it keeps the largest score and the sum of each query."""
-    B, T, H = shape
-    D = qkv.shape[1] // (3 * H)
-    if qkv.dtype != np.float32 or D not in WIDTHS or past is not None:
+    """As heads.forward. It keeps the largest score and the sum of each query."""
+    if qkv.dtype != np.float32 or past is not None:
         return numpy_kernels.heads_forward(xp, p, qkv, shape, noise, past)
+    B, T, H = shape
+    D, N = qkv.shape[1] // (3 * H), -(-T // W) * W
     y = np.empty((B * T, H * D), qkv.dtype)
-    shift, inverse = np.empty(B * H * T, qkv.dtype), np.empty(B * H * T, qkv.dtype)
-    scratch = np.zeros(scratch_size(D, T), np.float32)
-    arguments = *_dropout(noise, B), B, T, H, scratch
-    FORWARD[D](flat(qkv), y.reshape(-1), shift, inverse, *arguments)
+    shift, inverse = np.empty((2, B * H * N), qkv.dtype)
+    scratch = _aligned(forward_scratch(T, D))
+    forward(flat(qkv), y.reshape(-1), shift, inverse, *_dropout(noise, B), B, T, H, D, scratch)
     _, k, v = heads.split(np, qkv, shape)
-    return y, SavedNarrow(k, v, qkv, shape, y, shift, inverse, noise)
+    return y, SavedOutput(k, v, qkv, shape, y, shift, inverse, noise)
 
 
 def heads_backward(xp, p, saved, dy):
-    if not isinstance(saved, SavedNarrow):
+    if not isinstance(saved, SavedOutput):
         return numpy_kernels.heads_backward(xp, p, saved, dy)
     _, _, qkv, (B, T, H), y, shift, inverse, noise = saved
     D = qkv.shape[1] // (3 * H)
     dqkv = np.empty(qkv.shape, qkv.dtype)
-    scratch = np.empty(scratch_size(D, T), np.float32)
-    dy = flat(np.asarray(dy, np.float32))
-    arguments = dqkv.reshape(-1), *_dropout(noise, B), B, T, H, scratch
-    BACKWARD[D](flat(qkv), y.reshape(-1), dy, shift, inverse, *arguments)
+    inputs = flat(qkv), y.reshape(-1), flat(np.asarray(dy, np.float32)), shift, inverse
+    scratch = _aligned(backward_scratch(T, D))
+    backward(*inputs, dqkv.reshape(-1), *_dropout(noise, B), B, T, H, D, scratch)
     return {}, dqkv
 
 
@@ -237,3 +275,9 @@ def _dropout(noise, B: int):
         return np.zeros(B, np.int32), 0, 1.0
     stream, rate = noise
     return flat(stream), rng.drop_threshold(rate), rng.survivor_scale(rate)
+
+
+def _aligned(size: int):
+    """Memory for numbers, from the beginning of a line of the cache on: vectors across two lines are slow."""
+    memory = np.empty(size + 15, np.float32)
+    return memory[-memory.__array_interface__["data"][0] // 4 % 16 :]

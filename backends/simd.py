@@ -10,8 +10,8 @@ a time. Here it learns a type whose machine form is an LLVM vector, and the few 
     load_first, store_first    the same for its first n lanes; the other lanes are 0, or not stored
     load_rows, store_rows, zero_rows    a tuple of vectors
     spread, lanes        copies of a scalar; 0, 1, 2, ... as integers
-    select, sqrt, bits, floats, total, totals    see there
-    dot, axpy, add_outer    of a tuple of vectors and elements of an array
+    select, sqrt, bits, floats, total    see there
+    axpy, axpy_rows, repeat, transposed    of a tuple of vectors: see there
 
 Floats are float32 and integers int32. LLVM may join a product and a sum to one operation with one rounding, and
 changes nothing else: NaN and infinities are as in NumPy. Operations that make a vector of nothing have a width:
@@ -194,25 +194,6 @@ def total(typing, x):
     return types.float32(x), code
 
 
-@intrinsic
-def totals(typing, rows):
-    """The sums of W vectors of W lanes: one vector, in the order of the tuple."""
-
-    def code(context, builder, signature, arguments):
-        width, vectors = rows.dtype.width, cgutils.unpack_tuple(builder, *arguments)
-        while len(vectors) > 1:
-            vectors = [
-                builder.fadd(*(
-                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, width), list(part)))
-                    for part in (range(0, 2 * width, 2), range(1, 2 * width, 2))
-                ))
-                for pair in zip(vectors[::2], vectors[1::2], strict=True)
-            ]  # fmt: skip
-        return vectors[0]
-
-    return rows.dtype(rows), code
-
-
 # memory -------------------------------------------------------------------------------------------------
 
 
@@ -285,25 +266,7 @@ def store_rows(typing, array, at, step, rows):
     return types.void(array, types.intp, types.intp, rows), code
 
 
-# tuples of vectors: registers for the channels of a head ------------------------------------------------------
-
-
-@intrinsic
-def dot(typing, rows, array, at):
-    """The sum over d of rows[d] times the number array[at + d]."""
-
-    def code(context, builder, signature, arguments):
-        rows_, value, at = arguments
-        sums = []  # two of them: an operation that waits for the one before takes four times as long
-        for d, row in enumerate(cgutils.unpack_tuple(builder, rows_)):
-            product = builder.fmul(row, _element(context, builder, array, value, at, d, rows.dtype), flags=JOINED)
-            if d < 2:
-                sums.append(product)
-            else:
-                sums[d % 2] = builder.fadd(sums[d % 2], product, flags=JOINED)
-        return builder.fadd(*sums, flags=JOINED)
-
-    return rows.dtype(rows, array, types.intp), code
+# tuples of vectors --------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -370,21 +333,6 @@ def transposed(typing, rows):
         return cgutils.pack_array(builder, vectors)
 
     return rows(rows), code
-
-
-@intrinsic
-def add_outer(typing, x, rows, array, at):
-    """Add x times rows[d] to the vector at array[at + d W], for each d."""
-
-    def code(context, builder, signature, arguments):
-        x, rows_, value, at = arguments
-        for d, row in enumerate(cgutils.unpack_tuple(builder, rows_)):
-            pointer = _pointer(context, builder, array, value, at, row.type, d * rows.dtype.width)
-            added = builder.fadd(_load(builder, pointer), builder.fmul(x, row, flags=JOINED), flags=JOINED)
-            builder.store(added, pointer).align = 4
-        return context.get_dummy_value()
-
-    return types.void(x, rows, array, types.intp), code
 
 
 # what has a width ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 from baby_xp_backends import numba_kernels, numba_library, numpy_kernels
 
-from baby_xp.arrays import registry
+from baby_xp.arrays import registry, rng
 from baby_xp.arrays.namespace import REPLACEABLE
 from baby_xp.arrays.tree import Parameters
 from baby_xp.layers import (
@@ -92,7 +92,8 @@ def test_float32_alone_is_computed_by_numba():
 
 @pytest.mark.parametrize(("B", "T", "H", "D"), [
     (1, 1, 1, 8), (3, 5, 2, 8), (2, 16, 2, 8), (2, 31, 1, 8), (5, 33, 3, 8), (1, 64, 16, 8), (2, 70, 1, 8),
-    (3, 9, 2, 16), (2, 40, 2, 6),
+    (3, 9, 2, 16), (2, 40, 2, 6), (1, 17, 3, 1), (2, 37, 1, 4), (2, 19, 2, 24), (1, 65, 1, 32), (2, 18, 1, 40),
+    (1, 50, 2, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_attention(fast, plain, B, T, H, D, rate):
@@ -106,9 +107,21 @@ def test_attention(fast, plain, B, T, H, D, rate):
     close(heads.backward(fast, {}, saved, dy)[1], dqkv, 1e-5)
 
 
-@pytest.mark.parametrize("spread", [10.0, 300.0])
-def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, spread):
-    qkv = drawn(2 * 40, 3 * 16, spread=spread)
+@pytest.mark.parametrize("T", [31, 32])
+def test_attention_drops_what_the_mask_drops(fast, plain, T):
+    """Values such that y is the matrix of weights."""
+    B, H, rate = 2, 3, 0.3
+    qkv = drawn(B, T, 3, H, T)
+    qkv[:, :, 2] = np.eye(T)[:, None]
+    stream = np.array([5, -6], np.int32)
+    y, _ = heads.forward(fast, {}, qkv.reshape(B * T, -1), Shape(B, T, H), (stream, rate))
+    kept = rng.keep_mask(plain, stream, H * T * T, rate).reshape(B, H, T, T)
+    np.testing.assert_array_equal(y.reshape(B, T, H, T).swapaxes(1, 2) > 0, kept & np.tri(T, dtype=bool))
+
+
+@pytest.mark.parametrize(("D", "spread"), [(8, 10.0), (8, 300.0), (32, 10.0), (32, 100.0)])
+def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, D, spread):
+    qkv = drawn(2 * 40, 3 * 2 * D, spread=spread)
     y, saved = heads.forward(fast, {}, qkv, Shape(2, 40, 2))
     expected, saved0 = heads.forward(plain, {}, qkv.astype(np.float64), Shape(2, 40, 2))
     close(y, expected, 2e-5 * spread)
@@ -116,12 +129,14 @@ def test_attention_holds_for_scores_that_lie_far_apart(fast, plain, spread):
     close(heads.backward(fast, {}, saved, dy)[1], heads.backward(plain, {}, saved0, dy)[1], 1e-4 * spread)
 
 
-def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast):
-    for value in (np.nan, np.inf):
-        qkv = drawn(40, 24)
-        qkv[20] = value
-        y, _ = heads.forward(fast, {}, qkv, Shape(1, 40, 1))
-        assert np.isnan(y[20:]).any(axis=1).all()
+@pytest.mark.parametrize("D", [8, 32])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast, value, D):
+    qkv = drawn(40, 3 * D)
+    qkv[20] = value
+    y, saved = heads.forward(fast, {}, qkv, Shape(1, 40, 1))
+    assert np.isnan(y[20:]).any(axis=1).all()
+    assert np.isnan(heads.backward(fast, {}, saved, np.ones_like(y))[1]).any()
 
 
 @pytest.mark.parametrize(("N", "C", "F"), [

@@ -96,17 +96,9 @@ def test_lanes_and_spread(wide):
 
 def test_sums_of_lanes(wide):
     W, of = wide
-    load, rows, total, totals, store = of.load, of.load_rows, simd.total, simd.totals, simd.store
-    a = np.random.default_rng(0).integers(-99, 99, W * W).astype(np.float32)  # sums without rounding
-
-    @numba.njit
-    def kernel(a, out):
-        store(out, 0, totals(rows(a, 0, W, W)))
-        return total(load(a, 0))
-
-    out = np.empty(W, np.float32)
-    assert kernel(a, out) == a[:W].sum()
-    same(out, a.reshape(W, W).sum(axis=1))
+    load, total = of.load, simd.total
+    a = np.random.default_rng(0).integers(-99, 99, W).astype(np.float32)  # sums without rounding
+    assert numba.njit(lambda a: total(load(a, 0)))(a) == a.sum()
 
 
 def test_the_largest_lane(wide):
@@ -157,25 +149,20 @@ def test_the_first_lanes_alone_are_read_and_written(wide, n):
 
 def test_tuples_of_vectors(wide):
     W, of = wide
-    load, rows, zeros, store_rows, store = of.load, of.load_rows, of.zero_rows, simd.store_rows, simd.store
-    dot, axpy, add_outer = simd.dot, simd.axpy, simd.add_outer
-    draw = np.random.default_rng(0).integers(-9, 9, (5, W)).astype(np.float32)
+    load, rows, zeros, store_rows = of.load, of.load_rows, of.zero_rows, simd.store_rows
+    axpy = simd.axpy
+    draw = np.random.default_rng(0).integers(-9, 9, (4, W)).astype(np.float32)
 
     @numba.njit
-    def kernel(a, numbers, out, outer):
-        three = rows(a, W, W, 3)
-        store(out, 0, dot(three, numbers, 1))
-        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, three))
-        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, zeros(2)))
-        add_outer(load(a, 4 * W), three, outer, 0)
+    def kernel(a, numbers, out):
+        store_rows(out, 0, W, axpy(load(a, 0), numbers, 1, rows(a, W, W, 3)))
+        store_rows(out, 3 * W, W, axpy(load(a, 0), numbers, 0, zeros(2)))
 
     numbers = np.array([2, 3, 5, 7], np.float32)
-    out, outer = np.empty((6, W), np.float32), np.ones((3, W), np.float32)
-    kernel(draw.reshape(-1), numbers, out.reshape(-1), outer.reshape(-1))
-    same(out[0], numbers[1:] @ draw[1:4])
-    same(out[1:4], draw[1:4] + numbers[1:, None] * draw[0])
-    same(out[4:], numbers[:2, None] * draw[0])
-    same(outer, 1 + draw[4] * draw[1:4])
+    out = np.empty((5, W), np.float32)
+    kernel(draw.reshape(-1), numbers, out.reshape(-1))
+    same(out[:3], draw[1:4] + numbers[1:, None] * draw[0])
+    same(out[3:], numbers[:2, None] * draw[0])
 
 
 def test_rows_are_columns_after_transposition(wide):
