@@ -89,7 +89,7 @@ def _forward(D: int):
                             if (T | j) & 1 == 0 or T & 1:  # a hash serves a pair of keys, in rows of even length
                                 hashed = _hash(places + j, stream)
                             e = select(_bits_of(hashed, places + j) >= threshold, e, 0.0)
-                        sum_of_values = axpy(e, qkv, base + value + j * token, sum_of_values)
+                        sum_of_values = axpy(e, qkv, base + value + j * token, 1, sum_of_values)
                     store_rows(scratch, 0, W, sum_of_values)
                     store(scratch, scores, top)
                     store(scratch, factors, 1.0 / sums)
@@ -159,9 +159,9 @@ def _backward(D: int):
                                     hashed = bits(load(scratch, hashes + i * W))
                                 keep = _bits_of(hashed, place) >= threshold
                                 kept, de = select(keep, e, 0.0), select(keep, de, 0.0)
-                            dv = axpy(kept, scratch, dys + i * D, dv)
+                            dv = axpy(kept, scratch, dys + i * D, 1, dv)
                             dscore = e * (de - scratch[along + i])
-                            dk = axpy(dscore, scratch, queries + i * D, dk)
+                            dk = axpy(dscore, scratch, queries + i * D, 1, dk)
                             add_outer(dscore, k, scratch, dqs + i * D * W)
                         store_rows(scratch, keys, W, dk)
                         store_rows(scratch, values, W, dv)

@@ -25,7 +25,7 @@ from typing import Any
 
 FOLDER = "BABY_XP_KERNELS"
 """The environment variable by which worker processes find a temporary folder."""
-SOURCES = "simd.py", "numba_*.py"
+SOURCES = "simd*.py", "numba_*.py"
 LIST = "files.json"
 LOCK = threading.Lock()
 

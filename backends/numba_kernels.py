@@ -6,7 +6,7 @@ Same arguments, same results up to rounding. Arrays of other types go to NumPy's
 from collections.abc import Callable
 from typing import Any
 
-from baby_xp_backends import numba_activations, numba_attention, numba_norms
+from baby_xp_backends import numba_activations, numba_attention, numba_decoding, numba_norms
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "layernorm.forward": numba_norms.layernorm_forward,
@@ -14,4 +14,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gelu.tanh_form": numba_activations.gelu_tanh_form,
     "heads.forward": numba_attention.heads_forward,
     "heads.backward": numba_attention.heads_backward,
+    "gpt.prepare": numba_decoding.prepare,
+    "gpt.decode": numba_decoding.decode,
 }

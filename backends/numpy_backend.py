@@ -21,7 +21,10 @@ TOKENS_AT_ONCE = 1024
 """This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
 
 
-BY_NUMBA = "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward"
+BY_NUMBA = (
+    "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward",
+    "gpt.prepare", "gpt.decode",
+)  # fmt: skip
 """What numba_kernels.py replaces in float32, where numba is installed."""
 
 

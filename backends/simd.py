@@ -172,7 +172,7 @@ def floats(typing, x):
     return result(x), lambda context, builder, signature, arguments: builder.bitcast(*arguments, result.machine)
 
 
-def _halves_joined(builder, x, width: int, join):
+def halves_joined(builder, x, width: int, join):
     """What is left when the upper half of the lanes is joined to the lower half, again and again."""
     while width > 1:
         width //= 2
@@ -190,7 +190,7 @@ def total(typing, x):
     """The sum of all lanes."""
 
     def code(context, builder, signature, arguments):
-        return _halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
+        return halves_joined(builder, arguments[0], x.width, lambda a, b: builder.fadd(a, b))
 
     return types.float32(x), code
 
@@ -308,21 +308,19 @@ def dot(typing, rows, array, at):
 
 
 @intrinsic
-def axpy(typing, x, array, at, rows):
-    """A tuple: rows[d] + x times the number array[at + d]."""
+def axpy(typing, x, array, at, step, rows):
+    """A tuple: rows[d] + x times the number array[at + d step]."""
 
     def code(context, builder, signature, arguments):
-        x, value, at, rows_ = arguments
-        return cgutils.pack_array(builder, [
-            builder.fadd(
-                row,
-                builder.fmul(x, _element(context, builder, array, value, at, d, rows.dtype), flags=JOINED),
-                flags=JOINED,
-            )
-            for d, row in enumerate(cgutils.unpack_tuple(builder, rows_))
-        ])  # fmt: skip
+        x, value, at, step, rows_ = arguments
+        sums = []
+        for row in cgutils.unpack_tuple(builder, rows_):
+            product = builder.fmul(x, _element(context, builder, array, value, at, 0, rows.dtype), flags=JOINED)
+            sums.append(builder.fadd(row, product, flags=JOINED))
+            at = builder.add(at, step)
+        return cgutils.pack_array(builder, sums)
 
-    return rows(x, array, types.intp, rows), code
+    return rows(x, array, types.intp, types.intp, rows), code
 
 
 @intrinsic

@@ -135,8 +135,8 @@ def test_tuples_of_vectors(wide):
     def kernel(a, numbers, out, outer):
         three = rows(a, W, W, 3)
         store(out, 0, dot(three, numbers, 1))
-        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, three))
-        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, zeros(2)))
+        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, 1, three))
+        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, 2, zeros(2)))
         add_outer(load(a, 4 * W), three, outer, 0)
 
     numbers = np.array([2, 3, 5, 7], np.float32)
@@ -144,7 +144,7 @@ def test_tuples_of_vectors(wide):
     kernel(draw.reshape(-1), numbers, out.reshape(-1), outer.reshape(-1))
     same(out[0], numbers[1:] @ draw[1:4])
     same(out[1:4], draw[1:4] + numbers[1:, None] * draw[0])
-    same(out[4:], numbers[:2, None] * draw[0])
+    same(out[4:], numbers[:3:2, None] * draw[0])
     same(outer, 1 + draw[4] * draw[1:4])
 
 
