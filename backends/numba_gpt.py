@@ -51,7 +51,8 @@ TWICE = 2 * gelu.ROOT_2_OVER_PI
 ERFCX = np.array(gelu.ERFCX_SERIES[11::-1], np.float32)
 """Coefficients of gelu.erf, the last ones first; the next is below 1e-8."""
 ACTIVATIONS = "gelu tanh", "gelu erf", "relu2", "swiglu"
-function = njit(error_model="numpy")
+part = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that only the step calls."""
 
 
 class Sizes(NamedTuple):
@@ -122,7 +123,7 @@ def row_width(C, S, Q, G, K):
 # parts of the step --------------------------------------------------------------------------------------
 
 
-@function
+@part
 def product(scratch, at, step, rows, K, weights, base, to, to_step, F, add):
     """The rows x (rows, K) at `at` -> x W + b, or with `add` y + x W + b, the rows y (rows, F) at `to`.
 
@@ -163,12 +164,12 @@ def product(scratch, at, step, rows, K, weights, base, to, to_step, F, add):
             store_rows(scratch, target + W, to_step, b)
 
 
-@function
-def norm(scratch, at, to, step, rows, C, weights, gain, centres):
+@part
+def norm(scratch, at, step, to, to_step, rows, C, weights, gain, centres):
     """Rows (rows, C) at `at` -> `to`: layer norm, or RMSNorm if it does not centre. The bias follows the gain."""
     end, eps = padded(C), layernorm.EPS if centres else rmsnorm.EPS
     for row in range(rows):
-        x, y = at + row * step, to + row * step
+        x, y = at + row * step, to + row * to_step
         sums, squares = spread(0.0), spread(0.0)
         if centres:
             for i in range(0, end, W):
@@ -183,7 +184,7 @@ def norm(scratch, at, to, step, rows, C, weights, gain, centres):
             store(scratch, y + i, normed * load(weights, gain + i) + load(weights, gain + end + i))
 
 
-@function
+@part
 def turn(scratch, at, H, D, weights, angles, rotates, qk_norm):
     """Queries and keys (2 H, D) of a token: rotation and norm; queries are divided by sqrt(D)."""
     half = D // 2
@@ -208,7 +209,7 @@ def turn(scratch, at, H, D, weights, angles, rotates, qk_norm):
                 store_first(scratch, x + i, load_first(scratch, x + i, D - i) * factor, D - i)
 
 
-@function
+@part
 def exp_of_shifted(scratch, at, n):
     """n numbers -> exp(x - the largest), followed by zeros up to whole vectors; returns 1 / their sum."""
     top, sums = spread(-math.inf), spread(0.0)
@@ -223,7 +224,7 @@ def exp_of_shifted(scratch, at, n):
     return 1.0 / total(sums)
 
 
-@function
+@part
 def attend(scratch, query, to, scores, cache, keys, values, end, H, D, P):
     """Queries (H, D) of a token, the keys (H, D, P) and values (P, H, D) of its text, `end` of them -> (H, D)."""
     for h in range(H):
@@ -244,7 +245,7 @@ def attend(scratch, query, to, scores, cache, keys, values, end, H, D, P):
             store(scratch, to + h * D + d + W, b[0] * inverse)
 
 
-@function
+@part
 def mix_heads(scratch, heads, H, D, gate):
     """The outputs of the heads (H, D) -> their sum (D,), in the same place, each times softmax(gate) (H,)."""
     inverse = exp_of_shifted(scratch, gate, H)
@@ -272,7 +273,7 @@ def normal_cdf(x):
     return select(x < 0.0, lower, 1.0 - lower)
 
 
-@function
+@part
 def activate(scratch, g, to, F, activation):
     """What `up` made of a token -> (F,)."""
     for i in range(0, F, W):
@@ -289,7 +290,7 @@ def activate(scratch, g, to, F, activation):
         store(scratch, to + i, y)
 
 
-@function
+@part
 def gate_experts(scratch, h, F, experts, gate):
     """Hidden channels (experts, F / experts) times softmax(gate) (experts,), which then follows them."""
     width, inverse = F // experts, exp_of_shifted(scratch, gate, experts)
@@ -332,6 +333,7 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     h, width = g + room(G), row_width(C, S, Q, G, F + experts)
     logits = stream + rows * width
     source = normed if pre else stream
+    scores, new, added = np.int64(0), np.bool_(False), np.bool_(True)  # literals would compile functions twice
     for n in range(N):
         if not 0 <= ids[n] < V:
             return -1
@@ -345,13 +347,13 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
                     vector = vector + load_first(places, (t + row % T) * C + i, C - i)
             store(scratch, x + i, vector)
     if embedding_norm:
-        norm(scratch, stream, stream, width, N, C, weights, ln_emb, centres)
+        norm(scratch, stream, width, stream, width, N, C, weights, ln_emb, centres)
     values = L * B * S * P
     for layer in range(L):
         base = layer * block
         if pre:
-            norm(scratch, stream, normed, width, N, C, weights, base + norm1, centres)
-        product(scratch, source, width, rows, C, weights, base + qkv_, qkv, width, Q, False)
+            norm(scratch, stream, width, normed, width, N, C, weights, base + norm1, centres)
+        product(scratch, source, width, rows, C, weights, base + qkv_, qkv, width, Q, new)
         for row in range(N):
             text, position, at = layer * B + row // T, t + row % T, qkv + row * width
             turn(scratch, at, H, D, weights, angles + position * D, rotates, qk_norm)
@@ -361,25 +363,24 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
         for row in range(N):
             text, at, to = layer * B + row // T, qkv + row * width, heads + row * width
             own_keys, own_values = text * S * P, values + text * P * S
-            attend(scratch, at, to, 0, cache, own_keys, own_values, t + row % T + 1, H, D, P)
+            attend(scratch, at, to, scores, cache, own_keys, own_values, t + row % T + 1, H, D, P)
             if mixes_heads:
                 mix_heads(scratch, to, H, D, at + 3 * S)
-        product(scratch, heads, width, rows, A, weights, base + out_, stream, width, C, True)
+        product(scratch, heads, width, rows, A, weights, base + out_, stream, width, C, added)
         if pre:
-            norm(scratch, stream, normed, width, N, C, weights, base + norm2, centres)
+            norm(scratch, stream, width, normed, width, N, C, weights, base + norm2, centres)
         else:
-            norm(scratch, stream, stream, width, N, C, weights, base + norm1, centres)
-        product(scratch, source, width, rows, C, weights, base + up_, g, width, G, False)
+            norm(scratch, stream, width, stream, width, N, C, weights, base + norm1, centres)
+        product(scratch, source, width, rows, C, weights, base + up_, g, width, G, new)
         for row in range(N):
             at, to = g + row * width, h + row * width
             activate(scratch, at, to, F, activation)
             if experts:
                 gate_experts(scratch, to, F, experts, at + G - experts)
-        product(scratch, h, width, rows, F + experts, weights, base + down_, stream, width, C, True)
+        product(scratch, h, width, rows, F + experts, weights, base + down_, stream, width, C, added)
         if not pre:
-            norm(scratch, stream, stream, width, N, C, weights, base + norm2, centres)
-    for text in range(B):
-        last = (text * T + T - 1) * width
-        norm(scratch, stream + last, normed + text * width, width, 1, C, weights, ln_f, centres)
-    product(scratch, normed, width, tiled(B), C, weights, head, logits, padded(V), V, False)
+            norm(scratch, stream, width, stream, width, N, C, weights, base + norm2, centres)
+    last = stream + (T - 1) * width
+    norm(scratch, last, T * width, normed, width, B, C, weights, ln_f, centres)
+    product(scratch, normed, width, tiled(B), C, weights, head, logits, padded(V), V, new)
     return logits
