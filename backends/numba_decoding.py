@@ -39,7 +39,8 @@ class Cache:
 
     def __init__(self, B: int, sizes: Sizes):
         self.B, self.length = B, 0
-        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + PANEL)
+        # what is not written yet is never used, and zeros would take longer than a step
+        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + PANEL, np.empty)
 
 
 class Prepared:
@@ -75,9 +76,9 @@ def scratch_size(sizes: Sizes, B: int, T: int) -> int:
     return room(sizes.n_ctx) + tiled(B * T) * width + tiled(B) * padded(sizes.V)
 
 
-def aligned(size: int) -> np.ndarray:
-    """Zeros (size,), the first of which begins a cache line: a vector then lies in one line, not in two."""
-    whole = np.zeros(size + LINE, np.float32)
+def aligned(size: int, make=np.zeros) -> np.ndarray:
+    """Numbers (size,), the first of which begins a cache line: a vector then lies in one line, not in two."""
+    whole = make(size + LINE, np.float32)
     first = -(whole.ctypes.data // whole.itemsize) % LINE
     return whole[first : first + size]
 
