@@ -225,14 +225,14 @@ def exp_of_shifted(scratch, at, n):
 
 
 @part
-def attend(scratch, query, to, scores, cache, keys, values, end, H, D, P):
-    """Queries (H, D) of a token, the keys (H, D, P) and values (P, H, D) of its text, `end` of them -> (H, D)."""
+def attend(scratch, query, to, scores, cache, keys, values, end, H, D):
+    """Queries (H, D) of a token, keys (P / PANEL, H, D, PANEL) and values (P, H, D) of `end` tokens -> (H, D)."""
     for h in range(H):
         for j in range(0, end, PANEL):
-            a, b, place = zero_rows(1), zero_rows(1), keys + h * D * P + j
+            a, b, place = zero_rows(1), zero_rows(1), keys + (j * H + h * PANEL) * D
             for d in range(query + h * D, query + h * D + D):
                 a, b = axpy(load(cache, place), scratch, d, 0, a), axpy(load(cache, place + W), scratch, d, 0, b)
-                place += P
+                place += PANEL
             store_rows(scratch, scores + j, W, a)
             store_rows(scratch, scores + j + W, W, b)
         inverse = exp_of_shifted(scratch, scores, end)
@@ -310,7 +310,7 @@ def gate_experts(scratch, h, F, experts, gate):
 def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     """Compute the tokens `ids` (B, T) at the positions t to t + T - 1 -> the place of the logits in scratch.
 
-    tokens (V, C), places (n_ctx, C). cache: keys (L, B, S, P), values (L, B, P, S); P is n_ctx, padded. The logits
+    tokens (V, C), places (n_ctx, C). cache: keys (L, B, P / PANEL, S, PANEL), values (L, B, P, S); P is n_ctx, padded. The logits
     are those of the last tokens, (B, V) in rows of padded(V) numbers. Returns -1 for an id that is not below V.
     """
     C, S, H, L, V, n_ctx, F, G, experts, activation = (
@@ -348,7 +348,7 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
             store(scratch, x + i, vector)
     if embedding_norm:
         norm(scratch, stream, width, stream, width, N, C, weights, ln_emb, centres)
-    values = L * B * S * P
+    keys, values = 0, L * B * P * S
     for layer in range(L):
         base = layer * block
         if pre:
@@ -357,13 +357,16 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
         for row in range(N):
             text, position, at = layer * B + row // T, t + row % T, qkv + row * width
             turn(scratch, at, H, D, weights, angles + position * D, rotates, qk_norm)
+            own = keys + text * P * S + position // PANEL * S * PANEL + position % PANEL
             for i in range(S):
-                cache[(text * S + i) * P + position] = scratch[at + S + i]
-                cache[values + (text * P + position) * S + i] = scratch[at + 2 * S + i]
+                cache[own + i * PANEL] = scratch[at + S + i]
+            own = values + (text * P + position) * S
+            for i in range(0, S, W):
+                store_first(cache, own + i, load(scratch, at + 2 * S + i), S - i)
         for row in range(N):
             text, at, to = layer * B + row // T, qkv + row * width, heads + row * width
-            own_keys, own_values = text * S * P, values + text * P * S
-            attend(scratch, at, to, scores, cache, own_keys, own_values, t + row % T + 1, H, D, P)
+            own = text * P * S
+            attend(scratch, at, to, scores, cache, keys + own, values + own, t + row % T + 1, H, D)
             if mixes_heads:
                 mix_heads(scratch, to, H, D, at + 3 * S)
         product(scratch, heads, width, rows, A, weights, base + out_, stream, width, C, added)
