@@ -51,14 +51,15 @@ class Prepared:
         self.numbers = np.array(self.sizes, np.int64)
         self.tokens = flat(p["wte"]["weight"])
         self.places = flat(p["wpe"]["weight"]) if self.sizes.places else np.zeros(1, np.float32)
-        self.cap, self.scratch = config.logit_cap, aligned(0)
+        self.cap, self.scratch, self.shapes = config.logit_cap, aligned(0), set[tuple[int, int]]()
 
     def step(self, ids, cache: Cache) -> np.ndarray:
         """ids (B, T) -> logits (B, V) after them; appends to the cache."""
         (B, T), sizes = ids.shape, self.sizes
-        needed = scratch_size(sizes, B, T)
-        if len(self.scratch) < needed:
-            self.scratch = aligned(needed)
+        if (B, T) not in self.shapes:
+            self.shapes.add((B, T))
+            if len(self.scratch) < (needed := scratch_size(sizes, B, T)):
+                self.scratch = aligned(needed)
         ids = np.ascontiguousarray(ids, np.int32).reshape(-1)
         memory = cache.array, self.scratch, self.numbers
         at = numba_gpt.step(self.weights, self.tokens, self.places, ids, *memory, B, T, cache.length)
