@@ -125,7 +125,7 @@ def packed_model(xp, p, config) -> tuple[Sizes, np.ndarray]:
 
 
 def packed_block(block, C: int, moh: bool, moe: bool) -> tuple[np.ndarray, ...]:
-    """norm1, qkv, out, norm2, up and down; the gates are more columns of qkv and up, the experts' biases more rows."""
+    """norm1, qkv, out, norm2, up, down; gates are more columns of qkv and up, the experts' biases more rows."""
     attention, network = block["attention"], block["network"]
     qkv, out, up, down = attention["qkv"], attention["out"], network["up"], network["down"]
     wide, high, bias = up["weight"], down["weight"], down.get("bias")

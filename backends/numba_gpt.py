@@ -1,13 +1,14 @@
 """Generation by one compiled function: the GPT's forward pass for the next tokens of several texts, any switches.
 
-A single token is bound by reading every weight once, so the weights are packed in the order in which a product reads
-them: in panels of PANEL columns, one after the other, each with the bias as its first row. ROWS tokens share what was
-read. Each number is added up in the same order whatever the number of rows, so the logits of a token do not depend on
-what is computed together with it: not on other texts, and not on the pieces in which a prompt is computed.
+A single token is bound by reading every weight once, so the weights are packed in the order in which a product
+reads them: in panels of PANEL columns, one after the other, each with the bias as its first row. ROWS tokens share
+what was read. Each number is added up in the same order whatever the number of rows, so the logits of a token do
+not depend on what is computed together with it: not on other texts, and not on the pieces in which a prompt is
+computed.
 
-The rows of a step, N = B T tokens text by text, lie in `scratch`: a row holds all arrays of a token side by side, each
-with room up to whole panels and one panel more, because vectors may write past its end. The kernels take flat arrays,
-and the places of their first elements.
+The rows of a step, N = B T tokens text by text, lie in `scratch`: a row holds all arrays of a token side by side,
+each with room up to whole panels and one panel more, because vectors may write past its end. The kernels take flat
+arrays, and the places of their first elements.
 """
 
 import math
@@ -115,12 +116,18 @@ def room(n):
 
 @register_jitable
 def row_width(C, S, Q, G, K):
-    """From a row to the next: an odd number of cache lines, as a cache has few places for lines 4096 bytes apart."""
+    """From a row to the next: an odd number of cache lines. A cache has few places for lines 4096 bytes apart."""
     width = 2 * room(C) + room(Q) + room(S) + room(G) + room(K)
     return width if width // LINE % 2 else width + LINE
 
 
 # parts of the step --------------------------------------------------------------------------------------
+
+
+@inlined
+def axpy_panel(panels, place, x, at, step, a, b):
+    """Add the row of a panel at `place` times x[at], x[at + step], ... to the sums a, of its left half, and b."""
+    return axpy(load(panels, place), x, at, step, a), axpy(load(panels, place + W), x, at, step, b)
 
 
 @part
@@ -138,12 +145,12 @@ def product(scratch, at, step, rows, K, weights, base, to, to_step, F, add):
             if add:
                 a, b = load_rows(scratch, to + column, W, 1), load_rows(scratch, to + column + W, W, 1)
                 c, d = load_rows(scratch, to + other, W, 1), load_rows(scratch, to + other + W, W, 1)
-            a, b = axpy(load(weights, left), weights, ONE, 0, a), axpy(load(weights, left + W), weights, ONE, 0, b)
-            c, d = axpy(load(weights, right), weights, ONE, 0, c), axpy(load(weights, right + W), weights, ONE, 0, d)
+            a, b = axpy_panel(weights, left, weights, ONE, 0, a, b)
+            c, d = axpy_panel(weights, right, weights, ONE, 0, c, d)
             for k in range(at, at + K):
                 left, right = left + PANEL, right + PANEL
-                a, b = axpy(load(weights, left), scratch, k, 0, a), axpy(load(weights, left + W), scratch, k, 0, b)
-                c, d = axpy(load(weights, right), scratch, k, 0, c), axpy(load(weights, right + W), scratch, k, 0, d)
+                a, b = axpy_panel(weights, left, scratch, k, 0, a, b)
+                c, d = axpy_panel(weights, right, scratch, k, 0, c, d)
             store_rows(scratch, to + column, W, a)
             store_rows(scratch, to + column + W, W, b)
             store_rows(scratch, to + other, W, c)
@@ -155,11 +162,10 @@ def product(scratch, at, step, rows, K, weights, base, to, to_step, F, add):
             a, b = zero_rows(ROWS), zero_rows(ROWS)
             if add:
                 a, b = load_rows(scratch, target, to_step, ROWS), load_rows(scratch, target + W, to_step, ROWS)
-            a, b = axpy(load(weights, panel), weights, ONE, 0, a), axpy(load(weights, panel + W), weights, ONE, 0, b)
+            a, b = axpy_panel(weights, panel, weights, ONE, 0, a, b)
             for k in range(at + row * step, at + row * step + K):
                 panel += PANEL
-                a = axpy(load(weights, panel), scratch, k, step, a)
-                b = axpy(load(weights, panel + W), scratch, k, step, b)
+                a, b = axpy_panel(weights, panel, scratch, k, step, a, b)
             store_rows(scratch, target, to_step, a)
             store_rows(scratch, target + W, to_step, b)
 
@@ -231,7 +237,7 @@ def attend(scratch, query, to, scores, cache, keys, values, end, H, D):
         for j in range(0, end, PANEL):
             a, b, place = zero_rows(1), zero_rows(1), keys + (j * H + h * PANEL) * D
             for d in range(query + h * D, query + h * D + D):
-                a, b = axpy(load(cache, place), scratch, d, 0, a), axpy(load(cache, place + W), scratch, d, 0, b)
+                a, b = axpy_panel(cache, place, scratch, d, 0, a, b)
                 place += PANEL
             store_rows(scratch, scores + j, W, a)
             store_rows(scratch, scores + j + W, W, b)
@@ -239,7 +245,7 @@ def attend(scratch, query, to, scores, cache, keys, values, end, H, D):
         for d in range(0, D, PANEL):
             a, b, place = zero_rows(1), zero_rows(1), values + h * D + d
             for j in range(scores, scores + end):
-                a, b = axpy(load(cache, place), scratch, j, 0, a), axpy(load(cache, place + W), scratch, j, 0, b)
+                a, b = axpy_panel(cache, place, scratch, j, 0, a, b)
                 place += H * D
             store(scratch, to + h * D + d, a[0] * inverse)         # what lies behind D belongs to the next head
             store(scratch, to + h * D + d + W, b[0] * inverse)
@@ -310,8 +316,9 @@ def gate_experts(scratch, h, F, experts, gate):
 def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     """Compute the tokens `ids` (B, T) at the positions t to t + T - 1 -> the place of the logits in scratch.
 
-    tokens (V, C), places (n_ctx, C). cache: keys (L, B, P / PANEL, S, PANEL), values (L, B, P, S); P is n_ctx, padded. The logits
-    are those of the last tokens, (B, V) in rows of padded(V) numbers. Returns -1 for an id that is not below V.
+    tokens (V, C), places (n_ctx, C). cache: keys (L, B, P / PANEL, S, PANEL), values (L, B, P, S), where P is
+    n_ctx padded. The logits are those of the last tokens, (B, V) in rows of padded(V) numbers. Returns -1 for an
+    id that is not below V.
     """
     C, S, H, L, V, n_ctx, F, G, experts, activation = (
         sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]

@@ -63,7 +63,7 @@ def test_the_logits_are_those_of_the_plain_pass(backend, switches, monkeypatch):
 
 @pytest.mark.parametrize("switches", [*NAMED.values()][::3], ids=[*NAMED][::3])
 def test_a_text_does_not_depend_on_what_is_computed_with_it(backend, switches, monkeypatch):
-    """Bit for bit: not on other texts, and not on the pieces that it is computed in. With heads of several panels."""
+    """Bit for bit: not on other texts, nor on the pieces that it is computed in. With heads of several panels."""
     model, p, exact = model_and_weights(backend, switches, WIDE)
     texts = np.random.default_rng(2).integers(0, V, (19, 41)).astype(np.int32)
     together = Logits(backend, model, p).next(texts.tolist())
