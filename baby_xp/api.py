@@ -50,7 +50,7 @@ def train(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
-    kernels: Literal["fast", "plain"] = "fast",
+    kernels: Literal["fast", "numpy", "plain"] = "fast",
     listener: Any = None,
     **overrides: Unpack[Settings],
 ) -> Run:
@@ -80,7 +80,7 @@ def finetune(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
-    kernels: Literal["fast", "plain"] = "fast",
+    kernels: Literal["fast", "numpy", "plain"] = "fast",
     listener: Any = None,
     **overrides: Unpack[FinetuneSettings],
 ) -> Run:
@@ -116,7 +116,7 @@ def resume(
     workers: int | None = None,
     tf32: bool | None = None,
     memory_gib: float | None = None,
-    kernels: Literal["fast", "plain"] | None = None,
+    kernels: Literal["fast", "numpy", "plain"] | None = None,
     data: str | Path | None = None,
     listener: Any = None,
     **overrides: Unpack[ResumeSettings],
@@ -157,7 +157,7 @@ def load(
     weights: Literal["best", "last"] = "best",
     tf32: bool = False,
     memory_gib: float | None = None,
-    kernels: Literal["fast", "plain"] = "fast",
+    kernels: Literal["fast", "numpy", "plain"] = "fast",
 ) -> Run:
     """A run by its GUID, an unambiguous beginning of it, or "last".
 
@@ -264,7 +264,7 @@ def _as_before(
     workers: int | None,
     tf32: bool | None,
     memory_gib: float | None,
-    kernels: Literal["fast", "plain"] | None,
+    kernels: Literal["fast", "numpy", "plain"] | None,
 ) -> Compute:
     """Where a resumed run computes: as before, except for the options that are given."""
     if backend in (None, place["backend"]):

@@ -21,8 +21,9 @@ class Compute:
     """TF32 matrix products: faster, less precise (cupy backend)."""
     memory_gib: float | None = None
     """Limit of GPU memory, in GiB (cupy backend); by default no limit."""
-    kernels: Literal["fast", "plain"] = "fast"
-    """plain: run the code of layers/ itself, without the backend's faster functions."""
+    kernels: Literal["fast", "numpy", "plain"] = "fast"
+    """plain: run the code of layers/ itself, without the backend's faster functions; numpy: those of NumPy alone,
+    without the ones that numba compiles (numpy backend)."""
     workers: int | None = None
     """Processes that share each step (numpy backend); by default chosen automatically."""
 
@@ -31,7 +32,7 @@ class Compute:
             "backend": checks.text("backend", self.backend),
             "device": None if self.device is None else checks.text("device", self.device),
             "tf32": checks.flag("tf32", self.tf32),
-            "kernels": checks.choice("kernels", self.kernels, ("fast", "plain")),
+            "kernels": checks.choice("kernels", self.kernels, ("fast", "numpy", "plain")),
         }
         if self.memory_gib is not None:
             plain["memory_gib"] = checks.number("memory_gib", self.memory_gib, above=0)

@@ -15,28 +15,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp_of_negative, flat, inlined, mix
-from baby_xp_backends.simd import (
-    W,
-    add_outer,
-    axpy,
-    bits,
-    dot,
-    floats,
-    lanes,
-    load,
-    load_rows,
-    select,
-    spread,
-    store,
-    store_rows,
-    totals,
-    zero_rows,
-)
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat, inlined
+from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays import rng
 from baby_xp.layers import Shape, heads
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp_of_negative, mix
+    from baby_xp_backends.simd import (
+        add_outer,
+        axpy,
+        bits,
+        dot,
+        floats,
+        lanes,
+        load,
+        load_rows,
+        select,
+        spread,
+        store,
+        store_rows,
+        totals,
+        zero_rows,
+    )
 
 HALF = 0xFFFF
 
@@ -89,7 +91,7 @@ def _forward(D: int):
                             if (T | j) & 1 == 0 or T & 1:  # a hash serves a pair of keys, in rows of even length
                                 hashed = _hash(places + j, stream)
                             e = select(_bits_of(hashed, places + j) >= threshold, e, 0.0)
-                        sum_of_values = axpy(e, qkv, base + value + j * token, 1, sum_of_values)
+                        sum_of_values = axpy(e, qkv, base + value + j * token, sum_of_values)
                     store_rows(scratch, 0, W, sum_of_values)
                     store(scratch, scores, top)
                     store(scratch, factors, 1.0 / sums)
@@ -159,9 +161,9 @@ def _backward(D: int):
                                     hashed = bits(load(scratch, hashes + i * W))
                                 keep = _bits_of(hashed, place) >= threshold
                                 kept, de = select(keep, e, 0.0), select(keep, de, 0.0)
-                            dv = axpy(kept, scratch, dys + i * D, 1, dv)
+                            dv = axpy(kept, scratch, dys + i * D, dv)
                             dscore = e * (de - scratch[along + i])
-                            dk = axpy(dscore, scratch, queries + i * D, 1, dk)
+                            dk = axpy(dscore, scratch, queries + i * D, dk)
                             add_outer(dscore, k, scratch, dqs + i * D * W)
                         store_rows(scratch, keys, W, dk)
                         store_rows(scratch, values, W, dv)

@@ -6,7 +6,7 @@ All switches are computed by the one step, in float32; arrays of other types go 
 import numpy as np
 from baby_xp_backends import numba_gpt, numpy_decoding
 from baby_xp_backends.numba_gpt import ACTIVATIONS, LINE, PANEL, Sizes, padded, room, row_width, tiled
-from baby_xp_backends.numba_maths import flat
+from baby_xp_backends.numba_library import flat
 
 from baby_xp.layers import mixture_of_experts, mlp, rotary, soft_cap
 from baby_xp.models import gpt

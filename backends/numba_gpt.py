@@ -15,30 +15,30 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from baby_xp_backends.numba_cache import compiled
-from baby_xp_backends.numba_maths import FLOATS, INTEGERS, exp, exp_of_negative, inlined
-from baby_xp_backends.simd import (
-    W,
-    axpy,
-    bits,
-    floats,
-    lanes,
-    load,
-    load_first,
-    load_rows,
-    select,
-    spread,
-    store,
-    store_first,
-    store_rows,
-    total,
-    zero_rows,
-)
-from baby_xp_backends.simd_lanes import highest
-from numba import njit
-from numba.extending import register_jitable
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, PLACES, compiled, inlined, numba_function
+from baby_xp_backends.simd_width import W
 
 from baby_xp.layers import gelu, layernorm, rmsnorm
+
+if COMPILING:
+    from baby_xp_backends.numba_maths import exp, exp_of_negative, sigmoid
+    from baby_xp_backends.simd import (
+        axpy_rows,
+        bits,
+        floats,
+        lanes,
+        load,
+        load_first,
+        load_rows,
+        select,
+        spread,
+        store,
+        store_first,
+        store_rows,
+        total,
+        zero_rows,
+    )
+    from baby_xp_backends.simd_lanes import highest
 
 PANEL = 2 * W
 ROWS = 8 if W == 16 else 4
@@ -52,8 +52,20 @@ TWICE = 2 * gelu.ROOT_2_OVER_PI
 ERFCX = np.array(gelu.ERFCX_SERIES[11::-1], np.float32)
 """Coefficients of gelu.erf, the last ones first; the next is below 1e-8."""
 ACTIVATIONS = "gelu tanh", "gelu erf", "relu2", "swiglu"
-part = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that only the step calls."""
+
+
+def shared(function):
+    """Decorate a function that Python calls too."""
+    if COMPILING:
+        from numba.extending import register_jitable
+
+        return register_jitable(function)
+    return function
+
+
+def part(function):
+    """Decorate a function that only the step calls."""
+    return numba_function(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False) if COMPILING else function
 
 
 class Sizes(NamedTuple):
@@ -96,25 +108,25 @@ class Sizes(NamedTuple):
     angles: int
 
 
-@register_jitable
+@shared
 def padded(n):
     """n, rounded up to whole panels."""
     return (n + (PANEL - 1)) // PANEL * PANEL
 
 
-@register_jitable
+@shared
 def tiled(rows):
     """Rows, rounded up to whole tiles; a single one stays."""
     return rows if rows == 1 else (rows + (ROWS - 1)) // ROWS * ROWS
 
 
-@register_jitable
+@shared
 def room(n):
     """What n numbers take in a row."""
     return padded(n) + PANEL
 
 
-@register_jitable
+@shared
 def row_width(C, S, Q, G, K):
     """From a row to the next: an odd number of cache lines. A cache has few places for lines 4096 bytes apart."""
     width = 2 * room(C) + room(Q) + room(S) + room(G) + room(K)
@@ -127,7 +139,7 @@ def row_width(C, S, Q, G, K):
 @inlined
 def axpy_panel(panels, place, x, at, step, a, b):
     """Add the row of a panel at `place` times x[at], x[at + step], ... to the sums a, of its left half, and b."""
-    return axpy(load(panels, place), x, at, step, a), axpy(load(panels, place + W), x, at, step, b)
+    return axpy_rows(load(panels, place), x, at, step, a), axpy_rows(load(panels, place + W), x, at, step, b)
 
 
 @part
@@ -263,11 +275,6 @@ def mix_heads(scratch, heads, H, D, gate):
 
 
 @inlined
-def sigmoid(x):
-    return 1.0 / (1.0 + exp(x * -1.0))
-
-
-@inlined
 def normal_cdf(x):
     """As gelu.erf_form: exp(-z^2) erfcx(z) / 2 below 0, with z = |x| / sqrt(2)."""
     z = floats(bits(x) & 0x7FFFFFFF) * math.sqrt(0.5)
@@ -312,7 +319,7 @@ def gate_experts(scratch, h, F, experts, gate):
 # the step -----------------------------------------------------------------------------------------------
 
 
-@compiled(f"i8({FLOATS}, {FLOATS}, {FLOATS}, {INTEGERS}, {FLOATS}, {FLOATS}, i8[::1], i8, i8, i8)")
+@compiled(f"i8({FLOATS}, {FLOATS}, {FLOATS}, {INTEGERS}, {FLOATS}, {FLOATS}, {PLACES}, i8, i8, i8)")
 def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     """Compute the tokens `ids` (B, T) at the positions t to t + T - 1 -> the place of the logits in scratch.
 

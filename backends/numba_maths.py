@@ -1,18 +1,16 @@
-"""What several kernels need: exp of vectors, the hash of dropout's bits, arrays made flat. See simd.py."""
+"""Functions of vectors that several kernels call: exp, sigmoid, the hash of dropout's bits. See simd.py."""
 
 import math
 
-import numpy as np
+from baby_xp_backends.numba_library import numba_function
 from baby_xp_backends.simd import bits, floats, select
-from numba import njit
 
 from baby_xp.arrays import rng
 
-FLOATS, INTEGERS = "f4[::1]", "i4[::1]"
-"""numba's names of the flat arrays that kernels take."""
+def inlined(function):
+    """As numba_library.inlined, but also where nothing is compiled: this module always imports numba."""
+    return numba_function(function, forceinline=True)
 
-inlined = njit(forceinline=True, error_model="numpy")
-"""For functions of vectors, which are always part of the kernel that calls them."""
 
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
@@ -57,9 +55,18 @@ MAGIC_BITS = 0x4B400000
 
 @inlined
 def exp_of_negative(x):
-    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38."""
+    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38.
+
+    It holds up to 88; above, the result is meaningless.
+    """
     y, shifted = _reduced(select(x < NORMAL, NORMAL, x))
     return floats(bits(y) + (bits(shifted) << 23))
+
+
+@inlined
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of each lane: 0 below -88."""
+    return select(x < -88.0, 0.0, 1.0 / (1.0 + exp_of_negative(0.0 - x)))
 
 
 @inlined
@@ -69,8 +76,3 @@ def mix(x):
     x = (x ^ (x >> 16)) * rng.FIRST
     x = (x ^ (x >> 15)) * rng.SECOND
     return x ^ (x >> 16)
-
-
-def flat(array) -> np.ndarray:
-    """The elements one after the other, as the kernels take them: a copy of what has gaps or is read-only."""
-    return (array if array.flags.carray else np.array(array, order="C")).reshape(-1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import array_api_compat.numpy as library
 import numpy as np
-from baby_xp_backends import numba_cache
+from baby_xp_backends import numba_library
 from baby_xp_backends.numpy_kernels import KERNELS
 
 from baby_xp.arrays.backend import Backend
@@ -19,25 +19,6 @@ from baby_xp.errors import BackendUnavailable
 
 TOKENS_AT_ONCE = 1024
 """This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
-
-
-BY_NUMBA = (
-    "layernorm.forward", "layernorm.backward", "gelu.tanh_form", "heads.forward", "heads.backward",
-    "gpt.prepare", "gpt.decode",
-)  # fmt: skip
-"""What numba_kernels.py replaces in float32, where numba is installed."""
-
-
-@functools.cache
-def numba_kernels() -> dict[str, Any]:
-    """The replacements by numba, loaded or compiled. numba takes half a second to import: only when used."""
-    found: dict[str, Any] = numba_cache.load("baby_xp_backends.numba_kernels").KERNELS
-    return found
-
-
-def lazily(name: str) -> Any:
-    """The replacement of this name, loaded when it is first called."""
-    return lambda *arguments: numba_kernels()[name](*arguments)
 
 
 class NumpyBackend(Backend):
@@ -54,29 +35,29 @@ class NumpyBackend(Backend):
         self.dtype, self.kernels = dtype, kernels
         self._compiles, self._why_not = False, ""
         by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
-        kept = {**KERNELS, **{name: lazily(name) for name in BY_NUMBA if by_numba}}
-        fast: dict[str, Any] = {"kernels": kept, "gradients_in_place": True} if kernels == "fast" else {}
+        kept = {**KERNELS, **(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS if by_numba else {})}
+        fast: dict[str, Any] = {"kernels": kept, "gradients_in_place": True} if kernels != "plain" else {}
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
         if by_numba:
-            self.version += f" with numba {numba_cache.version()}"
+            self.version += f" with numba {numba_library.version()}"
 
     def _numba_works(self) -> bool:
         """Whether numba is there and runs with this NumPy: compiled kernels on the disk show that it does."""
-        if not numba_cache.version():
+        if not numba_library.version():
             return False
-        self._compiles = numba_cache.ready() is None
         try:
-            if self._compiles:
+            if numba_library.ready() is None:
                 importlib.import_module("numba")
+                self._compiles = True
         except Exception as error:  # numba refuses a NumPy that is too new for it
-            self._why_not = f"numba {numba_cache.version()} cannot be used: {' '.join(str(error).split())}"
+            self._why_not = f"numba {numba_library.version()} cannot be used: {' '.join(str(error).split())}"
             return False
         return True
 
     def before_workers(self) -> None:
-        if self._compiles and "heads.forward" in self.xp.kernels:
-            numba_kernels()
+        if self._compiles:
+            numba_library.library()
 
     def first_use(self) -> str | None:
         return "compiling kernels by numba, once per machine and version: about 10 s" if self._compiles else None

@@ -365,13 +365,13 @@ def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_
 
 
 def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
-    constants = _adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
+    constants = adamw_constants(w.dtype.type, scale, lr, bias1, bias2, beta1, beta2, weight_decay)
     scratch = np.empty(min(TILE, len(w)), w.dtype)
     for s in tiles(len(w), 1):
         _adamw_tile(scratch[: s.stop - s.start], *(array[s] for array in (w, g, m, v, decays, *new)), *constants)
 
 
-def _adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
+def adamw_constants(kind, scale, lr, bias1, bias2, beta1, beta2, weight_decay):
     first = kind((1 - beta1) * scale[0]), kind(beta1)
     second = kind((1 - beta2) * scale[0] ** 2), kind(beta2)
     rate, pull = kind(lr[0] / bias1[0]), kind(lr[0] * weight_decay)

@@ -16,15 +16,15 @@ def step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
     new_w = new_m * kind(momentum)
     direction += new_w
     np.multiply(w, kind(1 - lr[0] * weight_decay), out=new_w)
-    new_w -= _orthogonalize(direction, iterations, kind(lr[0] * muon.step_size(*w.shape[1:])))
+    new_w -= orthogonalize_scaled(direction, iterations, kind(lr[0] * muon.step_size(*w.shape[1:])))
     return new_w, new_m
 
 
 def orthogonalize(xp, x, iterations):
-    return _orthogonalize(x, iterations, x.dtype.type(1))
+    return orthogonalize_scaled(x, iterations, x.dtype.type(1))
 
 
-def _orthogonalize(x, iterations: int, factor):
+def orthogonalize_scaled(x, iterations: int, factor):
     """factor times muon.orthogonalize, with fewer operations where a matrix is not nearly square.
 
     What an iteration multiplies x by is a polynomial in the Gram matrix G = x x^T, and all these commute: the next

@@ -78,7 +78,13 @@ def tables(t: int, shape: Shape, D: int, dtype):
 
 @functools.lru_cache(maxsize=8)
 def _tables(length: int, H: int, D: int, dtype):
-    angles = np.outer(np.arange(length), rotary.BASE ** (-2 / D * np.arange(D // 2)))  # (length, D / 2)
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = half_tables(length, D, np.float64)
     tables = np.concatenate([cos, cos], axis=1), np.concatenate([sin, -sin], axis=1)
     return tuple(np.repeat(table[:, None, :], 2 * H, axis=1).astype(dtype) for table in tables)
+
+
+@functools.lru_cache(maxsize=8)
+def half_tables(length: int, D: int, dtype):
+    """Cosines and sines (length, D / 2) of the angles at the positions from 0 on."""
+    angles = np.outer(np.arange(length), rotary.BASE ** (-2 / D * np.arange(D // 2)))
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)

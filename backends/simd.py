@@ -22,8 +22,7 @@ import operator
 from types import SimpleNamespace
 from typing import Any
 
-import llvmlite.binding
-import numba
+from baby_xp_backends.simd_width import W
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -308,8 +307,26 @@ def dot(typing, rows, array, at):
 
 
 @intrinsic
-def axpy(typing, x, array, at, step, rows):
-    """A tuple: rows[d] + x times the number array[at + d step]."""
+def axpy(typing, x, array, at, rows):
+    """A tuple: rows[d] + x times the number array[at + d]."""
+
+    def code(context, builder, signature, arguments):
+        x, value, at, rows_ = arguments
+        return cgutils.pack_array(builder, [
+            builder.fadd(
+                row,
+                builder.fmul(x, _element(context, builder, array, value, at, d, rows.dtype), flags=JOINED),
+                flags=JOINED,
+            )
+            for d, row in enumerate(cgutils.unpack_tuple(builder, rows_))
+        ])  # fmt: skip
+
+    return rows(x, array, types.intp, rows), code
+
+
+@intrinsic
+def axpy_rows(typing, x, array, at, step, rows):
+    """As axpy, with the numbers array[at + d step]."""
 
     def code(context, builder, signature, arguments):
         x, value, at, step, rows_ = arguments
@@ -321,6 +338,38 @@ def axpy(typing, x, array, at, step, rows):
         return cgutils.pack_array(builder, sums)
 
     return rows(x, array, types.intp, types.intp, rows), code
+
+
+@intrinsic(prefer_literal=True)
+def repeat(typing, x, number):
+    """A tuple of copies of a vector. `number` is a constant."""
+    result = types.UniTuple(x, number.literal_value)
+
+    def code(context, builder, signature, arguments):
+        return cgutils.pack_array(builder, [arguments[0]] * number.literal_value)
+
+    return result(x, number), code
+
+
+@intrinsic
+def transposed(typing, rows):
+    """W vectors of W lanes -> lane i of each, for all i: W vectors."""
+
+    def code(context, builder, signature, arguments):
+        width, vectors = rows.dtype.width, cgutils.unpack_tuple(builder, *arguments)
+        kind, half = ir.VectorType(I32, width), width // 2
+        low, high = (
+            [place for lane in range(start, start + half) for place in (lane, width + lane)] for start in (0, half)
+        )
+        for _ in range(width.bit_length() - 1):  # each turn interleaves the lanes of the two halves of the rows
+            vectors = [
+                builder.shuffle_vector(*pair, ir.Constant(kind, part))
+                for pair in zip(vectors[:half], vectors[half:], strict=True)
+                for part in (low, high)
+            ]
+        return cgutils.pack_array(builder, vectors)
+
+    return rows(rows), code
 
 
 @intrinsic
@@ -421,21 +470,6 @@ def of_width(width: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def width_for(features: str) -> int:
-    """Lanes of a vector register with these features of a CPU, as LLVM names them: "+avx2,-avx512f,..."."""
-    known = features.split(",")
-    return 16 if "+avx512f" in known else 8 if "+avx2" in known and "+fma" in known else 4
-
-
-def features() -> str:
-    """The features of the CPU that numba compiles for; none for one that was only named."""
-    if numba.config.CPU_FEATURES is not None:
-        return str(numba.config.CPU_FEATURES)
-    return "" if numba.config.CPU_NAME else str(llvmlite.binding.get_host_cpu_features().flatten())
-
-
-W = width_for(features())
-"""Lanes of a vector register of this processor."""
 _own = of_width(W)
 load, load_first, load_rows, zero_rows = _own.load, _own.load_first, _own.load_rows, _own.zero_rows
 spread, lanes = _own.spread, _own.lanes

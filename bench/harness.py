@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -162,7 +163,8 @@ def machine() -> dict[str, Any]:
 
 def class_of(machine: dict[str, Any]) -> str:
     """The machine class in one line: vendor, vector width, BLAS kernel, cores. Times compare within one."""
-    return f"{machine['vendor']}, {machine['vectors']}, {machine['blas']}, {machine['cores']} cores"
+    kernel = re.sub(r" \d\S*", "", machine["blas"])  # of any version
+    return f"{machine['vendor']}, {machine['vectors']}, {kernel}, {machine['cores']} cores"
 
 
 def vectors() -> str:

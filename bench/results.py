@@ -98,11 +98,16 @@ def ratio(runs_of: dict[str, list], peer: str, average: Average = statistics.med
 
 def against_best(value_of: Mapping[str, float | None], us: str = US) -> tuple[float, str] | None:
     """Our value divided by the smallest one of the peers, and that peer's name; None if one side has none."""
-    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
-    if not peers or value_of.get(us) is None:
+    best = best_peer(value_of)
+    if best is None or value_of.get(us) is None:
         return None
-    best = min(peers, key=peers.get)
-    return value_of[us] / peers[best], best
+    return value_of[us] / value_of[best], best
+
+
+def best_peer(value_of: Mapping[str, float | None]) -> str | None:
+    """The peer with the smallest value; None if none has one."""
+    peers = {name: value for name, value in value_of.items() if not is_ours(name) and value is not None}
+    return min(peers, key=peers.get, default=None)
 
 
 def is_ours(name: str) -> bool:
@@ -176,10 +181,15 @@ def rate_lines(result: dict) -> list[str]:
         f"with two at once, {rate['best']:.0f} at best"
         for when, rate in rates(result).items()
     ]
-    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
-    if any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values()):
+    if was_busy(result):
         lines.append(f"- THE MACHINE WAS BUSY: a rate is below {QUIET:.0%} of the best; the times say little")
     return lines
+
+
+def was_busy(result: dict) -> bool:
+    """Whether matrix products were much slower on average than at best, before or after."""
+    slowest = lambda rate: min(rate["alone"], rate["two at once"])  # noqa: E731
+    return any(slowest(rate) < QUIET * rate["best"] for rate in rates(result).values())
 
 
 def about_each(races: Iterable[dict]) -> dict[str, dict]:
@@ -212,12 +222,17 @@ def stem_of(result: dict, out: Path, suffix: str) -> Path:
     machine = result["machine"]
     gpu = machine.get("gpu") if on_gpu(result.get("backend", "numpy")) else None
     cpu = f"{machine['processor']} {machine['cores']} cores {machine['vectors']}"
-    words = re.sub("[^a-z0-9]+", "-", (gpu.partition(",")[0] if gpu else cpu).lower()).strip("-")
-    stem = first = out / f"{result['date'][:10]}-{words}{suffix}"
+    name = words_of(gpu.partition(",")[0] if gpu else cpu)
+    stem = first = out / f"{result['date'][:10]}-{name}{suffix}"
     numbers = itertools.count(2)
     while Path(f"{stem}.json").exists():
         stem = first.with_name(f"{first.name}-{next(numbers)}")
     return stem
+
+
+def words_of(text: str) -> str:
+    """A text as part of a file name: its letters and digits, with - between them."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 # the goals on one H200 ----------------------------------------------------------------------------------

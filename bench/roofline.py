@@ -9,6 +9,7 @@ import numpy as np
 from baby_xp.config import GPTConfig
 from baby_xp.layers import mlp
 from baby_xp.resources import counts
+from bench import results
 from bench.peers import ours
 from bench.workloads import on_gpu
 
@@ -86,3 +87,20 @@ def step_bytes(config: GPTConfig, vocab_size: int, batch_size: int, itemsize: in
     embedding = 2 * N * C + N * C + vocab_size * C  # rows read and written; their gradient
     moved = config.n_layers * block + linear(C, vocab_size) + embedding
     return itemsize * moved + 4 * 8 * sum(counts.parameters(config, vocab_size).values())
+
+
+def floor(result: dict, race: dict) -> tuple[float | None, str | None]:
+    """What the products of a step, and on a GPU the bytes, take at full speed: in ms, and as a line, or None.
+
+    On a CPU, full speed is the best product of this run, before or after, on every core; on a GPU, the roofline.
+    """
+    gflop, gpu = 1e-9 * race["flops"], on_gpu(result["backend"])
+    if not gpu:
+        best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
+        ms = 1e3 * gflop / (result["machine"]["cores"] * best)
+        return ms, f"{gflop:.1f} Gflop of matrix products per step: {ms:.1f} ms at full speed"
+    if not (rates := result["rooflines"].get(race["precision"])):
+        return None, None
+    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
+    parts = f"{gflop:.1f} Gflop take {computing:.3f} ms, {1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
+    return max(computing, moving), f"no step can take less than {max(computing, moving):.3f} ms: {parts}"

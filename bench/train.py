@@ -4,23 +4,35 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
+from baby_xp.errors import BabyError
 from baby_xp.resources import counts
-from bench import harness, peers, results, roofline
+from bench import harness, machines, peers, results, roofline, variants
 from bench.harness import US, say
 from bench.results import mib
 from bench.workloads import FOR_A_GPU, TOLERANCES, WORKLOADS, Workload, named, on_gpu
 
 
 def main() -> int:
-    """Measure what the command line asks for, print the tables and keep them under --out.
+    """Measure what the command line asks for, print the tables and keep them; or print those of all classes.
 
     Exit code 1 if a library failed or was left out on the way: the others are measured all the same.
     """
     asked = parse()
+    try:
+        kept = machines.read() if asked.keep or asked.table else {}  # unreadable files show before a measurement
+        if asked.table:
+            variants.show(machines.document(kept), machines.tables(kept), asked.page)
+            return 0
+    except BabyError as error:
+        say(f"bench.train: {error}")
+        return 2
     found = peers.present(asked.peers, asked.backend, "bench.train")
     lineup = {precision: able(found, precision) for precision in asked.precision}
     result, _ = results.show(measure(asked, lineup), document, asked.out)
+    if asked.keep:
+        machines.keep(result)
     return 1 if any(race["failed"] for race in result["races"]) else 0
 
 
@@ -34,12 +46,19 @@ def parse() -> argparse.Namespace:
     usual_peers = ",".join(name for name in others if name not in peers.BY_NAME)
     known = harness.names_of(others, "peer", none=True)
     parser.add_argument("--peers", type=known, default=usual_peers, help='libraries; "": none (%(default)s)')
+    parser.add_argument("--keep", action="store_true", help="keep it as the newest result of this machine class")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of all classes")
+    parser.add_argument("--page", type=Path, help="with --table: also insert the tables into this page")
     asked = parser.parse_args()
     if asked.backend == "jax":
         asked.device = asked.device or "cpu"  # where its peers then are
     asked.backend = f"{asked.backend}:{asked.device}" if asked.device else asked.backend
     if asked.precision != ["float32"] and not on_gpu(asked.backend):
         parser.error(f"argument --precision: {asked.precision[-1]} is for a GPU: cupy, or jax with --device gpu")
+    if asked.keep and asked.backend != "numpy":
+        parser.error("argument --keep: it is for the backend numpy, as its results are compared by processor")
+    if asked.page and not asked.table:
+        parser.error("argument --page: it needs --table")
     usual = [one for one in WORKLOADS.values() if on_gpu(asked.backend) or one.name not in FOR_A_GPU]
     asked.workloads = asked.workloads or usual
     return asked
@@ -130,23 +149,6 @@ def races_of(workload: Workload, asked: argparse.Namespace, lineup: dict[str, li
         ]
 
 
-def floor(result: dict, race: dict) -> tuple[float | None, str | None]:
-    """What the products of a step, and on a GPU the bytes, take at full speed: in ms, and as a line, or None.
-
-    On a CPU, full speed is the best product of this run, before or after, on every core; on a GPU, the roofline.
-    """
-    gflop, gpu = 1e-9 * race["flops"], on_gpu(result["backend"])
-    if not gpu:
-        best = max(rate["best"] for rate in results.rates(result).values())  # Gflop/s of a core
-        ms = 1e3 * gflop / (result["machine"]["cores"] * best)
-        return ms, f"{gflop:.1f} Gflop of matrix products per step: {ms:.1f} ms at full speed"
-    if not (rates := result["rooflines"].get(race["precision"])):
-        return None, None
-    computing, moving = (1e3 * race[what] / rates[what] for what in ("flops", "bytes"))
-    parts = f"{gflop:.1f} Gflop take {computing:.3f} ms, {1e-9 * race['bytes']:.2f} GB {moving:.3f} ms"
-    return max(computing, moving), f"no step can take less than {max(computing, moving):.3f} ms: {parts}"
-
-
 def document(result: dict) -> list[str]:
     """The results as Markdown."""
     races = result["races"]
@@ -163,7 +165,7 @@ def document(result: dict) -> list[str]:
 def rows_of(result: dict, race: dict) -> list[dict[str, str]]:
     """A row of the table for each library."""
     tokens = WORKLOADS[race["workload"]].batch_size * WORKLOADS[race["workload"]].n_ctx
-    gpu, workload, rows, (least, _) = on_gpu(result["backend"]), race["workload"], [], floor(result, race)
+    gpu, workload, rows, (least, _) = on_gpu(result["backend"]), race["workload"], [], roofline.floor(result, race)
     for name, runs in race["runs"].items():
         median, memory = statistics.median(results.times(runs)), results.gpu_peak(runs)
         more = {"share of the roofline" if gpu else "products' share": f"{least / median:.0%}" if least else ""}
@@ -190,7 +192,7 @@ def verdict(result: dict, race: dict) -> list[str]:
         what = "peak GPU memory in use" if gpu else "peak memory"
         lines.append(f"- {label}: {what}: {memory[0]:.2f} of the smallest peer's ({memory[1]})")
     lines += [f"- {label}: {name} is left out: {why}" for name, why in race["failed"].items()]
-    lines += [f"- {label}: {line}" for line in floor(result, race)[1:] if line]
+    lines += [f"- {label}: {line}" for line in roofline.floor(result, race)[1:] if line]
     if gpu and US in (*runs_of, *race["failed"]):
         lines += results.step_goals(race["workload"], race["precision"], runs_of)
     elif gpu:

@@ -19,12 +19,12 @@ TINY_FIELDS = asdict(TINY)
 MIB = 2**20
 
 
-def run(*ms: float, peak: int | None = None, used: int | None = None) -> dict:
+def run(*ms: float, peak: int | None = None, used: int | None = None, backend: str = "numpy 1") -> dict:
     """A round of one library. used: MiB of the GPU, of which twice as many are held."""
     return {
         "ms": list(ms),
         "memory": [] if peak is None else [{"peak": peak, "shared": 0}],
-        "about": {"version": "1", "workers": "1"},
+        "about": {"backend": backend, "workers": "1"},
         "gpu_memory": {} if used is None else {"used": used * MIB, "held": 2 * used * MIB},
     }
 

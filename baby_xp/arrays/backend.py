@@ -55,7 +55,7 @@ class Backend:
 
     The constructor of a subclass takes device and dtype. It checks by a small computation that the backend works,
     and raises BackendUnavailable with reason and remedy if it does not. Its other arguments are options that
-    `load` passes on; a backend that has replacements takes kernels, "fast" or "plain".
+    `load` passes on; a backend that has replacements takes kernels, "fast" or "plain", NumPy's "numpy" too.
 
     A backend is pickled as its constructor's arguments and created again from them, because device arrays and
     modules cannot be pickled. A deep copy of what holds a backend shares it.
@@ -71,7 +71,7 @@ class Backend:
     device: str
     """The device that holds the arrays, as text."""
     kernels: str = "fast"
-    """"fast", or "plain" if it replaces no function of ours: see namespace.py."""
+    """Which functions of ours it replaces: as `load` was asked, see there."""
     chosen_because: str = ""
     """Why `auto` selected this backend, if it did."""
 

@@ -46,14 +46,15 @@ def load(
 ) -> Backend:
     """The backend of that name. Raises BabyError for an unknown one, BackendUnavailable if it cannot work.
 
-    dtype: "float32" or "float64". kernels: "fast", or "plain" for a backend that replaces no function of ours.
+    dtype: "float32" or "float64". kernels: "fast", "plain" for a backend that replaces no function of ours, or
+    "numpy" for the backend of that name without what numba compiles.
     options: those of one kind of backend, such as CuPy's tf32 and memory_gib; None and False stand for one that is
     not given. BabyError for one that the backend does not have.
     """
     name = checks.text("backend", name)
     device = None if device is None else checks.text("device", device)
     dtype = checks.choice("dtype", dtype, ("float32", "float64"))
-    kernels = checks.choice("kernels", kernels, ("fast", "plain"))
+    kernels = checks.choice("kernels", kernels, ("fast", "numpy", "plain"))
     if name == "auto":
         best, why = choose(device, dtype, kernels=kernels, **options)
         best.chosen_because = why
@@ -61,6 +62,8 @@ def load(
     points = importlib.metadata.entry_points(group=GROUP, name=name)
     if not points:
         raise BabyError(f"unknown backend {name!r}: choose one of auto, {', '.join(names())}")
+    if kernels == "numpy" and name != "numpy":
+        raise BabyError(f"{name} has no kernels of NumPy: choose kernels fast, or the backend numpy")
     kind: Callable[..., Backend] = with_defaults(next(iter(points)).load())
     left_out = lambda value: value is None or (isinstance(value, bool | np.bool_) and not value)  # noqa: E731
     given = {option: value for option, value in options.items() if not left_out(value)}
@@ -77,6 +80,8 @@ def load(
 
 def choose(device: str | None = None, dtype: str = "float32", **options: Any) -> tuple[Backend, str]:
     """What `auto` chooses, and why: CuPy where a GPU works, else NumPy. Options as in `load`."""
+    if options.get("kernels") == "numpy":
+        return load("numpy", device, dtype, **options), "its kernels were asked for"
     try:
         backend = load("cupy", device, dtype, **options)
         return backend, f"a working GPU: {backend.device}"

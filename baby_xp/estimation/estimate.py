@@ -97,7 +97,7 @@ def estimate(
     workers: int | None = None,
     tf32: bool = False,
     memory_gib: float | None = None,
-    kernels: Literal["fast", "plain"] = "fast",
+    kernels: Literal["fast", "numpy", "plain"] = "fast",
     measure: bool = True,
     **overrides: Unpack[Settings],
 ) -> Estimate:

@@ -31,7 +31,7 @@ def backward(xp, p, saved, dy):
 
 @replaceable
 def drop(xp, x, stream, rate: float):
-    """x and the mask of its survivors, both shaped as x."""
+    """x -> y, shaped as x, and what `select` needs to find the survivors again: here their mask, shaped as x."""
     B = stream.shape[0]
     size = 1
     for length in x.shape:

@@ -59,8 +59,8 @@ def content(
     place = {"backend": backend.name, "device": device, "workers": workers}
     if getattr(backend, "tf32", False):
         place["tf32"] = True
-    if backend.kernels == "plain":
-        place["kernels"] = "plain"
+    if backend.kernels != "fast":
+        place["kernels"] = backend.kernels
     machine = {
         "machine": report.machine(), "backend": backend.version, "device": backend.device, "workers": workers,
     }  # fmt: skip

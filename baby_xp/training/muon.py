@@ -47,6 +47,13 @@ def update(xp, matrices, w, g, m, scale, lr, weight_decay: float, rate: float, m
             yield at, xp.reshape(new_w[i, ...], (-1,)), xp.reshape(new_m[i, ...], (-1,))
 
 
+@replaceable
+def update_into(xp, new, matrices, w, g, m, scale, lr, *settings) -> None:
+    """As update, on NumPy alone; the new w and m of the matrices go into the first two arrays (P,) of `new`."""
+    for at, new_w, new_m in update(xp, matrices, w, g, m, scale, lr, *settings):
+        new[0][at], new[1][at] = new_w, new_m
+
+
 def _stacked(xp, flat, stack):
     """(n, R, C); a single matrix is not copied where the library has views."""
     if len(stack) == 1:

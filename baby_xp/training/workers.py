@@ -403,8 +403,7 @@ def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> No
         arrays = before[0][at], g[at], before[1][at], before[2][at], decays[at]
         adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
     more = weight_decay, rate, momentum, int(iterations)
-    for at, w, m in muon.update(xp, own.matrices, before[0], g, before[1], scale, lr, *more):
-        new[0][at], new[1][at] = w, m
+    muon.update_into(xp, new, own.matrices, before[0], g, before[1], scale, lr, *more)
 
 
 def serve() -> None:

@@ -30,8 +30,10 @@ from bench.harness import say
 from bench.workloads import Workload, on_gpu
 
 SEED = 0
+WITHOUT_NUMBA = "baby_xp-numpy"
 TRAINERS: dict[str, tuple[str, dict]] = {
     "baby_xp": ("bench.peers.ours:train", {}),
+    WITHOUT_NUMBA: ("bench.peers.ours:train", {"kernels": "numpy"}),
     "torch": ("bench.peers.torch:train", {}),
     "torch.compile": ("bench.peers.torch:train", {"compiled": "default"}),
     "jax": ("bench.peers.jax:train", {}),
@@ -189,6 +191,8 @@ def present(peers: list[str], backend: str, program: str) -> list[str]:
 
 def missing(peer: str, backend: str) -> str | None:
     """Why a peer cannot be measured here, or None."""
+    if peer == WITHOUT_NUMBA and backend != "numpy":
+        return f"{peer} is for the backend numpy: it is left out"
     library = library_of(peer)
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed: {peer} is left out (pip install {library})"
@@ -207,5 +211,10 @@ def missing(peer: str, backend: str) -> str | None:
 
 
 def library_of(peer: str) -> str:
-    """The library that a peer needs: a word of its name, as in "torch.compile" and "baby_xp-jax"."""
+    """The library that a peer needs: a word of its name, as in "torch.compile" and "baby_xp-jax".
+
+    Leaving numba out makes a difference only where it is installed.
+    """
+    if peer == WITHOUT_NUMBA:
+        return "numba"
     return next((name for name in ("torch", "jax") if name in re.split("[.-]", peer)), peer)

@@ -45,14 +45,15 @@ def train(
     precision: str = "float32",
     workers: int | None = None,
     library: str | None = None,
+    kernels: str = "fast",
 ) -> Outcome:
     """Train on the batches of the clock. workers: None for the number that `train` would choose.
 
-    library: a backend in the place of `backend`, on a GPU where that is on one.
+    library: a backend in the place of `backend`, on a GPU where that is on one. kernels: as in `load`.
     """
     if library:
         backend = f"{library}:{'gpu' if on_gpu(backend) else 'cpu'}"
-    loaded = load_at(backend, precision)
+    loaded = load_at(backend, precision, kernels)
     model, clock.wait = workload.model(dropout), loaded.synchronize
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
@@ -63,10 +64,10 @@ def train(
     return Outcome([last["train_loss"], last["val_loss"]], about, sizes, gpu_memory)
 
 
-def load_at(backend: str, precision: str) -> Backend:
+def load_at(backend: str, precision: str, kernels: str = "fast") -> Backend:
     """The backend that a text such as "cupy" or "jax:gpu" names, with that precision of its products."""
     name, _, device = backend.partition(":")
-    loaded = load(name, device or None, "float32", tf32=precision == "tf32" and name != "jax")
+    loaded = load(name, device or None, "float32", kernels, tf32=precision == "tf32" and name != "jax")
     if name == "jax":  # which the backend sets to full float32
         resolve_name("bench.peers.jax:set_precision")(precision)
         loaded.compile = compile_donating

@@ -15,7 +15,24 @@ from baby_xp_backends import numba_cache, numpy_backend, numpy_kernels
 
 from baby_xp.arrays import registry
 from baby_xp.arrays.namespace import REPLACEABLE
-from baby_xp.layers import Shape, gelu, heads, layernorm
+from baby_xp.arrays.tree import Parameters
+from baby_xp.layers import (
+    Shape,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    heads,
+    layernorm,
+    linear,
+    query_key,
+    relu2,
+    rmsnorm,
+    rmsnorm_gain,
+    swiglu,
+)
+from baby_xp.layers.query_key import Steps
+from baby_xp.training import muon, optimizers, workers
 
 
 @pytest.fixture
@@ -35,15 +52,17 @@ def drawn(*shape, seed=0, spread=1.0):
 
 def close(found, expected, tolerance=2e-6):
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
+    largest = max(1, np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 def test_float32_alone_is_computed_by_numba():
     assert set(numpy_backend.numba_kernels()) == set(numpy_backend.BY_NUMBA) <= set(REPLACEABLE)
-    backend, other = registry.load("numpy"), registry.load("numpy", dtype="float64")
-    assert " with numba " in backend.version
-    assert "numba" not in other.version
-    assert other.xp.kernels == numpy_kernels.KERNELS
+    assert " with numba " in registry.load("numpy").version
+    for options in ({"dtype": "float64"}, {"kernels": "numpy"}):
+        other = registry.load("numpy", **options)
+        assert "numba" not in other.version
+        assert other.xp.kernels == numpy_kernels.KERNELS
     assert registry.load("numpy", kernels="plain").xp.kernels == {}
 
 
@@ -81,27 +100,191 @@ def test_attention_shows_numbers_that_are_not_finite_from_their_token_on(fast):
         assert np.isnan(y[20:]).any(axis=1).all()
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 1000])
-def test_gelu(fast, plain, size):
-    x = np.concatenate([drawn(size, spread=4.0), np.array([-1e4, -40, -10, 0, 10, 1e4], np.float32)])
-    for found, expected in zip(gelu.tanh_form(fast, x), gelu.tanh_form(plain, x.astype(np.float64)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=5e-7)
-    assert np.isnan(gelu.tanh_form(fast, np.full(20, np.nan, np.float32))).all()
+@pytest.mark.parametrize(("N", "C", "F"), [
+    (8, 32, 32), (16, 64, 192), (24, 256, 64), (160, 96, 32), (40, 20, 64), (9, 32, 32), (8, 32, 65), (0, 32, 32),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers(fast, plain, N, C, F, bias):
+    """With gradients written where the step wants them, and without; N, C and F of sizes that BLAS takes too."""
+    p = {"weight": drawn(C, F), **({"bias": drawn(F, seed=3)} if bias else {})}
+    x, dy = drawn(N, C, seed=1), drawn(N, F, seed=2)
+    double = {name: value.astype(np.float64) for name, value in p.items()}
+    expected, saved0 = linear.forward(plain, double, x.astype(np.float64))
+    expected_dp, expected_dx = linear.backward(plain, double, saved0, dy.astype(np.float64))
+    y, saved = linear.forward(fast, p, x)
+    close(y, expected, 1e-5)
+    views = {name: np.full(value.shape, np.nan, np.float32) for name, value in p.items()}
+    for own in (p, Parameters(p, views)):
+        dp, dx = linear.backward(fast, own, saved, dy)
+        close(dx, expected_dx, 1e-5)
+        for name, value in expected_dp.items():
+            close(dp[name], value, 1e-5)
+    assert dp["weight"] is views["weight"]
 
 
-@pytest.mark.parametrize("C", [1, 6, 16, 200])
-def test_layer_norm(fast, plain, C):
-    x, dy = drawn(9, C, spread=3.0) + 5, drawn(9, C, seed=1)
-    x.flags.writeable = False
-    p = {"gain": drawn(C, seed=2), "bias": drawn(C, seed=3)}
+def compare(fast, plain, layer, p, x, dy, *arguments, tolerance=5e-6):
+    """y, the gradients and dx by the kernels, and by the plain functions in float64."""
     results = []
     for xp, kind in ((fast, np.float32), (plain, np.float64)):
-        own = {name: value.astype(kind) for name, value in p.items()}
-        y, saved = layernorm.forward(xp, own, x.astype(kind) if kind is np.float64 else x)
-        dp, dx = layernorm.backward(xp, own, saved, dy.astype(kind))
-        results.append([y, dp["gain"], dp["bias"], dx])
+        own, own_x = {name: value.astype(kind) for name, value in p.items()}, x.astype(kind)
+        own_x.flags.writeable = False
+        y, saved = layer.forward(xp, own, own_x, *arguments)
+        dp, dx = layer.backward(xp, own, saved, dy.astype(kind))
+        results.append([y, *dp.values(), dx])
     for found, expected in zip(*results, strict=True):
-        close(found, expected, 1e-4 if C == 1 else 1e-5)
+        close(found, expected, tolerance)
+
+
+ACTIVATIONS = pytest.mark.parametrize(
+    ("activation", "form"), [(gelu, ["tanh"]), (gelu, ["erf"]), (relu2, []), (swiglu, [])],
+    ids=["gelu tanh", "gelu erf", "relu2", "swiglu"],
+)  # fmt: skip
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("F", [1, 15, 16, 170])
+def test_activations(fast, plain, activation, form, F):
+    x, dy = drawn(7, activation.INPUTS * F, spread=3.0), drawn(7, F, seed=1)
+    compare(fast, plain, activation, {}, x, dy, *form, tolerance=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@ACTIVATIONS
+def test_activations_hold_far_from_zero(fast, plain, activation, form):
+    x = np.array([0, -0.0, 1e-30, -5, -8, 20, -20, 87.5, -87.5, 90, -90, 1e4, -1e4, np.inf, -np.inf, np.nan])
+    x = np.concatenate([x, x[:3]]).astype(np.float32)[None]
+    if activation is swiglu:
+        x = np.concatenate([x, x[:, ::-1]], axis=1)
+    results = []
+    for xp, kind in ((fast, np.float32), (plain, np.float64)):
+        y, saved = activation.forward(xp, {}, x.astype(kind), *form)
+        results.append([y, activation.backward(xp, {}, saved, np.ones_like(y))[1]])
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("C", [1, 6, 16, 64, 200])
+@pytest.mark.parametrize("norm", [layernorm, rmsnorm, rmsnorm_gain])
+def test_norms(fast, plain, norm, C):
+    x, dy = drawn(9, C, spread=3.0) + 5, drawn(9, C, seed=1)
+    p = {name: drawn(C, seed=seed) for seed, name in enumerate(norm.spec(C), 2)}
+    compare(fast, plain, norm, p, x, dy, tolerance=1e-4 if C == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("steps", [Steps(True, True), Steps(True, False), Steps(False, True)])
+@pytest.mark.parametrize(("B", "T", "H", "D"), [(2, 5, 2, 32), (1, 3, 1, 64), (2, 4, 3, 16), (1, 9, 2, 12)])
+def test_queries_and_keys(fast, plain, B, T, H, D, steps):
+    qkv, dqkv, shape = drawn(B * T, 3 * H * D), drawn(B * T, 3 * H * D, seed=1), Shape(B, T, H)
+    compare(fast, plain, query_key, {}, qkv, dqkv, shape, steps)
+    past = 2 * (np.zeros((B, H, 7, D), np.float32),)
+    found, expected = (query_key.forward(xp, {}, qkv, shape, steps, past)[0] for xp in (fast, plain))
+    close(found, expected)
+
+
+# ids of tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("N", "V"), [(0, 20), (3, 5), (7, 16), (9, 31), (40, 65), (5, 300)])
+def test_cross_entropy(fast, plain, N, V):
+    logits, dy = drawn(N, V, spread=5.0), drawn(N, seed=1)
+    targets = np.random.default_rng(2).integers(0, V, N).astype(np.int32)
+    losses, saved = cross_entropy.forward(fast, {}, logits, targets)
+    expected, saved0 = cross_entropy.forward(plain, {}, logits.astype(np.float64), targets)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=2e-6)
+    dlogits = cross_entropy.backward(fast, {}, saved, dy)[1]
+    expected = cross_entropy.backward(plain, {}, saved0, dy.astype(np.float64))[1]
+    np.testing.assert_allclose(dlogits, expected, rtol=2e-6, atol=1e-6)
+    assert (losses.dtype, dlogits.dtype) == (np.float32, np.float32)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_cross_entropy_of_logits_that_are_huge_or_not_finite(fast, plain):
+    logits, targets = drawn(6, 33), np.arange(6, dtype=np.int32)
+    logits[0] = np.linspace(-1e4, 1e4, 33)
+    logits[1] = -1e30
+    logits[2, 30] = -np.inf
+    logits[3, 32], logits[4, 5], logits[5] = np.nan, np.inf, -np.inf
+    losses, (probabilities, _) = cross_entropy.forward(fast, {}, logits, targets)
+    expected, (expected_probabilities, _) = cross_entropy.forward(plain, {}, logits.astype(np.float64), targets)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+    np.testing.assert_allclose(probabilities, expected_probabilities, rtol=2e-6, atol=2e-38)
+
+
+@pytest.mark.parametrize("C", [1, 16, 21, 128])
+def test_rows_are_added_by_id(fast, plain, C):
+    ids, dy = np.random.default_rng(0).integers(0, 7, 50).astype(np.int32), drawn(50, C)
+    close(embedding.sum_by_id(fast, ids, dy, 8), embedding.sum_by_id(plain, ids, dy.astype(np.float64), 8))
+    in_order = np.zeros((8, C), np.float32)
+    for one, row in zip(ids, dy, strict=True):
+        in_order[one] += row
+    assert embedding.sum_by_id(fast, ids, dy, 8).tobytes() == in_order.tobytes()
+
+
+def test_ids_that_are_outside_are_refused(fast):
+    for wrong in (-1, 20):
+        ids = np.array([3, wrong], np.int32)
+        with pytest.raises(IndexError):
+            cross_entropy.forward(fast, {}, drawn(2, 20), ids)
+        with pytest.raises(IndexError):
+            embedding.sum_by_id(fast, ids, drawn(2, 20), 20)
+
+
+# dropout, optimizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 32), (3, 34), (4, 33), (2, 7, 100), (6, 128)])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_the_same_bit_for_bit(fast, shape, rate):
+    plain32 = case_of("numpy plain", "float32").xp
+    B = 3 if shape == (6, 128) else shape[0]  # tokens, a few of each sample
+    stream = np.random.default_rng(2).integers(-(2**31), 2**31, B).astype(np.int32)
+    x, dy = drawn(*shape), drawn(*shape, seed=1)
+    results = []
+    for xp in (fast, plain32):
+        y, saved = dropout.forward(xp, {}, x, (stream, rate))
+        results.append([y, dropout.backward(xp, {}, saved, dy)[1]])
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == shape
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [3, 16, 1000, 70_001])
+def test_adamw(fast, plain, size):
+    w, g, m = (drawn(size, seed=seed) for seed in range(3))
+    v, decays = drawn(size, seed=3) ** 2, np.arange(size).astype(np.float32) % 2
+    rates = [np.array([x], np.float32) for x in (0.7, 1e-2, 0.3, 0.05)]
+    more = 0.9, 0.99, 0.1
+    found = optimizers.adamw(fast, w, g, m, v, decays, *rates, *more)
+    expected = optimizers.adamw(plain, *(one.astype(np.float64) for one in (w, g, m, v, decays, *rates)), *more)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    new = np.empty((3, size), np.float32)
+    workers.adamw_into(fast, new, w, g, m, v, decays, *rates, *more)
+    assert new.tobytes() == np.stack(found).tobytes()
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (2, 3)), (1, (4, 4)), (3, (5, 12)), (2, (40, 10)), (3, (64, 256))])
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_muon(fast, plain, n, shape, iterations):
+    """Also of matrices that lie in the flat buffer in another order, with others between them."""
+    size = shape[0] * shape[1]
+    begins = [7 + 2 * size * (n - 1 - i) for i in range(n)]
+    matrices = [(slice(begin, begin + size), shape) for begin in begins]
+    w, g, m = (drawn(7 + 2 * n * size, seed=seed) for seed in range(3))
+    scale, lr = np.array([0.7], np.float32), np.array([1e-2], np.float32)
+    new = np.zeros((2, len(w)), np.float32)
+    muon.update_into(fast, new, matrices, w, g, m, scale, lr, 0.1, 5.0, 0.9, iterations)
+    stacked = [np.stack([flat[at].reshape(shape) for at, _ in matrices]) for flat in (w, g, m)]
+    arguments = scale, 5 * lr, 0.9, 0.1, iterations
+    found = muon.muon(fast, *stacked, *arguments)
+    expected = muon.muon(plain, *(one.astype(np.float64) for one in stacked), *arguments)
+    close(found[0], expected[0], 1e-6 if iterations == 1 else 2e-4)
+    close(found[1], expected[1])
+    for flat, matrices_of_stack in zip(new, found, strict=True):
+        for (at, _), one in zip(matrices, matrices_of_stack, strict=True):
+            assert flat[at].tobytes() == one.tobytes()
+            flat[at] = 0
+    assert not new.any()
 
 
 # the cache -----------------------------------------------------------------------------------------------

@@ -102,17 +102,26 @@ def test_a_replacement_has_the_arguments_of_what_it_replaces(kernels):
 
 
 @pytest.mark.parametrize("kernels", ["slow", "", 1, None])
-def test_kernels_are_fast_or_plain(kernels):
-    with pytest.raises(BabyError, match=r"^kernels must be one of fast, plain, not [^\n]*$"):
+def test_kernels_are_fast_numpy_or_plain(kernels):
+    with pytest.raises(BabyError, match=r"^kernels must be one of fast, numpy, plain, not [^\n]*$"):
         registry.load("numpy", kernels=kernels)
 
 
 def test_a_backend_says_whether_it_is_plain_and_a_pickle_keeps_it():
-    for kernels in ("fast", "plain"):
+    for kernels in ("fast", "numpy", "plain"):
         backend = pickle.loads(pickle.dumps(registry.load("numpy", kernels=kernels)))
-        assert (backend.kernels, bool(backend.xp.kernels)) == (kernels, kernels == "fast")
+        assert (backend.kernels, bool(backend.xp.kernels)) == (kernels, kernels != "plain")
         assert backend.xp.tokens_at_once == 1024
     assert registry.load("auto", "cpu", kernels="plain").kernels == "plain"
+
+
+def test_the_kernels_of_numpy_are_those_of_its_backend_alone():
+    assert registry.load("numpy", kernels="numpy").xp.kernels == numpy_kernels.KERNELS
+    best = registry.load("auto", kernels="numpy")
+    assert (best.name, best.chosen_because) == ("numpy", "its kernels were asked for")
+    for name in ("cupy", "array-api-strict"):
+        with pytest.raises(BabyError, match=rf"^{name} has no kernels of NumPy: [^\n]*$"):
+            registry.load(name, kernels="numpy")
 
 
 @pytest.fixture
@@ -199,3 +208,5 @@ def test_a_run_that_is_resumed_keeps_its_kernels(tmp_path):
     assert baby_xp.resume(num_steps=3, **where).backend.kernels == "plain"
     resumed = baby_xp.resume(num_steps=4, kernels="fast", **where)
     assert (resumed.backend.kernels, "kernels" in resumed.config["place"]) == ("fast", False)
+    resumed = baby_xp.resume(num_steps=5, kernels="numpy", **where)
+    assert (resumed.backend.kernels, resumed.config["place"]["kernels"]) == ("numpy", "numpy")

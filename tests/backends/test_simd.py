@@ -5,7 +5,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
 
-from baby_xp_backends import numba_maths, simd  # noqa: E402
+from baby_xp_backends import numba_maths, simd, simd_lanes  # noqa: E402
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-42, -1e-45, 3e38, -3e38, 1e-20, 5.0, 2.5, 88.0, -88.0]
 A = np.array(SPECIAL, np.float32)
@@ -109,6 +109,36 @@ def test_sums_of_lanes(wide):
     same(out, a.reshape(W, W).sum(axis=1))
 
 
+def test_the_largest_lane(wide):
+    W, of = wide
+    load, highest = of.load, simd_lanes.highest
+
+    @numba.njit
+    def kernel(a, at):
+        return highest(load(a, at))
+
+    a = np.array([*A[:4], 1e-42, -np.inf, *-np.arange(26)], np.float32)
+    for at in range(16):
+        assert kernel(a, at) == a[at : at + W].max()
+    assert kernel(np.full(W, -np.inf, np.float32), 0) == -np.inf
+
+
+def test_halves_of_integers(wide):
+    W, of = wide
+    load, store, halves = of.load, simd.store, simd_lanes.halves
+
+    @numba.njit
+    def kernel(a, out):
+        for at in range(0, len(a), W):
+            first, second = halves(load(a, at))
+            store(out, 2 * at, first)
+            store(out, 2 * at + W, second)
+
+    out = np.empty(2 * len(INTEGERS), np.int32)
+    kernel(INTEGERS, out)
+    same(out, INTEGERS.view(np.uint16).astype(np.int32))
+
+
 @pytest.mark.parametrize("n", [0, 1, 3, 4])
 def test_the_first_lanes_alone_are_read_and_written(wide, n):
     W, of = wide
@@ -135,8 +165,8 @@ def test_tuples_of_vectors(wide):
     def kernel(a, numbers, out, outer):
         three = rows(a, W, W, 3)
         store(out, 0, dot(three, numbers, 1))
-        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, 1, three))
-        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, 2, zeros(2)))
+        store_rows(out, W, W, axpy(load(a, 0), numbers, 1, three))
+        store_rows(out, 4 * W, W, axpy(load(a, 0), numbers, 0, zeros(2)))
         add_outer(load(a, 4 * W), three, outer, 0)
 
     numbers = np.array([2, 3, 5, 7], np.float32)
@@ -144,8 +174,36 @@ def test_tuples_of_vectors(wide):
     kernel(draw.reshape(-1), numbers, out.reshape(-1), outer.reshape(-1))
     same(out[0], numbers[1:] @ draw[1:4])
     same(out[1:4], draw[1:4] + numbers[1:, None] * draw[0])
-    same(out[4:], numbers[:3:2, None] * draw[0])
+    same(out[4:], numbers[:2, None] * draw[0])
     same(outer, 1 + draw[4] * draw[1:4])
+
+
+def test_rows_are_columns_after_transposition(wide):
+    W, of = wide
+    rows, put, turn = of.load_rows, simd.store_rows, simd.transposed
+    a = np.arange(W * W, dtype=np.float32)
+
+    @numba.njit
+    def kernel(a, out):
+        put(out, 0, W, turn(rows(a, 0, W, W)))
+
+    out = np.empty((W, W), np.float32)
+    kernel(a, out.reshape(-1))
+    same(out, a.reshape(W, W).T)
+
+
+def test_rows_of_a_product(wide):
+    W, of = wide
+    load, put, axpy_rows, repeat = of.load, simd.store_rows, simd.axpy_rows, simd.repeat
+    a, numbers = np.arange(2 * W, dtype=np.float32), np.arange(9, dtype=np.float32)
+
+    @numba.njit
+    def kernel(a, numbers, out):
+        put(out, 0, W, axpy_rows(load(a, 0), numbers, 1, 3, repeat(load(a, W), 3)))
+
+    out = np.empty((3, W), np.float32)
+    kernel(a, numbers, out.reshape(-1))
+    same(out, a[W:] + numbers[1::3, None] * a[:W])
 
 
 def test_exp_over_its_whole_range(wide):

@@ -117,8 +117,8 @@ def test_a_step_of_our_jax_gives_its_state_up_and_computes_the_same(jax, monkeyp
 @pytest.mark.parametrize(
     ("where", "kind", "arguments"),
     [
-        ("cupy", "float32", ("cupy", None, "float32", {"tf32": False})),
-        ("cupy:cuda:1", "tf32", ("cupy", "cuda:1", "float32", {"tf32": True})),
+        ("cupy", "float32", ("cupy", None, "float32", "fast", {"tf32": False})),
+        ("cupy:cuda:1", "tf32", ("cupy", "cuda:1", "float32", "fast", {"tf32": True})),
     ],
 )
 def test_baby_xp_is_set_to_the_precision_and_reports_its_memory(monkeypatch, where, kind, arguments):
@@ -209,9 +209,9 @@ def test_step_flops_match_a_count_by_hand():
 @pytest.mark.parametrize(("flops", "moved", "ms"), [(3e9, 1e6, 3.0), (1e6, 3e9, 1.5)])
 def test_the_floor_is_the_longer_of_operations_and_bytes(flops, moved, ms):
     found = result("cupy", {"float32": {"flops": 1e12, "bytes": 2e12}})
-    least, line = train.floor(found, {"flops": flops, "bytes": moved, "precision": "float32"})
+    least, line = roofline.floor(found, {"flops": flops, "bytes": moved, "precision": "float32"})
     assert (least, numbers(line)[0]) == (pytest.approx(ms), ms)
-    assert train.floor(found, {"flops": flops, "bytes": moved, "precision": "half"}) == (None, None)
+    assert roofline.floor(found, {"flops": flops, "bytes": moved, "precision": "half"}) == (None, None)
 
 
 @pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("half", 2)])

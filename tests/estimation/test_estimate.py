@@ -164,16 +164,22 @@ def test_saved_bytes_count_the_arrays_that_forward_keeps(config, n_ctx, head_siz
     if isinstance(config, GPTConfig):
         head_size *= 1 + (config.positions == "rotary")
         config = dataclasses.replace(config, dropout=dropout, n_ctx=n_ctx, head_size=head_size)
-    backend, model, batch = registry.load("numpy", dtype=dtype), Model(config, V), batch_of(config)
-    xp, state = backend.xp, state_of(model, backend)
+    expected = counts.saved_bytes(config, V, BATCH, np.dtype(dtype).itemsize)
+    assert kept_bytes(registry.load("numpy", dtype=dtype, kernels="numpy"), config) == expected
+    assert kept_bytes(registry.load("numpy", dtype=dtype), config) <= expected  # by numba, where it is installed
+
+
+def kept_bytes(backend, config) -> int:
+    """Bytes of all arrays that the forward pass saves."""
+    xp, model, batch = backend.xp, Model(config, V), batch_of(config)
+    state = state_of(model, backend)
     noise = step_noise(xp, model, state["seed"], state["step"], batch)
     logits, saved = model.forward(xp, model.layout.unpack(xp, state["params"]), batch.inputs, noise)
     if isinstance(config, GPTConfig):
         saved = saved._replace(blocks=list(saved.blocks))
     _, loss_saved = cross_entropy.forward(xp, {}, logits, batch.targets.reshape(-1))
     elsewhere = owners((state["params"], *batch))
-    kept = {key: size for key, size in owners((saved, loss_saved)).items() if key not in elsewhere}
-    assert counts.saved_bytes(config, V, BATCH, np.dtype(dtype).itemsize) == sum(kept.values())
+    return sum(size for key, size in owners((saved, loss_saved)).items() if key not in elsewhere)
 
 
 @pytest.mark.parametrize("config", GPTS, ids=name_of)

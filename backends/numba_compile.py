@@ -1,0 +1,94 @@
+"""python -m baby_xp_backends.numba_compile FOLDER: compile all kernels to one file of machine code.
+
+Each becomes a C function that takes arrays as Python objects and reads where NumPy keeps their data and length,
+so that a call from Python converts nothing. See numba_library.py, which runs this and loads the result.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+from baby_xp_backends import numba_library
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+ARRAYS = {
+    numba_library.FLOATS: types.float32, numba_library.INTEGERS: types.int32, numba_library.PLACES: types.int64
+}  # fmt: skip
+NUMBERS = {"i8": types.int64, "f8": types.float64, "b1": types.boolean, "void": types.void}
+
+
+def main(folder: str) -> None:
+    """Write machine code and names into a folder."""
+    numba_library.COMPILING = True
+    importlib.import_module("baby_xp_backends.numba_kernels")
+    names, modules = {}, []
+    for name, (signature, function) in numba_library.kernels.items():
+        result, _, rest = signature.removesuffix(")").partition("(")
+        kinds = [kind.strip() for kind in rest.split(",")]
+        symbol, text = c_function(function, result, kinds)
+        names[name] = [symbol, result, *kinds]
+        modules.append(llvmlite.binding.parse_assembly(text))
+    whole, *others = modules
+    for other in others:
+        whole.link_in(other)
+    path = Path(folder)
+    (path / numba_library.CODE).write_bytes(machine().emit_object(whole))
+    content = {"sha256": numba_library.hash_of(path / numba_library.CODE), "kernels": names}
+    (path / numba_library.NAMES).write_text(json.dumps(content))
+
+
+def c_function(function: Any, result: str, kinds: list[str]) -> tuple[str, str]:
+    """The C function of a kernel: its symbol, and the LLVM assembly of its module."""
+    places = [f"a{i}" for i in range(len(kinds))]
+    given = (f"flat({place}, dtype_{place})" if kind in ARRAYS else place for place, kind in zip(places, kinds, strict=True))
+    scope = {"function": function, "flat": flat}
+    scope |= {f"dtype_{place}": ARRAYS[kind] for place, kind in zip(places, kinds, strict=True) if kind in ARRAYS}
+    exec(f"def call({', '.join(places)}):\n    return function({', '.join(given)})", scope)
+    signature = NUMBERS[result](*(types.voidptr if kind in ARRAYS else NUMBERS[kind] for kind in kinds))
+    found = numba.cfunc(signature, error_model="numpy")(scope["call"])
+    return found._wrapper_name, found._library.get_llvm_str()
+
+
+@intrinsic
+def flat(typing, place, dtype):
+    """The flat array that lies in NumPy's object at this place: PyArrayObject begins with the fields of every
+    Python object, the pointer to the data, the number of axes, and the pointer to their lengths.
+    """
+    array = types.Array(dtype.dtype, 1, "C")
+    WORD = ir.IntType(64)
+
+    def code(context, builder, signature, arguments):
+        first = builder.bitcast(arguments[0], WORD.as_pointer())
+        head = object.__basicsize__ // 8
+
+        def word(at):
+            return builder.load(builder.gep(first, [WORD(head + at)]))
+
+        length = builder.load(builder.inttoptr(word(2), WORD.as_pointer()))
+        data = builder.inttoptr(word(0), context.get_data_type(array.dtype).as_pointer())
+        found, size = context.make_array(array)(context, builder), WORD(array.dtype.bitwidth // 8)
+        context.populate_array(found, data=data, shape=[length], strides=[size], itemsize=size, meminfo=None)
+        return found._getvalue()
+
+    return array(place, dtype), code
+
+
+def machine():
+    """What makes machine code for the processor that numba compiles for."""
+    codegen = cpu_target.target_context.codegen()
+    triple = llvmlite.binding.Target.from_default_triple()
+    return triple.create_target_machine(
+        cpu=codegen._get_host_cpu_name(), features=codegen._get_host_cpu_features(), opt=3, codemodel="jitdefault",
+        jit=True,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

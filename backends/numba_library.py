@@ -1,0 +1,230 @@
+"""The compiled kernels as a library of machine code: made once for each machine and version, then loaded.
+
+numba compiles in a process of its own, numba_compile.py. What loads the result is llvmlite alone, in a few
+milliseconds: importing numba would take half a second and tens of megabytes in each process. The modules of the
+kernels are therefore written to be imported without numba. There @compiled turns a kernel into an entry of this
+library, by its name; names that only the body of a kernel uses are imported under `if COMPILING`.
+
+A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name is
+a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
+nothing, and damage is noticed. Without a folder that can be written, a temporary one is made, which the worker
+processes of this process use too.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baby_xp import processes
+from baby_xp.errors import BabyError
+
+COMPILING = False
+"""Whether this process is the one that compiles."""
+FOLDER = "BABY_XP_KERNELS"
+"""The environment variable by which worker processes find a temporary folder."""
+SOURCES = "simd*.py", "numba_*.py"
+CODE, NAMES = "kernels.o", "kernels.json"
+
+FLOATS, INTEGERS, PLACES = "f4[::1]", "i4[::1]", "i8[::1]"
+"""numba's names of the flat arrays that kernels take: float32, int32, int64."""
+C_TYPES: dict[str, Any] = {
+    "void": None, "f8": ctypes.c_double, "i8": ctypes.c_int64, "b1": ctypes.c_bool,
+    **dict.fromkeys((FLOATS, INTEGERS, PLACES), ctypes.py_object),
+}  # fmt: skip
+"""A kernel is given arrays as Python objects, and takes data and length from where NumPy keeps them."""
+
+kernels: dict[str, tuple[str, Callable[..., Any]]] = {}
+"""While compiling: signature and function of each kernel, by its name."""
+
+
+def compiled(signature: str) -> Callable[..., Any]:
+    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Arrays are not checked in any way."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        if COMPILING:
+            function = numba_function(function)
+            kernels[name] = signature, function
+            return function
+        return Kernel(name)
+
+    return decorate
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function of vectors, which is always part of the kernel that calls it."""
+    return numba_function(function, forceinline=True) if COMPILING else function
+
+
+def numba_function(function: Callable[..., Any], **more: Any) -> Any:
+    """As numba's njit."""
+    import numba
+
+    return numba.njit(error_model="numpy", **more)(function)
+
+
+class Kernel:
+    """A kernel of the library, which is loaded, or compiled, when the first one is called."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.__dict__["call"] = library()[self.name]
+        return self.call(*arguments)
+
+    def call(self, *arguments: Any) -> Any:
+        """The kernel itself, once it is loaded."""
+        return self(*arguments)
+
+
+def flat(array) -> np.ndarray:
+    """The elements one after the other, as the kernels take them: a copy of what has gaps or is read-only."""
+    return (array if array.flags.carray else np.array(array, order="C")).reshape(-1)
+
+
+def version() -> str:
+    """The installed numba's version; "" where there is none."""
+    try:
+        return importlib.metadata.version("numba") if importlib.util.find_spec("numba") else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def key() -> str:
+    """What compiled kernels depend on, as a hash: sources, versions, the processor, numba's settings."""
+    found = hashlib.sha256()
+    settings = {k: v for k, v in os.environ.items() if k.startswith("NUMBA_") and k != "NUMBA_CACHE_DIR"}
+    found.update(repr([version(), sys.version, sorted(settings.items()), _processor()]).encode())
+    for path in sorted(path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern)):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:24]
+
+
+@functools.cache
+def _processor() -> str:
+    with suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        names = "vendor", "model", "flags", "Features", "CPU"
+        return "\n".join(line for line in first if line.startswith(names))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def parents() -> list[Path]:
+    """Where folders of compiled kernels may lie, the preferred one first."""
+    given = [os.environ[name] for name in (FOLDER, "NUMBA_CACHE_DIR") if os.environ.get(name)]
+    home = {"win32": "LOCALAPPDATA"}.get(sys.platform, "XDG_CACHE_HOME")
+    usual = os.environ.get(home) or Path("~/.cache").expanduser()
+    return [*map(Path, given), Path(usual) / "baby_xp"]
+
+
+def ready() -> Path | None:
+    """The folder with these kernels, if there is one and it is whole."""
+    name = key()
+    return next((parent / name for parent in parents() if is_whole(parent / name)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the machine code of a folder is what it was when it was made."""
+    try:
+        return bool(json.loads((folder / NAMES).read_text())["sha256"] == hash_of(folder / CODE))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def library() -> dict[str, Any]:
+    """All kernels as functions, by their names. Raises BabyError if they are missing and cannot be compiled."""
+    return _loaded(ready() or _made())
+
+
+def _made() -> Path:
+    """A new folder of compiled kernels."""
+    for parent in parents():
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
+        except OSError:
+            continue
+        break
+    else:
+        parent = Path(tempfile.mkdtemp(prefix="baby_xp_kernels_"))
+        atexit.register(shutil.rmtree, parent, ignore_errors=True)
+        os.environ[FOLDER] = str(parent)
+        aside = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        _compile_into(aside)
+        return _renamed(aside, parent / key())
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _compile_into(folder: Path) -> None:
+    command = [sys.executable, "-m", "baby_xp_backends.numba_compile", str(folder)]
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=processes.environment(),
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise BabyError(f"numba could not compile the kernels: {last[0]}; without them: --kernels numpy")
+
+
+def _renamed(aside: Path, folder: Path) -> Path:
+    """`folder`, which `aside` becomes; or the one that another process has made in the meantime."""
+    if folder.exists() and not is_whole(folder):
+        with suppress(OSError):
+            damaged = Path(tempfile.mkdtemp(prefix="old-", dir=folder.parent))
+            folder.rename(damaged / "damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if is_whole(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            return folder
+        return aside
+    return folder
+
+
+_engines: list[Any] = []
+"""What owns the loaded machine code."""
+
+
+def _loaded(folder: Path) -> dict[str, Any]:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data((folder / CODE).read_bytes()))
+    engine.finalize_object()
+    _engines.append(engine)
+    found = {}
+    for name, (symbol, result, *kinds) in json.loads((folder / NAMES).read_text())["kernels"].items():
+        function = ctypes.PYFUNCTYPE(C_TYPES[result], *(C_TYPES[kind] for kind in kinds))
+        found[name] = function(engine.get_function_address(symbol))
+    return found
