@@ -40,6 +40,9 @@ FOLDER = "BABY_XP_KERNELS"
 """The environment variable by which worker processes find a temporary folder."""
 SOURCES = "simd*.py", "numba_*.py"
 CODE, NAMES = "kernels.o", "kernels.json"
+CALLED = "memcpy", "memmove", "memset", "sqrt"
+"""Functions of the C library that compiled kernels may call. Kernels raise no exceptions: numba's code for these is
+not there."""
 
 FLOATS, INTEGERS, PLACES = "f4[::1]", "i4[::1]", "i8[::1]"
 """numba's names of the flat arrays that kernels take: float32, int32, int64."""
@@ -86,12 +89,7 @@ class Kernel:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        self.__dict__["call"] = library()[self.name]
-        return self.call(*arguments)
-
-    def call(self, *arguments: Any) -> Any:
-        """The kernel itself, once it is loaded."""
-        return self(*arguments)
+        return library()[self.name](*arguments)
 
 
 def flat(array) -> np.ndarray:
@@ -218,6 +216,9 @@ def _loaded(folder: Path) -> dict[str, Any]:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    of_c = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+    for name in CALLED:
+        llvm.add_symbol(name, ctypes.cast(getattr(of_c, name), ctypes.c_void_p).value)
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data((folder / CODE).read_bytes()))
