@@ -65,7 +65,9 @@ def shared(function):
 
 def part(function):
     """Decorate a function that only the step calls."""
-    return numba_function(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False) if COMPILING else function
+    if COMPILING:  # without counts of references, which arrays of the caller do not have
+        return numba_function(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+    return function
 
 
 class Sizes(NamedTuple):
