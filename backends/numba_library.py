@@ -56,7 +56,7 @@ kernels: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
 def compiled(signature: str) -> Callable[..., Any]:
-    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Nobody checks that arguments fit it."""
+    """Decorate a kernel: `signature` is numba's, as "void(f4[::1], i8)". Nobody checks that arguments fit it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

@@ -35,12 +35,16 @@ class NumpyBackend(Backend):
         self.dtype, self.kernels = dtype, kernels
         self._compiles, self._why_not = False, ""
         by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
-        more = importlib.import_module("baby_xp_backends.numba_kernels").KERNELS if by_numba else {}
-        fast: dict[str, Any] = {"kernels": {**KERNELS, **more}, "gradients_in_place": True} if kernels != "plain" else {}
+        replaced = {**KERNELS, **(self._by_numba() if by_numba else {})}
+        fast: dict[str, Any] = {"kernels": replaced, "gradients_in_place": True} if kernels != "plain" else {}
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
         if by_numba:
             self.version += f" with numba {numba_library.version()}"
+
+    def _by_numba(self) -> dict[str, Any]:
+        """What has compiled kernels. Its modules need numba's library, so they are imported only where that is."""
+        return dict(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS)
 
     def _numba_works(self) -> bool:
         """Whether numba is there and runs with this NumPy: compiled kernels on the disk show that it does."""
