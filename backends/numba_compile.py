@@ -6,6 +6,7 @@ so that a call from Python converts nothing. See numba_library.py, which runs th
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,25 @@ def main(folder: str) -> None:
 def c_function(function: Any, result: str, kinds: list[str]) -> tuple[str, str]:
     """The C function of a kernel: its symbol, and the LLVM assembly of its module."""
     places = [f"a{i}" for i in range(len(kinds))]
-    given = (f"flat({place}, dtype_{place})" if kind in ARRAYS else place for place, kind in zip(places, kinds, strict=True))
-    scope = {"function": function, "flat": flat}
-    scope |= {f"dtype_{place}": ARRAYS[kind] for place, kind in zip(places, kinds, strict=True) if kind in ARRAYS}
+    arrays = {place: ARRAYS[kind] for place, kind in zip(places, kinds, strict=True) if kind in ARRAYS}
+    given = (f"flat({place}, dtype_{place})" if place in arrays else place for place in places)
+    scope = {"function": function, "flat": flat} | {f"dtype_{place}": kind for place, kind in arrays.items()}
     exec(f"def call({', '.join(places)}):\n    return function({', '.join(given)})", scope)
     signature = NUMBERS[result](*(types.voidptr if kind in ARRAYS else NUMBERS[kind] for kind in kinds))
     found = numba.cfunc(signature, error_model="numpy")(scope["call"])
-    return found._wrapper_name, found._library.get_llvm_str()
+    return found._wrapper_name, without_exceptions(found._library.get_llvm_str())
+
+
+def without_exceptions(assembly: str) -> str:
+    """The same with an end of the process in the place of what numba calls to raise an exception: no kernel does,
+    and whoever loads the code does not have these functions.
+    """
+    allowed = "|".join([r"llvm\.", *(rf"{name}\(" for name in numba_library.CALLED)])
+    ends = r"define internal \1 {\n  call void @llvm.trap()\n  unreachable\n}"
+    assembly = re.sub(rf"^declare (?!.*@(?:{allowed}))(.*)$", ends, assembly, flags=re.MULTILINE)
+    assembly = re.sub(r"= external (.*?)global (\S+?)(,|$)", r"= internal \1global \2 zeroinitializer\3", assembly,
+                      flags=re.MULTILINE)  # fmt: skip
+    return assembly if "declare void @llvm.trap()" in assembly else f"{assembly}\ndeclare void @llvm.trap()\n"
 
 
 @intrinsic

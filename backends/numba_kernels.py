@@ -10,6 +10,7 @@ from typing import Any
 from baby_xp_backends import (
     numba_activations,
     numba_attention,
+    numba_decoding,
     numba_dropout,
     numba_norms,
     numba_optimizers,
@@ -46,4 +47,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "muon.update_into": numba_optimizers.muon_update_into,
     "optimizers.adamw": numba_optimizers.adamw,
     "workers.adamw_into": numba_optimizers.adamw_into,
+    "gpt.prepare": numba_decoding.prepare,
+    "gpt.decode": numba_decoding.decode,
 }

@@ -5,8 +5,8 @@ milliseconds: importing numba would take half a second and tens of megabytes in 
 kernels are therefore written to be imported without numba. There @compiled turns a kernel into an entry of this
 library, by its name; names that only the body of a kernel uses are imported under `if COMPILING`.
 
-A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name is
-a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
+A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name
+is a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
 nothing, and damage is noticed. Without a folder that can be written, a temporary one is made, which the worker
 processes of this process use too.
 """
@@ -40,6 +40,8 @@ FOLDER = "BABY_XP_KERNELS"
 """The environment variable by which worker processes find a temporary folder."""
 SOURCES = "simd*.py", "numba_*.py"
 CODE, NAMES = "kernels.o", "kernels.json"
+CALLED = "memcpy", "memmove", "memset", "sqrt"
+"""Functions of the C library that compiled kernels may call. One that is missing would end the process."""
 
 FLOATS, INTEGERS, PLACES = "f4[::1]", "i4[::1]", "i8[::1]"
 """numba's names of the flat arrays that kernels take: float32, int32, int64."""
@@ -54,7 +56,7 @@ kernels: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
 def compiled(signature: str) -> Callable[..., Any]:
-    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Arrays are not checked in any way."""
+    """Decorate a kernel: `signature` is numba's, such as "void(f4[::1], i8)". Nobody checks that arguments fit it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
@@ -86,12 +88,7 @@ class Kernel:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        self.__dict__["call"] = library()[self.name]
-        return self.call(*arguments)
-
-    def call(self, *arguments: Any) -> Any:
-        """The kernel itself, once it is loaded."""
-        return self(*arguments)
+        return library()[self.name](*arguments)
 
 
 def flat(array) -> np.ndarray:
@@ -218,6 +215,9 @@ def _loaded(folder: Path) -> dict[str, Any]:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    of_c = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+    for name in CALLED:
+        llvm.add_symbol(name, ctypes.cast(getattr(of_c, name), ctypes.c_void_p).value)
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data((folder / CODE).read_bytes()))

@@ -7,6 +7,7 @@ from baby_xp_backends.simd import bits, floats, select
 
 from baby_xp.arrays import rng
 
+
 def inlined(function):
     """As numba_library.inlined, but also where nothing is compiled: this module always imports numba."""
     return numba_function(function, forceinline=True)

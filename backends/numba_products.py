@@ -1,9 +1,9 @@
 """Products of small linear layers by vectors, see simd.py. The kernels take flat arrays.
 
 A tile of the result, ROWS x 2 vectors, stays in registers while the sum runs over DEPTH terms. The factor whose
-rows are vectors is copied first, DEPTH x COLUMNS of it at a time, so that it lies in order in the first-level cache,
-where all tiles of these columns find it. BLAS is made for larger matrices: at these sizes its preparations cost more
-than they gain.
+rows are vectors is copied first, DEPTH x COLUMNS of it at a time, so that it lies in order in the first-level
+cache, where all tiles of these columns find it. BLAS is made for larger matrices: at these sizes its preparations
+cost more than they gain.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ ROWS = 8 if W == 16 else 4
 COLUMNS = 2 * W
 DEPTH = 128
 LARGEST = 1 << 16
-"""Elements of the largest weight that is multiplied here: larger ones need more levels of blocks, as BLAS has."""
+"""Elements of the largest weight that is multiplied here: larger ones need more levels of blocks, as in BLAS."""
 
 
 @compiled(f"void({', '.join([FLOATS] * 5)}, i8, i8, i8)")

@@ -35,8 +35,8 @@ class NumpyBackend(Backend):
         self.dtype, self.kernels = dtype, kernels
         self._compiles, self._why_not = False, ""
         by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
-        kept = {**KERNELS, **(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS if by_numba else {})}
-        fast: dict[str, Any] = {"kernels": kept, "gradients_in_place": True} if kernels != "plain" else {}
+        more = importlib.import_module("baby_xp_backends.numba_kernels").KERNELS if by_numba else {}
+        fast: dict[str, Any] = {"kernels": {**KERNELS, **more}, "gradients_in_place": True} if kernels != "plain" else {}
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
         if by_numba:

@@ -5,7 +5,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
 
-from baby_xp_backends import numba_maths, simd, simd_lanes  # noqa: E402
+from baby_xp_backends import numba_maths, simd, simd_lanes, simd_width  # noqa: E402
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 1e-42, -1e-45, 3e38, -3e38, 1e-20, 5.0, 2.5, 88.0, -88.0]
 A = np.array(SPECIAL, np.float32)
@@ -209,7 +209,7 @@ def test_exp_over_its_whole_range(wide):
 
 
 def test_the_width_follows_from_the_features():
-    assert simd.width_for("+avx,+avx2,+fma,+avx512f,-avx512vl") == 16
-    assert simd.width_for("+avx,+avx2,+fma,-avx512f") == 8
-    assert simd.width_for("+neon,-avx512f") == simd.width_for("") == simd.width_for("+avx2,-fma") == 4
-    assert simd.width_for(simd.features()) == simd.W
+    assert simd_width.width_for("+avx,+avx2,+fma,+avx512f,-avx512vl") == 16
+    assert simd_width.width_for("+avx,+avx2,+fma,-avx512f") == 8
+    assert simd_width.width_for("+neon,-avx512f") == simd_width.width_for("") == simd_width.width_for("+avx2,-fma") == 4
+    assert simd_width.width_for(simd_width.features()) == simd_width.W
