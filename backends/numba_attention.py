@@ -3,7 +3,7 @@
 A vector holds one number of each of W queries, and W of them, for W keys, are a tile of scores. Every product sums
 outer products: one vector is multiplied by each of W numbers, and the W sums stay in registers. For that each head
 is first copied to `scratch`: as rows of tokens, and as tiles of columns, where the same channel of W tokens is a
-vector. Forward computes the scores of W queries before exp, which can so be shifted by the largest; backward
+vector. Forward computes all scores of W queries first, so that exp can be shifted by the largest of each; backward
 computes them again.
 
 Arrays are flat. qkv (B, T, 3, H, D): queries, keys and values. shift, inverse (B, H, N): the largest score of a
