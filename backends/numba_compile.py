@@ -6,8 +6,10 @@ so that a call from Python converts nothing. See numba_library.py, which runs th
 
 import importlib
 import json
+import multiprocessing
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from baby_xp import processes
+
 ARRAYS = {
     numba_library.FLOATS: types.float32, numba_library.INTEGERS: types.int32, numba_library.PLACES: types.int64
 }  # fmt: skip
@@ -26,34 +30,47 @@ NUMBERS = {"i8": types.int64, "f8": types.float64, "b1": types.boolean, "void": 
 
 
 def main(folder: str) -> None:
-    """Write machine code and names into a folder."""
-    numba_library.COMPILING = True
-    importlib.import_module("baby_xp_backends.numba_kernels")
-    names, modules = {}, []
-    for name, (signature, function) in numba_library.kernels.items():
-        result, _, rest = signature.removesuffix(")").partition("(")
-        kinds = [kind.strip() for kind in rest.split(",")]
-        symbol, text = c_function(function, result, kinds)
-        names[name] = [symbol, result, *kinds]
-        modules.append(llvmlite.binding.parse_assembly(text))
+    """Write machine code and names into a folder. A process on each core compiles one kernel after the other."""
+    path, names, modules = Path(folder), {}, []
+    pool = ProcessPoolExecutor(processes.cores(), mp_context=multiprocessing.get_context("spawn"))
+    with pool:
+        for name, (symbol, kinds, assembly) in zip(_kernels(), pool.map(_compiled, _kernels()), strict=True):
+            names[name] = [symbol, *kinds]
+            modules.append(llvmlite.binding.parse_assembly(assembly))
     whole, *others = modules
     for other in others:
         whole.link_in(other)
-    path = Path(folder)
     (path / numba_library.CODE).write_bytes(machine().emit_object(whole))
     content = {"sha256": numba_library.hash_of(path / numba_library.CODE), "kernels": names}
     (path / numba_library.NAMES).write_text(json.dumps(content))
 
 
-def c_function(function: Any, result: str, kinds: list[str]) -> tuple[str, str]:
-    """The C function of a kernel: its symbol, and the LLVM assembly of its module."""
+def _kernels() -> list[str]:
+    """The names of all kernels; the first one takes longest to compile."""
+    numba_library.COMPILING = True
+    importlib.import_module("baby_xp_backends.numba_kernels")
+    return sorted(numba_library.kernels, key=lambda name: (not name.startswith("numba_gpt."), name))
+
+
+def _compiled(name: str) -> tuple[str, list[str], str]:
+    """A kernel's symbol, the types of its result and arguments, and the assembly of its module."""
+    _kernels()
+    signature, function = numba_library.kernels[name]
+    result, _, rest = signature.removesuffix(")").partition("(")
+    kinds = [kind.strip() for kind in rest.split(",")]
+    symbol, assembly = c_function(name.replace(".", "_"), function, result, kinds)
+    return symbol, [result, *kinds], assembly
+
+
+def c_function(name: str, function: Any, result: str, kinds: list[str]) -> tuple[str, str]:
+    """The C function of a kernel: its symbol, made of `name`, and the LLVM assembly of its module."""
     places = [f"a{i}" for i in range(len(kinds))]
     arrays = {place: ARRAYS[kind] for place, kind in zip(places, kinds, strict=True) if kind in ARRAYS}
     given = (f"flat({place}, dtype_{place})" if place in arrays else place for place in places)
     scope = {"function": function, "flat": flat} | {f"dtype_{place}": kind for place, kind in arrays.items()}
-    exec(f"def call({', '.join(places)}):\n    return function({', '.join(given)})", scope)
+    exec(f"def {name}({', '.join(places)}):\n    return function({', '.join(given)})", scope)
     signature = NUMBERS[result](*(types.voidptr if kind in ARRAYS else NUMBERS[kind] for kind in kinds))
-    found = numba.cfunc(signature, error_model="numpy")(scope["call"])
+    found = numba.cfunc(signature, error_model="numpy")(scope[name])
     return found._wrapper_name, without_exceptions(found._library.get_llvm_str())
 
 

@@ -65,9 +65,7 @@ def shared(function):
 
 def part(function):
     """Decorate a function that only the step calls."""
-    if COMPILING:  # without counts of references, which arrays of the caller do not have
-        return numba_function(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
-    return function
+    return numba_function(function) if COMPILING else function
 
 
 class Sizes(NamedTuple):

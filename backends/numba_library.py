@@ -75,10 +75,11 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def numba_function(function: Callable[..., Any], **more: Any) -> Any:
-    """As numba's njit."""
+    """As numba's njit, without what only Python would need: wrappers, and counts of references to arrays."""
     import numba
 
-    return numba.njit(error_model="numpy", **more)(function)
+    less = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+    return numba.njit(error_model="numpy", **less, **more)(function)
 
 
 class Kernel:
