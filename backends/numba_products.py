@@ -29,6 +29,8 @@ if COMPILING:
 ROWS = 8 if W == 16 else 4
 COLUMNS = 2 * W
 DEPTH = 128
+BLOCK = 256
+"""Rows that are multiplied by all columns before the next ones: so many stay in the second-level cache."""
 LARGEST = 1 << 16
 """Elements of the largest weight that is multiplied here: larger ones need more levels of blocks, as in BLAS."""
 
@@ -36,54 +38,56 @@ LARGEST = 1 << 16
 @compiled(f"void({', '.join([FLOATS] * 5)}, i8, i8, i8)")
 def forward(x, weight, bias, y, scratch, N, C, F):
     """y (N, F) = x (N, C) weight (C, F) + bias (F,)."""
-    for j in range(0, F, COLUMNS):
-        for start in range(0, C, DEPTH):
-            depth = min(DEPTH, C - start)
-            for k in range(depth):
-                store(scratch, k * COLUMNS, load(weight, (start + k) * F + j))
-                store(scratch, k * COLUMNS + W, load(weight, (start + k) * F + j + W))
-            for i in range(0, N, ROWS):
-                at = i * F + j
-                if start == 0:
-                    p, q = repeat(load(bias, j), ROWS), repeat(load(bias, j + W), ROWS)
-                else:
-                    p, q = load_rows(y, at, F, ROWS), load_rows(y, at + W, F, ROWS)
+    for top in range(0, N, BLOCK):
+        for j in range(0, F, COLUMNS):
+            for start in range(0, C, DEPTH):
+                depth = min(DEPTH, C - start)
                 for k in range(depth):
-                    p = axpy_rows(load(scratch, k * COLUMNS), x, i * C + start + k, C, p)
-                    q = axpy_rows(load(scratch, k * COLUMNS + W), x, i * C + start + k, C, q)
-                store_rows(y, at, F, p)
-                store_rows(y, at + W, F, q)
+                    store(scratch, k * COLUMNS, load(weight, (start + k) * F + j))
+                    store(scratch, k * COLUMNS + W, load(weight, (start + k) * F + j + W))
+                for i in range(top, min(N, top + BLOCK), ROWS):
+                    at = i * F + j
+                    if start == 0:
+                        p, q = repeat(load(bias, j), ROWS), repeat(load(bias, j + W), ROWS)
+                    else:
+                        p, q = load_rows(y, at, F, ROWS), load_rows(y, at + W, F, ROWS)
+                    for k in range(depth):
+                        p = axpy_rows(load(scratch, k * COLUMNS), x, i * C + start + k, C, p)
+                        q = axpy_rows(load(scratch, k * COLUMNS + W), x, i * C + start + k, C, q)
+                    store_rows(y, at, F, p)
+                    store_rows(y, at + W, F, q)
 
 
 @compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8)")
 def backward(dy, weight, dx, scratch, N, C, F):
     """dx (N, C) = dy (N, F) times the transpose of weight (C, F)."""
-    for j in range(0, C, COLUMNS):
-        for start in range(0, F, DEPTH):
-            depth = min(DEPTH, F - start)
-            for k in range(0, depth, W):
-                for half in range(0, COLUMNS, W):
-                    block = transposed(load_rows(weight, (j + half) * F + start + k, F, W))
-                    store_rows(scratch, k * COLUMNS + half, COLUMNS, block)
-            for i in range(0, N, ROWS):
-                at = i * C + j
-                if start == 0:
-                    p, q = repeat(spread(0.0), ROWS), repeat(spread(0.0), ROWS)
-                else:
-                    p, q = load_rows(dx, at, C, ROWS), load_rows(dx, at + W, C, ROWS)
-                for k in range(depth):
-                    p = axpy_rows(load(scratch, k * COLUMNS), dy, i * F + start + k, F, p)
-                    q = axpy_rows(load(scratch, k * COLUMNS + W), dy, i * F + start + k, F, q)
-                store_rows(dx, at, C, p)
-                store_rows(dx, at + W, C, q)
+    for top in range(0, N, BLOCK):
+        for j in range(0, C, COLUMNS):
+            for start in range(0, F, DEPTH):
+                depth = min(DEPTH, F - start)
+                for k in range(0, depth, W):
+                    for half in range(0, COLUMNS, W):
+                        block = transposed(load_rows(weight, (j + half) * F + start + k, F, W))
+                        store_rows(scratch, k * COLUMNS + half, COLUMNS, block)
+                for i in range(top, min(N, top + BLOCK), ROWS):
+                    at = i * C + j
+                    if start == 0:
+                        p, q = repeat(spread(0.0), ROWS), repeat(spread(0.0), ROWS)
+                    else:
+                        p, q = load_rows(dx, at, C, ROWS), load_rows(dx, at + W, C, ROWS)
+                    for k in range(depth):
+                        p = axpy_rows(load(scratch, k * COLUMNS), dy, i * F + start + k, F, p)
+                        q = axpy_rows(load(scratch, k * COLUMNS + W), dy, i * F + start + k, F, q)
+                    store_rows(dx, at, C, p)
+                    store_rows(dx, at + W, C, q)
 
 
 @compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8)")
 def of_weight(x, dy, dweight, scratch, N, C, F):
     """dweight (C, F) = the transpose of x (N, C) times dy (N, F)."""
-    for j in range(0, F, COLUMNS):
-        for start in range(0, N, DEPTH):
-            depth = min(DEPTH, N - start)
+    for start in range(0, N, DEPTH):
+        depth = min(DEPTH, N - start)
+        for j in range(0, F, COLUMNS):
             for k in range(depth):
                 store(scratch, k * COLUMNS, load(dy, (start + k) * F + j))
                 store(scratch, k * COLUMNS + W, load(dy, (start + k) * F + j + W))
