@@ -19,6 +19,7 @@ if COMPILING:
         axpy_rows,
         load,
         load_rows,
+    prefetch_rows,
         repeat,
         spread,
         store,
@@ -47,6 +48,8 @@ def forward(x, weight, bias, y, scratch, N, C, F):
                     store(scratch, k * COLUMNS + W, load(weight, (start + k) * F + j + W))
                 for i in range(top, min(N, top + BLOCK), ROWS):
                     at = i * F + j
+                    prefetch_rows(y, at, F, ROWS)
+                    prefetch_rows(y, at + W, F, ROWS)
                     if start == 0:
                         p, q = repeat(load(bias, j), ROWS), repeat(load(bias, j + W), ROWS)
                     else:
@@ -71,6 +74,8 @@ def backward(dy, weight, dx, scratch, N, C, F):
                         store_rows(scratch, k * COLUMNS + half, COLUMNS, block)
                 for i in range(top, min(N, top + BLOCK), ROWS):
                     at = i * C + j
+                    prefetch_rows(dx, at, C, ROWS)
+                    prefetch_rows(dx, at + W, C, ROWS)
                     if start == 0:
                         p, q = repeat(spread(0.0), ROWS), repeat(spread(0.0), ROWS)
                     else:
@@ -84,27 +89,33 @@ def backward(dy, weight, dx, scratch, N, C, F):
 
 @compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8)")
 def of_weight(x, dy, dweight, scratch, N, C, F):
-    """dweight (C, F) = the transpose of x (N, C) times dy (N, F)."""
+    """dweight (C, F) = the transpose of x (N, C) times dy (N, F). x is copied too, in panels of W columns."""
+    copied = DEPTH * COLUMNS
     for start in range(0, N, DEPTH):
         depth = min(DEPTH, N - start)
+        for i in range(0, C, W):
+            for k in range(depth):
+                store(scratch, copied + i * DEPTH + k * W, load(x, (start + k) * C + i))
         for j in range(0, F, COLUMNS):
             for k in range(depth):
                 store(scratch, k * COLUMNS, load(dy, (start + k) * F + j))
                 store(scratch, k * COLUMNS + W, load(dy, (start + k) * F + j + W))
             for i in range(0, C, ROWS):
-                at = i * F + j
+                at, column = i * F + j, copied + i // W * W * DEPTH + i % W
+                prefetch_rows(dweight, at, F, ROWS)
+                prefetch_rows(dweight, at + W, F, ROWS)
                 if start == 0:
                     p, q = repeat(spread(0.0), ROWS), repeat(spread(0.0), ROWS)
                 else:
                     p, q = load_rows(dweight, at, F, ROWS), load_rows(dweight, at + W, F, ROWS)
                 for k in range(depth):
-                    p = axpy(load(scratch, k * COLUMNS), x, (start + k) * C + i, p)
-                    q = axpy(load(scratch, k * COLUMNS + W), x, (start + k) * C + i, q)
+                    p = axpy(load(scratch, k * COLUMNS), scratch, column + k * W, p)
+                    q = axpy(load(scratch, k * COLUMNS + W), scratch, column + k * W, q)
                 store_rows(dweight, at, F, p)
                 store_rows(dweight, at + W, F, q)
 
 
-SCRATCH = np.empty(DEPTH * COLUMNS, np.float32)
+SCRATCH = np.empty(DEPTH * (COLUMNS + LARGEST // COLUMNS), np.float32)
 
 
 def fit(N: int, C: int, F: int) -> bool:

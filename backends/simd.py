@@ -335,6 +335,24 @@ def transposed(typing, rows):
     return rows(rows), code
 
 
+@intrinsic(prefer_literal=True)
+def prefetch_rows(typing, array, at, step, number):
+    """Begin to bring the elements array[at], array[at + step], ... to the cache. `number` is a constant."""
+
+    def code(context, builder, signature, arguments):
+        value, at, step, _ = arguments
+        BYTES = ir.IntType(8).as_pointer()
+        for _ in range(number.literal_value):
+            place = _pointer(context, builder, array, value, at, ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [place, I32(0), I32(3), I32(1)])
+            at = builder.add(at, step)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, number), code
+
+
 # what has a width ----------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,19 @@ def test_rows_are_columns_after_transposition(wide):
     same(out, a.reshape(W, W).T)
 
 
+def test_elements_that_are_fetched_in_advance_stay_as_they_are(wide):
+    load, fetch, store = wide[1].load, simd.prefetch_rows, simd.store
+
+    @numba.njit
+    def kernel(a, out):
+        fetch(a, 1, 2, 3)
+        store(out, 0, load(a, 0))
+
+    a, out = np.arange(16, dtype=np.float32), np.empty(wide[0], np.float32)
+    kernel(a, out)
+    same(out, a[: wide[0]])
+
+
 def test_rows_of_a_product(wide):
     W, of = wide
     load, put, axpy_rows, repeat = of.load, simd.store_rows, simd.axpy_rows, simd.repeat
