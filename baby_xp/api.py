@@ -92,7 +92,7 @@ def finetune(
     """
     compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
     base = load(name, path=path, backend="numpy")
-    config = finetuning(base).override({**overrides, "data": data})
+    config = finetuning(base, overrides.get("lr")).override({**overrides, "data": data})
     models = config.model, base.settings.model
     sizes = {replace(gpt, dropout=0.0) for gpt in models if isinstance(gpt, GPTConfig)}
     if len(sizes) > 1:
@@ -227,17 +227,18 @@ def list_runs(path: str | Path = "runs") -> list[Summary]:
     return table.summaries(path)
 
 
-def finetuning(base: Run) -> RunConfig:
-    """The default settings for finetuning a run: its own, for fewer steps."""
+def finetuning(base: Run, lr: float | None = None) -> RunConfig:
+    """The default settings for finetuning a run: its own, for fewer steps. lr: its rate (None: that of the run)."""
     config = base.settings
     if isinstance(config.model, EquationConfig):
         raise BabyError("the equation model cannot be finetuned, as its vocabulary is fixed: train a new one")
     peak = config.train.peak_lr
     train = replace(
-        config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak, base_batch_size=None, min_lr=peak / 10,
-        muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
+        config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak if lr is None else lr, base_batch_size=None,
+        min_lr=0.0, muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
         eval_every=100, max_minutes=0.0,
     )  # fmt: skip
+    train = replace(train, min_lr=train.lr / 10)
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 
 

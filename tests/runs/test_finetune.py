@@ -121,6 +121,12 @@ def test_finetuning_starts_at_the_bases_peak_rate_with_its_own_limits(tmp_path, 
     assert (chosen.num_steps, chosen.num_epochs, chosen.max_minutes) == (api.FINETUNE_STEPS, None, 0.0)
 
 
+def test_a_given_rate_falls_to_a_tenth_of_itself(base, texts):
+    """However low it is: a tenth of the run's own rate could be above it."""
+    chosen = TrainConfig(**finetune(base, texts["other"], lr=1e-4, num_steps=2).config["train"])
+    assert (chosen.lr, chosen.min_lr) == (1e-4, 1e-5)
+
+
 def test_a_text_of_known_characters_keeps_the_size_and_is_evaluated_first(base, texts):
     tuned = finetune(base, texts["first"], **AT_ONCE)
     assert tuned.tokenizer == base.tokenizer
