@@ -228,14 +228,14 @@ def list_runs(path: str | Path = "runs") -> list[Summary]:
 
 
 def finetuning(base: Run, lr: float | None = None) -> RunConfig:
-    """The default settings for finetuning a run: its own, for fewer steps. lr: its rate (None: that of the run)."""
+    """The default settings for finetuning a run: its own, for fewer steps. lr: the rate, by default the run's."""
     config = base.settings
     if isinstance(config.model, EquationConfig):
         raise BabyError("the equation model cannot be finetuned, as its vocabulary is fixed: train a new one")
     peak = config.train.peak_lr
     train = replace(
-        config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak if lr is None else lr, base_batch_size=None,
-        min_lr=0.0, muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
+        config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak if lr is None else lr,
+        base_batch_size=None, min_lr=0.0, muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
         eval_every=100, max_minutes=0.0,
     )  # fmt: skip
     train = replace(train, min_lr=train.lr / 10)

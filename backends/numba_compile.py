@@ -40,7 +40,8 @@ def main(folder: str) -> None:
     whole, *others = modules
     for other in others:
         whole.link_in(other)
-    (path / numba_library.CODE).write_bytes(machine().emit_object(whole))
+    target = cpu_target.target_context.codegen()._tm  # numba's choices for this processor and system
+    (path / numba_library.CODE).write_bytes(target.emit_object(whole))
     content = {"sha256": numba_library.hash_of(path / numba_library.CODE), "kernels": names}
     (path / numba_library.NAMES).write_text(json.dumps(content))
 
@@ -108,16 +109,6 @@ def flat(typing, place, dtype):
         return found._getvalue()
 
     return array(place, dtype), code
-
-
-def machine():
-    """What makes machine code for the processor that numba compiles for."""
-    codegen = cpu_target.target_context.codegen()
-    triple = llvmlite.binding.Target.from_default_triple()
-    return triple.create_target_machine(
-        cpu=codegen._get_host_cpu_name(), features=codegen._get_host_cpu_features(), opt=3, codemodel="jitdefault",
-        jit=True,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -219,8 +219,9 @@ def _loaded(folder: Path) -> dict[str, Any]:
     of_c = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
     for name in CALLED:
         llvm.add_symbol(name, ctypes.cast(getattr(of_c, name), ctypes.c_void_p).value)
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
+    far = platform.machine().lower() in ("aarch64", "arm64")  # there, code must not lie too far from its data
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=far)
     engine.add_object_file(llvm.ObjectFileRef.from_data((folder / CODE).read_bytes()))
     engine.finalize_object()
     _engines.append(engine)

@@ -64,7 +64,7 @@ class NumpyBackend(Backend):
             numba_library.library()
 
     def first_use(self) -> str | None:
-        return "compiling kernels by numba, once per machine and version: about 10 s" if self._compiles else None
+        return "compiling kernels by numba, once per machine and version: 10 to 20 s" if self._compiles else None
 
     def details(self) -> str:
         return self._why_not

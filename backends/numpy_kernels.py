@@ -155,14 +155,7 @@ def relu2_backward(xp, p, saved, dy):
     return {}, dx
 
 
-# softmax and attention ----------------------------------------------------------------------------------
-
-
-def softmax_forward(xp, p, x):
-    y = x - np.max(x, axis=-1, keepdims=True)
-    np.exp(y, out=y)
-    y /= np.sum(y, axis=-1, keepdims=True)
-    return y, (y,)
+# attention ----------------------------------------------------------------------------------------------
 
 
 class SavedHeads(NamedTuple):
@@ -421,7 +414,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "relu2.backward": relu2_backward,
     "query_key.forward": numpy_query_key.forward,
     "query_key.backward": numpy_query_key.backward,
-    "softmax.forward": softmax_forward,
     "heads.forward": heads_forward,
     "heads.backward": heads_backward,
     "rng.keep_mask": keep_mask,

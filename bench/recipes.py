@@ -419,11 +419,16 @@ def loss_cell(one: Variant, key: str, result: dict) -> str:
 
 
 def step_cell(one: Variant, result: dict) -> str:
-    """The time of a step: of a recipe in milliseconds, of a variant as a multiple of that."""
+    """The time of a step: of a recipe in milliseconds, of a variant as a multiple of that.
+
+    It is the least median of the rounds: changes cost less than a machine's speed may differ from one round to the
+    next.
+    """
     timed, base = (result["timed"].get(key) for key in (one.key, f"{one.text}, {one.base}"))
     if timed is None or base is None:
         return ""
-    return f"{timed['ms'] / base['ms']:.2f}" if one.name else f"{timed['ms']:.1f} ms"
+    ms = min(timed["by_round"])
+    return f"{ms / min(base['by_round']):.2f}" if one.name else f"{ms:.1f} ms"
 
 
 if __name__ == "__main__":

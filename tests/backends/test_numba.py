@@ -379,6 +379,15 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path):
     assert finish(start(here))[:2] == [True, True]
 
 
+def test_what_numba_cannot_compile_ends_in_one_line(tmp_path):
+    child = start(tmp_path, NUMBA_DISABLE_JIT="1")
+    last = child.communicate(timeout=300)[1].splitlines()[-1]
+    assert child.returncode == 1
+    assert "BabyError: numba could not compile the kernels: " in last
+    assert last.endswith("; without them: --kernels numpy")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_key_follows_from_sources_and_settings(monkeypatch):
     before = numba_library.key()
     monkeypatch.setenv("NUMBA_OPT", "1")

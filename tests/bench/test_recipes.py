@@ -192,7 +192,8 @@ def test_rows_and_tables():
         "nursery, plain": found_of(least + 0.2), "nursery, full": found_of(least + 0.125),
     }.items():  # fmt: skip
         trained |= {recipes.of_seed(key, run["seed"]): run for run in reversed(runs)}
-    timed = {"shakespeare, full": {"ms": 20.0}, "shakespeare, full - Muon": {"ms": 15.0}}
+    rounds = {"shakespeare, full": [20.0, 21.0], "shakespeare, full - Muon": [35.0, 15.0]}
+    timed = {key: {"by_round": ms} for key, ms in rounds.items()}
     result = {"date": "2026-01-02", "machine": {}, "trained": trained, "timed": timed, "timed_on": "x"}
     cells = {
         name: [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
