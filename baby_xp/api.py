@@ -235,8 +235,8 @@ def finetuning(base: Run, lr: float | None = None) -> RunConfig:
     peak = config.train.peak_lr
     train = replace(
         config.train, num_steps=FINETUNE_STEPS, num_epochs=None, lr=peak if lr is None else lr,
-        base_batch_size=None, min_lr=0.0, muon_lr=config.train.muon_lr * (peak / config.train.lr), schedule="cosine", warmup_steps=50,
-        eval_every=100, max_minutes=0.0,
+        base_batch_size=None, min_lr=0.0, muon_lr=config.train.muon_lr * (peak / config.train.lr),
+        schedule="cosine", warmup_steps=50, eval_every=100, max_minutes=0.0,
     )  # fmt: skip
     train = replace(train, min_lr=train.lr / 10)
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
