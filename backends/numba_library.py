@@ -97,6 +97,7 @@ def flat(array) -> np.ndarray:
     return (array if array.flags.carray else np.array(array, order="C")).reshape(-1)
 
 
+@functools.cache
 def version() -> str:
     """The installed numba's version; "" where there is none."""
     try:
@@ -155,6 +156,11 @@ def hash_of(path: Path) -> str:
 def library() -> dict[str, Any]:
     """All kernels as functions, by their names. Raises BabyError if they are missing and cannot be compiled."""
     return _loaded(ready() or _made())
+
+
+def is_loaded() -> bool:
+    """Whether this process has the kernels already."""
+    return library.cache_info().currsize > 0
 
 
 def _made() -> Path:

@@ -21,6 +21,11 @@ TOKENS_AT_ONCE = 1024
 """This many rows keep matrix products at full speed; arrays of more rows only outgrow the cache."""
 
 
+def compiled_kernels() -> dict[str, Any]:
+    """What has compiled kernels. Its modules need llvmlite, so they are imported only where that is."""
+    return dict(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS)
+
+
 class NumpyBackend(Backend):
     """Arrays of NumPy."""
 
@@ -34,24 +39,20 @@ class NumpyBackend(Backend):
         keep_freed_memory()
         self.dtype, self.kernels = dtype, kernels
         self._compiles, self._why_not = False, ""
-        by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
-        replaced = {**KERNELS, **(self._by_numba() if by_numba else {})}
+        self._by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
+        replaced = {**KERNELS, **(compiled_kernels() if self._by_numba else {})}
         fast: dict[str, Any] = {"kernels": replaced, "gradients_in_place": True} if kernels != "plain" else {}
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
-        if by_numba:
+        if self._by_numba:
             self.version += f" with numba {numba_library.version()}"
-
-    def _by_numba(self) -> dict[str, Any]:
-        """What has compiled kernels. Its modules need numba's library, so they are imported only where that is."""
-        return dict(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS)
 
     def _numba_works(self) -> bool:
         """Whether numba is there and runs with this NumPy: compiled kernels on the disk show that it does."""
         if not numba_library.version():
             return False
         try:
-            if numba_library.ready() is None:
+            if not numba_library.is_loaded() and numba_library.ready() is None:
                 importlib.import_module("numba")
                 self._compiles = True
         except Exception as error:  # numba refuses a NumPy that is too new for it
@@ -60,7 +61,7 @@ class NumpyBackend(Backend):
         return True
 
     def before_workers(self) -> None:
-        if self._compiles:
+        if self._by_numba:
             numba_library.library()
 
     def first_use(self) -> str | None:

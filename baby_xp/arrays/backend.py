@@ -116,7 +116,7 @@ class Backend:
         return None
 
     def before_workers(self) -> None:
-        """Compile what is not compiled yet: worker processes, which start next, then only load it."""
+        """Compile kernels that are not compiled yet: worker processes, which start next, then only load them."""
 
     def first_use(self) -> str | None:
         """A note for the user before the first steps on this machine."""
