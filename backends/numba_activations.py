@@ -30,7 +30,7 @@ MAGNITUDE = 0x7FFFFFFF
 
 
 @inlined
-def _gelu_tanh(x):
+def tanh_pair(x):
     """x (1 + tanh(u)) / 2 = x sigmoid(2 u), and its derivative."""
     square = x * x
     cdf = sigmoid(x * (TWICE + CUBIC * square))
@@ -39,7 +39,7 @@ def _gelu_tanh(x):
 
 
 @inlined
-def _gelu_erf(x):
+def erf_pair(x):
     """x Phi(x), and its derivative Phi(x) + x phi(x). Phi(-|x|) = exp(-x^2 / 2) erfcx(|x| / sqrt(2)) / 2."""
     z, square = floats(bits(x) & MAGNITUDE) * ROOT_HALF, x * x
     u, erfcx = (z - 2.0) / (z + 2.0), spread(0.0)
@@ -56,7 +56,7 @@ def gelu_tanh(x, y, derivative):
     """y and derivative are written."""
     for start in range(0, len(x), W):
         at = min(start, len(x) - W)
-        one, slope = _gelu_tanh(load(x, at))
+        one, slope = tanh_pair(load(x, at))
         store(y, at, one)
         store(derivative, at, slope)
 
@@ -66,7 +66,7 @@ def gelu_erf(x, y, derivative):
     """As gelu_tanh."""
     for start in range(0, len(x), W):
         at = min(start, len(x) - W)
-        one, slope = _gelu_erf(load(x, at))
+        one, slope = erf_pair(load(x, at))
         store(y, at, one)
         store(derivative, at, slope)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from baby_xp_backends import numpy_kernels
-from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, compiled, flat, inlined
+from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, aligned, compiled, flat, inlined
 from baby_xp_backends.simd_width import W
 
 from baby_xp.arrays import rng
@@ -251,7 +251,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     D, N = qkv.shape[1] // (3 * H), -(-T // W) * W
     y = np.empty((B * T, H * D), qkv.dtype)
     shift, inverse = np.empty((2, B * H * N), qkv.dtype)
-    scratch = _aligned(forward_scratch(T, D))
+    scratch = aligned(forward_scratch(T, D))
     forward(flat(qkv), y.reshape(-1), shift, inverse, *_dropout(noise, B), B, T, H, D, scratch)
     _, k, v = heads.split(np, qkv, shape)
     return y, SavedOutput(k, v, qkv, shape, y, shift, inverse, noise)
@@ -264,7 +264,7 @@ def heads_backward(xp, p, saved, dy):
     D = qkv.shape[1] // (3 * H)
     dqkv = np.empty(qkv.shape, qkv.dtype)
     inputs = flat(qkv), y.reshape(-1), flat(np.asarray(dy, np.float32)), shift, inverse
-    scratch = _aligned(backward_scratch(T, D))
+    scratch = aligned(backward_scratch(T, D))
     backward(*inputs, dqkv.reshape(-1), *_dropout(noise, B), B, T, H, D, scratch)
     return {}, dqkv
 
@@ -275,9 +275,3 @@ def _dropout(noise, B: int):
         return np.zeros(B, np.int32), 0, 1.0
     stream, rate = noise
     return flat(stream), rng.drop_threshold(rate), rng.survivor_scale(rate)
-
-
-def _aligned(size: int):
-    """Memory for numbers, from the beginning of a line of the cache on: vectors across two lines are slow."""
-    memory = np.empty(size + 15, np.float32)
-    return memory[-memory.__array_interface__["data"][0] // 4 % 16 :]

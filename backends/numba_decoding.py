@@ -5,8 +5,8 @@ All switches are computed by the one step, in float32; arrays of other types go 
 
 import numpy as np
 from baby_xp_backends import numba_gpt, numpy_decoding
-from baby_xp_backends.numba_gpt import ACTIVATIONS, LINE, PANEL, Sizes, padded, room, row_width, tiled
-from baby_xp_backends.numba_library import flat
+from baby_xp_backends.numba_gpt import ACTIVATIONS, PANEL, Sizes, padded, room, row_width, tiled
+from baby_xp_backends.numba_library import aligned, flat
 
 from baby_xp.layers import mixture_of_experts, mlp, rotary, soft_cap
 from baby_xp.models import gpt
@@ -40,7 +40,7 @@ class Cache:
     def __init__(self, B: int, sizes: Sizes):
         self.B, self.length = B, 0
         # what is not written yet is never used, and zeros would take longer than a step
-        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + PANEL, np.empty)
+        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + PANEL)
 
 
 class Prepared:
@@ -59,7 +59,7 @@ class Prepared:
         if (B, T) not in self.shapes:
             self.shapes.add((B, T))
             if len(self.scratch) < (needed := scratch_size(sizes, B, T)):
-                self.scratch = aligned(needed)
+                self.scratch = aligned(needed, np.zeros)
         ids = np.ascontiguousarray(ids, np.int32).reshape(-1)
         memory = cache.array, self.scratch, self.numbers
         at = numba_gpt.step(self.weights, self.tokens, self.places, ids, *memory, B, T, cache.length)
@@ -75,13 +75,6 @@ def scratch_size(sizes: Sizes, B: int, T: int) -> int:
     Q = 3 * sizes.S + sizes.H * sizes.mixes_heads
     width = row_width(sizes.C, sizes.S, Q, sizes.G, sizes.F + sizes.experts)
     return room(sizes.n_ctx) + tiled(B * T) * width + tiled(B) * padded(sizes.V)
-
-
-def aligned(size: int, make=np.zeros) -> np.ndarray:
-    """Numbers (size,), the first of which begins a cache line: a vector then lies in one line, not in two."""
-    whole = make(size + LINE, np.float32)
-    first = -(whole.ctypes.data // whole.itemsize) % LINE
-    return whole[first : first + size]
 
 
 # packing ------------------------------------------------------------------------------------------------

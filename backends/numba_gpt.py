@@ -15,17 +15,16 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from baby_xp_backends.numba_activations import erf_pair, tanh_pair
 from baby_xp_backends.numba_library import COMPILING, FLOATS, INTEGERS, PLACES, compiled, inlined, numba_function
 from baby_xp_backends.simd_width import W
 
-from baby_xp.layers import gelu, layernorm, rmsnorm
+from baby_xp.layers import layernorm, rmsnorm
 
 if COMPILING:
-    from baby_xp_backends.numba_maths import exp, exp_of_negative, sigmoid
+    from baby_xp_backends.numba_maths import exp_of_negative, sigmoid
     from baby_xp_backends.simd import (
         axpy_rows,
-        bits,
-        floats,
         lanes,
         load,
         load_first,
@@ -48,9 +47,6 @@ LINE = 16
 ONE = 0
 """The place of a 1 in the weights."""
 
-TWICE = 2 * gelu.ROOT_2_OVER_PI
-ERFCX = np.array(gelu.ERFCX_SERIES[11::-1], np.float32)
-"""Coefficients of gelu.erf, the last ones first; the next is below 1e-8."""
 ACTIVATIONS = "gelu tanh", "gelu erf", "relu2", "swiglu"
 
 
@@ -274,27 +270,15 @@ def mix_heads(scratch, heads, H, D, gate):
         store(scratch, heads + d, mixed)
 
 
-@inlined
-def normal_cdf(x):
-    """As gelu.erf_form: exp(-z^2) erfcx(z) / 2 below 0, with z = |x| / sqrt(2)."""
-    z = floats(bits(x) & 0x7FFFFFFF) * math.sqrt(0.5)
-    u = (z - 2.0) / (z + 2.0)
-    b, before = spread(0.0), spread(0.0)
-    for coefficient in ERFCX:
-        b, before = coefficient + 2.0 * u * b - before, b
-    lower = (exp(z * z * -1.0) * 0.5) * (b - u * before)
-    return select(x < 0.0, lower, 1.0 - lower)
-
-
 @part
 def activate(scratch, g, to, F, activation):
     """What `up` made of a token -> (F,)."""
     for i in range(0, F, W):
         x = load(scratch, g + i)
         if activation == 0:
-            y = x * sigmoid(x * (TWICE + TWICE * gelu.CUBIC * (x * x)))
+            y, _ = tanh_pair(x)
         elif activation == 1:
-            y = x * normal_cdf(x)
+            y, _ = erf_pair(x)
         elif activation == 2:
             relu = select(x <= 0.0, 0.0, x)                        # NaN stays
             y = relu * relu

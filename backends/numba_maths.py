@@ -1,4 +1,4 @@
-"""Functions of vectors that several kernels call: exp, sigmoid, the hash of dropout's bits. See simd.py."""
+"""Functions of vectors that several kernels call: exp of negative numbers, sigmoid, the hash of dropout's bits. See simd.py."""
 
 import math
 
@@ -18,18 +18,18 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 """ln 2 in two parts; a product of the first one with an exponent is exact."""
 MAGIC = 1.5 * 2**23
 """Numbers near this one have no fraction: adding and subtracting it rounds; its lowest bits are the integer."""
-LOWEST, HIGHEST = -104.0, 89.0
-"""exp is 0 below, and infinite above, in float32."""
 NORMAL = -87.0
 """exp is a normal number above."""
 
 
 @inlined
-def _reduced(x):
-    """x = n ln 2 + r with |r| <= ln(2) / 2 -> exp(r) and MAGIC + n, the bits of which begin with n.
+def exp_of_negative(x):
+    """exp of numbers that are not above 0, to 2e-7 of its value; below NORMAL it stays at exp(NORMAL), 1.6e-38.
 
-    The polynomial is that of expf in Cephes (Moshier 1989), to 2e-7.
+    It holds up to 88; above, the result is meaningless. x = n ln 2 + r with |r| <= ln(2) / 2: exp(r) is the
+    polynomial of expf in Cephes (Moshier 1989), and n is added to its exponent.
     """
+    x = select(x < NORMAL, NORMAL, x)
     shifted = x * LOG2_E + MAGIC
     n = shifted - MAGIC
     r = x - n * LN2_HIGH - n * LN2_LOW
@@ -38,30 +38,7 @@ def _reduced(x):
     series = series * r + 4.1665795894e-2
     series = series * r + 1.6666665459e-1
     series = series * r + 5.0000001201e-1
-    return series * (r * r) + r + 1.0, shifted
-
-
-@inlined
-def exp(x):
-    """exp of each lane, to 2e-7 of its value, subnormal ones to their last bit; 0, infinity and NaN too."""
-    x = select(x < LOWEST, LOWEST, select(x > HIGHEST, HIGHEST, x))
-    y, shifted = _reduced(x)
-    n = bits(shifted) - MAGIC_BITS
-    half = ((n + 256) >> 1) - 128  # in two factors: 2^n alone may be no float
-    return y * floats((half + 127) << 23) * floats((n - half + 127) << 23)
-
-
-MAGIC_BITS = 0x4B400000
-
-
-@inlined
-def exp_of_negative(x):
-    """exp of numbers that are not above 0, faster: below NORMAL it stays at exp(NORMAL), 1.6e-38.
-
-    It holds up to 88; above, the result is meaningless.
-    """
-    y, shifted = _reduced(select(x < NORMAL, NORMAL, x))
-    return floats(bits(y) + (bits(shifted) << 23))
+    return floats(bits(series * (r * r) + r + 1.0) + (bits(shifted) << 23))
 
 
 @inlined
