@@ -1,4 +1,4 @@
-"""Functions of vectors that several kernels call: exp of negative numbers, sigmoid, the hash of dropout's bits. See simd.py."""
+"""Functions of vectors that several kernels call: exp, sigmoid, the hash of dropout's bits. See simd.py."""
 
 import math
 
