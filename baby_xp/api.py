@@ -9,15 +9,19 @@ tuned = baby_xp.finetune("last", data="my.txt")
 print(tuned.evaluate())
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from baby_xp import checks, presets
+from baby_xp import checks, layout, presets
 from baby_xp.arrays import params
-from baby_xp.compute import Compute
+from baby_xp.compute import Compute, Distribution
 from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
+from baby_xp.distributed import Group, Kind
+from baby_xp.distributed.group import Lost
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
 from baby_xp.models import Model
@@ -26,8 +30,9 @@ from baby_xp.run import Run
 from baby_xp.runs import config_file, state_file, store, table
 from baby_xp.runs.config_file import StoredRun
 from baby_xp.runs.creation import NewRun, new_run
+from baby_xp.runs.store import RunFiles
 from baby_xp.runs.table import Summary
-from baby_xp.session import TrainingSession
+from baby_xp.session import session_of
 from baby_xp.text import dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
 from baby_xp.training import checkpoint
@@ -51,23 +56,31 @@ def train(
     tf32: bool = False,
     memory_gib: float | None = None,
     kernels: Literal["fast", "numpy", "plain"] = "fast",
+    distributed: Kind = "none",
+    restarts: int = 0,
     listener: Any = None,
     **overrides: Unpack[Settings],
 ) -> Run:
     """Train a preset and keep the run under `path`. `overrides`: fields of its configs (n_ctx=32, data="a.txt").
 
-    backend, device, workers, tf32, memory_gib, kernels: see Compute. listener: see Listener. Ctrl-C, SIGTERM and
-    SIGHUP end it after the current step; the run's config["result"]["state"] is then "stopped", and `resume`
-    continues it.
+    backend, device, workers, tf32, memory_gib, kernels: see Compute; distributed, restarts: see Distribution. Of
+    several ranks, the first alone writes files and informs the listener. listener: see Listener. Ctrl-C, SIGTERM,
+    SIGHUP and SIGUSR1 end it after the current step; the run's config["result"]["state"] is then "stopped", and
+    `resume` continues it.
     Raises BabyError for input that cannot be used, and if the loss becomes NaN or infinite: the last checkpoint
     is then kept, if there was one after the start, and otherwise nothing.
     """
     config = presets.preset(preset).override(overrides)
     compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
-    with new_run(path) as new:
-        setup = _prepared(new, config, compute)
-        start = checkpoint.first(setup.model, setup.config.train)
-        return TrainingSession(new, setup, Plan.of(setup), listener).run(start)
+    ranks = Distribution(distributed, restarts)
+
+    def begin(group: Group) -> Run:
+        with _new_run(group, path) as new:
+            setup = _prepared(new, config, compute, group)
+            start = group.first(lambda: checkpoint.first(setup.model, setup.config.train))
+            return session_of(new, setup, Plan.of(setup), listener).run(start)
+
+    return _together(ranks, begin, path, vars(compute), listener)
 
 
 def finetune(
@@ -81,6 +94,8 @@ def finetune(
     tf32: bool = False,
     memory_gib: float | None = None,
     kernels: Literal["fast", "numpy", "plain"] = "fast",
+    distributed: Kind = "none",
+    restarts: int = 0,
     listener: Any = None,
     **overrides: Unpack[FinetuneSettings],
 ) -> Run:
@@ -91,7 +106,8 @@ def finetune(
     defaults are those of `finetuning`. Raises BabyError as `train` does, and for a run of the equation model.
     """
     compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
-    base = load(name, path=path, backend="numpy")
+    ranks = Distribution(distributed, restarts)
+    base = ranks.join().first(lambda: load(name, path=path, backend="numpy"))
     config = finetuning(base, overrides.get("lr")).override({**overrides, "data": data})
     models = config.model, base.settings.model
     sizes = {replace(gpt, dropout=0.0) for gpt in models if isinstance(gpt, GPTConfig)}
@@ -99,12 +115,16 @@ def finetune(
         raise BabyError("finetuning keeps the sizes of the model; only dropout can be changed")
     if config.data.tokenizer != base.tokenizer.kind:
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
-    with new_run(path, base=base.guid) as new:
-        setup = _prepared(new, config, compute, _extending(base.tokenizer))
-        flat = params.grown(setup.model.spec, config.train.seed, base.model.layout, base.params)
-        start = checkpoint.first(setup.model, setup.config.train, flat)
-        plan = Plan.of(setup, evaluate_first=True)
-        return TrainingSession(new, setup, plan, listener, base.guid).run(start)
+
+    def begin(group: Group) -> Run:
+        with _new_run(group, path, base.guid) as new:
+            setup = _prepared(new, config, compute, group, _extending(base.tokenizer))
+            flat = params.grown(setup.model.spec, config.train.seed, base.model.layout, base.params)
+            start = group.first(lambda: checkpoint.first(setup.model, setup.config.train, flat))
+            plan = Plan.of(setup, evaluate_first=True)
+            return session_of(new, setup, plan, listener, base.guid).run(start)
+
+    return _together(ranks, begin, path, vars(compute), listener)
 
 
 def resume(
@@ -118,34 +138,28 @@ def resume(
     memory_gib: float | None = None,
     kernels: Literal["fast", "numpy", "plain"] | None = None,
     data: str | Path | None = None,
+    distributed: Kind = "none",
+    restarts: int = 0,
     listener: Any = None,
     **overrides: Unpack[ResumeSettings],
 ) -> Run:
     """Continue a run from its last checkpoint, as if it had never stopped.
 
     The backend, tf32, kernels and number of workers are those of the run unless others are given; with the same
-    ones, the end is the same bit for bit. data: the current path of the same text. overrides: see RESUMABLE.
+    ones, and the same number of ranks, the end is the same bit for bit. data: the current path of the same text.
+    distributed, restarts: see Distribution. overrides: see RESUMABLE.
     Raises BabyError if there is nothing to resume, or the text has changed.
     """
-    listener = listening(listener)
-    files = store.find(path, name)
-    with store.hold(files):
-        stored = config_file.read(files)
-        config = stored.config.override(overrides)
-        _check_resumable(stored, overrides)
-        start = _read_state(stored)
-        base, text = stored.content["base"], stored.content["data"]
-        if data is None:
-            found = dataset.of_run(config.data, text["file"], text["sha256"])
-        else:
-            found = replace(config.data, data=checks.path("data", data))
-        config = replace(config, data=found)
-        compute = _as_before(stored.content["place"], backend, device, workers, tf32, memory_gib, kernels)
-        text_as_before = stored.tokenizer, text["sha256"]
-        setup = prepare(config, compute, files.folder / "corpora", *text_as_before, check_memory=False)
-        plan = Plan.of(setup, evaluate_first=base is not None)
-        session = TrainingSession(NewRun(files), setup, plan, listener, base, stored.content["started"])
-        return session.run(start)
+    listener, ranks = listening(listener), Distribution(distributed, restarts)
+    where = {
+        "backend": backend, "device": device, "workers": workers, "tf32": tf32, "memory_gib": memory_gib,
+        "kernels": kernels,
+    }  # fmt: skip
+
+    def begin(group: Group) -> Run:
+        return _resumed(group, name, path, where, data, listener, overrides)
+
+    return _together(ranks, begin, path, where, listener)
 
 
 def load(
@@ -242,11 +256,92 @@ def finetuning(base: Run, lr: float | None = None) -> RunConfig:
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 
 
-def _prepared(new: NewRun, config: RunConfig, compute: Compute, tokenizer: Any = None) -> Setup:
+@contextmanager
+def _new_run(group: Group, path: str | Path, base: str | None = None) -> Iterator[NewRun]:
+    """A new run, whose files only rank 0 makes."""
+    if group.rank:
+        yield NewRun(RunFiles(as_path(path, "path"), group.broadcast("")))
+        return
+    with new_run(path, base) as new:
+        group.broadcast(new.files.guid)
+        yield new
+
+
+def _prepared(
+    new: NewRun, config: RunConfig, compute: Compute, group: Group, tokenizer: Any = None
+) -> Setup:
     """The setup of a new run, whose ids are removed if the run fails before its first checkpoint."""
-    setup = prepare(config, compute, new.files.folder / "corpora", tokenizer)
+    setup = prepare(config, compute, _for_ids(group, new.files), tokenizer, group=group)
     new.undo.callback(setup.dataset.discard)
     return setup
+
+
+def _for_ids(group: Group, files: RunFiles) -> Path | None:
+    """Where the ids of a text are kept; None, in memory, for ranks that write nothing."""
+    return None if group.rank else files.folder / "corpora"
+
+
+Where = dict[str, Any]
+"""Fields of Compute by name, None where a resumed run is to compute as before."""
+
+
+def _resumed(
+    group: Group, name: str, path: str | Path, where: Where, data: str | Path | None, listener: Any,
+    overrides: ResumeSettings,
+) -> Run:  # fmt: skip
+    """As resume, on one of the ranks."""
+    with ExitStack() as held:
+
+        def read() -> tuple[StoredRun, Checkpoint]:
+            files = store.find(path, name)
+            held.enter_context(store.hold(files))
+            stored = config_file.read(files)
+            stored.config.override(overrides)
+            _check_resumable(stored, overrides)
+            return stored, _read_state(stored)
+
+        stored, start = group.first(read)
+        files, config = stored.files, stored.config.override(overrides)
+        base, text = stored.content["base"], stored.content["data"]
+        if data is None:
+            found = dataset.of_run(config.data, text["file"], text["sha256"])
+        else:
+            found = replace(config.data, data=checks.path("data", data))
+        config = replace(config, data=found)
+        compute = _as_before(stored.content["place"], **where)
+        text_as_before = stored.tokenizer, text["sha256"]
+        setup = prepare(config, compute, _for_ids(group, files), *text_as_before, check_memory=False, group=group)
+        plan = Plan.of(setup, evaluate_first=base is not None)
+        session = session_of(NewRun(files), setup, plan, listener, base, stored.content["started"])
+        return session.run(start)
+
+
+def _together(
+    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any
+) -> Run:
+    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint."""
+    group = ranks.join()
+    try:
+        for _ in range(ranks.restarts):
+            try:
+                return begin(group)
+            except Lost as lost:
+                if not group.mend():
+                    raise
+                if group.rank == 0:
+                    listener.note(f"{lost}; going on with {layout.counted(group.size, 'rank')}")
+                begin = _after(lost.guid, begin, path, where, listener)
+        return begin(group)
+    except BaseException:
+        group.fail()
+        raise
+
+
+def _after(
+    guid: str | None, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any
+) -> Callable[[Group], Run]:
+    """How to go on with a run: from its last checkpoint, or once more from the start if there is none."""
+    return begin if guid is None else lambda group: _resumed(group, guid, path, where, None, listener, {})
 
 
 def _read_state(stored: StoredRun) -> Checkpoint:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from baby_xp import checks
+from baby_xp.distributed import Group, join
 
 if TYPE_CHECKING:
     from baby_xp.arrays.backend import Backend
@@ -47,3 +48,22 @@ class Compute:
 
         options = {"tf32": self.tf32, "memory_gib": self.memory_gib}
         return registry.load(self.backend, self.device, dtype, kernels=self.kernels, **options)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Ranks, which a launcher such as mpiexec starts. Raises BabyError for values of a wrong type."""
+
+    distributed: Literal["none", "mpi", "nccl"] = "none"
+    """mpi, nccl: train together with the other processes that mpiexec, srun or torchrun started (numpy backend;
+    cupy backend, one GPU each)."""
+    restarts: int = 0
+    """How often to go on from the last checkpoint when a rank is lost."""
+
+    def __post_init__(self) -> None:
+        checks.choice("distributed", self.distributed, ("none", "mpi", "nccl"))
+        object.__setattr__(self, "restarts", checks.whole("restarts", self.restarts, least=0))
+
+    def join(self) -> Group:
+        """The group of ranks. Raises BabyError if there is none."""
+        return join(self.distributed)

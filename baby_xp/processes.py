@@ -25,8 +25,15 @@ class Ended(BabyError):
 
 
 def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(cores_used())
+
+
+def cores_used() -> set[int]:
     """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def environment() -> dict[str, str]:

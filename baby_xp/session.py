@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp.arrays.backend import Shortage, translate_out_of_memory
+from baby_xp.distributed.group import Lost
 from baby_xp.errors import BabyError, NothingTrained, OutOfMemory
 from baby_xp.files import append_line, write, write_json
 from baby_xp.inference.trained_model import TrainedModel
@@ -25,6 +26,7 @@ from baby_xp.run import Run
 from baby_xp.runs import config_file, report, state_file, store
 from baby_xp.runs.creation import NewRun
 from baby_xp.runs.store import RunFiles
+from baby_xp.training.alone import Alone
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.divergence import largest_gradient
 from baby_xp.training.listener import Listener
@@ -32,7 +34,7 @@ from baby_xp.training.loop import Diverged, Loop, Result
 from baby_xp.training.plan import Plan
 from baby_xp.training.setup import Setup
 from baby_xp.training.signals import Stop
-from baby_xp.training.workers import Workers, alone
+from baby_xp.training.workers import Workers
 
 SAMPLE_TOKENS = 500
 """Tokens of the text generated at the end of training."""
@@ -64,21 +66,25 @@ class TrainingSession(Listener):
         self._begin(start)
         setup, sample = self.setup, self._sample if self.plan.train.sample_tokens else None
         try:
-            of_step = setup.backend, setup.model, setup.config.train.batch_size
-            pool = Workers(*of_step, setup.workers) if setup.workers > 1 else alone(*of_step)
             memory_errors = translate_out_of_memory(setup.backend, self._memory_advice)
-            with Stop(self._stop_asked) as stop, pool as workers, memory_errors:
+            with Stop(self._stop_asked) as stop, setup.processes() as own, memory_errors:
                 self.listener.started(self, start.step)
                 parts = setup.backend, setup.model, setup.dataset
                 try:
-                    result = Loop(*parts, self.plan, self, self.keep, stop, workers, sample).run(start)
+                    loop = Loop(*parts, self.plan, self, self.keep, stop, own, sample, setup.group)
+                    result = loop.run(start)
                 except Diverged as diverged:
-                    raise self._divergence(diverged, workers) from None
+                    raise self._divergence(diverged, own) from None
                 return self._finish(result)
         except OutOfMemory as error:
             error = OutOfMemory(error.shortage, error.advice, self._kept())
             self._failed(error)
             raise error from None
+        except Lost as lost:
+            lost = Lost("; ".join(filter(None, (str(lost), self._kept()))))
+            lost.guid = self.files.guid if self._last.step else None
+            self._failed(lost)
+            raise lost from None
         except Exception as error:
             self._failed(error)
             raise
@@ -174,24 +180,30 @@ class TrainingSession(Listener):
         )  # fmt: skip
 
     def _finish(self, result: Result) -> Run:
-        """Write the files at the end of a training session."""
-        checkpoint, final = result.checkpoint, result.final
+        """The run, as its training session ends; its files are written."""
+        checkpoint = result.checkpoint
         if result.reason == "interrupted" and checkpoint.step == 0:
             raise NothingTrained("interrupted before the first step was done; nothing was trained")
+        trained = self._trained(checkpoint.best_params)
+        content = self.setup.group.first(lambda: self._write_end(result, trained))
+        return Run(**vars(trained), files=self.files, config=content, settings=self.setup.config)
+
+    def _write_end(self, result: Result, trained: TrainedModel) -> dict[str, Any]:
+        """Write the files at the end -> the content of the config file."""
+        checkpoint, final, sample = result.checkpoint, result.final, ""
         self._last = _without_arrays(checkpoint)
         self._write_model(checkpoint)  # a process may be killed between a checkpoint and its weights
         if result.reason == "interrupted":  # perhaps between an evaluation and writing its line of the metrics
             self._write_metrics()
         state = "done" if result.reason in ("steps", "patience") else "stopped"
         outcome = self._result(state, reason=result.reason)
-        trained, sample = self._trained(checkpoint.best_params), ""
         if final:
             outcome["val_loss"] = final["val_loss"]
             sample = "".join(self.setup.dataset.sample(trained, self.plan.train.seed, SAMPLE_TOKENS))
             write(self.files.completion(), sample + "\n")
         content = self._content(outcome)
         self._write_report(content, [final] if final else [], sample)
-        return Run(**vars(trained), files=self.files, config=content, settings=self.setup.config)
+        return content
 
     def _write_report(self, content: dict[str, Any], more: list[dict[str, Any]], sample: str) -> None:
         """Write the report and, last of all, the config file."""
@@ -225,12 +237,14 @@ class TrainingSession(Listener):
     def _stop_asked(self) -> None:
         self.listener.note("stopping after this step, with a checkpoint; interrupt again to stop at once")
 
-    def _divergence(self, diverged: Diverged, workers: Workers | None) -> BabyError:
+    def _divergence(self, diverged: Diverged, own: Alone | Workers) -> BabyError:
         """The message for a loss that is NaN or infinite."""
         setup, train, what = self.setup, self.plan.train, f"the {diverged.what} at step {diverged.step}"
         self.listener.note(f"{what}; searching for the cause from step {self._last.step} on")
-        good, _ = state_file.load_state(self.files.state, setup.model.n_parameters, train.dtype)
-        found = largest_gradient(setup.backend, setup.model, train, setup.dataset, good, diverged.step, workers)
+        size = setup.model.n_parameters
+        good, _ = setup.group.first(lambda: state_file.load_state(self.files.state, size, train.dtype))
+        parts = setup.backend, setup.model, train, setup.dataset, good, diverged.step
+        found = largest_gradient(*parts, own, setup.group)
         parts = [what]
         if found:
             norm = f"norm {found.norm:.3g} in step {found.step}"
@@ -259,6 +273,32 @@ class TrainingSession(Listener):
             elif self._last.step:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._write_report(self._content(self._result("failed", reason=reason)), [], "")
+
+
+class Follower(TrainingSession):
+    """The session of a rank other than the first: it computes the same and writes nothing."""
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """Rank 0 notes it."""
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Rank 0 writes it."""
+        self._last = _without_arrays(checkpoint)
+
+    def _begin(self, start: Checkpoint) -> None:
+        self._last = _without_arrays(start)
+
+    def _failed(self, error: Exception) -> None:
+        pass
+
+
+def session_of(
+    new: NewRun, setup: Setup, plan: Plan, listener: Listener, base: str | None = None, began: str = ""
+) -> TrainingSession:
+    """The training session of this rank."""
+    if setup.group.rank:
+        return Follower(new, setup, plan, Listener(), base, began)
+    return TrainingSession(new, setup, plan, listener, base, began)
 
 
 def _without_arrays(checkpoint: Checkpoint) -> Checkpoint:

@@ -17,6 +17,7 @@ from baby_xp.arrays import registry
 from baby_xp.errors import BackendUnavailable
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import schedules
+from baby_xp.training.signals import SIGNALS
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts background jobs with SIGINT ignored, and processes of the tests would inherit that
@@ -195,8 +196,7 @@ def _folder(variable: str) -> Path:
 @pytest.fixture
 def signals():
     """Sets the signal handlers that a program starts with, whatever they are where the tests run."""
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     usual = dict.fromkeys(before, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     for number, handler in usual.items():
         signal.signal(number, handler)

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from baby_xp import __version__
+from baby_xp import __version__, distributed
 from baby_xp.cli import conversion_commands, lab_command, list_commands, model_commands, train_commands
 from baby_xp.cli.streams import Output, OutputLost, guarded, one_line
 from baby_xp.errors import BabyError, NothingTrained
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guarded() as output:
         code, line = _ending(list(sys.argv[1:] if arguments is None else arguments), output)
         if line:
-            print(f"baby_xp: {one_line(line)}", file=sys.stderr)
+            group = distributed.current()
+            group.before_last_words()
+            rank = f"rank {group.rank}: " if group.rank else ""
+            print(f"baby_xp: {rank}{one_line(line)}", file=sys.stderr, flush=True)
         return code
 
 

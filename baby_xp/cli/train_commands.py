@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import baby_xp
+from baby_xp import distributed
 from baby_xp.cli import options
 from baby_xp.cli.common import COMPUTE, Folder, path_flag, positional, short
 from baby_xp.cli.progress import Screen
 from baby_xp.cli.streams import printable
-from baby_xp.compute import Compute
+from baby_xp.compute import Compute, Distribution
 from baby_xp.errors import BabyError
 from baby_xp.training.signals import interruption
 
@@ -22,7 +23,7 @@ def train(arguments: list[str]) -> None:
     """python -m baby_xp train
     python -m baby_xp train baby --data my.txt --num-steps 500
     """
-    preset, given = _parse_preset(train, arguments)
+    preset, given = _parse_preset(train, arguments, ("where", Distribution()))
     from baby_xp import api
 
     _show_end(api.train(preset, listener=Screen(given.get("backend", "auto")), **given), given)
@@ -67,7 +68,7 @@ def finetune(arguments: list[str]) -> None:
     parts = [
         ("data", options.Subset(config.data, ("data",), defaults=False)), ("train", config.train),
         ("model", options.Subset(config.model, ("dropout",))), ("where", Folder()),
-        ("where", Compute()),
+        ("where", Compute()), ("where", Distribution()),
     ]  # fmt: skip
     about = inspect.cleandoc(finetune.__doc__ or "").replace("a run", what, 1)
     given = options.parse(parts, about, "baby_xp finetune RUN", rest)
@@ -90,7 +91,7 @@ def resume(arguments: list[str]) -> None:
     parts = [
         ("", Folder()), ("", options.Subset(Compute(), COMPUTE, defaults=False)),
         ("", options.Subset(DataConfig(), ("data",), defaults=False)),
-        ("", options.Subset(TrainConfig(num_steps=1), api.RESUMABLE, defaults=False)),
+        ("", options.Subset(TrainConfig(num_steps=1), api.RESUMABLE, defaults=False)), ("", Distribution()),
     ]  # fmt: skip
     found = options.parse(parts, resume.__doc__ or "", "baby_xp resume [RUN]", rest)
     given = {option: value for option, value in found.items() if value is not None}
@@ -116,7 +117,12 @@ def _parse_preset(
 
 
 def _show_end(run: "Run", given: dict[str, Any]) -> None:
-    """Print how a training session ended. Raises KeyboardInterrupt if a signal ended it, for the exit code."""
+    """Print how a training session ended, on rank 0. Raises KeyboardInterrupt if a signal ended it, for the exit
+    code."""
+    if distributed.current().rank:
+        if run.config["result"]["reason"] == "interrupted":
+            raise interruption()
+        return
     result, path = run.config["result"], path_flag(given)
     resuming = f"python -m baby_xp resume {short(run.guid)}{path}"
     if result["reason"] == "interrupted":

@@ -7,11 +7,14 @@ import numpy as np
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.tree import Layout
 from baby_xp.config import TrainConfig
+from baby_xp.distributed.group import Group
 from baby_xp.models import Model
 from baby_xp.text.dataset import Dataset
 from baby_xp.training import optimizers
+from baby_xp.training.alone import Alone
 from baby_xp.training.checkpoint import Checkpoint, state_on_device
-from baby_xp.training.step import gradients_of_step, on_device
+from baby_xp.training.ranks import Ranks
+from baby_xp.training.step import on_device
 from baby_xp.training.workers import Workers
 
 
@@ -29,15 +32,14 @@ class Finding:
 
 def largest_gradient(
     backend: Backend, model: Model, config: TrainConfig, dataset: Dataset, start: Checkpoint, last: int,
-    workers: Workers | None = None,
+    own: Alone | Workers, group: Group,
 ) -> Finding | None:  # fmt: skip
     """The largest gradient in the last step with a finite loss; from `start` to `last`, the step that diverged.
 
     Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
-    compute = gradients_of_step(config, workers and workers.loss_and_gradients)
-    optimizer = workers.optimizer(config) if workers else optimizers.of(model, config)
+    compute, optimizer = Ranks(group, own, backend, lambda: ()).gradients(config), own.optimizer(config)
     state = state_on_device(backend, model, config, start)
     with np.errstate(all="ignore"):
         for step in range(start.step, last):

@@ -4,21 +4,24 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.namespace import Array
+from baby_xp.distributed.group import Group
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
 from baby_xp.text.dataset import Dataset
+from baby_xp.training.alone import Alone
 from baby_xp.training.checkpoint import Checkpoint, state_on_device, to_host
 from baby_xp.training.listener import Listener
 from baby_xp.training.plan import Plan, Position
-from baby_xp.training.signals import Stop
-from baby_xp.training.step import make_step, on_device, total_loss
+from baby_xp.training.ranks import Ranks
+from baby_xp.training.signals import Agreed, Stop
+from baby_xp.training.step import make_step, on_device
 from baby_xp.training.validation import mean_loss
 from baby_xp.training.workers import Workers
 
@@ -62,9 +65,11 @@ class Loop:
     """Receives a checkpoint whenever the plan says so, and at the end."""
     stop: Stop
     """May ask for an early end, after the current step. A KeyboardInterrupt abandons that step."""
-    workers: Workers | None = None
+    own: Alone | Workers
+    """The processes of this rank."""
     sample: Callable[[Any], Iterator[str]] | None = None
     """Generates a text, piece by piece, with parameters (P,) on the device."""
+    group: Group = field(default_factory=Group)
 
     def run(self, start: Checkpoint) -> Result:
         """Continue training from `start`, whose arrays are released.
@@ -75,8 +80,11 @@ class Loop:
         with np.errstate(all="ignore"):  # numbers that are not finite show up in the loss, which is checked
             try:
                 reason = self._until_the_end()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
                 reason = "interrupted"
+                if self.group.size > 1 and not isinstance(interrupt, Agreed):
+                    self._write_checkpoint()
+                    raise  # the other ranks are in the middle of the step that this one abandons
             self._write_checkpoint()
             final = None
             if reason != "interrupted":
@@ -85,20 +93,16 @@ class Loop:
                 except KeyboardInterrupt:
                     reason = "interrupted"
         checkpoint = self._checkpoint()
-        if self.workers is not None:
+        if isinstance(self.own, Workers):
             checkpoint.copy_arrays()
         return Result(checkpoint, reason, final)
 
     def _begin(self, start: Checkpoint) -> None:
         backend, model, config = self.backend, self.model, self.plan.train
-        if self.workers is None:
-            step = make_step(backend.xp, model, config)
-            total: Callable[..., Any] = functools.partial(total_loss, backend.xp, model)
-        else:
-            shared = self.workers.loss_and_gradients, self.workers.optimizer(config)
-            step, total = make_step(backend.xp, model, config, *shared), self.workers.total_loss
+        self._ranks = Ranks(self.group, self.own, backend, self._said)
+        step = make_step(backend.xp, model, config, self._ranks.gradients(config), self.own.optimizer(config))
         self._step = backend.compile(step)
-        self._total = backend.compile(total)
+        self._total = backend.compile(self.own.total_loss)
         self.state = state_on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
         self._best = self._params() if start.best is None else backend.asarray(start.best)
@@ -107,6 +111,7 @@ class Loop:
         self._seconds_before, self._began = self.progress["seconds"], time.perf_counter()
         self._read_at, self._tokens_at = self._began, self.progress["tokens"]
         self._kept_at, self._kept = self._began, self._version()
+        self._heard, self._read_every = (0.0, 0.0, 0.0), 1
         start.drop_arrays()
 
     def _until_the_end(self) -> str:
@@ -119,16 +124,33 @@ class Loop:
             if self.plan.writes_checkpoint(self._position()):
                 self._write_checkpoint()
             self._advance()
-            waited = time.perf_counter() - self._read_at
-            if len(self._unread) >= READ_EVERY or waited > READ_SECONDS or self.step == self.plan.num_steps:
+            if self._reads():
                 self._read()
 
     def _position(self) -> Position:
-        now, best = time.perf_counter(), self.progress["best"]
-        return Position(
-            self.step, self.progress["records"], best and best["step"], now - self._began, now - self._kept_at,
-            self._readings, self.stop.asked,
-        )  # fmt: skip
+        """With several ranks, what differs between them is as of the last reading."""
+        best = self.progress["best"]
+        asked, seconds, kept = self._heard if self.group.size > 1 else self._clocks()
+        where = self.step, self.progress["records"], best and best["step"]
+        return Position(*where, seconds, kept, self._readings, bool(asked))
+
+    def _clocks(self) -> tuple[float, float, float]:
+        """Whether a stop was asked for, and the seconds since the session began and since its last checkpoint."""
+        now = time.perf_counter()
+        return float(self.stop.asked), now - self._began, now - self._kept_at
+
+    def _said(self) -> tuple[float, ...]:
+        """What this rank tells the others in each step: all go by the clocks of rank 0."""
+        asked, *clocks = self._clocks()
+        return (asked, *clocks) if self.group.rank == 0 else (asked, 0.0, 0.0)
+
+    def _reads(self) -> bool:
+        """Whether to read the losses now; with several ranks, after a number of steps that all know."""
+        if self.group.size == 1:
+            due = len(self._unread) >= READ_EVERY or time.perf_counter() - self._read_at > READ_SECONDS
+        else:
+            due = len(self._unread) >= self._read_every
+        return due or self.step == self.plan.num_steps
 
     # steps ---------------------------------------------------------------------------------------------
 
@@ -150,6 +172,8 @@ class Loop:
         for (step, *_), loss in zip(self._unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise Diverged(f"loss became {loss}", step + 1)
+        if self.group.size > 1:
+            self._hear(len(losses))
         now, progress = time.perf_counter(), dict(self.progress)
         progress |= {"lr": lr, "grad_norm": grad_norm}
         for loss in losses:  # one by one, because the sum must not depend on how many are read at once
@@ -162,6 +186,13 @@ class Loop:
         self._read_at, self._tokens_at = now, progress["tokens"]
         self._readings += 1
         self.listener.progress(self.step, sum(losses) / len(losses), rate)
+
+    def _hear(self, steps: int) -> None:
+        """Read what the ranks told each other in the last step; `steps`: those since the last reading."""
+        asked, seconds, kept = np.asarray(self.backend.to_numpy(self._ranks.heard)).tolist()
+        pace = (seconds - self._heard[1]) / steps  # seconds between steps, evaluations included
+        self._read_every = max(1, min(READ_EVERY, int(READ_SECONDS / max(pace, 1e-9))))
+        self._heard = asked, seconds, kept
 
     # evaluations ---------------------------------------------------------------------------------------
 
@@ -179,7 +210,9 @@ class Loop:
             **self._figures(),
         }
         if self.sample:
-            record["sample"] = "".join(self.stop.over(self.sample(self.state["params"])))
+            record["sample"] = self.group.first(self._sampled)
+            if record["sample"] is None:
+                raise Agreed
         best = progress["best"]
         if best is None or loss < best["val_loss"]:
             best, self._best = {"step": self.step, "val_loss": loss}, self._params()
@@ -187,6 +220,14 @@ class Loop:
         self.progress = {**progress, "records": records, "best": best, "total": 0.0, "count": 0}
         self.listener.evaluated(record)
         self._read_at = time.perf_counter()
+
+    def _sampled(self) -> str | None:
+        """A sample; None if a stop was asked for in the meantime."""
+        assert self.sample is not None
+        try:
+            return "".join(self.stop.over(self.sample(self.state["params"])))
+        except KeyboardInterrupt:
+            return None
 
     def _evaluate_best(self) -> dict[str, Any]:
         """The validation loss of the best model over the whole validation part: the last record."""
@@ -208,7 +249,8 @@ class Loop:
         return self.backend.xp.asarray(self.state["params"], copy=True)
 
     def _validation_loss(self, params: Array, every: int) -> float:
-        loss = mean_loss(lambda batch: self._sum(params, batch), self.stop.over(self.dataset.validation()), every)
+        batches, total = self.dataset.validation(), functools.partial(self._sum, params)
+        loss = mean_loss(total, batches, every, self.group, self.stop)
         if not math.isfinite(loss):
             raise Diverged(f"validation loss became {loss}", self.step)
         return loss

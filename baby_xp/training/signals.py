@@ -1,7 +1,8 @@
-"""Stops a run between two steps when the user or the system asks for it: Ctrl-C, SIGTERM, SIGHUP.
+"""Stops a run between two steps when the user or the system asks for it: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1.
 
-SIGTERM is the system's request to end; SIGHUP comes when the terminal or the connection is closed. A
-signal that is ignored when the program starts stays so: that is how `nohup` keeps a program alive.
+SIGTERM is the system's request to end; SIGHUP comes when the terminal or the connection is closed; a cluster can
+be told to send SIGUSR1 some time before it ends a job. A signal that is ignored when the program starts stays so:
+that is how `nohup` keeps a program alive.
 """
 
 import signal
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# Windows has no SIGHUP
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Windows has only the first two
+NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 ONCE_SECONDS = 1.0
 """The same request often comes twice, from the system and from a shell: within this time it counts once."""
 
@@ -27,6 +29,13 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.number,)
+
+
+class Agreed(KeyboardInterrupt):
+    """All ranks end the work at the same place, as one of them was asked to stop."""
+
 
 def interruption() -> KeyboardInterrupt:
     """The exception to raise after a training that was stopped by a signal."""
@@ -35,7 +44,7 @@ def interruption() -> KeyboardInterrupt:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt: clean-up code runs."""
+    """The signals but Ctrl-C raise Interrupted inside, as that raises KeyboardInterrupt: clean-up code runs."""
     last = -ONCE_SECONDS
 
     def interrupt(number: int, frame: Any) -> None:

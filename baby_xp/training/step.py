@@ -42,15 +42,15 @@ def on_device(backend: Backend, batch: Batch) -> Batch:
     return Batch(*backend.asarrays(batch))
 
 
-def make_step(xp, model, config, loss_and_gradients=None, optimizer=None):
+def make_step(xp, model, config, compute=None, optimizer=None):
     """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
 
-    loss_and_gradients has the signature of loss_and_gradients_with_dropout, the default; optimizer that of
-    optimizers.adamw, the default is that of the config. Workers have both. Raises BabyError if the optimizer has
+    compute gives loss and gradients of a step, and optimizer has the signature of optimizers.adamw; the defaults
+    are those of the config, in one process. Workers and ranks have both. Raises BabyError if the optimizer has
     nothing to do in this model.
     """
     optimizer = optimizer or optimizers.of(model, config)
-    compute = gradients_of_step(config, loss_and_gradients)
+    compute = compute or gradients_of_step(config)
 
     def step(state, batch):
         loss, gradients = compute(xp, model, state, batch)
@@ -126,8 +126,8 @@ def accumulated(compute, batch_size: int):
     of a part.
     """
 
-    def of_whole(xp, model, state, batch):
-        B, n_targets = batch.inputs.shape[0], math.prod(batch.targets.shape)
+    def of_whole(xp, model, state, batch, n_targets=None):
+        B, n_targets = batch.inputs.shape[0], n_targets or math.prod(batch.targets.shape)
         parts = (samples(batch, first, min(first + batch_size, B)) for first in range(0, B, batch_size))
         return over_parts(parts, functools.partial(_add_part, compute, xp, model, state, n_targets))
 
@@ -136,7 +136,8 @@ def accumulated(compute, batch_size: int):
 
 def _add_part(compute, xp, model, state, n_targets: int, part, total):
     loss, gradients = compute(xp, model, state, part, n_targets=n_targets)
-    return loss, gradients if total is None else total + gradients
+    # a copy, as workers write the gradients of the next part into the same memory
+    return loss, xp.asarray(gradients, copy=True) if total is None else total + gradients
 
 
 def total_loss(xp, model, params, batch):

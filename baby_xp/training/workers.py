@@ -26,8 +26,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
 import numpy as np
@@ -53,8 +53,8 @@ ANSWER = struct.Struct("<q")
 PROGRAM = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # these are for the main process, which then ends this one
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+for name in {"SIGHUP", "SIGUSR1"} & set(dir(signal)):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
 from baby_xp.training.workers import serve
 serve()
 """
@@ -62,34 +62,8 @@ GRADIENTS, TOTAL, UPDATE = b"g", b"t", b"u"
 OPTIMIZERS = "adamw", "muon"
 ELSEWHERE = 2
 """Where parameters lie: 0 or 1, one of the two states in the arena, or this: apart from them."""
-WORTH_SPLITTING = 3e8
-"""Floating-point operations of a step below which passing arrays around costs more than it gains."""
 INHERITED = os.name != "nt"
 """Whether a child can be given an open file, so that the file needs no name."""
-
-
-def suitable_number(backend: Backend, model: Model, batch_size: int) -> int:
-    """How many processes suit a run: one per core on NumPy, but one in all for small steps."""
-    if backend.name != "numpy" or is_small(model, batch_size):
-        return 1
-    return min(processes.cores(), batch_size)
-
-
-def is_small(model: Model, batch_size: int) -> bool:
-    """Whether a step computes so little that one core alone is best."""
-    return 6 * model.n_parameters * batch_size * model.config.n_ctx < WORTH_SPLITTING
-
-
-@contextmanager
-def alone(backend: Backend, model: Model, batch_size: int) -> Iterator[None]:
-    """The context in which a single process computes, in place of Workers: a small step has one BLAS thread.
-
-    Two gain nothing there, and on a busy machine each product waits for the slower one: a step of 2 ms can
-    take 400.
-    """
-    small = backend.name == "numpy" and is_small(model, batch_size)
-    with threadpool_limits(1) if small else nullcontext():
-        yield
 
 
 class Arena:
@@ -262,8 +236,7 @@ class Workers:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As step.loss_and_gradients_with_dropout, by all processes together.
 
-        The gradients of a whole batch lie in the arena, and the next call overwrites them. Those of a part of a
-        batch, for which n_targets is given, are a copy, as the next part's are added to them.
+        The gradients lie in the arena, and the next call overwrites them.
         """
         seed, step = int(state["seed"][0]), int(state["step"][0])
         targets = n_targets or batch.targets.size
@@ -273,7 +246,7 @@ class Workers:
             self._wait(rank)
             loss = loss + loss.dtype.type(self.arena.losses[rank])
             total += self.arena.gradients[rank]
-        return loss, total if n_targets is None else total.copy()
+        return loss, total
 
     def total_loss(self, params: np.ndarray, batch: Batch) -> np.ndarray:
         """As step.total_loss, by all processes together."""

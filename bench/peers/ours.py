@@ -24,6 +24,7 @@ from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
 from baby_xp.resources import process_memory
 from baby_xp.text.dataset import Dataset, prepare
+from baby_xp.training.alone import Alone
 from baby_xp.training.checkpoint import Checkpoint, first
 from baby_xp.training.listener import Listener
 from baby_xp.training.loop import Loop, Result
@@ -31,7 +32,7 @@ from baby_xp.training.plan import Plan
 from baby_xp.training.setup import number_of_workers
 from baby_xp.training.signals import Stop
 from baby_xp.training.step import initial_state, on_device, step_noise, total_loss
-from baby_xp.training.workers import Workers, alone
+from baby_xp.training.workers import Workers
 from bench import harness, peers, workloads
 from bench.peers import SEED, Clock, Curve, Outcome
 from bench.workloads import Workload, on_gpu
@@ -104,9 +105,10 @@ def fit_as_train_does(
     """
     number = number_of_workers(workers, backend, model, config.batch_size)
     of_step = backend, model, config.batch_size
-    with Workers(*of_step, number) if number > 1 else alone(*of_step) as pool:
+    with Workers(*of_step, number) if number > 1 else Alone(*of_step) as own:
+        pool = own if isinstance(own, Workers) else None
         plan = Plan(config, dataset.num_steps)
-        loop = Loop(backend, model, dataset, plan, listener or Listener(), partial(keep, pool), Stop(), pool)
+        loop = Loop(backend, model, dataset, plan, listener or Listener(), partial(keep, pool), Stop(), own)
         result = loop.run(first(model, config, weights))
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
 

@@ -22,7 +22,7 @@ from baby_xp.inference.generate import Sampling, generate
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import workers
-from baby_xp.training.step import initial_state, make_step, on_device
+from baby_xp.training.step import gradients_of_step, initial_state, make_step, on_device
 
 
 class Foreign:
@@ -149,7 +149,8 @@ def losses(dtype: str, kernels: str, number: int) -> tuple[np.ndarray, list[int]
     windows = RandomWindows(IDS, 8, 12, 0)
     state = initial_state(backend, draw(model.spec, 0, dtype), decay_mask(model.spec), 7)
     with workers.Workers(backend, model, 6, number) as pool:
-        step, found = make_step(backend.xp, model, config, pool.loss_and_gradients, pool.optimizer(config)), []
+        gradients = gradients_of_step(config, pool.loss_and_gradients)
+        step, found = make_step(backend.xp, model, config, gradients, pool.optimizer(config)), []
         for i in range(20):
             state, metrics = step(state, windows.batch(i))
             found.append(float(metrics["loss"][0]))

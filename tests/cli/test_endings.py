@@ -99,7 +99,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(work, call, rate_ti
 INTERRUPTS = [
     # the current step; the signals during it, or None: a KeyboardInterrupt; steps that are kept; evaluations
     (3, None, 3, [2]),
-    *((step, [number], step + 1, [2] * (step == 2)) for step, number in enumerate(SIGNALS)),
+    *((step, [number], step + 1, [2] * (step >= 2)) for step, number in enumerate(SIGNALS)),
     (3, [signal.SIGINT, signal.SIGTERM], 3, [2]),
 ]
 

@@ -8,9 +8,11 @@ import pytest
 from conftest import case_of
 
 from baby_xp.config import GPTConfig, TrainConfig
+from baby_xp.distributed import Group
 from baby_xp.models import Model
 from baby_xp.text.batches import RandomWindows
 from baby_xp.training import checkpoint, optimizers
+from baby_xp.training.alone import Alone
 from baby_xp.training.divergence import largest_gradient
 
 MODEL = Model(GPTConfig(n_ctx=4, n_emb=4, head_size=4, n_heads=2, n_layers=1, dropout=0.1), 11)
@@ -20,15 +22,19 @@ SMALL = 1e-3
 """A gradient that is not the largest."""
 
 
-def found(last: int, config: TrainConfig = CONFIG, workers=None):
+def found(last: int, config: TrainConfig = CONFIG, own=None):
     """The finding in the steps from the first on, if step `last` is not finite."""
     dataset = SimpleNamespace(batches=RandomWindows(IDS, 4, config.step_size, 0))
     backend = case_of("numpy", config.dtype).backend
-    return largest_gradient(backend, MODEL, config, dataset, checkpoint.first(MODEL, config), last, workers)
+    start = checkpoint.first(MODEL, config)
+    own = own or Alone(backend, MODEL, config.batch_size)
+    return largest_gradient(backend, MODEL, config, dataset, start, last, own, Group())
 
 
 class Scripted:
     """Workers that give losses and gradients as scripted, and note the sizes of the batches."""
+
+    number = 1
 
     def __init__(self, *steps, dtype: str = "float64"):
         self.steps, self.dtype, self.sizes = iter(steps), dtype, []
@@ -66,13 +72,13 @@ NORM = np.sqrt(25 + (N - 1) * SMALL**2)
     ids=["loss NaN", "last step", "infinite", "NaN", "negative", "all at once", "all in the first step"],
 )
 def test_the_largest_gradient_of_the_last_good_step_is_named(steps, last, parameter, step, norm):
-    finding = found(last, workers=Scripted(*steps))
+    finding = found(last, own=Scripted(*steps))
     assert (finding.parameter, finding.step) == (parameter, step)
     assert finding.norm == pytest.approx(norm, rel=1e-12, nan_ok=True)
 
 
 def test_a_first_step_that_diverges_has_no_earlier_gradient():
-    assert found(3, workers=Scripted((np.nan, "ln_f.gain", 1.0))) is None
+    assert found(3, own=Scripted((np.nan, "ln_f.gain", 1.0))) is None
     assert found(0) is None
 
 

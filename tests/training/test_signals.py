@@ -1,4 +1,4 @@
-"""Stop requests: Ctrl-C, SIGTERM, SIGHUP."""
+"""Stop requests: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1."""
 
 import itertools
 import os

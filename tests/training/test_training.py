@@ -20,6 +20,7 @@ from baby_xp.text.batches import Batch, EpochWindows, PairBatches, RandomWindows
 from baby_xp.training import optimizers, schedules
 from baby_xp.training.step import (
     accumulated,
+    gradients_of_step,
     initial_state,
     loss_and_gradients,
     loss_and_gradients_with_dropout,
@@ -132,7 +133,9 @@ def steps_in_parts(
     # 19 windows: a step of 12, and one of 7, whose last part is smaller than the others
     batches = EpochWindows(TEXT[:155], 8, 12, 8, 0) if epochs else RandomWindows(TEXT, 8, 12, 0)
     state = initial_state(case, params.draw(model.spec, 0, case.dtype), params.decay_mask(model.spec), 3)
-    more = () if workers is None else (workers.loss_and_gradients, workers.optimizer(config))
+    more = ()
+    if workers is not None:
+        more = gradients_of_step(config, workers.loss_and_gradients), workers.optimizer(config)
     step = case.compile(make_step(case.xp, model, config, *more))
     figures, sizes = [], []
     for i in range(steps):
@@ -204,7 +207,8 @@ def test_only_one_part_is_computed_at_a_time():
 
     config = TrainConfig(num_steps=1, batch_size=3, accumulate=3)
     state = initial_state(case, params.draw(model.spec, 0, "float64"), params.decay_mask(model.spec), 0)
-    make_step(case.xp, model, config, noted)(state, RandomWindows(TEXT, 8, 7, 0).batch(0))
+    step = make_step(case.xp, model, config, gradients_of_step(config, noted))
+    step(state, RandomWindows(TEXT, 8, 7, 0).batch(0))
     parts = [[0, 1, 2], [3, 4, 5], [6]]
     assert sizes == [((len(part), 8), (len(part), 8), part, 56) for part in parts]
 

