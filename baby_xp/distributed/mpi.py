@@ -151,7 +151,7 @@ class MpiGroup(Group):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Turn the error of MPI about a rank that has ended into Lost, here and on those that wait for this one."""
+        """Turn the error of MPI about a rank that has ended into Lost, here and on those that wait for this."""
         MPI = self._mpi
         if self._failed:
             raise Lost("the group of ranks has broken up: start them again")
