@@ -10,7 +10,7 @@ print(tuned.evaluate())
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -20,7 +20,7 @@ from baby_xp.arrays import params
 from baby_xp.compute import Compute, Distribution
 from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
-from baby_xp.distributed import Group, Kind
+from baby_xp.distributed import Group, Kind, launchers
 from baby_xp.distributed.group import Lost
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
@@ -80,7 +80,7 @@ def train(
             start = group.first(lambda: checkpoint.first(setup.model, setup.config.train))
             return session_of(new, setup, Plan.of(setup), listener).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config)
 
 
 def finetune(
@@ -124,7 +124,7 @@ def finetune(
             plan = Plan.of(setup, evaluate_first=True)
             return session_of(new, setup, plan, listener, base.guid).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config, base.guid)
 
 
 def resume(
@@ -317,11 +317,23 @@ def _resumed(
 
 
 def _together(
-    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any
-) -> Run:
-    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint."""
+    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any,
+    config: RunConfig | None = None, base: str | None = None,
+) -> Run:  # fmt: skip
+    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint.
+
+    config, base: of a new run, which an earlier attempt of a job that was started again may have begun.
+    """
     group = ranks.join()
     try:
+        if group.device and where["device"]:
+            given = f"--distributed {group.kind} gives each rank a GPU of its own"
+            raise BabyError(f"{given}: leave out --device, here {where['device']}")
+        if config and ranks.distributed != "none" and any(group.all_gather(launchers.started_again())):
+            found = group.first(lambda: _of_this_job(path, config, base))
+            if found and group.rank == 0:
+                listener.note(f"started again: going on with run {found} from its last checkpoint")
+            begin = _after(found, begin, path, where, listener)
         for _ in range(ranks.restarts):
             try:
                 return begin(group)
@@ -342,6 +354,22 @@ def _after(
 ) -> Callable[[Group], Run]:
     """How to go on with a run: from its last checkpoint, or once more from the start if there is none."""
     return begin if guid is None else lambda group: _resumed(group, guid, path, where, None, listener, {})
+
+
+def _of_this_job(path: str | Path, config: RunConfig, base: str | None) -> str | None:
+    """The run with these settings, but for its text, that an earlier attempt of this job did not finish; None if
+    there is none."""
+    folder, job = as_path(path, "path"), launchers.job()
+    for guid in store.guids(folder) if job else ():
+        with suppress(BabyError):
+            stored = config_file.read(RunFiles(folder, guid))
+            content, train = stored.content, stored.config.train
+            wanted = job, base, config.model, replace(config.train, num_steps=train.num_steps)
+            same = wanted == (content.get("job"), content["base"], stored.config.model, train)
+            trained = same and state_file.read_metadata(stored.files.state).get("step") != "0"
+            if trained and content["result"]["state"] != "done":
+                return guid
+    return None
 
 
 def _read_state(stored: StoredRun) -> Checkpoint:

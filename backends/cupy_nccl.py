@@ -1,8 +1,9 @@
 """Ranks of NCCL, one GPU each: `torchrun --nproc-per-node 4 -m baby_xp train --distributed nccl`.
 
-Sums are NCCL's allReduce: all ranks get the same bits. Its documentation does not promise the same bits in the next
-call. Its maintainers say that the order of addition depends on the size, the GPUs and their connections alone, except
-where switches add (NVLS, see issues 855 and 1497 of NVIDIA/nccl), so that is off unless the user turns it on.
+Sums are NCCL's allReduce. Its documentation promises no order of addition. Its maintainers say that all ranks
+always get the same values (issue 855 of NVIDIA/nccl), and that sums in switches (NVLS) may differ from call to
+call (issue 1497): these are off here unless the user turns them on. The other algorithms, rings and trees, add in
+an order that follows from the size of the array and the connections of the GPUs.
 
 NCCL waits forever for a rank that has died, inside kernels. `Connections` notices it and ends the process.
 """
@@ -50,45 +51,36 @@ class NcclGroup(Group):
     def __init__(self, place: launchers.Place):
         self.rank, self.size, self._local_rank = place.rank, place.size, place.local_rank
         self._connections = Connections(place)
-        self._nccl = self._communicator = None
+        self._communicator: Any = None
         self._failed = False
 
     def begin(self) -> None:
         """Choose this rank's GPU and meet the others in NCCL. If one cannot, all raise BabyError."""
-        problem = card = None
+        own: _Own | BabyError
         try:
-            cupy, nccl = _libraries()
-            device = cupy.cuda.Device(self._local_rank % cupy.cuda.runtime.getDeviceCount())
-            card = device.pci_bus_id
+            own = _Own(self._local_rank)
         except BabyError as error:
-            problem = str(error)
-        taken: dict[Any, int] = {}
-        for rank, (problem, *of_rank) in enumerate(self.all_gather((problem, socket.gethostname(), card))):
-            if problem:
-                raise BabyError(f"rank {rank}: {problem}")
-            first = taken.setdefault(tuple(of_rank), rank)
-            if first != rank:
-                where = f"the GPU {of_rank[1]} of {of_rank[0]}"
-                raise BabyError(f"ranks {first} and {rank} would share {where}: start one process for each GPU")
-        self._cupy, self._nccl, self._device, self.device = cupy, nccl, device, f"cuda:{device.id}"
-        self._kinds = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
+            own = error
+        _check(self.all_gather((str(own), None) if isinstance(own, BabyError) else ("", own.card)))
+        assert isinstance(own, _Own)
+        self._own, self.device = own, f"cuda:{own.device.id}"
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        device.use()
+        own.device.use()
         try:
-            name = self.broadcast(nccl.get_unique_id() if self.rank == 0 else b"")
-            self._communicator = nccl.NcclCommunicator(self.size, name, self.rank)
-        except nccl.NcclError as error:
+            name = self.broadcast(own.nccl.get_unique_id() if self.rank == 0 else b"")
+            self._communicator = own.nccl.NcclCommunicator(self.size, name, self.rank)
+        except own.nccl.NcclError as error:
             raise _failure(error) from None
 
     def sum(self, *arrays: Any) -> None:
         """As Group.sum; contiguous arrays on this rank's GPU. The host does not wait for them."""
         self._connections.check()
-        self._device.use()
-        nccl, stream = self._nccl, self._cupy.cuda.get_current_stream().ptr
+        self._own.device.use()
+        nccl, stream = self._own.nccl, self._own.cupy.cuda.get_current_stream().ptr
         try:
             nccl.groupStart()
             for array in arrays:
-                at, kind = array.data.ptr, self._kinds[array.dtype.name]
+                at, kind = array.data.ptr, self._own.kinds[array.dtype.name]
                 self._communicator.allReduce(at, at, array.size, kind, nccl.NCCL_SUM, stream)
             nccl.groupEnd()
         except nccl.NcclError as error:
@@ -96,10 +88,10 @@ class NcclGroup(Group):
 
     def sum_of_numbers(self, *numbers: float) -> list[float]:
         """As Group.sum_of_numbers; waits for the device."""
-        self._device.use()
-        found = self._cupy.array(np.array(numbers, np.float64))
+        self._own.device.use()
+        found = self._own.cupy.array(np.array(numbers, np.float64))
         self.sum(found)
-        return self._cupy.asnumpy(found).tolist()
+        return self._own.cupy.asnumpy(found).tolist()
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """As Group.broadcast; what pickle can copy."""
@@ -123,16 +115,34 @@ class NcclGroup(Group):
             timer.cancel()
 
 
-def _libraries() -> tuple[Any, Any]:
-    """CuPy and its NCCL. Raises BabyError if one of them, or a GPU, is missing."""
-    cupy = import_cupy()
-    device_index(cupy, None)  # raises if there is none
-    from cupy.cuda import nccl
+class _Own:
+    """What a rank computes with: CuPy, its NCCL, and a GPU. Raises BabyError if one of them is missing."""
 
-    if not nccl.available:
-        wheel = f"nvidia-nccl-cu{cupy.cuda.runtime.runtimeGetVersion() // 1000}"
-        raise BabyError(f"--distributed nccl needs NCCL, which CuPy does not find: pip install {wheel}")
-    return cupy, nccl
+    def __init__(self, local_rank: int):
+        self.cupy = import_cupy()
+        device_index(self.cupy, None)  # raises if there is none
+        from cupy.cuda import nccl
+
+        runtime = self.cupy.cuda.runtime
+        if not nccl.available:
+            wheel = f"nvidia-nccl-cu{runtime.runtimeGetVersion() // 1000}"
+            raise BabyError(f"--distributed nccl needs NCCL, which CuPy does not find: pip install {wheel}")
+        self.nccl, self.kinds = nccl, {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
+        # a launcher may let each rank see its own GPU alone, which is then its cuda:0
+        self.device = self.cupy.cuda.Device(local_rank % runtime.getDeviceCount())
+        self.card = f"{self.device.pci_bus_id} of {socket.gethostname()}"
+
+
+def _check(of_ranks: list[tuple[str, str | None]]) -> None:
+    """Raise BabyError for the first rank that has a problem, or has the GPU of another one."""
+    ranks: dict[str | None, int] = {}
+    for rank, (problem, card) in enumerate(of_ranks):
+        if problem:
+            raise BabyError(f"rank {rank}: {problem}")
+        if card in ranks:
+            shared = f"ranks {ranks[card]} and {rank} would share GPU {card}"
+            raise BabyError(f"{shared}: start one process for each GPU")
+        ranks[card] = rank
 
 
 def _failure(error: Exception) -> BabyError:

@@ -1,7 +1,7 @@
 """As much of cupy.cuda.nccl as the ranks use, between the processes or threads of this machine: for fake_cupy.py.
 
-Rank 0 adds up what the others send, in the order of their ranks. As with NCCL, a call waits forever for a rank that
-has died.
+Rank 0 adds up what the others send, in the order of their ranks. As with NCCL, a call waits forever for a rank
+that has died.
 """
 
 import contextlib

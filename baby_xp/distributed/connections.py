@@ -3,8 +3,8 @@
 A library such as NCCL waits forever for a rank that has died. Here, a thread reads each connection, which the
 system closes when the process at its other end dies. A rank that ends well says so first.
 
-Rank 0 speaks first, so that nothing is sent to a stranger's port. Whoever can open a connection to rank 0 while the
-ranks start can join them: the network must be as trustworthy as for NCCL itself.
+Rank 0 speaks first, so that nothing is sent to a stranger's port. Whoever can open a connection to rank 0 while
+the ranks start can join them: the network must be as trustworthy as for NCCL itself.
 """
 
 import atexit
@@ -98,6 +98,8 @@ class Connections:
         until = time.monotonic() + PARTING_SECONDS
         for reader in self._readers:
             reader.join(max(0.0, until - time.monotonic()))
+        for connection in self._sockets.values():
+            connection.close()
 
     def _send(self, peer: int, kind: bytes, data: bytes = b"") -> None:
         try:

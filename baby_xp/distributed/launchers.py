@@ -30,25 +30,23 @@ class Launcher(NamedTuple):
     rank: str
     size: str
     local_rank: str
-    local_size: str
-    launch: tuple[str, ...]
+    local_size: str = ""
+    launch: tuple[str, ...] = ("SLURM_JOB_ID",)
     """What tells its ranks from those of another call on the same machines."""
 
 
 LAUNCHERS = (
-    Launcher(
-        "torchrun", "WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", ("TORCHELASTIC_RUN_ID",)
-    ),
-    Launcher(
+    Launcher("torchrun", "WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", launch=("TORCHELASTIC_RUN_ID",)),
+    Launcher(  # Open MPI
         "mpiexec", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ("SLURM_JOB_ID", "PMIX_NAMESPACE"),
-    ),  # Open MPI
-    Launcher(  # MPICH; Slurm sets PMI_RANK and PMI_SIZE too
-        "mpiexec", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("SLURM_JOB_ID",)
     ),
-    Launcher(  # without srun, in a batch script, SLURM_PROCID and SLURM_NTASKS are there too
-        "srun", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "",
-        ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    # MPICH; Slurm sets PMI_RANK and PMI_SIZE too
+    Launcher("mpiexec", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # without srun, in a batch script, SLURM_PROCID and SLURM_NTASKS are there too
+    Launcher(
+        "srun", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+        launch=("SLURM_JOB_ID", "SLURM_STEP_ID"),
     ),
 )  # fmt: skip
 
@@ -80,7 +78,8 @@ def place(variables: Variables = os.environ) -> Place:
     if size == 1:
         return Place()
     launch = " ".join([str(size), *(variables.get(name, "") for name in launcher.launch)])
-    return Place(rank, size, local_rank, _address(variables, launcher, size), _port(variables, launcher, launch), launch)
+    address, port = _address(variables, launcher, size), _port(variables, launcher, launch)
+    return Place(rank, size, local_rank, address, port, launch)
 
 
 def _whole(variables: Variables, name: str, launcher: Launcher) -> int:
@@ -89,8 +88,8 @@ def _whole(variables: Variables, name: str, launcher: Launcher) -> int:
         name, value = "SLURM_NTASKS", variables.get("SLURM_NTASKS")
     if value is None:
         raise BabyError(f"{launcher.mark} is set, but {name} is not: start all ranks with {launcher.name}")
-    if not (value.isascii() and value.isdigit()):
-        raise BabyError(f"{name}, which {launcher.name} sets, must be a whole number, not {value!r}")
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise BabyError(f"{name}, which {launcher.name} sets, must be a whole number, not {value[:20]!r}")
     return int(value)
 
 

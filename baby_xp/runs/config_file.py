@@ -7,6 +7,7 @@ from typing import Any
 from baby_xp import __version__, layout
 from baby_xp.arrays.backend import Backend
 from baby_xp.config import RunConfig
+from baby_xp.distributed import launchers
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.runs import report, state_file, store
@@ -67,6 +68,7 @@ def content(
     if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks
+    job = launchers.job()  # with it, a later attempt finds the run, see api.py
     file, sha256 = (dataset.file, dataset.facts.get("sha256")) if dataset else (None, None)
     parts = config.to_dict()
     return {
@@ -80,6 +82,7 @@ def content(
         "parameters": model.n_parameters,
         "data": {**parts["data"], "file": file, "sha256": sha256},
         "place": place,
+        **({"job": job} if job else {}),
         "machine": machine,
         "result": result,
     }
