@@ -297,6 +297,10 @@ def library(code: str):
     return ctypes.CDLL(str(built))
 
 
+RUNNING = threading.Lock()
+"""Held while a kernel runs: cuda_on_cpu.h runs one at a time."""
+
+
 class RawModule:
     machine: Machine
 
@@ -316,7 +320,8 @@ class RawModule:
             assert math.prod(block) <= 1024
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
             given = len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes)
-            problem = run(*given, triple(grid), triple(block), int(machine.falling))
+            with RUNNING:
+                problem = run(*given, triple(grid), triple(block), int(machine.falling))
             assert problem == 0, f"{name}: {PROBLEMS[problem]}"
             check_guards(name, arguments)
             machine.record(lambda: (values, arguments, run(*given, triple(grid), triple(block), 0)))

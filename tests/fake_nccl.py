@@ -103,6 +103,8 @@ def communicator(machine, calls: Calls) -> type:
             for peer in self.peers:
                 peer.close()
 
+        __del__ = abort
+
     return NcclCommunicator
 
 

@@ -1,11 +1,12 @@
 """A rank on pretended GPUs, as a process of its own: nccl_rank.py DEVICES train ... (see fake_cupy.py).
 
-The variable KILL, such as 1:5, kills rank 1 before step 5; RAISE makes it fail instead.
+The variable KILL, such as 1:5, kills rank 1 before step 5, when the others wait for it. RAISE makes it fail.
 """
 
 import os
 import signal
 import sys
+import time
 
 import fake_cupy
 from quick import quick
@@ -20,6 +21,7 @@ draw = RandomWindows.batch
 def batch(windows, step):
     here = f"{os.environ.get('RANK')}:{step}"
     if here == os.environ.get("KILL"):
+        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     if here == os.environ.get("RAISE"):
         raise BabyError("this rank cannot go on")

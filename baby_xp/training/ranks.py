@@ -67,7 +67,7 @@ class Ranks:
         spoken = np.array([0.0, *self.say()])
         if self.group.on_device:
             spoken = self.backend.to_device(spoken)
-        spoken[0] = loss[0]
+        spoken[:1] = loss
         self.group.sum(gradients, spoken)
         self.heard = spoken[1:]
         return self.backend.xp.astype(spoken[:1], gradients.dtype), gradients
