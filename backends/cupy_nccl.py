@@ -56,13 +56,12 @@ class NcclGroup(Group):
 
     def begin(self) -> None:
         """Choose this rank's GPU and meet the others in NCCL. If one cannot, all raise BabyError."""
-        own: _Own | BabyError
-        try:
-            own = _Own(self._local_rank)
-        except BabyError as error:
-            own = error
-        _check(self.all_gather((str(own), None) if isinstance(own, BabyError) else ("", own.card)))
-        assert isinstance(own, _Own)
+        own = self.each(lambda: _Own(self._local_rank))
+        cards = self.all_gather(own.card)
+        for rank, card in enumerate(cards):
+            if (first := cards.index(card)) != rank:
+                shared = f"ranks {first} and {rank} would share GPU {card}"
+                raise BabyError(f"{shared}: start one process for each GPU")
         self._own, self.device = own, f"cuda:{own.device.id}"
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         own.device.use()
@@ -131,18 +130,6 @@ class _Own:
         # a launcher may let each rank see its own GPU alone, which is then its cuda:0
         self.device = self.cupy.cuda.Device(local_rank % runtime.getDeviceCount())
         self.card = f"{self.device.pci_bus_id} of {socket.gethostname()}"
-
-
-def _check(of_ranks: list[tuple[str, str | None]]) -> None:
-    """Raise BabyError for the first rank that has a problem, or has the GPU of another one."""
-    ranks: dict[str | None, int] = {}
-    for rank, (problem, card) in enumerate(of_ranks):
-        if problem:
-            raise BabyError(f"rank {rank}: {problem}")
-        if card in ranks:
-            shared = f"ranks {ranks[card]} and {rank} would share GPU {card}"
-            raise BabyError(f"{shared}: start one process for each GPU")
-        ranks[card] = rank
 
 
 def _failure(error: Exception) -> BabyError:

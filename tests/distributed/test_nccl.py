@@ -159,8 +159,8 @@ def test_a_rank_waits_for_its_device_as_little_as_one_process_does(machine, kern
     def work(rank, place):
         group = joined(place)
         backend = registry.load("cupy", group.device, "float32", kernels=kernels)
-        ranks = Ranks(group, Alone(backend, model, 5), backend, lambda: (1.0, float(rank)))
-        step = backend.compile(make_step(backend.xp, model, config, ranks.gradients(config)))
+        ranks = Ranks(group, Alone(backend, model, 5), backend, model, config, lambda: (1.0, float(rank)))
+        step = backend.compile(ranks.step())
         state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 0)
         windows, counts = RandomWindows(ids, 8, 5, 0), []
         for number in range(4):
