@@ -10,7 +10,7 @@ print(tuned.evaluate())
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -351,7 +351,7 @@ def _together(
             given = f"--distributed {group.kind} gives each rank a GPU of its own"
             raise BabyError(f"{given}: leave out --device, here {where['device']}")
         if config and ranks.distributed != "none" and any(group.all_gather(launchers.started_again())):
-            found = group.first(lambda: _of_this_job(path, config, base))
+            found = group.first(lambda: config_file.of_this_job(as_path(path, "path"), config, base))
             if found and group.rank == 0:
                 listener.note(f"started again: going on with run {found} from its last checkpoint")
             begin = _after(found, begin, path, where, listener)
@@ -375,22 +375,6 @@ def _after(
 ) -> Callable[[Group], Run]:
     """How to go on with a run: from its last checkpoint, or once more from the start if there is none."""
     return begin if guid is None else lambda group: _resumed(group, guid, path, where, None, listener, {})
-
-
-def _of_this_job(path: str | Path, config: RunConfig, base: str | None) -> str | None:
-    """The run with these settings, but for its text, that an earlier attempt of this job did not finish; None if
-    there is none."""
-    folder, job = as_path(path, "path"), launchers.job()
-    for guid in store.guids(folder) if job else ():
-        with suppress(BabyError):
-            stored = config_file.read(RunFiles(folder, guid))
-            content, train = stored.content, stored.config.train
-            wanted = job, base, config.model, replace(config.train, num_steps=train.num_steps)
-            same = wanted == (content.get("job"), content["base"], stored.config.model, train)
-            trained = same and state_file.read_metadata(stored.files.state).get("step") != "0"
-            if trained and content["result"]["state"] != "done":
-                return guid
-    return None
 
 
 def _read_state(stored: StoredRun) -> Checkpoint:

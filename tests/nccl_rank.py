@@ -1,6 +1,7 @@
 """A rank on pretended GPUs, as a process of its own: nccl_rank.py DEVICES train ... (see fake_cupy.py).
 
-The variable KILL, such as 1:5, kills rank 1 before step 5, when the others wait for it. RAISE makes it fail.
+The variable KILL, such as 1:5, kills rank 1 before step 5, when the others wait for it. RAISE makes it fail. Both
+are for the first attempt of torchrun.
 """
 
 import os
@@ -20,6 +21,8 @@ draw = RandomWindows.batch
 
 def batch(windows, step):
     here = f"{os.environ.get('RANK')}:{step}"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return draw(windows, step)
     if here == os.environ.get("KILL"):
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)

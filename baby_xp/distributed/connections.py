@@ -29,7 +29,7 @@ GREETING_SECONDS = 5.0
 """How long a connection may take until both sides know each other."""
 PORTS = 10
 """Ports that rank 0 tries: a run that just ended, or another one, may have the first."""
-NOTICE_SECONDS, REPORT_SECONDS = 2.0, 5.0
+NOTICE_SECONDS, REPORT_SECONDS = 1.0, 5.0
 """After the loss of a rank: how long the main thread has until it notices, and then until it has reported it."""
 PARTING_SECONDS = 1.0
 """How long a rank that ends well waits for the others to do so: what it has sent then arrives."""

@@ -1,7 +1,9 @@
 """The config file of a run: its settings, where it computed, and how it ended."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from baby_xp import __version__, layout
@@ -68,7 +70,7 @@ def content(
     if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks
-    job = launchers.job()  # with it, a later attempt finds the run, see api.py
+    job = launchers.job()
     file, sha256 = (dataset.file, dataset.facts.get("sha256")) if dataset else (None, None)
     parts = config.to_dict()
     return {
@@ -100,3 +102,21 @@ def read(files: RunFiles) -> StoredRun:
             f"they do not belong together; {store.RESTORE}"
         )
     return StoredRun(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)
+
+
+def of_this_job(folder: Path, config: RunConfig, base: str | None) -> str | None:
+    """The run that an earlier attempt at this job has left unfinished under `folder`; None if there is none.
+
+    It has the same settings, but perhaps for its text, and a checkpoint. base: as for `content`.
+    """
+    job = launchers.job()
+    for guid in store.guids(folder) if job else ():
+        with suppress(BabyError):
+            stored = read(RunFiles(folder, guid))
+            content, train = stored.content, stored.config.train
+            wanted = job, base, config.model, replace(config.train, num_steps=train.num_steps)
+            same = wanted == (content.get("job"), content["base"], stored.config.model, train)
+            trained = same and state_file.read_metadata(stored.files.state).get("step") != "0"
+            if trained and content["result"]["state"] != "done":
+                return guid
+    return None
