@@ -11,7 +11,7 @@ from baby_xp.errors import BabyError
 T = TypeVar("T")
 
 GRACE_SECONDS, MOST_GRACE = 1.0, 8
-"""How long a rank leaves it to the one before it to say what went wrong, and to end the others; most such times."""
+"""How long a rank leaves it to the one before it to say what went wrong and to end the others; the most times."""
 
 
 class Lost(BabyError):
@@ -71,7 +71,7 @@ class Group:
         """Note that this rank has failed: when its process ends, it ends the others, which may wait for it."""
 
     def before_last_words(self) -> None:
-        """Leave it to the first rank that is left to say what went wrong on all, and to end them: wait on others."""
+        """Leave it to the first rank that is left to say what went wrong on all, and to end the others."""
         time.sleep(GRACE_SECONDS * min(self.rank, MOST_GRACE))
 
     def cores(self) -> int:
