@@ -363,7 +363,7 @@ def _together(
                     raise
                 if group.rank == 0:
                     listener.note(f"{lost}; going on with {layout.counted(group.size, 'rank')}")
-                begin = _after(lost.guid, begin, path, where, listener)
+                begin = _after(group.broadcast(lost.guid), begin, path, where, listener)
         return begin(group)
     except BaseException:
         group.fail()

@@ -235,7 +235,10 @@ class TrainingSession(Listener):
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
     def _stop_asked(self) -> None:
-        self.listener.note("stopping after this step, with a checkpoint; interrupt again to stop at once")
+        text = "stopping after this step, with a checkpoint; interrupt again to stop at once"
+        if self.setup.group.size > 1:  # a launcher also sends SIGTERM to the others when a rank has ended
+            text = "; ".join(filter(None, ("stopping all ranks after this step, if none is lost", self._kept())))
+        self.listener.note(text)
 
     def _divergence(self, diverged: Diverged, own: Alone | Workers) -> BabyError:
         """The message for a loss that is NaN or infinite."""
@@ -288,8 +291,12 @@ class Follower(TrainingSession):
     def _begin(self, start: Checkpoint) -> None:
         self._last = _without_arrays(start)
 
+    def _kept(self) -> str:
+        """Without the step, as rank 0 may have been lost while it wrote."""
+        return f"its last checkpoint is kept: run {self.files.guid} can be resumed" if self._last.step else ""
+
     def _failed(self, error: Exception) -> None:
-        pass
+        """Rank 0 writes that."""
 
 
 def session_of(
