@@ -71,8 +71,8 @@ class TrainingSession(Listener):
                 self.listener.started(self, start.step)
                 parts = setup.backend, setup.model, setup.dataset
                 try:
-                    loop = Loop(*parts, self.plan, self, self.keep, stop, own, sample, setup.group)
-                    result = loop.run(start)
+                    # no name for the loop, which has all arrays: this frame is kept with an error
+                    result = Loop(*parts, self.plan, self, self.keep, stop, own, sample, setup.group).run(start)
                 except Diverged as diverged:
                     raise self._divergence(diverged, own) from None
                 return self._finish(result)
