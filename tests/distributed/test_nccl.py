@@ -280,17 +280,16 @@ def test_a_rank_that_has_left_is_named(machine):
 # processes ----------------------------------------------------------------------------------------------
 
 RANK = Path(__file__).parents[1] / "nccl_rank.py"
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, "num_steps": 12}.items()]
 
 
 def run_ranks(size: int, **more: str) -> tuple[list[int], list[str], float]:
     """Exit codes and errors of ranks that train, and how many seconds it took."""
-    settings = {**TINY, "num_steps": 12}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
     began = time.monotonic()
     ranks = [
         subprocess.Popen(
-            [sys.executable, RANK, "4", "train", "classic", *flags, "--distributed=nccl"],
+            [sys.executable, RANK, "4", "train", "classic", *FLAGS, "--distributed=nccl"],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
@@ -331,6 +330,20 @@ def test_the_error_of_a_rank_ends_the_others(work):
     codes, errors, _ = run_ranks(3, RAISE="2:5")
     assert codes == [2, 2, 2]
     assert errors == ["", "", "baby_xp: rank 2: this rank cannot go on\n"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_and_they_go_on(work):
+    pytest.importorskip("torch", reason="torchrun is part of PyTorch")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*launch, RANK, "2", "train", "classic", *FLAGS, "--distributed=nccl"],
+        env={**os.environ, "KILL": "1:5"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (summary,) = baby_xp.list_runs()
+    assert f"started again: going on with run {summary.guid} from its last checkpoint" in done.stdout
+    assert (summary.state, summary.steps) == ("done", 12)
 
 
 # jobs that are started again ----------------------------------------------------------------------------
