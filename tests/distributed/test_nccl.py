@@ -342,7 +342,7 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(work):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (summary,) = baby_xp.list_runs()
-    assert f"started again: going on with run {summary.guid} from its last checkpoint" in done.stdout
+    assert f"started again: going on with run {summary.guid} from its last checkpoint" in done.stderr
     assert (summary.state, summary.steps) == ("done", 12)
 
 
