@@ -303,14 +303,14 @@ def test_the_same_seed_gives_the_same_text_as_on_numpy(machine, text):
 # memory -------------------------------------------------------------------------------------------------
 
 
-def peak_of(machine, config, V: int, B: int) -> int:
+def peak_of(machine, config, V: int, B: int, optimizer="adamw") -> int:
     """Bytes of all arrays at once at the most, over two steps as the loop makes them."""
     backend, model = fake_cupy.backend(machine), Model(config, V)
     ids = np.random.default_rng(0).integers(0, V, 2000)
     batch = RandomWindows(ids, config.n_ctx, B, 0).batch(0)
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 0)
     best = backend.xp.asarray(state["params"], copy=True)
-    step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10, batch_size=B)))
+    step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10, batch_size=B, optimizer=optimizer)))
     for _ in range(2):
         state, _ = step(state, on_device(backend, batch))
     assert best.shape == state["params"].shape
@@ -332,6 +332,14 @@ def test_the_count_of_a_batch_is_near_what_it_takes(more):
         flat = 4 * Model(config, 65).n_parameters
         counted = max(9 * flat, 6 * flat + counts.gpu_bytes(config, 65, B, scores_in_memory=False))
         assert 0.8 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("more", [{}, {"n_emb": 8, "n_layers": 1}, {"n_layers": 3, "activation": "swiglu", "bias": "none"}], ids=str)
+def test_the_count_of_an_update_is_near_what_it_takes(optimizer, more):
+    config = GPTConfig(**{**LARGER, "n_ctx": 2, **more})
+    counted = counts.update_bytes(config, 65, optimizer)
+    assert 0.9 < counted / peak_of(fake_cupy.Machine(), config, 65, 1, optimizer) < 1.15
 
 
 @pytest.mark.slow
