@@ -23,7 +23,7 @@ GLOBAL = 1
 ZEROS = """
 define ptr @memset(ptr %to, i32 %byte, i64 %size) {
   %low = trunc i32 %byte to i8
-  %ends = call { ptr, i64 } asm sideeffect "rep stosb", "={di},={cx},{al},0,1,~{memory}"(i8 %low, ptr %to, i64 %size)
+  call { ptr, i64 } asm sideeffect "rep stosb", "={di},={cx},{al},0,1,~{memory}"(i8 %low, ptr %to, i64 %size)
   ret ptr %to
 }
 """
@@ -59,7 +59,7 @@ class Symbol(NamedTuple):
 def linked(elf: bytes) -> tuple[bytes, dict[str, int]]:
     """An object file for x86-64 -> the image, and the place of each global symbol in it.
 
-    Raises ValueError for what cannot be in an image: a symbol that is not defined, a relocation that needs an address.
+    Raises ValueError for what cannot be in an image: a symbol without a place, a relocation that needs an address.
     """
     sections = _sections(elf)
     image, places = bytearray(), {}

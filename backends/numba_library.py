@@ -1,10 +1,10 @@
 """The compiled kernels as a library of machine code: made once for each machine and version, then loaded.
 
-numba compiles in a process of its own, numba_compile.py, to an image of machine code, see numba_image.py. All other
-processes map its file and share its pages: importing numba would take half a second and tens of megabytes in each,
-and LLVM alone, which loads an object file where there are no images, a good part of that. The modules of the kernels
-are therefore written to be imported without either. There @compiled turns a kernel into an entry of this
-library, by its name; names that only the body of a kernel uses are imported under `if COMPILING`.
+numba compiles in a process of its own, numba_compile.py, to an image of machine code, see numba_image.py. All
+other processes map its file and share its pages. Importing numba would take half a second and tens of megabytes in
+each; so would LLVM in part, which loads an object file where there are no images. The modules of the kernels are
+therefore written to be imported without them. There @compiled turns a kernel into an entry of this library, by its
+name; names that only the body of a kernel uses are imported under `if COMPILING`.
 
 A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name
 is a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
@@ -243,7 +243,7 @@ def remove_unused(parent: Path) -> None:
     for folder in parent.glob("*"):
         with suppress(OSError):  # it belongs to somebody else, or another process has just removed it
             if FOLDERS.fullmatch(folder.name) and not folder.is_symlink() and folder.stat().st_mtime < latest:
-                files = sorted(folder.iterdir(), key=lambda path: path.name != NAMES)  # without names, it is not whole
+                files = sorted(folder.iterdir(), key=lambda path: path.name != NAMES)  # without it, none is whole
                 if files and {path.name for path in files} <= FILES:
                     for path in files:
                         path.unlink()
@@ -283,7 +283,7 @@ def loaded(folder: Path) -> Library:
 
 
 def _mapped(path: Path) -> Callable[[int], int]:
-    """The address of each place in an image, see numba_image.py. Processes share its pages, where that is allowed."""
+    """The address of each place in an image. Processes share its pages, where files may be executed."""
     try:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)

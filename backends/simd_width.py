@@ -22,4 +22,4 @@ def features() -> str:
 
 
 W = numba_library.library().width if numba_library.is_loaded() else width_for(features())
-"""Lanes of a vector register of this processor; those of the kernels, once they are loaded, so as not to load LLVM."""
+"""Lanes of a vector register of this processor. Loaded kernels know it, so that LLVM need not be loaded."""

@@ -201,18 +201,19 @@ def batch_that_fits(
 
 
 def update_bytes(config: ModelConfig, vocab_size: int, optimizer: str = "adamw", itemsize: int = 4) -> int:
-    """About the bytes of all arrays on a GPU while the optimizer computes, which it does for all parameters at once.
+    """About the bytes of all arrays on a GPU while the optimizer updates all parameters at once.
 
-    AdamW has old and new weights and moments side by side. Muon copies the parameters that AdamW updates (five
-    arrays, three results), and before it joins the results it has new weights and moments of the matrices. For the
-    matrices of one shape it copies three arrays and computes with seven more, and with three of the smaller square.
+    AdamW has old and new weights and moments side by side. Muon copies five arrays of the parameters that AdamW
+    updates, which gives three results, and has new weights and moments of the matrices, before it joins all
+    results. While it computes the matrices of one shape, it has eight more arrays of theirs and three of the
+    smaller square.
     """
     P = sum(parameters(config, vocab_size).values())
     if optimizer == "adamw":
         return itemsize * (STAYING + 3) * P
     shapes = [shape for _, shape in params.matrices(Model(config, vocab_size).spec)]
     by_muon = sum(map(math.prod, shapes))
-    together = max((shapes.count(one) * (10 * math.prod(one) + 3 * min(one) ** 2) for one in shapes), default=0)
+    together = max((shapes.count(one) * (8 * math.prod(one) + 3 * min(one) ** 2) for one in shapes), default=0)
     return itemsize * (STAYING * P + 8 * (P - by_muon) + 2 * by_muon + max(3 * P, together))
 
 

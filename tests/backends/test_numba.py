@@ -351,8 +351,9 @@ COMPILER = "llvmlite" if (sys.platform, platform.machine()) == ("linux", "x86_64
 def start(folder, **more):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "XDG_CACHE_HOME": str(folder / "other"), **more}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, COMPILER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        [sys.executable, "-c", PROGRAM, COMPILER],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
 
 
 def finish(child):

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-import llvmlite.binding  # noqa: E402
-from baby_xp_backends import numba_compile, numba_image, numba_library  # noqa: E402
+import llvmlite.binding
+from baby_xp_backends import numba_compile, numba_image, numba_library
 
 has_images = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="images are for Linux on x86-64"
@@ -114,6 +114,7 @@ def test_llvm_loads_what_cannot_be_an_image(compiled, tmp_path, monkeypatch, why
 def test_an_address_cannot_be_in_an_image():
     pointer = llvmlite.binding.parse_assembly("@at = global i32 1\n@where = global ptr @at")
     pointer.triple = llvmlite.binding.get_process_triple()
-    machine = llvmlite.binding.Target.from_triple(pointer.triple).create_target_machine(reloc="pic", codemodel="small")
+    target = llvmlite.binding.Target.from_triple(pointer.triple)
+    machine = target.create_target_machine(reloc="pic", codemodel="small")
     with pytest.raises(ValueError, match="relocations of type 1"):
         numba_image.linked(machine.emit_object(pointer))
