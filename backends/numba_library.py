@@ -287,7 +287,7 @@ def _mapped(path: Path) -> Callable[[int], int]:
     try:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
-    except PermissionError:  # the file system was mounted with noexec
+    except OSError:  # the file system was mounted with noexec
         pages = _copied(path.read_bytes())
     _owners.append(pages)
     return np.frombuffer(pages, np.uint8).ctypes.data.__add__
