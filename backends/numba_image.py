@@ -3,7 +3,7 @@
 A compiler writes an object file: sections, and relocations, the places whose value depends on where sections will
 lie. LLVM's own loader resolves them in each process, and takes tens of megabytes. But code that reaches everything
 relative to its own address needs to know distances alone, and these are fixed once the sections lie one after the
-other. Processes then share the pages of one file.
+other. Processes then share the pages of one file, which nobody writes to: kernels have no variables of their own.
 
 Formats: System V ABI, ELF-64; for the relocations, its AMD64 supplement.
 """
