@@ -218,7 +218,7 @@ class TrainingSession(Listener):
         train, model, memory = self.plan.train, self.setup.model, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
         fits = counts.batch_that_fits(
-            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize
+            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize, train.optimizer
         )
         if not fits:
             return "by a rough estimate not one sequence would fit: choose a smaller model or a shorter --n-ctx"
