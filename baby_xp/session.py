@@ -218,7 +218,7 @@ class TrainingSession(Listener):
         train, model, memory = self.plan.train, self.setup.model, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
         fits = counts.batch_that_fits(
-            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize
+            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize, train.optimizer
         )
         if not fits:
             return "by a rough estimate not one sequence would fit: choose a smaller model or a shorter --n-ctx"
@@ -246,8 +246,8 @@ class TrainingSession(Listener):
         self.listener.note(f"{what}; searching for the cause from step {self._last.step} on")
         size = setup.model.n_parameters
         good, _ = setup.group.first(lambda: state_file.load_state(self.files.state, size, train.dtype))
-        parts = setup.backend, setup.model, train, setup.dataset, good, diverged.step
-        found = largest_gradient(*parts, own, setup.group)
+        start = setup.backend, setup.model, train, setup.dataset, good
+        found = largest_gradient(*start, diverged.step, own, setup.group)
         parts = [what]
         if found:
             norm = f"norm {found.norm:.3g} in step {found.step}"

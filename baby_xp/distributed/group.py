@@ -95,7 +95,9 @@ class Group:
             problem = error
         for rank, found in enumerate(self.all_gather(problem)):
             if found is not None:
-                raise problem if rank == self.rank else BabyError(f"rank {rank}: {found}" if rank else str(found))
+                if problem is not None and rank == self.rank:
+                    raise problem
+                raise BabyError(f"rank {rank}: {found}" if rank else str(found))
         return result  # type: ignore[return-value]
 
     def all_gather(self, value: T) -> list[T]:
