@@ -10,13 +10,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from baby_xp.errors import BabyError
 from baby_xp.files import reason
 
+J = TypeVar("J")
+R = TypeVar("R")
 PROGRAM = "from baby_xp.processes import serve; serve()"
 
 
@@ -81,6 +84,25 @@ def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
     if "error" in answer:
         raise BabyError(answer["error"])
     return answer["result"]
+
+
+def results(jobs: Iterable[J], slots: Sequence[Callable[[J], Future[R]]]) -> Iterator[tuple[int, R]]:
+    """The result of each job with its number, in the order in which they are there. Raises what a job raises.
+
+    slots: functions that start a job in some process; each has one job at a time.
+    """
+    waiting, idle, running = enumerate(jobs), list(slots), {}
+    while True:
+        while idle and (following := next(waiting, None)):
+            number, job = following
+            slot = idle.pop(0)
+            running[slot(job)] = number, slot
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            number, slot = running.pop(future)
+            idle.append(slot)
+            yield number, future.result()
 
 
 def how_it_ended(child: subprocess.Popen) -> str:

@@ -2,13 +2,16 @@
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from baby_xp import processes
 from baby_xp.errors import BabyError
 
 T = TypeVar("T")
+Others = Sequence[Callable[..., Any]]
+"""A function for each other rank: start(function, *arguments) calls the function there -> a Future."""
 
 GRACE_SECONDS = 1.0
 """How long other ranks leave it to rank 0 to say what went wrong, and to end them."""
@@ -68,6 +71,15 @@ class Group:
         """The processor cores that this rank may use: those of its machine are divided among the ranks there."""
         own = socket.gethostname(), processes.cores_used()
         return max(1, len(own[1]) // self.all_gather(own).count(own))
+
+    @contextmanager
+    def others(self) -> Iterator[Others | None]:
+        """The other ranks, on rank 0. They compute its calls, each one at a time, until rank 0 leaves the context.
+
+        Only then they enter it, with None. An error of rank 0 in the context ends them with its process, even while
+        they compute.
+        """
+        yield []
 
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp.distributed.group import Group, Lost
+from baby_xp.distributed.group import Group, Lost, Others
 from baby_xp.distributed.messages import packed, unpacked
 from baby_xp.errors import BabyError
 
@@ -177,6 +177,33 @@ class MpiGroup(Group):
             if found:
                 return f"rank {', '.join(map(str, sorted(found)))} of {self.size}"
         return f"one of {self.size} ranks"
+
+    @contextmanager
+    def others(self) -> Iterator[Others | None]:
+        """As Group.others, by mpi4py.futures."""
+        if self.size == 1:
+            yield []
+            return
+        from mpi4py.futures import MPICommExecutor
+
+        with self._watched():
+            executor = MPICommExecutor(self._all).__enter__()  # in which the other ranks compute
+        if executor is None:
+            yield None
+            return
+        try:
+            yield [executor.submit] * (self.size - 1)
+        except BaseException:
+            self.fail()
+            executor.shutdown(wait=False, cancel_futures=True)
+            threading.Thread(target=self._end_after_main, daemon=True).start()
+            raise
+        executor.shutdown()
+
+    def _end_after_main(self) -> None:
+        """End all ranks when the main thread ends. The executor would wait for what they compute."""
+        threading.main_thread().join()
+        self.end()
 
     def mend(self) -> bool:
         """As Group.mend: needs an MPI that tolerates faults, such as Open MPI's mpiexec --with-ft ulfm."""
