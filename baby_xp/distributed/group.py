@@ -74,10 +74,9 @@ class Group:
 
     @contextmanager
     def others(self) -> Iterator[Others | None]:
-        """The other ranks, on rank 0. They compute its calls, each one at a time, until rank 0 leaves the context.
+        """On rank 0, the other ranks: each computes one call at a time, until rank 0 leaves the context.
 
-        Only then they enter it, with None. An error of rank 0 in the context ends them with its process, even while
-        they compute.
+        Then they enter it, with None. An error of rank 0 ends them with its process, even while they compute.
         """
         yield []
 

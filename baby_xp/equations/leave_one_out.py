@@ -217,7 +217,8 @@ def experiment(
 
 
 def _results(
-    run_config: RunConfig, seeds: int, workers: int | None, progress: Callable[[int, int], None] | None, others: Others
+    run_config: RunConfig, seeds: int, workers: int | None, progress: Callable[[int, int], None] | None,
+    others: Others,
 ) -> Results:  # fmt: skip
     """As experiment, on rank 0."""
     data_of(run_config)
