@@ -8,8 +8,10 @@ import errno
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
@@ -115,6 +117,7 @@ def serve() -> None:
     """The child's main loop: a request on each line of its input, an answer on each line of its output."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with suppress(OSError):
         os.dup2(2, 1)  # what the function prints must not mix with the answer
@@ -130,6 +133,15 @@ def serve() -> None:
                 os._exit(1)
     except KeyboardInterrupt:  # the parent gets the signal too and reports it
         raise SystemExit(130) from None
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, even while a function computes what nobody waits for."""
+    if hasattr(select, "poll"):  # not on Windows, where the process ends with its next answer
+        requests = select.poll()
+        requests.register(0, 0)  # only that the pipe was closed
+        requests.poll()
+        os._exit(1)
 
 
 def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> BabyError:

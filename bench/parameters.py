@@ -3,16 +3,14 @@
 import argparse
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from baby_xp_data import catalog
 
-from baby_xp import distributed
 from baby_xp.distributed.group import Others
-from baby_xp.errors import BabyError
 from bench import harness, variants
-from bench.harness import say
 from bench.peers import ours
 from bench.results import markdown, mib
 
@@ -20,14 +18,7 @@ from bench.results import markdown, mib
 def main() -> int:
     """Do what the command line asks for."""
     asked = parse()
-    try:
-        with distributed.join(asked.distributed).others() as others:
-            if others is not None:
-                measure(asked, others)
-    except BabyError as error:
-        say(f"bench.parameters: {error}")
-        return 2
-    return 0
+    return variants.in_ranks("bench.parameters", asked.distributed, partial(measure, asked))
 
 
 def measure(asked: argparse.Namespace, others: Others) -> None:

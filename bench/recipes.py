@@ -7,6 +7,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from baby_xp_data import catalog, nursery
 from threadpoolctl import threadpool_limits
 
-from baby_xp import distributed, presets
+from baby_xp import presets
 from baby_xp.config import RunConfig
 from baby_xp.distributed.group import Others
 from baby_xp.errors import BabyError
@@ -35,13 +36,10 @@ def main() -> int:
     """Do what the command line asks for."""
     try:
         asked = parse()
-        with distributed.join(asked.distributed).others() as others:
-            if others is not None:
-                measure(asked, others)
     except BabyError as error:
         say(f"bench.recipes: {error}")
         return 2
-    return 0
+    return variants.in_ranks("bench.recipes", asked.distributed, partial(measure, asked))
 
 
 def measure(asked: argparse.Namespace, others: Others) -> None:

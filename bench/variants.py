@@ -16,7 +16,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 import baby_xp
-from baby_xp import files, processes
+from baby_xp import distributed, files, processes
 from baby_xp.config import RunConfig
 from baby_xp.distributed.group import Others
 from baby_xp.errors import BabyError
@@ -55,6 +55,19 @@ def check(made: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
         made.error("--speed needs a quiet machine: leave out --distributed")
     if asked.file is None:
         made.error("there are no results yet: name a file with --file")
+
+
+def in_ranks(program: str, kind: distributed.Kind, measure: Callable[[Others], None]) -> int:
+    """Call a function on rank 0, with the other ranks to help -> exit code. What goes wrong is one line."""
+    try:
+        with distributed.join(kind).others() as others:
+            if others is not None:
+                measure(others)
+    except (BabyError, harness.Failed) as error:
+        say(f"{program}: {error}")
+        distributed.current().after_last_words()
+        return 2
+    return 0
 
 
 # the file -----------------------------------------------------------------------------------------------

@@ -67,6 +67,9 @@ class Group:
         if self.rank:
             time.sleep(GRACE_SECONDS)
 
+    def after_last_words(self) -> None:
+        """If this rank has failed, end the others now, even while they compute."""
+
     def cores(self) -> int:
         """The processor cores that this rank may use: those of its machine are divided among the ranks there."""
         own = socket.gethostname(), processes.cores_used()
@@ -76,7 +79,7 @@ class Group:
     def others(self) -> Iterator[Others | None]:
         """On rank 0, the other ranks: each computes one call at a time, until rank 0 leaves the context.
 
-        Then they enter it, with None. An error of rank 0 ends them with its process, even while they compute.
+        Then they enter it, with None. After an error on rank 0 they end with its process.
         """
         yield []
 

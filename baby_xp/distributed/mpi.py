@@ -196,14 +196,8 @@ class MpiGroup(Group):
         except BaseException:
             self.fail()
             executor.shutdown(wait=False, cancel_futures=True)
-            threading.Thread(target=self._end_after_main, daemon=True).start()
             raise
         executor.shutdown()
-
-    def _end_after_main(self) -> None:
-        """End all ranks when the main thread ends. The executor would wait for what they compute."""
-        threading.main_thread().join()
-        self.end()
 
     def mend(self) -> bool:
         """As Group.mend: needs an MPI that tolerates faults, such as Open MPI's mpiexec --with-ft ulfm."""
@@ -217,6 +211,11 @@ class MpiGroup(Group):
     def fail(self) -> None:
         """As Group.fail."""
         self._failed = True
+
+    def after_last_words(self) -> None:
+        """As Group.after_last_words. Python would wait until an executor's calls are computed."""
+        if self._failed and self.size > 1:
+            self.end()
 
     def end(self) -> None:
         """Leave MPI when the program ends; after an error, end the other ranks, which may wait for this one."""

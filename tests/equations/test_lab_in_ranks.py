@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mpi_runs
@@ -33,10 +32,11 @@ PROGRAM = """if True:
     asked = preset("equations").override({"num_steps": 30, "held_out": "4+4,2+5"})
     progress = lambda done, of: print(rank, done, of, flush=True)
     found = leave_one_out.experiment(asked, seeds, None, progress, "mpi")
-    (folder / str(rank)).write_text(f"{sum(trained)} {(found.answers, found.losses, found.copied)} {found.processes}")
+    figures = found.answers, found.losses, found.copied, found.processes
+    (folder / str(rank)).write_text(f"{sum(trained)} {figures}")
 """
-LONG = "--seeds", "30", "--held-out", "4+4", "--num-steps", "20000"
-"""An experiment that does not end before it is stopped."""
+LONG = "--seeds", "5", "--held-out", "4+4", "--num-steps", "10000000"
+"""Models whose training takes hours."""
 
 
 def said(err: str) -> list[str]:
@@ -53,9 +53,9 @@ def test_several_ranks_give_the_results_of_one_process(tmp_path, seeds):
     one = leave_one_out.experiment(asked, seeds, workers=1)
     trained = []
     for rank in range(3):
-        number, _, found = (tmp_path / str(rank)).read_text().partition(" ")
+        number, found = (tmp_path / str(rank)).read_text().split(" ", 1)
         trained.append(int(number))
-        assert found == f"{(one.answers, one.losses, one.copied)} 3"
+        assert found == str((one.answers, one.losses, one.copied, 3))
     assert trained[0] == 0
     if seeds == 3:  # a model for each rank
         assert trained[1:] == [1, 1]
@@ -88,8 +88,8 @@ def test_the_command_prints_once():
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "line"), [
-    (("--lr", "1e38", "--min-lr", "0", "--held-out", "4+4", "--seeds", "9"), r"the loss became (nan|inf) with 4\+4 "),
-    (("--workers", "2"), "workers has no effect here, as each of several ranks trains one model at a time: leave out"),
+    (("--lr", "1e38", "--min-lr", "0", "--held-out", "4+4"), r"the loss became (nan|inf) with 4\+4 held out"),
+    (("--workers", "2"), "workers has no effect here, as each of several ranks trains one model at a time"),
     (("--held-out", "4+4,17+3"), "17"),
 ])  # fmt: skip
 def test_what_cannot_be_used_ends_all_ranks_in_one_line(arguments, line):
@@ -115,7 +115,7 @@ def test_other_ranks_than_those_of_mpi_are_refused(call):
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A long experiment in three ranks, as soon as all of them train: its launcher and the processes of the ranks."""
+    """A long experiment in three ranks, once all of them train: its launcher, and the processes of the ranks."""
     program = f"""if True:
         import os, signal, sys
         from pathlib import Path
@@ -151,22 +151,21 @@ def descendants(process: int) -> list[int]:
 @needs_signals
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "whom"), [
-    ("SIGINT", "launcher"), ("SIGTERM", "launcher"), ("SIGTERM", 0), ("SIGTERM", 1), ("SIGKILL", 0), ("SIGKILL", 2),
+    ("SIGINT", "launcher"), ("SIGTERM", "launcher"),
+    ("SIGTERM", 0), ("SIGTERM", 1), ("SIGKILL", 0), ("SIGKILL", 2),
 ])  # fmt: skip
 def test_a_signal_ends_all_ranks(experiment, name, whom):
     launcher, ranks = experiment
     processes = [one for rank in ranks for one in descendants(rank)]
     assert len(processes) >= (4 if sys.platform == "linux" else 3)
-    begin = time.monotonic()
     os.kill(launcher.pid if whom == "launcher" else ranks[whom], getattr(signal, name))
-    done = mpi_runs.ended(launcher, 60)
-    assert time.monotonic() - begin < 10
+    done = mpi_runs.ended(launcher)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert len(said(done.stderr)) <= 1
     if (name, whom) in [("SIGTERM", 0), ("SIGTERM", 1)]:
         assert said(done.stderr) == ["baby_xp: interrupted by SIGTERM"]
-    wait_until(lambda: not any(map(runs, processes)), 10)
+    wait_until(lambda: not any(map(runs, processes)))
 
 
 def runs(process: int) -> bool:
