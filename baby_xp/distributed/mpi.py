@@ -197,17 +197,47 @@ class MpiGroup(Group):
         from mpi4py.futures import MPICommExecutor
 
         with self._watched():
-            executor = MPICommExecutor(self._all).__enter__()  # in which the other ranks compute
+            executor: Any = MPICommExecutor(self._all).__enter__()  # in which the other ranks compute
         if executor is None:
             yield None
             return
+        started: list[Any] = []
+
+        def start(function: Any, *arguments: Any) -> Any:
+            started.append(executor.submit(function, *arguments))
+            return started[-1]
+
         try:
-            yield [executor.submit] * (self.size - 1)
+            with self._reporting_to(started):
+                yield [start] * (self.size - 1)
         except BaseException:
             self.fail()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
         executor.shutdown()
+
+    @contextmanager
+    def _reporting_to(self, futures: list[Any]) -> Iterator[None]:
+        """If MPI fails in an executor's thread, its futures raise the error: nothing else would end them."""
+        usual = threading.excepthook
+
+        def report(failure: Any) -> None:
+            if not isinstance(failure.exc_value, self._mpi.Exception):
+                usual(failure)
+                return
+            try:
+                with self._watched():
+                    raise failure.exc_value
+            except BabyError as error:
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+        threading.excepthook = report
+        try:
+            yield
+        finally:
+            threading.excepthook = usual
 
     def mend(self) -> bool:
         """As Group.mend: needs an MPI that tolerates faults, such as Open MPI's mpiexec --with-ft ulfm."""

@@ -338,8 +338,10 @@ def _all(jobs: list[RunConfig], number: int, others: Others) -> Iterator[tuple[i
         pool = stack.enter_context(ThreadPoolExecutor(own))  # closed last: its threads wait for the processes
         started = partial(processes.started, TASK, "processes of the equation lab")
         children = [stack.enter_context(started()) for _ in range(own)]
-        slots = [partial(pool.submit, _ask, child) for child in children]
-        yield from processes.results(jobs, slots + [partial(submit, run_job) for submit in others])
+        start: Callable[..., Any] = pool.submit
+        slots = [partial(start, _ask, child) for child in children]
+        slots += [partial(other, run_job) for other in others]
+        yield from processes.results(jobs, slots)
 
 
 def _ask(child: subprocess.Popen, job: RunConfig) -> Outcome:
@@ -347,7 +349,7 @@ def _ask(child: subprocess.Popen, job: RunConfig) -> Outcome:
     try:
         found = processes.ask(child, job.to_dict())
     except processes.Ended as ended:
-        raise BabyError(f"a process {ended} before its model was trained; try fewer --workers") from None
+        raise BabyError(f"a process {ended} before its model was trained; try fewer --workers or ranks") from None
     return [Answer(**row) for row in found["answers"]], found["loss"], found["copied"]
 
 

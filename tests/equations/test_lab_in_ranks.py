@@ -114,7 +114,7 @@ def test_other_ranks_than_those_of_mpi_are_refused(call):
 
 
 @pytest.fixture
-def experiment(tmp_path):
+def experiment(tmp_path, request):
     """A long experiment in three ranks, once all of them train: its launcher, and the processes of the ranks."""
     program = f"""if True:
         import os, signal, sys
@@ -129,7 +129,8 @@ def experiment(tmp_path):
         (Path({str(tmp_path)!r}) / f"process {{rank}}").write_text(str(os.getpid()))
         sys.exit(cli.main(["equations", "--distributed", "mpi", *sys.argv[1:]]))
     """
-    launcher = mpi_runs.started(3, "-c", program, *LONG)
+    flags = getattr(request, "param", ())
+    launcher = mpi_runs.started(3, "-c", program, *LONG, flags=flags)
     try:
         wait_until(lambda: launcher.poll() is not None or len([*tmp_path.glob("trains *")]) == 2)
         yield launcher, [int((tmp_path / f"process {rank}").read_text()) for rank in range(3)]
@@ -166,6 +167,19 @@ def test_a_signal_ends_all_ranks(experiment, name, whom):
     if (name, whom) in [("SIGTERM", 0), ("SIGTERM", 1)]:
         assert said(done.stderr) == ["baby_xp: interrupted by SIGTERM"]
     wait_until(lambda: not any(map(runs, processes)))
+
+
+@needs_mpi
+@needs_signals
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [("--with-ft", "ulfm")], indirect=True)
+def test_a_lost_rank_ends_the_others_if_the_launcher_does_not(experiment):
+    launcher, ranks = experiment
+    os.kill(ranks[2], signal.SIGKILL)
+    done = mpi_runs.ended(launcher)
+    if launcher.returncode and "with-ft" in done.stderr:
+        pytest.skip("this mpiexec always ends the other ranks")
+    assert said(done.stderr) == ["baby_xp: rank 2 of 3 ended before its time"]
 
 
 def runs(process: int) -> bool:
