@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,22 @@ def test_a_working_child_is_killed():
         child.stdin.write("{}\n")
         child.stdin.flush()
     assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_working_child_ends_with_its_parent():
+    program = """if True:
+        import os
+        from baby_xp import processes
+        with processes.started("signal:pause", "a process") as child:
+            child.stdin.write("{}\\n")
+            child.stdin.flush()
+            os.kill(os.getpid(), 9)
+    """
+    # it waits until the child too has closed its stderr
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=processes.environment(), stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_jobs_are_shared_out_and_results_come_as_they_are_there():
