@@ -63,12 +63,6 @@ def test_several_ranks_give_the_results_of_one_process(tmp_path, seeds):
     assert done.stdout.splitlines() == [f"0 {number + 1} {seeds}" for number in range(seeds)]
 
 
-def test_several_processes_give_the_results_of_one_in_every_order():
-    asked = preset("equations").override({"num_steps": 3, "held_out": leave_one_out.EACH})
-    one, two = (leave_one_out.experiment(asked, 1, workers=workers) for workers in (1, 2))
-    assert (one.answers, one.losses, one.copied) == (two.answers, two.losses, two.copied)
-
-
 @needs_mpi
 @pytest.mark.slow
 def test_the_command_prints_once():
