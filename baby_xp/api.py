@@ -20,7 +20,7 @@ from baby_xp.arrays import params
 from baby_xp.compute import Compute, Distribution
 from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
-from baby_xp.distributed import Group, Kind
+from baby_xp.distributed import Group, Kind, launchers
 from baby_xp.distributed.group import Lost
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
@@ -35,7 +35,7 @@ from baby_xp.runs.table import Summary
 from baby_xp.session import session_of
 from baby_xp.text import dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
-from baby_xp.training import checkpoint
+from baby_xp.training import alike, checkpoint
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.listener import listening
 from baby_xp.training.plan import Plan
@@ -80,7 +80,7 @@ def train(
             start = group.first(lambda: checkpoint.first(setup.model, setup.config.train))
             return session_of(new, setup, Plan.of(setup), listener).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config)
 
 
 def finetune(
@@ -124,7 +124,7 @@ def finetune(
             plan = Plan.of(setup, evaluate_first=True)
             return session_of(new, setup, plan, listener, base.guid).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config, base.guid)
 
 
 def resume(
@@ -271,9 +271,27 @@ def _prepared(
     new: NewRun, config: RunConfig, compute: Compute, group: Group, tokenizer: Any = None
 ) -> Setup:
     """The setup of a new run, whose ids are removed if the run fails before its first checkpoint."""
-    setup = prepare(config, compute, _for_ids(group, new.files), tokenizer, group=group)
+    folder = _for_ids(group, new.files)
+    setup = _on_all(group, lambda: prepare(config, compute, folder, tokenizer, group=group))
     new.undo.callback(setup.dataset.discard)
     return setup
+
+
+def _on_all(group: Group, make: Callable[[], Setup]) -> Setup:
+    """The setup of each rank, which must be alike. Raises BabyError on all ranks if one of them has none."""
+    if group.size == 1:
+        return make()
+    group.cores()  # now, as no rank may wait there for one that fails
+    made: list[Setup] = []
+    try:
+        group.each(lambda: made.append(make()))
+        expected = group.broadcast(alike.figures(made[0]))
+        group.each(lambda: alike.check(made[0], expected))
+    except BaseException:
+        for setup in made:
+            setup.dataset.discard()
+        raise
+    return made[0]
 
 
 def _for_ids(group: Group, files: RunFiles) -> Path | None:
@@ -303,25 +321,40 @@ def _resumed(
         stored, start = group.first(read)
         files, config = stored.files, stored.config.override(overrides)
         base, text = stored.content["base"], stored.content["data"]
-        if data is None:
-            found = dataset.of_run(config.data, text["file"], text["sha256"])
-        else:
-            found = replace(config.data, data=checks.path("data", data))
-        config = replace(config, data=found)
         compute = _as_before(stored.content["place"], **where)
-        text_as_before = stored.tokenizer, text["sha256"]
-        setup = prepare(config, compute, _for_ids(group, files), *text_as_before, check_memory=False, group=group)
+
+        def make() -> Setup:
+            if data is None:
+                found = dataset.of_run(config.data, text["file"], text["sha256"])
+            else:
+                found = replace(config.data, data=checks.path("data", data))
+            more = _for_ids(group, files), stored.tokenizer, text["sha256"]
+            return prepare(replace(config, data=found), compute, *more, check_memory=False, group=group)
+
+        setup = _on_all(group, make)
         plan = Plan.of(setup, evaluate_first=base is not None)
         session = session_of(NewRun(files), setup, plan, listener, base, stored.content["started"])
         return session.run(start)
 
 
 def _together(
-    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any
-) -> Run:
-    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint."""
+    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any,
+    config: RunConfig | None = None, base: str | None = None,
+) -> Run:  # fmt: skip
+    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint.
+
+    config, base: of a new run, which an earlier attempt of a job that was started again may have begun.
+    """
     group = ranks.join()
     try:
+        if group.device and where["device"]:
+            given = f"--distributed {group.kind} gives each rank a GPU of its own"
+            raise BabyError(f"{given}: leave out --device, here {where['device']}")
+        if config and ranks.distributed != "none" and any(group.all_gather(launchers.started_again())):
+            found = group.first(lambda: config_file.of_this_job(as_path(path, "path"), config, base))
+            if found and group.rank == 0:
+                listener.note(f"started again: going on with run {found} from its last checkpoint")
+            begin = _after(found, begin, path, where, listener)
         for _ in range(ranks.restarts):
             try:
                 return begin(group)
@@ -330,7 +363,7 @@ def _together(
                     raise
                 if group.rank == 0:
                     listener.note(f"{lost}; going on with {layout.counted(group.size, 'rank')}")
-                begin = _after(lost.guid, begin, path, where, listener)
+                begin = _after(group.broadcast(lost.guid), begin, path, where, listener)
         return begin(group)
     except BaseException:
         group.fail()

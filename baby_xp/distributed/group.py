@@ -13,8 +13,8 @@ T = TypeVar("T")
 Others = Sequence[Callable[..., Any]]
 """A function for each other rank: start(function, *arguments) calls the function there -> a Future."""
 
-GRACE_SECONDS = 1.0
-"""How long other ranks leave it to rank 0 to say what went wrong, and to end them."""
+GRACE_SECONDS, MOST_GRACE = 1.0, 8
+"""How long a rank leaves it to the one before it to say what went wrong and to end the others; the most times."""
 
 
 class Lost(BabyError):
@@ -36,6 +36,7 @@ class Group:
     """The device that this rank computes on, if the group says which."""
     on_device = False
     """Whether `sum` takes arrays of the backend; otherwise those of NumPy."""
+    _cores: int | None = None
 
     def sum(self, *arrays: Any) -> None:
         """Replace each array by its sum over all ranks, in place.
@@ -73,17 +74,37 @@ class Group:
         """Note that this rank has failed: when its process ends, it ends the others, which may wait for it."""
 
     def before_last_words(self) -> None:
-        """Leave it to rank 0 to say what went wrong on all ranks, and to end them: wait on all others."""
-        if self.rank:
-            time.sleep(GRACE_SECONDS)
+        """Leave it to the first rank that is left to say what went wrong on all, and to end the others."""
+        time.sleep(GRACE_SECONDS * min(self.rank, MOST_GRACE))
 
     def after_last_words(self) -> None:
         """If this rank has failed, end the others now, even while they compute."""
 
     def cores(self) -> int:
-        """The processor cores that this rank may use: those of its machine are divided among the ranks there."""
-        own = socket.gethostname(), processes.cores_used()
-        return max(1, len(own[1]) // self.all_gather(own).count(own))
+        """The processor cores that this rank may use: those of its machine are divided among the ranks there.
+
+        All ranks ask for it together the first time.
+        """
+        if self._cores is None:
+            own = socket.gethostname(), processes.cores_used()
+            self._cores = max(1, len(own[1]) // self.all_gather(own).count(own))
+        return self._cores
+
+    def each(self, function: Callable[[], T]) -> T:
+        """What the function returns on this rank; all call it. A BabyError of one of them is raised by all."""
+        if self.size == 1:
+            return function()
+        result, problem = None, None
+        try:
+            result = function()
+        except BabyError as error:
+            problem = error
+        for rank, found in enumerate(self.all_gather(problem)):
+            if found is not None:
+                if problem is not None and rank == self.rank:
+                    raise problem
+                raise BabyError(f"rank {rank}: {found}" if rank else str(found))
+        return result  # type: ignore[return-value]
 
     @contextmanager
     def others(self) -> Iterator[Others | None]:
