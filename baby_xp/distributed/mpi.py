@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp.distributed.group import Group, Lost, Others
+from baby_xp.distributed.group import GRACE_SECONDS, Group, Lost, Others
 from baby_xp.distributed.messages import packed, unpacked
 from baby_xp.errors import BabyError
 
@@ -266,6 +266,7 @@ class MpiGroup(Group):
         """Leave MPI when the program ends; after an error, end the other ranks, which may wait for this one."""
         sys.stdout.flush()
         if self._failed and self.size > 1:
+            time.sleep(GRACE_SECONDS / 4)  # the launcher drops what it has not read of the last words
             self._all.Abort(2)
         self._mpi.Finalize()
 
