@@ -8,15 +8,20 @@ import errno
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from baby_xp.errors import BabyError
 from baby_xp.files import reason
 
+J = TypeVar("J")
+R = TypeVar("R")
 PROGRAM = "from baby_xp.processes import serve; serve()"
 
 
@@ -83,6 +88,25 @@ def ask(child: subprocess.Popen, request: Mapping[str, Any]) -> Any:
     return answer["result"]
 
 
+def results(jobs: Iterable[J], slots: Sequence[Callable[[J], Future[R]]]) -> Iterator[tuple[int, R]]:
+    """The result of each job with its number, in the order in which they are there. Raises what a job raises.
+
+    slots: functions that start a job in some process; each has one job at a time.
+    """
+    waiting, idle, running = enumerate(jobs), list(slots), {}
+    while True:
+        while idle and (following := next(waiting, None)):
+            number, job = following
+            slot = idle.pop(0)
+            running[slot(job)] = number, slot
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            number, slot = running.pop(future)
+            idle.append(slot)
+            yield number, future.result()
+
+
 def how_it_ended(child: subprocess.Popen) -> str:
     """How a process ended, such as "was killed by signal 9"; waits for its end."""
     code = child.wait()
@@ -93,6 +117,7 @@ def serve() -> None:
     """The child's main loop: a request on each line of its input, an answer on each line of its output."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with suppress(OSError):
         os.dup2(2, 1)  # what the function prints must not mix with the answer
@@ -108,6 +133,15 @@ def serve() -> None:
                 os._exit(1)
     except KeyboardInterrupt:  # the parent gets the signal too and reports it
         raise SystemExit(130) from None
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, even while a function computes what nobody waits for."""
+    if hasattr(select, "poll"):  # not on Windows, where the process ends with its next answer
+        requests = select.poll()
+        requests.register(0, 0)  # only that the pipe was closed
+        requests.poll()
+        os._exit(1)
 
 
 def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> BabyError:

@@ -3,14 +3,14 @@
 import argparse
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from baby_xp_data import catalog
 
-from baby_xp.errors import BabyError
+from baby_xp.distributed.group import Others
 from bench import harness, variants
-from bench.harness import say
 from bench.peers import ours
 from bench.results import markdown, mib
 
@@ -18,18 +18,18 @@ from bench.results import markdown, mib
 def main() -> int:
     """Do what the command line asks for."""
     asked = parse()
-    try:
-        if asked.train:
-            train_all(asked.file, asked.jobs, asked.groups)
-        if asked.speed:
-            time_all(asked.file, asked.steps, asked.rounds)
-        if asked.table:
-            result = variants.read(asked.file)
-            variants.show(document(result), tables(result), asked.page)
-    except BabyError as error:
-        say(f"bench.parameters: {error}")
-        return 2
-    return 0
+    return variants.in_ranks("bench.parameters", asked.distributed, partial(measure, asked))
+
+
+def measure(asked: argparse.Namespace, others: Others) -> None:
+    """Do it, on rank 0, together with the other ranks."""
+    if asked.train:
+        train_all(asked.file, asked.jobs, asked.groups, others)
+    if asked.speed:
+        time_all(asked.file, asked.steps, asked.rounds)
+    if asked.table:
+        result = variants.read(asked.file)
+        variants.show(document(result), tables(result), asked.page)
 
 
 def parse() -> argparse.Namespace:
@@ -172,12 +172,12 @@ def to_time() -> list[Variant]:
     return list({one.key: one for one in ALL if one.group in ON_SPEED}.values())
 
 
-def train_all(file: Path, jobs: int, chosen: list[str]) -> None:
+def train_all(file: Path, jobs: int, chosen: list[str], others: Others = ()) -> None:
     """Train what the file lacks of the chosen groups, and keep each result as soon as it is there."""
     result = variants.started(file, base())
     wanted = {one.key for one in ALL if one.group in chosen}
     requests = {one.key: {"key": one.key} for one in to_train() if one.key in wanted}
-    variants.train_all("bench.parameters:trained", requests, result, jobs, lambda: write(file, result))
+    variants.train_all("bench.parameters:trained", requests, result, jobs, lambda: write(file, result), others)
 
 
 def base() -> dict:

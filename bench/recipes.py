@@ -7,6 +7,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from baby_xp import presets
 from baby_xp.config import RunConfig
+from baby_xp.distributed.group import Others
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.text import dataset
@@ -34,20 +36,24 @@ def main() -> int:
     """Do what the command line asks for."""
     try:
         asked = parse()
-        if asked.tune:
-            tune(asked.file, asked.tune, asked.seeds, asked.jobs)
-            return 0
-        if asked.train:
-            train_all(asked.file, asked.jobs, asked.texts, asked.only, asked.seeds)
-        if asked.speed:
-            time_all(asked.file, asked.texts, asked.only, asked.steps, asked.rounds)
-        if asked.table:
-            result = variants.read(asked.file)
-            variants.show(document(result), tables(result), asked.page)
     except BabyError as error:
         say(f"bench.recipes: {error}")
         return 2
-    return 0
+    return variants.in_ranks("bench.recipes", asked.distributed, partial(measure, asked))
+
+
+def measure(asked: argparse.Namespace, others: Others) -> None:
+    """Do it, on rank 0, together with the other ranks."""
+    if asked.tune:
+        tune(asked.file, asked.tune, asked.seeds, asked.jobs, others)
+        return
+    if asked.train:
+        train_all(asked.file, asked.jobs, asked.texts, asked.only, asked.seeds, others)
+    if asked.speed:
+        time_all(asked.file, asked.texts, asked.only, asked.steps, asked.rounds)
+    if asked.table:
+        result = variants.read(asked.file)
+        variants.show(document(result), tables(result), asked.page)
 
 
 def parse() -> argparse.Namespace:
@@ -200,7 +206,9 @@ def of_seed(key: str, seed: int) -> str:
 # training and timing ------------------------------------------------------------------------------------
 
 
-def train_all(file: Path, jobs: int, texts: list[str], only: list[str], seeds: int) -> None:
+def train_all(
+    file: Path, jobs: int, texts: list[str], only: list[str], seeds: int, others: Others = ()
+) -> None:
     """Train what the file lacks, all variants with seed 0 first, and keep each result as soon as it is there."""
     result, chosen = variants.started(file, base()), all_variants(texts, only)
     requests = {of_seed(one.key, seed): {"key": one.key, "seed": seed} for seed in range(seeds) for one in chosen}
@@ -210,7 +218,7 @@ def train_all(file: Path, jobs: int, texts: list[str], only: list[str], seeds: i
             if kept and kept["overrides"] != one.overrides:
                 raise BabyError(f"{file} has another {one.key!r}: name a new file with --file")
     keep: Callable[[], None] = lambda: write(file, result)  # noqa: E731
-    variants.train_all("bench.recipes:trained", requests, result, jobs, keep)
+    variants.train_all("bench.recipes:trained", requests, result, jobs, keep, others)
 
 
 def trained(key: str, seed: int) -> dict:
@@ -259,7 +267,7 @@ def timed(key: str, steps: int) -> dict:
 TUNED = "the first 90 % of the text, of which the last 10 % are the validation part"
 
 
-def tune(file: Path, recipes: list[Recipe], seeds: int, jobs: int) -> None:
+def tune(file: Path, recipes: list[Recipe], seeds: int, jobs: int, others: Others = ()) -> None:
     """Train recipes on the training part alone, print their losses, and keep them in a file that is continued."""
     result, requests = variants.started(file, {"tuned on": TUNED}), {}
     configs = {one.label: one.config.override(SETTINGS) for one in recipes}
@@ -274,7 +282,7 @@ def tune(file: Path, recipes: list[Recipe], seeds: int, jobs: int) -> None:
                 raise BabyError(f"{file} has another recipe that is called {label!r}: name a new file with --file")
             requests[of_seed(label, seed)] = request
     keep: Callable[[], None] = lambda: variants.write(file, result, tuned_document(result))  # noqa: E731
-    variants.train_all("bench.recipes:tuned", requests, result, jobs, keep)
+    variants.train_all("bench.recipes:tuned", requests, result, jobs, keep, others)
     variants.show(tuned_document(result), {}, None)
 
 

@@ -8,15 +8,17 @@ import json
 import re
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 import baby_xp
-from baby_xp import files
+from baby_xp import distributed, files, processes
 from baby_xp.config import RunConfig
+from baby_xp.distributed.group import Others
 from baby_xp.errors import BabyError
 from baby_xp.run import Run
 from baby_xp.runs import config_file
@@ -39,6 +41,8 @@ def parser(program: str, about: str, ending: str, steps: int, rounds: int) -> ar
     made.add_argument("--table", action="store_true", help="print the tables")
     made.add_argument("--file", type=Path, default=newest(ending), help="file of the results (%(default)s)")
     made.add_argument("--jobs", type=harness.positive, default=1, help="trainings at once (%(default)s)")
+    help_of_ranks = "mpi: one training at a time in each process that mpiexec or srun started, in place of --jobs"
+    made.add_argument("--distributed", choices=("none", "mpi"), default="none", help=help_of_ranks)
     made.add_argument("--page", type=Path, help="also insert the tables into this page")
     return made
 
@@ -47,8 +51,23 @@ def check(made: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
     """End the program, with one line, where there is nothing to do or no file."""
     if not (asked.train or asked.speed or asked.table):
         made.error("nothing to do: give --train, --speed or --table")
+    if asked.speed and asked.distributed != "none":
+        made.error("--speed needs a quiet machine: leave out --distributed")
     if asked.file is None:
         made.error("there are no results yet: name a file with --file")
+
+
+def in_ranks(program: str, kind: distributed.Kind, measure: Callable[[Others], None]) -> int:
+    """Call a function on rank 0, with the other ranks to help -> exit code. What goes wrong is one line."""
+    try:
+        with distributed.join(kind).others() as others:
+            if others is not None:
+                measure(others)
+    except (BabyError, harness.Failed) as error:
+        say(f"{program}: {error}")
+        distributed.current().after_last_words()
+        return 2
+    return 0
 
 
 # the file -----------------------------------------------------------------------------------------------
@@ -92,22 +111,30 @@ def write(file: Path, result: dict, document: list[str]) -> None:
 # training and timing ------------------------------------------------------------------------------------
 
 
-def train_all(task: str, requests: dict[str, dict], result: dict, jobs: int, keep: Callable[[], None]) -> None:
+def train_all(
+    task: str, requests: dict[str, dict], result: dict, jobs: int, keep: Callable[[], None], others: Others = ()
+) -> None:
     """Train the variants that the result lacks, `jobs` at once, each in a process of its own.
 
-    task: what a child calls with one of the requests. keep: is called as soon as the result has one more.
+    task: what a child calls with one of the requests. keep: is called as soon as the result has one more. others:
+    ranks that train too, one variant at a time as this one does then. Raises BabyError for more jobs than that.
     """
+    if others and jobs > 1:
+        raise BabyError("each of several ranks trains one variant at a time: leave out --jobs")
     todo = {key: request for key, request in requests.items() if key not in result["trained"]}
+    keys = list(todo)
     with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a child process
-        running = {pool.submit(harness.ask, task, **request): key for key, request in todo.items()}
-        try:
-            for done in as_completed(running):
-                found = result["trained"][running[done]] = done.result()
-                keep()
-                say(f"{running[done]}: {found['failed'] or found['val_loss']}")
-        except BaseException:  # especially after Ctrl-C: do not start the jobs that are waiting
-            pool.shutdown(cancel_futures=True)
-            raise
+        slots = [partial(start, _ask, task) for start in (*[pool.submit] * jobs, *others)]
+        for number, found in processes.results(todo.values(), slots):
+            key = keys[number]
+            result["trained"][key] = found
+            keep()
+            say(f"{key}: {found['failed'] or found['val_loss']}")
+
+
+def _ask(task: str, request: dict) -> dict:
+    """What a child process returns."""
+    return harness.ask(task, **request)
 
 
 def trained(preset: str | RunConfig, settings: dict[str, Any], folder: str) -> tuple[dict, Run | None]:

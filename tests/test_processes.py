@@ -3,7 +3,11 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -98,3 +102,34 @@ def test_a_working_child_is_killed():
         child.stdin.write("{}\n")
         child.stdin.flush()
     assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_working_child_ends_with_its_parent():
+    program = """if True:
+        import os
+        from baby_xp import processes
+        with processes.started("signal:pause", "a process") as child:
+            child.stdin.write("{}\\n")
+            child.stdin.flush()
+            os.kill(os.getpid(), 9)
+    """
+    # it waits until the child too has closed its stderr
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=processes.environment(), stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_jobs_are_shared_out_and_results_come_as_they_are_there():
+    released = threading.Event()
+    slow = lambda job: released.wait(60) and f"slowly {job}"  # noqa: E731
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        slots = [partial(one.submit, slow), partial(two.submit, str.upper)]
+        found = processes.results("uvwx", slots)
+        assert [next(found) for _ in range(3)] == [(1, "V"), (2, "W"), (3, "X")]
+        released.set()
+        assert list(found) == [(0, "slowly u")]
+        assert list(processes.results("u", slots)) == [(0, "slowly u")]
+        assert list(processes.results("", slots)) == []
+        with pytest.raises(TypeError):
+            list(processes.results([1, 2], slots[1:]))

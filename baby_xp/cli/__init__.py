@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             group.before_last_words()
             rank = f"rank {group.rank}: " if group.rank else ""
             print(f"baby_xp: {rank}{one_line(line)}", file=sys.stderr, flush=True)
+            group.after_last_words()
         return code
 
 

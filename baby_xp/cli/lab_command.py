@@ -1,7 +1,9 @@
 """The command of the equation lab."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from baby_xp import distributed
 from baby_xp.cli import options
 from baby_xp.cli.common import parsed, positional
 from baby_xp.cli.progress import counting
@@ -16,6 +18,8 @@ class EquationsOptions:
     """Models for each held-out case or share, with consecutive seeds from --seed on."""
     workers: int | None = None
     """Models that train at the same time, one process each; by default one per core."""
+    distributed: Literal["none", "mpi"] = "none"
+    """mpi: train one model at a time in each process that mpiexec or srun started, in place of --workers."""
     picture: str | None = None
     """Draw the map of correct answers to this file (.png, .svg, ...); needs the extra `plots`."""
 
@@ -25,6 +29,7 @@ def equations(arguments: list[str]) -> None:
 
     python -m baby_xp equations
     python -m baby_xp equations gpt --held-out 10% --seeds 1
+    mpiexec -n 4 python -m baby_xp equations --distributed mpi
     """
     kind, rest = positional(arguments, "mlp")
     if kind not in ("mlp", "gpt"):
@@ -41,8 +46,13 @@ def equations(arguments: list[str]) -> None:
         from baby_xp.inspection import plots
 
         plots.check(experiment.picture)
-    with counting("models") as progress:
-        results = leave_one_out.experiment(config, experiment.seeds, experiment.workers, progress)
+    group = distributed.join(experiment.distributed)
+    with counting("models", shown=group.rank == 0) as progress:
+        results = leave_one_out.experiment(
+            config, experiment.seeds, experiment.workers, progress, experiment.distributed
+        )
+    if group.rank:
+        return
     print("\n".join(results.lines()))
     if experiment.picture:
         print(f"\npicture {plots.answers(results, experiment.picture)}")

@@ -91,11 +91,12 @@ class Screen:
 
 
 @contextlib.contextmanager
-def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+def counting(unit: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, for a number of like tasks: progress(done, of) moves it."""
     from tqdm import tqdm
 
-    with tqdm(unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False) as bar:
+    hidden = not (shown and sys.stderr.isatty())
+    with tqdm(unit=unit, disable=hidden, dynamic_ncols=True, leave=False) as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of

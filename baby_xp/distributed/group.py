@@ -2,13 +2,16 @@
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from baby_xp import processes
 from baby_xp.errors import BabyError
 
 T = TypeVar("T")
+Others = Sequence[Callable[..., Any]]
+"""A function for each other rank: start(function, *arguments) calls the function there -> a Future."""
 
 GRACE_SECONDS, MOST_GRACE = 1.0, 8
 """How long a rank leaves it to the one before it to say what went wrong and to end the others; the most times."""
@@ -74,6 +77,9 @@ class Group:
         """Leave it to the first rank that is left to say what went wrong on all, and to end the others."""
         time.sleep(GRACE_SECONDS * min(self.rank, MOST_GRACE))
 
+    def after_last_words(self) -> None:
+        """If this rank has failed, end the others now, even while they compute."""
+
     def cores(self) -> int:
         """The processor cores that this rank may use: those of its machine are divided among the ranks there.
 
@@ -99,6 +105,14 @@ class Group:
                     raise problem
                 raise BabyError(f"rank {rank}: {found}" if rank else str(found))
         return result  # type: ignore[return-value]
+
+    @contextmanager
+    def others(self) -> Iterator[Others | None]:
+        """On rank 0, the other ranks: each computes one call at a time, until rank 0 leaves the context.
+
+        Then they enter it, with None. After an error on rank 0 they end with its process.
+        """
+        yield []
 
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp.distributed.group import Group, Lost
+from baby_xp.distributed.group import GRACE_SECONDS, Group, Lost, Others
 from baby_xp.distributed.messages import packed, unpacked
 from baby_xp.errors import BabyError
 
@@ -193,6 +193,57 @@ class MpiGroup(Group):
                 time.sleep(1000 * PAUSE)
         return f"one of {self.size} ranks"
 
+    @contextmanager
+    def others(self) -> Iterator[Others | None]:
+        """As Group.others, by mpi4py.futures."""
+        if self.size == 1:
+            yield []
+            return
+        from mpi4py.futures import MPICommExecutor
+
+        with self._watched():
+            executor: Any = MPICommExecutor(self._all).__enter__()  # in which the other ranks compute
+        if executor is None:
+            yield None
+            return
+        started: list[Any] = []
+
+        def start(function: Any, *arguments: Any) -> Any:
+            started.append(executor.submit(function, *arguments))
+            return started[-1]
+
+        try:
+            with self._reporting_to(started):
+                yield [start] * (self.size - 1)
+        except BaseException:
+            self.fail()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+        executor.shutdown()
+
+    @contextmanager
+    def _reporting_to(self, futures: list[Any]) -> Iterator[None]:
+        """If MPI fails in an executor's thread, its futures raise the error: nothing else would end them."""
+        usual = threading.excepthook
+
+        def report(failure: Any) -> None:
+            if not isinstance(failure.exc_value, self._mpi.Exception):
+                usual(failure)
+                return
+            try:
+                with self._watched():
+                    raise failure.exc_value
+            except BabyError as error:
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+        threading.excepthook = report
+        try:
+            yield
+        finally:
+            threading.excepthook = usual
+
     def mend(self) -> bool:
         """As Group.mend: needs an MPI that tolerates faults, such as Open MPI's mpiexec --with-ft ulfm."""
         try:
@@ -206,10 +257,16 @@ class MpiGroup(Group):
         """As Group.fail."""
         self._failed = True
 
+    def after_last_words(self) -> None:
+        """As Group.after_last_words. Python would wait until an executor's calls are computed."""
+        if self._failed and self.size > 1:
+            self.end()
+
     def end(self) -> None:
         """Leave MPI when the program ends; after an error, end the other ranks, which may wait for this one."""
         sys.stdout.flush()
         if self._failed and self.size > 1:
+            time.sleep(GRACE_SECONDS / 4)  # the launcher drops what it has not read of the last words
             self._all.Abort(2)
         self._mpi.Finalize()
 

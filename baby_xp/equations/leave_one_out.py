@@ -4,14 +4,16 @@ A good fit to the training data says nothing about unseen cases. Here each case 
 training data, together with its mirror, and a model that never saw it is tested on it.
 """
 
-import queue
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 from baby_xp_data import equation_table
@@ -21,6 +23,8 @@ from threadpoolctl import threadpool_limits
 from baby_xp import checks, equations, layout, processes
 from baby_xp.arrays import registry
 from baby_xp.config import EquationConfig, EquationData, RunConfig, TrainConfig
+from baby_xp.distributed import join
+from baby_xp.distributed.group import Others
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.presets import preset
@@ -47,6 +51,10 @@ class Answer:
     seed: int
     right: bool
     probability: float
+
+
+Outcome = tuple[list[Answer], float, list[float]]
+"""What a job returns, see `run_job`."""
 
 
 @dataclass(frozen=True)
@@ -189,36 +197,59 @@ def experiment(
     seeds: int = 5,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    distributed: Literal["none", "mpi"] = "none",
 ) -> Results:
     """Train the models of an experiment and test them on the held-out cases.
 
     run_config: a preset of equations; if its data's held_out is "each", there is a model for every case of the
     table (one for a+b and b+a), else one for what it names, with `seeds` seeds each. workers: processes, None
-    for one per core. `progress(done, of)` is called after each model. Raises BabyError for a setting that makes
-    no sense.
+    for one per core. `progress(done, of)` is called after each model. distributed: "mpi" trains a model at a time
+    in each rank that mpiexec or srun started. The first rank starts them and calls progress; all return the
+    results. Raises BabyError for a setting that makes no sense.
     """
+    checks.choice("distributed", distributed, ("none", "mpi"))
+    group = join(distributed)
+    with group.others() as others:
+        results = None if others is None else _results(run_config, seeds, workers, progress, others)
+    results = group.broadcast(results)
+    assert results is not None
+    return results
+
+
+def _results(
+    run_config: RunConfig, seeds: int, workers: int | None, progress: Callable[[int, int], None] | None,
+    others: Others,
+) -> Results:  # fmt: skip
+    """As experiment, on rank 0."""
     data_of(run_config)
     usual = TrainConfig(num_steps=1)
     # except eval_every, which is never 0 and differs between presets
     refuse_ignored([name for name in IGNORED[1:] if getattr(run_config.train, name) != getattr(usual, name)])
     seeds = checks.whole("seeds", seeds, most=MOST_SEEDS)
-    most = checks.most_processes()
-    workers = processes.cores() if workers is None else checks.whole("workers", workers, most=most)
+    if others:
+        if workers is not None:
+            only = "each of several ranks trains one model at a time"
+            raise BabyError(f"workers has no effect here, as {only}: leave out --workers")
+        workers = 1 + len(others)
+    elif workers is None:
+        workers = processes.cores()
+    else:
+        workers = checks.whole("workers", workers, most=checks.most_processes())
     if progress is not None:
         checks.function("progress", progress)
     jobs = jobs_of(run_config, seeds)
     number = min(len(jobs), workers)
     _check_first(jobs[0])
-    begin, found, losses, copied = time.perf_counter(), [], [], []
-    for done, (of_model, loss, shares) in enumerate(_all(jobs, number), 1):
-        found += of_model
-        losses.append(loss)
-        copied += shares
+    begin, outcomes = time.perf_counter(), {}
+    for job, outcome in _all(jobs, number, others):
+        outcomes[job] = outcome
         if progress is not None:
-            progress(done, len(jobs))
-    found.sort(key=lambda answer: answer.seed)
+            progress(len(outcomes), len(jobs))
     seconds = time.perf_counter() - begin
-    return Results(run_config, tuple(found), float(np.mean(copied)), len(jobs), seconds, number, tuple(losses))
+    # by job, not as they arrived: the same figures in any number of processes
+    found, losses, copied = zip(*(outcomes[job] for job in range(len(jobs))), strict=True)
+    mean = float(np.mean([*chain(*copied)]))
+    return Results(run_config, tuple(chain(*found)), mean, len(jobs), seconds, number, losses)
 
 
 def jobs_of(run_config: RunConfig, seeds: int) -> list[RunConfig]:
@@ -244,7 +275,7 @@ def _check_first(job: RunConfig) -> None:
     limits.check_training(job, model, backend, pairs.batches, 1)
 
 
-def run_job(job: RunConfig) -> tuple[list[Answer], float, list[float]]:
+def run_job(job: RunConfig) -> Outcome:
     """Train one model of a preset of equations -> its answers to what was held out, its last loss, and for each
     answer the share of the nearest training equations that have the same."""
     data, seed = data_of(job), job.train.seed
@@ -293,32 +324,33 @@ def _aligned(equation: str, width: int) -> str:
 # processes ----------------------------------------------------------------------------------------------
 
 
-def _all(jobs: list[RunConfig], number: int) -> Iterator[tuple[list[Answer], float, list[float]]]:
-    """The results of all jobs as they arrive. Models are small: each process trains one after the other."""
+def _all(jobs: list[RunConfig], number: int, others: Others) -> Iterator[tuple[int, Outcome]]:
+    """The outcomes of all jobs as they arrive. Models are small: each process trains one after the other.
+
+    number: how many processes train, the other ranks included.
+    """
     if number == 1:
-        yield from map(run_job, jobs)
+        yield from enumerate(map(run_job, jobs))
         return
-    idle: queue.SimpleQueue = queue.SimpleQueue()
     with ExitStack() as stack:
-        # closed last, because its threads wait for the processes
-        pool = stack.enter_context(ThreadPoolExecutor(number))
-        for _ in range(number):
-            idle.put(stack.enter_context(processes.started(TASK, "processes of the equation lab")))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for future in as_completed([pool.submit(_ask, idle, job) for job in jobs]):
-            answer = future.result()
-            yield [Answer(**row) for row in answer["answers"]], answer["loss"], answer["copied"]
+        others = others[: number - 1]
+        own = number - len(others)
+        pool = stack.enter_context(ThreadPoolExecutor(own))  # closed last: its threads wait for the processes
+        started = partial(processes.started, TASK, "processes of the equation lab")
+        children = [stack.enter_context(started()) for _ in range(own)]
+        start: Callable[..., Any] = pool.submit
+        slots = [partial(start, _ask, child) for child in children]
+        slots += [partial(other, run_job) for other in others]
+        yield from processes.results(jobs, slots)
 
 
-def _ask(idle: queue.SimpleQueue, job: RunConfig) -> dict[str, Any]:
-    """Run a job in one of the idle processes."""
-    child = idle.get()
+def _ask(child: subprocess.Popen, job: RunConfig) -> Outcome:
+    """Run a job in a process."""
     try:
-        return processes.ask(child, job.to_dict())
+        found = processes.ask(child, job.to_dict())
     except processes.Ended as ended:
-        raise BabyError(f"a process {ended} before its model was trained; try fewer --workers") from None
-    finally:
-        idle.put(child)
+        raise BabyError(f"a process {ended} before its model was trained; try fewer --workers or ranks") from None
+    return [Answer(**row) for row in found["answers"]], found["loss"], found["copied"]
 
 
 def answer_job(**job: Any) -> dict[str, Any]:
