@@ -35,7 +35,8 @@ TUNSETIFF, TAP, NO_PACKET_INFORMATION = 0x400454CA, 0x0002, 0x1000
 # HOST COMMAND...: what mpiexec calls in the place of ssh; ranks are bound to the cores in turn
 AGENT = """#!/bin/sh
 host=${{1##*.}}; shift
-exec ip netns exec {name}-$host unshare --uts sh -c "hostname {name}-$host; exec taskset -c $({core}) $*"
+name={name}-$host core=$({core})
+exec ip netns exec $name unshare --uts sh -c 'hostname $0; exec taskset -c $1 sh -c "$2"' $name $core "$*"
 """
 
 
@@ -76,7 +77,8 @@ def connected(number: int, line: Line) -> Iterator[Place]:
             before=("ip", "netns", "exec", f"{NAME}-0"),
             flags=("--host", ",".join(f"{SUBNET}.{host}:1" for host in hosts[1:])),
             environment={
-                "PRTE_MCA_plm_ssh_agent": str(agent), "PRTE_MCA_hwloc_default_binding_policy": "none",
+                "PRTE_MCA_plm_ssh_agent": str(agent), "PRTE_MCA_rmaps_default_mapping_policy": "node",
+                "PRTE_MCA_hwloc_default_binding_policy": "none",
                 **OVER_TCP, "OMPI_MCA_btl_tcp_if_include": f"{SUBNET}.0/24",
             },
             interface=INTERFACE,
