@@ -22,8 +22,8 @@ MANY, SMALL, LARGE = 64, 1 << 10, 8
 def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[int, int]]) -> dict:
     """The link, sums of arrays of these sizes, and steps of workloads with and without the sum, on rank 0.
 
-    interface: the one through which this rank alone sends, whose bytes are counted. workloads: for each, the steps of
-    warm-up and the steps.
+    interface: the one through which this rank alone sends, whose bytes are counted. workloads: for each, the steps
+    of warm-up and the steps.
     """
     group = join("mpi")
     models = {name: WORKLOADS[name].model(0.0).n_parameters for name in workloads}
@@ -46,7 +46,8 @@ def link(group: Group) -> dict[str, float]:
     latency = around(group, 1, 8)
     message = max(0.0, around(group, MANY, SMALL) - latency) / MANY
     large = around(group, LARGE, share) - 3 * latency - LARGE * message
-    terms, out = np.ones((group.size, BUCKET // group.size), np.float32), np.empty(BUCKET // group.size, np.float32)
+    terms = np.ones((group.size, BUCKET // group.size), np.float32)
+    out = np.empty_like(terms[0])
     group.broadcast(None)
     marks = [time.perf_counter()]
     for _ in range(HOPS):
@@ -59,8 +60,10 @@ def link(group: Group) -> dict[str, float]:
 
 
 def around(group: Group, count: int, size: int) -> float:
-    """Seconds from the sending of `count` messages of `size` bytes to the next rank until as many from the rank before
-    have arrived; all ranks do so at once, again and again."""
+    """Seconds from the sending of `count` messages of `size` bytes to the next rank until as many have arrived.
+
+    They come from the rank before: all ranks do so at once, again and again.
+    """
     from mpi4py import MPI  # only ranks have it
 
     ranks, n = MPI.COMM_WORLD, group.size

@@ -58,7 +58,8 @@ def main() -> int:
     try:
         if asked.table or asked.paper:
             found = {name: lines for name, lines in tables(read()).items() if asked.table or name == "paper"}
-            variants.show([line for name, lines in found.items() for line in (name, "", *lines, "")], found, asked.page)
+            lines = [line for name, table in found.items() for line in (name, "", *table, "")]
+            variants.show(lines, found, asked.page)
             return 0
         kind, states = ("network", over_networks()) if asked.network else ("ranks", against_workers(asked))
         suffix = "-ranks-network" if asked.network else "-ranks"
@@ -130,7 +131,8 @@ def requests(workload: Workload, steps: int | None) -> dict[str, dict]:
         RANKS: (2, workload.name, {"workers": 1, "distributed": "mpi"}),
         QUARTER: (1, smaller, {"workers": 2}),
     }
-    request = {"name": US, "steps": steps or workload.steps, "warmup": workload.warmup, "dropout": workload.dropout}
+    request = {"name": US, "steps": steps or workload.steps}
+    request |= {"warmup": workload.warmup, "dropout": workload.dropout}
     return {
         name: {"ranks": ranks, "task": "bench.peers:train", "request": {**request, "workload": sizes, **more}}
         for name, (ranks, sizes, more) in contenders.items()
@@ -138,7 +140,7 @@ def requests(workload: Workload, steps: int | None) -> dict[str, dict]:
 
 
 def unequal(runs: dict[str, list[dict]]) -> dict[str, str]:
-    """Why the ranks cannot be compared, if their losses differ from those of the workers: both do the same steps."""
+    """Why the ranks cannot be compared, if their losses differ from those of the workers, which do the same steps."""
     pairs = list(zip(runs.get(WORKERS, ()), runs.get(RANKS, ()), strict=False))
     bound = TOLERANCES["float32"]
     for a, b in ((a, b) for ours, theirs in pairs for a, b in zip(ours["losses"], theirs["losses"], strict=True)):
@@ -171,12 +173,12 @@ def document(result: dict) -> list[str]:
     """A result as Markdown."""
     found = tables_of_networks(result) if "networks" in result else tables_of_races(result)
     (_, rows), *more = found.items()
-    failed = [
-        f"- {race['workload']}: {name}: {why}" for race in result.get("races", ()) for name, why in race["failed"].items()
-    ]
-    goals = [results.goal(f"{race['workload']}, {RANKS} / {WORKERS}", share(race), GOAL, "{:.3f}") for race in result.get("races", ())]
     below = [line for _, table in more for line in (*results.markdown(table), "")]
-    return results.page(result, {}, rows, *below, *goals, *failed)
+    for race in result.get("races", ()):
+        what = f"{race['workload']}, {RANKS} / {WORKERS}"
+        below.append(results.goal(what, share(race), GOAL, "{:.3f}"))
+        below += [f"- {race['workload']}: {name} failed: {why}" for name, why in race["failed"].items()]
+    return [*results.page(result, {}, rows), *below]
 
 
 def tables(kept: dict[str, dict]) -> dict[str, list[str]]:
@@ -225,17 +227,19 @@ def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
                 "bytes sent / model": f"{bytes_:.3f}" if bytes_ else "",
             })  # fmt: skip
         for one in network["steps"]:
-            alone, model = statistics.median(one["ms without sums"]), 1e3 * time_model.sum_seconds(one["elements"], ranks, link)
+            model = 1e3 * time_model.sum_seconds(one["elements"], ranks, link)
+            measured, alone = (statistics.median(one[name]) for name in ("ms", "ms without sums"))
             steps.append({
-                **at, "workload": one["workload"], "without the sum": f"{alone:.1f}", "sum by the model": f"{model:.1f}",
-                **compared(statistics.median(one["ms"]), alone + model),
+                **at, "workload": one["workload"], "without the sum": f"{alone:.1f}",
+                "sum by the model": f"{model:.1f}", **compared(measured, alone + model),
             })  # fmt: skip
     return {"links": links, "sums": sums, "steps": steps}
 
 
 def compared(measured: float, model: float) -> dict[str, str]:
     """Milliseconds that were measured, those of the model, and how much the model is off, for cells."""
-    return {"measured, ms": f"{measured:.2f}", "model, ms": f"{model:.2f}", "error": f"{model / measured - 1:+.0%}"}
+    found = {"measured, ms": f"{measured:.2f}", "model, ms": f"{model:.2f}"}
+    return {**found, "error": f"{model / measured - 1:+.0%}"}
 
 
 # on paper -----------------------------------------------------------------------------------------------
@@ -246,18 +250,17 @@ def paper(kept: dict[str, dict]) -> list[dict[str, str]]:
     works, rows = measured_work(kept["ranks"]), []
     if not {"W3", "W4"} <= works.keys():
         raise BabyError(f"{KEPT['ranks']} lacks W3 or W4: measure them with python -m bench.ranks --keep")
-    (free,) = (Link(**one["link"]) for one in kept["network"]["networks"] if one["place"] == "TCP, not limited" and one["ranks"] == 2)
-    gpt2 = WORKLOADS["W5"]
+    free, gpt2 = unlimited(kept["network"]), WORKLOADS["W5"]
     cases = [
-        (name, WORKLOADS[name], works[name], size, per_rank)
+        (name, WORKLOADS[name], works[name], WORKLOADS[name].batch_size, grows)
         for name in ("W3", "W4")
-        for size, per_rank in ((WORKLOADS[name].batch_size, False), (WORKLOADS[name].batch_size, True))
+        for grows in (False, True)
     ]
     cases.append(("GPT-2 small", gpt2, extrapolated(works["W4"], WORKLOADS["W4"], gpt2), GPT2_SAMPLES, False))
-    for name, workload, work, size, per_rank in cases:
+    for name, workload, work, size, grows in cases:
         elements = workload.model(0.0).n_parameters
         for ranks in PAPER_RANKS:
-            batch = size * ranks if per_rank else size
+            batch = size * ranks if grows else size
             row = {"model": name, "samples per step": f"{batch:,}", "ranks": str(ranks)}
             row["computing"] = seconds(work.seconds(math.ceil(batch / ranks)))
             for line in PAPER_LINES:
@@ -269,13 +272,22 @@ def paper(kept: dict[str, dict]) -> list[dict[str, str]]:
     return rows
 
 
+def unlimited(result: dict) -> Link:
+    """What messages cost the processors, between two ranks with a core each, over TCP."""
+    wanted = "TCP, not limited", 2
+    for one in result["networks"]:
+        if (one["place"], one["ranks"]) == wanted:
+            return Link(**one["link"])
+    raise BabyError(f"{KEPT['network']} is not complete: measure it with python -m bench.ranks --network --keep")
+
+
 def measured_work(result: dict) -> dict[str, Work]:
     """What two workers compute in a step, by workload, from the times of the batch and of a quarter of it."""
     found = {}
     for race in result["races"]:
         if {WORKERS, QUARTER} <= race["runs"].keys():
-            whole, quarter = (1e-3 * statistics.median(results.times(race["runs"][name])) for name in (WORKERS, QUARTER))
-            batch = WORKLOADS[race["workload"]].batch_size
+            runs, batch = race["runs"], WORKLOADS[race["workload"]].batch_size
+            whole, quarter = (1e-3 * statistics.median(results.times(runs[name])) for name in (WORKERS, QUARTER))
             found[race["workload"]] = time_model.work(batch, whole, max(1, batch // 4), quarter)
     return found
 

@@ -96,4 +96,5 @@ def step_seconds(work: Work, batch: int, ranks: int, elements: int, link: Link) 
 
 def efficiency(work: Work, batch: int, ranks: int, elements: int, link: Link) -> float:
     """The time of one rank alone for the whole batch, as a share of the time that all ranks spend together."""
-    return step_seconds(work, batch, 1, elements, link) / (ranks * step_seconds(work, batch, ranks, elements, link))
+    alone, together = (step_seconds(work, batch, number, elements, link) for number in (1, ranks))
+    return alone / (ranks * together)

@@ -108,8 +108,8 @@ def fit_as_train_does(
     listener: what the loop reports to; keep: receives its checkpoints, and the workers before them, None if there
     are none; by default nothing is done with either.
     weights (P,): the first ones; None: drawn from the seed of the config. group: the ranks that train together.
-    Returns the result, the sizes of all processes of this rank, and their number, which `train` would choose too: a
-    small step is computed by one process with one BLAS thread, any other one by a process on each core
+    Returns the result, the sizes of all processes of this rank, and their number, which `train` would choose too:
+    a small step is computed by one process with one BLAS thread, any other one by a process on each core
     (baby_xp.session).
     """
     group = group or Group()

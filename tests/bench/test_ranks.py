@@ -1,6 +1,7 @@
 """bench.ranks: the model of the time of a step, its tables, ranks started by mpiexec, hosts in namespaces."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def test_on_paper_ranks_without_samples_gain_nothing():
     more = {row[2]: row for row in rows if row[:2] == ["W3", f"{16 * 64}"]}
     assert more["64"][3] == "1.7 s"
     efficiencies = [[float(cell.split(", ")[1].rstrip("%")) for cell in row[4:]] for row in rows]
-    assert all(a <= b for of_row in efficiencies for a, b in zip(of_row, of_row[1:], strict=False))
+    assert all(a <= b for of_row in efficiencies for a, b in itertools.pairwise(of_row))
     assert {row[0] for row in rows} == {"W3", "W4", "GPT-2 small"}
 
 
@@ -160,10 +161,10 @@ def test_bad_flags_are_refused_before_anything_is_measured(monkeypatch, capsys, 
 def test_a_measurement_is_kept_and_its_goal_is_judged(monkeypatch, capsys, tmp_path):
     ms, losses = {1: 20.0, 2: 21.5}, {1: [4.0, 3.0], 2: [4.0, 3.0]}
 
-    def answer(task, ranks, task_, request):
+    def answer(of_launch, ranks, **request):
         return {**run(ms[ranks]), "losses": losses[ranks]}
 
-    answering(monkeypatch, lambda task, **request: answer(task, request["ranks"], request["task"], request["request"]))
+    answering(monkeypatch, answer)
     monkeypatch.setitem(ranks.KEPT, "ranks", tmp_path / "ranks.json")
     words = ["--workloads", "W1,W2", "--rounds", "2"]
     assert says(monkeypatch, ranks, *words, "--keep") == 0
@@ -223,7 +224,8 @@ def test_frames_reach_the_host_of_their_address():
     theirs = [pair[1].fileno() for pair in pairs]
     command = [sys.executable, "-m", "bench.hosts", "0.001", *map(str, theirs)]
     frame = lambda *to: bytes([*to, *range(100)])  # noqa: E731
-    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=theirs, cwd=ROOT, env=harness.environment()) as switch:
+    options = {"stdin": subprocess.PIPE, "pass_fds": theirs, "cwd": ROOT, "env": harness.environment()}
+    with subprocess.Popen(command, **options) as switch:
         ours = [pair[0] for pair in pairs]
         for one in ours:
             one.settimeout(60)
