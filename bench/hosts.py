@@ -140,7 +140,7 @@ def _run(*command: str) -> str:
 
 
 def pass_on(delay: float, taps: list[int]) -> None:
-    """Pass each frame on, some time after it came, until the standard input ends. taps: by the number of the host."""
+    """Pass each frame on, some time after it came, until the standard input ends. taps: by number of the host."""
     waiting: deque[tuple[float, list[int], bytes]] = deque()
     while True:
         left = max(0.0, waiting[0][0] - time.perf_counter()) if waiting else None

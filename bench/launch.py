@@ -1,4 +1,4 @@
-"""Starts what is measured as several ranks, with mpiexec: `python -m bench.launch TASK REQUEST FILE` is one of them."""
+"""Starts what is measured as several ranks, by mpiexec: `python -m bench.launch FUNCTION REQUEST FILE` is one."""
 
 import json
 import os
@@ -38,12 +38,12 @@ class Place:
     """The network interface through which a rank sends, if it has one of its own."""
 
 
-def answer(ranks: int, task: str, request: dict) -> Any:
+def answer(ranks: int, function: str, request: dict) -> Any:
     """What the function that a text like "bench.peers:train" names returns: here, or on rank 0 of several."""
-    return resolve_name(task)(**request) if ranks == 1 else together(ranks, task, request)
+    return resolve_name(function)(**request) if ranks == 1 else together(ranks, function, request)
 
 
-def together(ranks: int, task: str, request: dict, place: Place | None = None) -> Any:
+def together(ranks: int, function: str, request: dict, place: Place | None = None) -> Any:
     """What the function returns on rank 0, if so many ranks call it. Raises BabyError if they fail."""
     place, program = place or Place(), mpiexec()
     with TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def together(ranks: int, task: str, request: dict, place: Place | None = None) -
         command = [*place.before, program, *place.flags, "-n", str(ranks), sys.executable, "-m", "bench.launch"]
         try:
             done = subprocess.run(
-                [*command, task, json.dumps(request), str(file)], cwd=harness.ROOT,
+                [*command, function, json.dumps(request), str(file)], cwd=harness.ROOT,
                 env={**harness.environment(), **PERMISSIONS, **place.environment},
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
             )  # fmt: skip
@@ -74,11 +74,11 @@ def mpiexec() -> str:
 
 def main() -> int:
     """Be one rank; rank 0 writes what the function returns to the file, as JSON."""
-    task, request, file = sys.argv[1:]
+    function, request, file = sys.argv[1:]
     try:
         group = join("mpi")
         try:
-            found = resolve_name(task)(**json.loads(request))
+            found = resolve_name(function)(**json.loads(request))
         except BaseException:
             group.fail()
             raise

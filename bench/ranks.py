@@ -134,13 +134,13 @@ def requests(workload: Workload, steps: int | None) -> dict[str, dict]:
     request = {"name": US, "steps": steps or workload.steps}
     request |= {"warmup": workload.warmup, "dropout": workload.dropout}
     return {
-        name: {"ranks": ranks, "task": "bench.peers:train", "request": {**request, "workload": sizes, **more}}
+        name: {"ranks": ranks, "function": "bench.peers:train", "request": {**request, "workload": sizes, **more}}
         for name, (ranks, sizes, more) in contenders.items()
     }
 
 
 def unequal(runs: dict[str, list[dict]]) -> dict[str, str]:
-    """Why the ranks cannot be compared, if their losses differ from those of the workers, which do the same steps."""
+    """Why the ranks cannot be compared, if the losses of their steps differ from those of the workers."""
     pairs = list(zip(runs.get(WORKERS, ()), runs.get(RANKS, ()), strict=False))
     bound = TOLERANCES["float32"]
     for a, b in ((a, b) for ours, theirs in pairs for a, b in zip(ours["losses"], theirs["losses"], strict=True)):
