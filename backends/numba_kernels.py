@@ -46,7 +46,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "muon.muon": numba_optimizers.muon_step,
     "muon.update_into": numba_optimizers.muon_update_into,
     "optimizers.adamw": numba_optimizers.adamw,
-    "workers.adamw_into": numba_optimizers.adamw_into,
+    "optimizers.adamw_into": numba_optimizers.adamw_into,
     "gpt.prepare": numba_decoding.prepare,
     "gpt.decode": numba_decoding.decode,
 }

@@ -423,7 +423,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "optimizers.adamw": adamw,
     "optimizers.global_norm": global_norm,
     "step.add_tree": add_tree,
-    "workers.adamw_into": adamw_into,
+    "optimizers.adamw_into": adamw_into,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,
 }

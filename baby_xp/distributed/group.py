@@ -40,6 +40,16 @@ class Group:
         The terms are added in an order that does not depend on timing, and all ranks get the same bits.
         """
 
+    def sum_shares(self, array: Any, bounds: list[int], *small: Any) -> None:
+        """As sum, but of `array` (P,) each rank gets only its share, from bounds[rank] to bounds[rank + 1].
+
+        For arrays of NumPy. The rest of `array` stays as it is. `small`: arrays that become their whole sums.
+        """
+        self.sum(*small)
+
+    def gather_shares(self, array: Any, bounds: list[int]) -> None:
+        """Replace the shares of the other ranks in `array` (P,) by theirs."""
+
     def sum_of_numbers(self, *numbers: float) -> list[float]:
         """The sum over all ranks of each number, as float64."""
         import numpy as np  # --help does not need it

@@ -25,8 +25,8 @@ from baby_xp.errors import BabyError
 
 START_SECONDS = 300.0
 """How long ranks wait for those that start later."""
-BUCKET = 1 << 18
-"""Elements of the gradients that are summed at a time: few enough for a processor's cache."""
+PIECE = 1 << 17
+"""Elements of the gradients that a rank adds up at a time: few enough for a processor's cache."""
 SMALL = 1 << 10
 """Elements of an array of which each rank receives all terms: one message less."""
 MOST = 1 << 28
@@ -84,50 +84,60 @@ class MpiGroup(Group):
 
     def sum(self, *arrays: np.ndarray) -> None:
         """As Group.sum; contiguous arrays of NumPy."""
+        flat = [array.reshape(-1) for array in arrays]
+        small = [array for array in flat if array.size < SMALL]
+        for array in flat:
+            if array.size >= SMALL:
+                bounds = [array.size * rank // self.size for rank in range(self.size + 1)]
+                self.sum_shares(array, bounds)
+                self.gather_shares(array, bounds)
+        if small:
+            self.sum_shares(np.empty(0), [0] * (self.size + 1), *small)
+
+    def sum_shares(self, array: np.ndarray, bounds: list[int], *small: np.ndarray) -> None:
+        """As Group.sum_shares. Piece by piece: while one is added up, the next one travels."""
         if self.size == 1:
             return
         with self._watched():
-            flat = [array.reshape(-1) for array in arrays]
-            small = [array for array in flat if array.size < SMALL]
-            terms = [np.empty((self.size, array.size), array.dtype) for array in small]
-            # sent first, received last: their messages travel with those of the large ones
+            terms = [np.empty((self.size, one.size), one.dtype) for one in small]
+            # sent first, received last: their messages travel with those of the pieces
             requests = [self._all.Iallgather(*pair) for pair in zip(small, terms, strict=True)]
-            for array in flat:
-                if array.size >= SMALL:
-                    self._sum_large(array)
-            for request, array, received in zip(requests, small, terms, strict=True):
+            pieces = list(self._pieces(bounds))
+            pending = [self._exchange(array, piece, number) for number, piece in enumerate(pieces[:2])]
+            for number, (counts, begins) in enumerate(pieces):
+                request, received = pending.pop(0)
                 self._wait(request)
-                _add(received, array)
+                begin = begins[self.rank]
+                _add(received, array[begin : begin + counts[self.rank]])
+                if number + 2 < len(pieces):
+                    pending.append(self._exchange(array, pieces[number + 2], number))
+            for request, one, received in zip(requests, small, terms, strict=True):
+                self._wait(request)
+                _add(received, one)
 
-    def _sum_large(self, array: np.ndarray) -> None:
-        """Bucket by bucket; while one is added up, the next one travels."""
-        buckets = [array[first : first + BUCKET] for first in range(0, array.size, BUCKET)]
-        pending, gathering = self._exchange(buckets[0], 0), []
-        for i, bucket in enumerate(buckets):
-            request, own, received = pending
-            if i + 1 < len(buckets):
-                pending = self._exchange(buckets[i + 1], i + 1)
-            self._wait(request)
-            _add(received, bucket[own])
-            gathering.append(self._all.Iallgatherv(self._mpi.IN_PLACE, [bucket, self._shares(bucket.size)]))
-        for request in gathering:
-            self._wait(request)
+    def _pieces(self, bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Cuts all shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
+        longest = max(last - first for first, last in itertools.pairwise(bounds))
+        for at in range(0, longest, PIECE):
+            begins = [min(first + at, last) for first, last in itertools.pairwise(bounds)]
+            yield [min(PIECE, last - begin) for begin, last in zip(begins, bounds[1:], strict=True)], begins
 
-    def _shares(self, n: int) -> tuple[list[int], list[int]]:
-        """How many of n elements each rank adds up, and where they begin."""
-        bounds = [n * rank // self.size for rank in range(self.size + 1)]
-        return [end - begin for begin, end in itertools.pairwise(bounds)], bounds[:-1]
-
-    def _exchange(self, bucket: np.ndarray, number: int) -> tuple[Any, slice, np.ndarray]:
-        """Send each rank its share -> the request, this rank's own share, and where its terms arrive (size, n)."""
-        counts, begins = self._shares(bucket.size)
-        n, key = counts[self.rank], (number % 2, bucket.dtype)
+    def _exchange(self, array: np.ndarray, piece: Any, number: int) -> tuple[Any, np.ndarray]:
+        """Send each rank its piece -> the request, and where the terms of this rank's arrive (size, n)."""
+        n, key = piece[0][self.rank], (number % 2, array.dtype)
         if key not in self._rooms:
-            self._rooms[key] = np.empty(self.size * (BUCKET // self.size + 1), bucket.dtype)
+            self._rooms[key] = np.empty(self.size * PIECE, array.dtype)
         received = self._rooms[key][: self.size * n].reshape(self.size, n)
         places = [n] * self.size, [n * rank for rank in range(self.size)]
-        request = self._all.Ialltoallv([bucket, (counts, begins)], [received, places])
-        return request, slice(begins[self.rank], begins[self.rank] + n), received
+        return self._all.Ialltoallv([array, piece], [received, places]), received
+
+    def gather_shares(self, array: np.ndarray, bounds: list[int]) -> None:
+        """As Group.gather_shares."""
+        if self.size == 1:
+            return
+        with self._watched():
+            places = [last - first for first, last in itertools.pairwise(bounds)], bounds[:-1]
+            self._wait(self._all.Iallgatherv(self._mpi.IN_PLACE, [array, places]))
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """As Group.broadcast; what pickle can copy."""

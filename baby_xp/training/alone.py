@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from baby_xp.arrays.backend import Backend
@@ -10,7 +11,7 @@ from baby_xp.config import TrainConfig
 from baby_xp.distributed.group import Group
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training import optimizers
+from baby_xp.training import muon, optimizers
 from baby_xp.training.step import loss_and_gradients_with_dropout, total_loss
 
 WORTH_SPLITTING = 3e8
@@ -54,6 +55,26 @@ class Alone:
         """As step.total_loss."""
         return total_loss(self.backend.xp, self.model, params, batch)
 
-    def optimizer(self, config: TrainConfig) -> Callable[..., Any]:
-        """As optimizers.of."""
-        return optimizers.of(self.model, config)
+    def optimizer(self, config: TrainConfig, share: tuple[int, int] | None = None) -> Callable[..., Any]:
+        """As optimizers.of. share: the elements of the flat buffer that this rank updates, on NumPy; the others
+        are undefined afterwards, and the state before is valid until the step after the next one."""
+        if share is None:
+            return optimizers.of(self.model, config)
+        own = optimizers.parts(self.model, config.optimizer, share=share)
+        return _Share(own, muon.settings(config))
+
+
+class _Share:
+    """An optimizer as a function like optimizers.adamw, for a share; the states lie in two buffers in turn."""
+
+    def __init__(self, own: optimizers.Parts, settings: muon.Settings):
+        self.own, self.settings = own, settings
+        self.states: np.ndarray | None = None
+
+    def __call__(self, xp, w, g, m, v, *more):
+        if self.states is None:
+            self.states = np.zeros((2, 3, w.size), w.dtype)
+            self.states[:, 2] = v  # where Muon leaves it as it is
+        self.states = self.states[::-1]
+        optimizers.update_into(xp, self.own, self.settings, self.states[0], (w, m, v), g, *more)
+        return tuple(self.states[0])

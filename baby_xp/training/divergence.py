@@ -39,12 +39,14 @@ def largest_gradient(
     Computing the steps again gives the same numbers, so that a run need not store its past.
     """
     xp, finding = backend.xp, None
-    compute, optimizer = Ranks(group, own, backend, lambda: ()).gradients(config), own.optimizer(config)
+    ranks = Ranks(group, own, backend, model, config)
+    compute, optimizer = ranks.gradients(), ranks.optimizer()
     state = state_on_device(backend, model, config, start)
     with np.errstate(all="ignore"):
         for step in range(start.step, last):
             batch = dataset.batches.batch(step)
             loss, gradients = compute(xp, model, state, on_device(backend, batch))
+            ranks.gather(gradients)
             if not np.isfinite(backend.to_numpy(loss)).all():
                 break
             norms = _norms(model.layout, backend.to_numpy(gradients))
@@ -55,7 +57,7 @@ def largest_gradient(
             finding = Finding(parameter, norms[parameter], step + 1)
             if diverged:
                 break
-            state, _ = optimizers.update(xp, state, gradients, config, optimizer)
+            state, _ = optimizers.update(xp, state, gradients, config, optimizer, ranks.norm)
     return finding
 
 

@@ -21,7 +21,7 @@ from baby_xp.training.listener import Listener
 from baby_xp.training.plan import Plan, Position
 from baby_xp.training.ranks import Ranks
 from baby_xp.training.signals import Agreed, Stop
-from baby_xp.training.step import make_step, on_device
+from baby_xp.training.step import on_device
 from baby_xp.training.validation import mean_loss
 from baby_xp.training.workers import Workers
 
@@ -83,8 +83,7 @@ class Loop:
             except KeyboardInterrupt as interrupt:
                 reason = "interrupted"
                 if self.group.size > 1 and not isinstance(interrupt, Agreed):
-                    self._write_checkpoint()
-                    raise  # the other ranks are in the middle of the step that this one abandons
+                    raise  # the others are in the middle of the step: only the last checkpoint is whole
             self._write_checkpoint()
             final = None
             if reason != "interrupted":
@@ -99,9 +98,8 @@ class Loop:
 
     def _begin(self, start: Checkpoint) -> None:
         backend, model, config = self.backend, self.model, self.plan.train
-        self._ranks = Ranks(self.group, self.own, backend, self._said)
-        step = make_step(backend.xp, model, config, self._ranks.gradients(config), self.own.optimizer(config))
-        self._step = backend.compile(step)
+        self._ranks = Ranks(self.group, self.own, backend, model, config, self._said)
+        self._step = backend.compile(self._ranks.step())
         self._total = backend.compile(self.own.total_loss)
         self.state = state_on_device(backend, model, config, start)
         self.step, self.progress = start.step, start.progress
@@ -262,6 +260,7 @@ class Loop:
 
     def _checkpoint(self) -> Checkpoint:
         """A snapshot, on the host."""
+        self._ranks.gather(self.state["m"], self.state["v"])
         best = self.progress["best"]
         elsewhere = best is not None and best["step"] != self.step
         return Checkpoint(

@@ -1,10 +1,12 @@
-"""Ranks that share a step: each computes the gradients of its samples, and all get the sum.
+"""Ranks that share a step: each computes the gradients of its samples, which are then summed.
 
-All ranks hold the whole state and do the same steps, evaluations and decisions. What only one of them knows, such
+All ranks hold all parameters and do the same steps, evaluations and decisions. What only one of them knows, such
 as the time or that the user pressed Ctrl-C, travels with the sum of the gradients: all act on it after the same
 step.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,39 +18,51 @@ from baby_xp.config import TrainConfig
 from baby_xp.distributed.group import Group
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
+from baby_xp.training import optimizers
 from baby_xp.training.alone import Alone
-from baby_xp.training.step import gradients_of_step
+from baby_xp.training.step import gradients_of_step, make_step
 from baby_xp.training.workers import Workers
-
-Numbers = tuple[float, ...]
 
 
 class Ranks:
     """What a rank computes with the others, over what it computes alone or with its own workers: `own`.
 
+    Each rank computes the gradients of its samples, receives the sum of its share of the gradients, updates that
+    share of the parameters, and receives the other shares. On a GPU it receives and updates everything.
+
     say: the numbers that this rank tells the others in each step; their sums over the ranks are in `heard`
     afterwards, as many as there are.
     """
 
-    def __init__(self, group: Group, own: Alone | Workers, backend: Backend, say: Callable[[], Numbers]):
-        self.group, self.own, self.backend, self.say = group, own, backend, say
+    def __init__(
+        self, group: Group, own: Alone | Workers, backend: Backend, model: Model, config: TrainConfig,
+        say: Callable[[], tuple[float, ...]] = lambda: (),
+    ):  # fmt: skip
+        self.group, self.own, self.backend, self.model, self.config = group, own, backend, model, config
+        self.say = say
         self.heard: Any = None
         """An array of NumPy, or of the backend if the group sums on the device."""
-        numbers = group.all_gather(own.number)
-        self.processes = sum(numbers)
-        self.before = sum(numbers[: group.rank])
-        """Processes of lower ranks."""
+        self.processes = group.all_gather(own.number)
+        self.bounds = optimizers.shares(model, config.optimizer, self.processes)
+        self.share = slice(*self.bounds[group.rank : group.rank + 2])
+        self.divides = group.size > 1 and not group.on_device
+        """Whether each rank updates its share alone."""
 
-    def gradients(self, config: TrainConfig) -> Callable[..., Any]:
-        """As step.gradients_of_step, by all ranks together: one sum a step."""
-        compute = gradients_of_step(config, self.own.loss_and_gradients)
+    def step(self) -> Callable[..., Any]:
+        """As step.make_step, by all ranks together."""
+        parts = self.gradients(), self.optimizer(), self.norm
+        return make_step(self.backend.xp, self.model, self.config, *parts)
+
+    def gradients(self) -> Callable[..., Any]:
+        """As step.gradients_of_step; where ranks divide the update, only this one's share of them is the sum."""
+        compute = gradients_of_step(self.config, self.own.loss_and_gradients)
         if self.group.size == 1:
             return compute
 
         def of_step(xp, model: Model, state: dict[str, Any], batch: Batch):
-            share = self._share(batch)
-            if len(share.samples):
-                loss, gradients = compute(xp, model, state, share, n_targets=batch.targets.size)
+            own = self._own_samples(batch)
+            if len(own.samples):
+                loss, gradients = compute(xp, model, state, own, n_targets=batch.targets.size)
             else:
                 gradients = xp.zeros_like(state["params"])
                 loss = gradients[:1]
@@ -56,10 +70,37 @@ class Ranks:
 
         return of_step
 
-    def _share(self, batch: Batch) -> Batch:
-        """The samples of this rank, as many for each of its processes as for those of others."""
-        B, total = len(batch.samples), self.processes
-        first, last = (-(-B * at // total) for at in (self.before, self.before + self.own.number))
+    def optimizer(self) -> Callable[..., Any]:
+        """As optimizers.of."""
+        if not self.divides:
+            return self.own.optimizer(self.config)
+        update = self.own.optimizer(self.config, (self.share.start, self.share.stop))
+
+        def of_share(*arguments):
+            w, m, v = update(*arguments)
+            self.group.gather_shares(w, self.bounds)
+            return w, m, v
+
+        return of_share
+
+    def norm(self, xp, gradients):
+        """As optimizers.global_norm, of the shares of all ranks."""
+        if not self.divides:
+            return optimizers.global_norm(xp, gradients)
+        (own,) = optimizers.global_norm(xp, gradients[self.share])
+        (square,) = self.group.sum_of_numbers(float(own) ** 2)
+        return xp.asarray([math.sqrt(square)], dtype=gradients.dtype)
+
+    def gather(self, *arrays: Any) -> None:
+        """Complete gradients or moments (P,), of which each rank has only its share. All ranks call it."""
+        if self.divides:
+            for array in arrays:
+                self.group.gather_shares(array, self.bounds)
+
+    def _own_samples(self, batch: Batch) -> Batch:
+        """As many for each process of this rank as for those of others."""
+        B, ends = len(batch.samples), [0, *itertools.accumulate(self.processes)]
+        first, last = (-(-B * end // ends[-1]) for end in ends[self.group.rank : self.group.rank + 2])
         return samples(batch, first, last)
 
     def _sum(self, loss: Any, gradients: Any) -> tuple[Any, Any]:
@@ -68,6 +109,9 @@ class Ranks:
         if self.group.on_device:
             spoken = self.backend.to_device(spoken)
         spoken[0] = loss[0]
-        self.group.sum(gradients, spoken)
+        if self.divides:
+            self.group.sum_shares(gradients, self.bounds, spoken)
+        else:
+            self.group.sum(gradients, spoken)
         self.heard = spoken[1:]
         return self.backend.xp.astype(spoken[:1], gradients.dtype), gradients

@@ -42,19 +42,19 @@ def on_device(backend: Backend, batch: Batch) -> Batch:
     return Batch(*backend.asarrays(batch))
 
 
-def make_step(xp, model, config, compute=None, optimizer=None):
+def make_step(xp, model, config, compute=None, optimizer=None, norm_of=None):
     """The step of a model under a TrainConfig. Pure: a backend may trace, compile and run it ahead.
 
-    compute gives loss and gradients of a step, and optimizer has the signature of optimizers.adamw; the defaults
-    are those of the config, in one process. Workers and ranks have both. Raises BabyError if the optimizer has
-    nothing to do in this model.
+    compute gives loss and gradients of a step, optimizer has the signature of optimizers.adamw, and norm_of that
+    of optimizers.global_norm; the defaults are those of the config, in one process. Workers and ranks have others.
+    Raises BabyError if the optimizer has nothing to do in this model.
     """
     optimizer = optimizer or optimizers.of(model, config)
     compute = compute or gradients_of_step(config)
 
     def step(state, batch):
         loss, gradients = compute(xp, model, state, batch)
-        state, metrics = optimizers.update(xp, state, gradients, config, optimizer)
+        state, metrics = optimizers.update(xp, state, gradients, config, optimizer, norm_of)
         return state, {"loss": loss, **metrics}
 
     return step

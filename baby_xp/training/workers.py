@@ -36,7 +36,6 @@ from threadpoolctl import threadpool_limits
 from baby_xp import processes
 from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Backend
-from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tiles import samples
 from baby_xp.config import TrainConfig, model_from_dict, to_dict
@@ -257,12 +256,13 @@ class Workers:
             total = total + total.dtype.type(self.arena.losses[rank])
         return total
 
-    def optimizer(self, config: TrainConfig) -> Callable[..., Any]:
-        """As optimizers.of, by all processes together: each updates its parts."""
-        return functools.partial(self._update, config.optimizer, muon.settings(config))
+    def optimizer(self, config: TrainConfig, share: tuple[int, int] | None = None) -> Callable[..., Any]:
+        """As optimizers.of, by all processes together: each updates its parts, see also Alone.optimizer."""
+        share = share or (0, self.model.n_parameters)
+        return functools.partial(self._update, config.optimizer, muon.settings(config), share)
 
     def _update(
-        self, optimizer, more, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
+        self, optimizer, more, share, xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
     ):  # fmt: skip
         """What is not in the arena is copied there first."""
         arena = self.arena
@@ -279,8 +279,8 @@ class Workers:
         arena.settings[:] = beta1, beta2, weight_decay, *more
         self._number += 1
         for rank in range(1, self.number):
-            self._send(rank, UPDATE, old, OPTIMIZERS.index(optimizer))
-        _update_parts(self.backend, self.model, arena, 0, decays, old, OPTIMIZERS.index(optimizer))
+            self._send(rank, UPDATE, old, OPTIMIZERS.index(optimizer), *share)
+        _update_parts(self.backend, self.model, arena, 0, decays, old, OPTIMIZERS.index(optimizer), *share)
         for rank in range(1, self.number):
             self._wait(rank)
         return tuple(arena.states[1 - old])
@@ -358,25 +358,13 @@ def _gradients_of_shard(
     return loss, flat
 
 
-@replaceable
-def adamw_into(xp, new, w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay) -> None:
-    """As optimizers.adamw, on NumPy alone; the new w, m, v (P,) go into the arrays of `new`, shared memory."""
-    arguments = w, g, m, v, decays, scale, lr, bias1, bias2, beta1, beta2, weight_decay
-    for array, values in zip(new, optimizers.adamw(xp, *arguments), strict=True):
-        array[:] = values
-
-
-def _update_parts(backend, model, arena, rank, decays, old, optimizer, *_) -> None:
+def _update_parts(backend, model, arena, rank, decays, old, optimizer, first, last, *_) -> None:
     """Compute the parts of a process: from one state in the arena to the other."""
-    xp, own = backend.xp, optimizers.parts(model, OPTIMIZERS[optimizer], rank, len(arena.gradients))
-    before, new, g = arena.states[old], arena.states[1 - old], arena.gradients[0]
-    scale, lr, *biases = arena.rates
+    own = optimizers.parts(model, OPTIMIZERS[optimizer], rank, len(arena.gradients), (first, last))
     beta1, beta2, weight_decay, rate, momentum, iterations = arena.settings.tolist()
-    for at in own.slices:
-        arrays = before[0][at], g[at], before[1][at], before[2][at], decays[at]
-        adamw_into(xp, new[:, at], *arrays, scale, lr, *biases, beta1, beta2, weight_decay)
-    more = weight_decay, rate, momentum, int(iterations)
-    muon.update_into(xp, new, own.matrices, before[0], g, before[1], scale, lr, *more)
+    settings, states = muon.Settings(rate, momentum, int(iterations)), (arena.states[1 - old], arena.states[old])
+    more = decays, *arena.rates, beta1, beta2, weight_decay
+    optimizers.update_into(backend.xp, own, settings, *states, arena.gradients[0], *more)
 
 
 def serve() -> None:

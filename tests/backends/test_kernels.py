@@ -19,7 +19,7 @@ from baby_xp.config import GPTConfig
 from baby_xp.layers import Shape, gelu, heads, layernorm
 from baby_xp.models import Model
 from baby_xp.text.batches import Batch
-from baby_xp.training import optimizers, workers
+from baby_xp.training import optimizers
 from baby_xp.training.step import initial_state, loss_and_gradients_with_dropout, total_loss
 
 FAST, PLAIN = case_of("numpy"), case_of("numpy plain")
@@ -33,7 +33,7 @@ def test_the_layer_table_and_this_file_reach_every_faster_function(monkeypatch):
         p = numbers.layout.unpack(FAST.xp, numbers.flat)
         y, saved = entry.forward(FAST.xp, p, numbers.x, numbers.streams)
         entry.backward(FAST.xp, p, saved, numbers.dy(y.shape))
-    elsewhere = {"optimizers.adamw", "workers.adamw_into", "optimizers.global_norm", "step.add_tree"}
+    elsewhere = {"optimizers.adamw", "optimizers.adamw_into", "optimizers.global_norm", "step.add_tree"}
     elsewhere |= {"muon.muon", "muon.orthogonalize"}  # tests/training/test_muon.py
     generation = {"gpt.prepare", "gpt.decode"}  # tests/inference/test_cache.py
     assert reached | elsewhere | generation == every
@@ -51,7 +51,7 @@ def test_adamw_in_tiles_is_adamw(size):
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
     for backend, expected in ((FAST, fast), (PLAIN, plain)):
         new = np.empty((3, size))
-        workers.adamw_into(backend.xp, new, *arguments)
+        optimizers.adamw_into(backend.xp, new, *arguments)
         assert new.tobytes() == np.stack(expected).tobytes()
 
 

@@ -33,7 +33,7 @@ from baby_xp.layers import (
     swiglu,
 )
 from baby_xp.layers.query_key import Steps
-from baby_xp.training import muon, optimizers, workers
+from baby_xp.training import muon, optimizers
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -298,7 +298,7 @@ def test_adamw(fast, plain, size):
     for one, other in zip(found, expected, strict=True):
         close(one, other)
     new = np.empty((3, size), np.float32)
-    workers.adamw_into(fast, new, w, g, m, v, decays, *rates, *more)
+    optimizers.adamw_into(fast, new, w, g, m, v, decays, *rates, *more)
     assert new.tobytes() == np.stack(found).tobytes()
 
 
