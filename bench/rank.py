@@ -1,4 +1,4 @@
-"""What each rank does in a measurement over a network: what its link costs, sums, and steps of workloads."""
+"""What each rank does in a measurement over a network: its link, what a step sends, and steps of workloads."""
 
 import time
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp.distributed import Group, join
-from baby_xp.distributed.mpi import BUCKET, PAUSE, TESTS
+from baby_xp.distributed.mpi import PAUSE, PIECE, TESTS
 from baby_xp.errors import BabyError
 from bench import hosts, peers
 from bench.harness import US
@@ -14,13 +14,13 @@ from bench.time_model import NUMBERS
 from bench.workloads import WORKLOADS
 
 HOPS, REPEATS = 30, 7
-"""How often messages go around, and sums are repeated: medians count."""
+"""How often messages go around, and what a step sends is sent: medians count."""
 MANY, SMALL, LARGE = 64, 1 << 10, 8
 """Small messages at once, and their bytes; large messages at once."""
 
 
 def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[int, int]]) -> dict:
-    """The link, sums of arrays of these sizes, and steps of workloads with and without the sum, on rank 0.
+    """The link, what steps with so many parameters send, and steps of workloads with and without it, on rank 0.
 
     interface: the one through which this rank alone sends, whose bytes are counted. workloads: for each, the steps
     of warm-up and the steps.
@@ -28,27 +28,25 @@ def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[
     group = join("mpi")
     models = {name: WORKLOADS[name].model(0.0).n_parameters for name in workloads}
     found: dict[str, Any] = {"link": link(group)}
-    found["sums"] = [sums(group, n, interface) for n in sorted({*sizes, *models.values()})]
+    found["exchanges"] = [exchanges(group, n, interface) for n in sorted({*sizes, *models.values()})]
     found["steps"] = []
     for name, (warmup, steps) in workloads.items():
         dropout = WORKLOADS[name].dropout
         request = {"workload": name, "steps": steps, "warmup": warmup, "dropout": dropout, "workers": 1}
-        ms = [
-            peers.train(US, distributed="mpi", with_sums=with_sums, **request)["ms"] for with_sums in (True, False)
-        ]
-        found["steps"].append({"workload": name, "elements": models[name], "ms": ms[0], "ms without sums": ms[1]})
+        ms, alone = (peers.train(US, distributed="mpi", exchange=both, **request)["ms"] for both in (True, False))
+        found["steps"].append({"workload": name, "elements": models[name], "ms": ms, "ms computing": alone})
     return found
 
 
 def link(group: Group) -> dict[str, float]:
     """The constants of time_model.Link. All ranks measure them at once, each between itself and its neighbours."""
-    share = 4 * BUCKET // group.size
+    piece = 4 * PIECE
     latency = around(group, 1, 8)
     message = max(0.0, around(group, MANY, SMALL) - latency) / MANY
-    large = around(group, LARGE, share) - 3 * latency - LARGE * message
-    terms = np.ones((group.size, BUCKET // group.size), np.float32)
+    large = around(group, LARGE, piece) - 3 * latency - LARGE * message
+    terms = np.ones((group.size, PIECE), np.float32)
     out = np.empty_like(terms[0])
-    group.broadcast(None)
+    group.sum_of_numbers(1.0)
     marks = [time.perf_counter()]
     for _ in range(HOPS):
         np.add(terms[0], terms[1], out=out)
@@ -56,7 +54,7 @@ def link(group: Group) -> dict[str, float]:
             out += term
         marks.append(time.perf_counter())
     add = float(np.median(np.diff(marks))) / terms.size
-    return {"latency": latency, "bandwidth": LARGE * share / large, "message": message, "add": add}
+    return {"latency": latency, "bandwidth": LARGE * piece / large, "message": message, "add": add}
 
 
 def around(group: Group, count: int, size: int) -> float:
@@ -74,23 +72,28 @@ def around(group: Group, count: int, size: int) -> float:
         requests = [ranks.Irecv(received[i], before, i) for i in range(count)]
         requests += [ranks.Isend(message, after, i) for i in range(count)]
         tests = 0
-        while not MPI.Request.Testall(requests):  # as the sum itself waits
+        while not MPI.Request.Testall(requests):  # as the group itself waits
             tests += 1
             time.sleep(0 if tests < TESTS else PAUSE)
         marks.append(time.perf_counter())
     return float(np.median(np.diff(marks)))
 
 
-def sums(group: Group, elements: int, interface: str | None) -> dict:
-    """The milliseconds of sums as in a step, and the bytes that this rank sends in one of them."""
-    array, numbers = np.ones(elements, np.float32), np.zeros(NUMBERS)
-    group.sum(array, numbers)
-    before, marks = interface and hosts.sent(interface), [time.perf_counter()]
-    for _ in range(REPEATS):
-        group.sum(array, numbers)
-        marks.append(time.perf_counter())
-    after = interface and hosts.sent(interface)
-    if not (array == group.size ** (REPEATS + 1)).all():
-        raise BabyError(f"a sum of {elements} elements over {group.size} ranks is wrong")
-    moved = None if interface is None else (after - before) / REPEATS
-    return {"elements": elements, "ms": (1e3 * np.diff(marks)).tolist(), "bytes": moved}
+def exchanges(group: Group, elements: int, interface: str | None) -> dict:
+    """The milliseconds of what ranks exchange in a step with so many parameters, and bytes that this one sends."""
+    bounds = [elements * rank // group.size for rank in range(group.size + 1)]
+    array, numbers = np.empty(elements, np.float32), np.zeros(NUMBERS)
+    sent, marks = [], []
+    for _ in range(REPEATS + 1):
+        array[:] = 1
+        group.sum_of_numbers(1.0)  # all begin together
+        before, begin = interface and hosts.sent(interface), time.perf_counter()
+        group.sum_shares(array, bounds, numbers)
+        group.sum_of_numbers(1.0)
+        group.gather_shares(array, bounds)
+        marks.append(time.perf_counter() - begin)
+        sent.append(interface and hosts.sent(interface) - before)
+        if not (array == group.size).all():
+            raise BabyError(f"a sum of {elements} elements over {group.size} ranks is wrong")
+    moved = interface and float(np.median(sent[1:]))
+    return {"elements": elements, "ms": [1e3 * one for one in marks[1:]], "bytes": moved}

@@ -1,8 +1,8 @@
 """Ranks of MPI against worker processes; ranks over limited networks, compared with a model of their time.
 
-`python -m bench.ranks` compares two ranks with two workers. With --network it measures sums and steps of ranks in
-network namespaces, which needs Linux and root. With --paper it computes, from what was kept of both, the time of a
-step on more machines than there are. See bench/README.md.
+`python -m bench.ranks` compares two ranks with two workers. With --network it measures ranks in network
+namespaces, which needs Linux and root: what they send each other, and their steps. With --paper it computes, from
+what was kept of both, the time of a step on more machines than there are. See bench/README.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ NUMBERS = (2, 4)
 STEPPED = {"W1": (5, 15), "W2": (5, 15), "W3": (2, 5)}
 """The workloads whose steps are measured there: steps of warm-up, and steps."""
 SIZES = (10_000, 100_000, 1_000_000)
-"""Elements of the sums that are measured there, besides those of the largest workload."""
+"""Numbers of parameters of which all is sent there that a step sends, besides those of the workloads."""
 KEPT = {"ranks": variants.RESULTS / "ranks.json", "network": variants.RESULTS / "ranks-network.json"}
 
 # what is computed on paper
@@ -210,8 +210,8 @@ def share(race: dict) -> float | None:
 
 
 def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
-    """What connects the ranks; the time of sums; the time of steps: measured, and by the model."""
-    links, sums, steps = [], [], []
+    """What connects the ranks; the time of what they exchange; the time of steps: measured, and by the model."""
+    links, exchanges, steps = [], [], []
     for network in result["networks"]:
         link, ranks = Link(**network["link"]), network["ranks"]
         at = {"network": network["place"], "ranks": str(ranks)}
@@ -219,21 +219,21 @@ def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
             **at, "latency, ms": f"{1e3 * link.latency:.3f}", "Gbit/s": f"{8e-9 * link.bandwidth:.3g}",
             "µs per message": f"{1e6 * link.message:.1f}", "ns per element added": f"{1e9 * link.add:.2f}",
         })  # fmt: skip
-        for one in network["sums"]:
-            model = 1e3 * time_model.sum_seconds(one["elements"], ranks, link)
+        for one in network["exchanges"]:
+            model = 1e3 * time_model.exchange_seconds(one["elements"], ranks, link)
             bytes_ = one["bytes"] and one["bytes"] / time_model.traffic(one["elements"], ranks).bytes
-            sums.append({
-                **at, "elements": f"{one['elements']:,}", **compared(statistics.median(one["ms"]), model),
+            exchanges.append({
+                **at, "parameters": f"{one['elements']:,}", **compared(statistics.median(one["ms"]), model),
                 "bytes sent / model": f"{bytes_:.3f}" if bytes_ else "",
             })  # fmt: skip
         for one in network["steps"]:
-            model = 1e3 * time_model.sum_seconds(one["elements"], ranks, link)
-            measured, alone = (statistics.median(one[name]) for name in ("ms", "ms without sums"))
+            model = 1e3 * time_model.exchange_seconds(one["elements"], ranks, link)
+            measured, alone = (statistics.median(one[name]) for name in ("ms", "ms computing"))
             steps.append({
-                **at, "workload": one["workload"], "without the sum": f"{alone:.1f}",
-                "sum by the model": f"{model:.1f}", **compared(measured, alone + model),
+                **at, "workload": one["workload"], "computing": f"{alone:.1f}",
+                "exchange by the model": f"{model:.1f}", **compared(measured, alone + model),
             })  # fmt: skip
-    return {"links": links, "sums": sums, "steps": steps}
+    return {"links": links, "exchanges": exchanges, "steps": steps}
 
 
 def compared(measured: float, model: float) -> dict[str, str]:
@@ -262,7 +262,7 @@ def paper(kept: dict[str, dict]) -> list[dict[str, str]]:
         for ranks in PAPER_RANKS:
             batch = size * ranks if grows else size
             row = {"model": name, "samples per step": f"{batch:,}", "ranks": str(ranks)}
-            row["computing"] = seconds(work.seconds(math.ceil(batch / ranks)))
+            row["computing"] = seconds(work.seconds(math.ceil(batch / ranks), ranks))
             for line in PAPER_LINES:
                 link = Link(line.delay, line.bits / 8, free.message, free.add)
                 step = time_model.step_seconds(work, batch, ranks, elements, link)
@@ -293,7 +293,7 @@ def measured_work(result: dict) -> dict[str, Work]:
 
 
 def extrapolated(work: Work, measured: Workload, other: Workload) -> Work:
-    """Of a workload that was not measured: as many operations per second, as many parameters per second."""
+    """Of a workload that was not measured: as many operations per second, and parameters."""
     flops, sizes = (
         [function(one) for one in (measured, other)]
         for function in (
@@ -301,7 +301,7 @@ def extrapolated(work: Work, measured: Workload, other: Workload) -> Work:
             lambda one: one.model(0.0).n_parameters,
         )
     )
-    return Work(work.sample * flops[1] / flops[0], work.fixed * sizes[1] / sizes[0])
+    return Work(work.sample * flops[1] / flops[0], work.update * sizes[1] / sizes[0])
 
 
 def seconds(value: float) -> str:

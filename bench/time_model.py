@@ -1,17 +1,18 @@
 """A model of the time of a step that several ranks share, from constants that are measured directly.
 
-A step takes as long as a rank computes, plus the sum of the gradients (`sum_seconds`):
+A step takes as long as a rank computes, plus what the ranks send each other (`exchange_seconds`):
 
     bytes / bandwidth + messages * message + elements * add + trips * latency
 
-The counts follow from what `baby_xp/distributed/mpi.py` sends. The gradients travel in buckets. Of each bucket, a
-rank sends every other rank that rank's share, adds up its own share, and sends the sum to every other rank.
+The counts follow from `baby_xp/training/ranks.py` and `baby_xp/distributed/mpi.py`. Each rank sends every other
+one that rank's share of the gradients, piece by piece, and adds up its own share; tells the others the norm of it;
+and sends every other rank its share of the new parameters.
 """
 
 import math
 from dataclasses import dataclass
 
-from baby_xp.distributed.mpi import BUCKET
+from baby_xp.distributed.mpi import PIECE
 
 EAGER = 1 << 16
 """Bytes up to which Open MPI sends a message over TCP at once; a longer one is announced and asked for first."""
@@ -35,7 +36,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank sends in one sum: bytes and messages. trips: messages that must wait for the one before."""
+    """What a rank sends in one step: bytes and messages. trips: messages that must wait for the one before."""
 
     bytes: float
     messages: int
@@ -44,31 +45,32 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds that a rank computes in a step: for each sample, and whatever the number of samples is."""
+    """Seconds of computing in a step: for each sample, and for the update, which the ranks divide."""
 
     sample: float
-    fixed: float
+    update: float
 
-    def seconds(self, samples: int) -> float:
-        """Of a step with so many samples."""
-        return self.sample * samples + self.fixed
+    def seconds(self, samples: int, ranks: int) -> float:
+        """Of a rank with so many samples."""
+        return self.sample * samples + self.update / ranks
 
 
 def traffic(elements: int, ranks: int, itemsize: int = 4) -> Traffic:
-    """What each of the ranks sends in the sum of a step's gradients (P,), with the numbers beside them."""
-    others = ranks - 1
+    """What each of the ranks sends in a step with so many parameters (P,)."""
+    others, share = ranks - 1, math.ceil(elements / ranks)
     if not others:
         return Traffic(0.0, 0, 0)
-    buckets = math.ceil(elements / BUCKET)
-    share = itemsize * min(elements, BUCKET) / ranks
-    sent = 2 * others / ranks * elements * itemsize + 8 * NUMBERS * others
-    # the first bucket's shares, then the last one's sums; the others travel meanwhile
-    trips = 2 * (1 if share <= EAGER else 3)
-    return Traffic(sent, (2 * buckets + 1) * others, trips)
+    pieces = math.ceil(share / PIECE)
+    sent = 2 * others / ranks * elements * itemsize + 8 * (NUMBERS + 1) * others
+    # pieces of the gradients, and shares of the parameters; the numbers; the norm
+    messages = (pieces + 3) * others
+    # the first piece, as the others follow meanwhile; the norm; the parameters
+    trips = 1 + sum(1 if itemsize * size <= EAGER else 3 for size in (min(share, PIECE), share))
+    return Traffic(sent, messages, trips)
 
 
-def sum_parts(elements: int, ranks: int, link: Link) -> dict[str, float]:
-    """Seconds of the sum of the gradients (P,), by what takes them. A rank alone sums nothing."""
+def exchange_parts(elements: int, ranks: int, link: Link) -> dict[str, float]:
+    """Seconds of what the ranks exchange in a step, by what takes them. A rank alone exchanges nothing."""
     sends = traffic(elements, ranks)
     return {
         "bytes": sends.bytes / link.bandwidth,
@@ -78,9 +80,9 @@ def sum_parts(elements: int, ranks: int, link: Link) -> dict[str, float]:
     }
 
 
-def sum_seconds(elements: int, ranks: int, link: Link) -> float:
-    """Seconds of the sum of the gradients (P,)."""
-    return sum(sum_parts(elements, ranks, link).values())
+def exchange_seconds(elements: int, ranks: int, link: Link) -> float:
+    """Seconds of what the ranks exchange in a step with so many parameters (P,)."""
+    return sum(exchange_parts(elements, ranks, link).values())
 
 
 def work(batch: int, seconds: float, smaller: int, seconds_of_smaller: float) -> Work:
@@ -91,7 +93,7 @@ def work(batch: int, seconds: float, smaller: int, seconds_of_smaller: float) ->
 
 def step_seconds(work: Work, batch: int, ranks: int, elements: int, link: Link) -> float:
     """Seconds of a step of a batch, which the ranks share as evenly as whole samples allow."""
-    return work.seconds(math.ceil(batch / ranks)) + sum_seconds(elements, ranks, link)
+    return work.seconds(math.ceil(batch / ranks), ranks) + exchange_seconds(elements, ranks, link)
 
 
 def efficiency(work: Work, batch: int, ranks: int, elements: int, link: Link) -> float:

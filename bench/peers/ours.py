@@ -50,12 +50,12 @@ def train(
     library: str | None = None,
     kernels: str = "fast",
     distributed: Kind = "none",
-    with_sums: bool = True,
+    exchange: bool = True,
 ) -> Outcome:
     """Train on the batches of the clock. workers: None for the number that `train` would choose.
 
     library: a backend in the place of `backend`, on a GPU where that is on one. kernels: as in `load`.
-    distributed: as in `train`; without sums, each rank computes as always and goes on with its own gradients.
+    distributed: as in `train`; without exchange, each rank computes as always, and keeps what it computes.
     """
     if library:
         backend = f"{library}:{'gpu' if on_gpu(backend) else 'cpu'}"
@@ -64,7 +64,7 @@ def train(
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
     config, group = workload.training(len(clock)), join(distributed)
-    group = group if with_sums else WithoutSums(group)
+    group = group if exchange else Unconnected(group)
     result, sizes, number = fit_as_train_does(loaded, model, config, dataset, workers, group=group)
     last, details, found = result.checkpoint.progress["records"][-1], loaded.details(), loaded.memory()
     about = {**_about(loaded), "workers": str(number), **({"details": details} if details else {})}
@@ -124,8 +124,8 @@ def fit_as_train_does(
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
 
 
-class WithoutSums(Group):
-    """The ranks of a group, which wait for each other in each step, but keep their own gradients."""
+class Unconnected(Group):
+    """The ranks of a group, which wait for each other in each step, but exchange neither gradients nor parameters."""
 
     def __init__(self, group: Group):
         self.kind, self.rank, self.size, self._group = group.kind, group.rank, group.size, group
