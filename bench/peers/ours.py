@@ -125,7 +125,7 @@ def fit_as_train_does(
 
 
 class Unconnected(Group):
-    """The ranks of a group, which wait for each other in each step, but exchange neither gradients nor parameters."""
+    """The ranks of a group, which wait for each other in each step, but send neither gradients nor parameters."""
 
     def __init__(self, group: Group):
         self.kind, self.rank, self.size, self._group = group.kind, group.rank, group.size, group

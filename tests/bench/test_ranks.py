@@ -1,6 +1,5 @@
 """bench.ranks: the model of the time of a step, its tables, ranks started by mpiexec, hosts in namespaces."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 from bench_cases import ROOT, TINY_FIELDS, answering, nothing, result, run, says
+from mpi_runs import needs_mpi
 
 from baby_xp.errors import BabyError
 from bench import harness, hosts, launch, peers, ranks, time_model, variants
@@ -22,17 +22,6 @@ from bench.workloads import WORKLOADS
 PAGE = ROOT / "docs/machines.md"
 LINK = Link(latency=1e-3, bandwidth=1e8, message=1e-5, add=1e-9)
 FREE = Link(latency=0.0, bandwidth=float("inf"), message=0.0, add=0.0)
-
-
-@pytest.fixture
-def mpi():
-    """Skips the test where ranks cannot be started."""
-    if importlib.util.find_spec("mpi4py") is None:
-        pytest.skip("mpi4py is not installed")
-    try:
-        launch.mpiexec()
-    except BabyError as missing:
-        pytest.skip(str(missing))
 
 
 # the model ----------------------------------------------------------------------------------------------
@@ -187,8 +176,9 @@ def test_without_a_kept_result_there_is_no_table(monkeypatch, capsys, tmp_path):
 # ranks and hosts ----------------------------------------------------------------------------------------
 
 
+@needs_mpi
 @pytest.mark.slow
-def test_two_ranks_train_as_one_process_does(mpi):
+def test_two_ranks_train_as_one_process_does():
     request = {"name": harness.US, "workload": TINY_FIELDS, "steps": 3, "warmup": 1, "dropout": 0.0, "workers": 1}
     alone = peers.train(**request)
     together = launch.answer(2, "bench.peers:train", {**request, "distributed": "mpi"})
@@ -198,8 +188,9 @@ def test_two_ranks_train_as_one_process_does(mpi):
     assert apart["losses"] != pytest.approx(alone["losses"], rel=1e-6)
 
 
+@needs_mpi
 @pytest.mark.slow
-def test_ranks_that_fail_end_with_one_line(mpi, capfd):
+def test_ranks_that_fail_end_with_one_line(capfd):
     with pytest.raises(BabyError, match="mpiexec with 2 ranks ended with exit code"):
         launch.together(2, "bench.peers:train", {"name": "nobody", "workload": "W1"})
 
