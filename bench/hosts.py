@@ -11,6 +11,7 @@ enters the namespace of a host, which also gets a name of its own.
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -125,10 +126,13 @@ def _host(host: int, line: Line, undo: ExitStack) -> int:
 
 
 def _remove() -> None:
-    """Remove the namespaces; also those of a measurement that was killed."""
+    """Remove the namespaces and the processes in them; also those of a measurement that was killed."""
     for line in _run("ip", "netns", "list").splitlines():
         name = line.partition(" ")[0]
         if name.startswith(f"{NAME}-"):
+            for process in _run("ip", "netns", "pids", name).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             _run("ip", "netns", "delete", name)
 
 

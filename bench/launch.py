@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -49,17 +50,24 @@ def together(ranks: int, function: str, request: dict, place: Place | None = Non
     with TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [*place.before, program, *place.flags, "-n", str(ranks), sys.executable, "-m", "bench.launch"]
+        launcher = subprocess.Popen(
+            [*command, function, json.dumps(request), str(file)], cwd=harness.ROOT,
+            env={**harness.environment(), **PERMISSIONS, **place.environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [*command, function, json.dumps(request), str(file)], cwd=harness.ROOT,
-                env={**harness.environment(), **PERMISSIONS, **place.environment},
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise BabyError(f"{ranks} ranks took more than {SECONDS} s") from None
-        if done.returncode or not file.exists():
-            say(done.stdout + done.stderr)
-            raise BabyError(f"mpiexec with {ranks} ranks ended with exit code {done.returncode}")
+            said, _ = launcher.communicate(timeout=SECONDS)
+        except BaseException as error:
+            launcher.terminate()  # it ends the ranks; if it were killed, some might go on
+            with suppress(subprocess.TimeoutExpired):
+                launcher.communicate(timeout=10)
+            launcher.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BabyError(f"{ranks} ranks took more than {SECONDS} s") from None
+            raise
+        if launcher.returncode or not file.exists():
+            say(said)
+            raise BabyError(f"mpiexec with {ranks} ranks ended with exit code {launcher.returncode}")
         return json.loads(file.read_text("utf-8"))
 
 
