@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from baby_xp import files
+from baby_xp import files, processes
 from baby_xp.distributed import join
 from baby_xp.errors import BabyError
 from bench import harness
@@ -22,10 +22,8 @@ from bench.harness import say
 SECONDS = 540
 """How long ranks may take."""
 # Open MPI refuses root, and more ranks than cores, unless it is told otherwise. MPICH ignores these.
-PERMISSIONS = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}  # fmt: skip
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+OVERSUBSCRIBED = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,11 @@ def together(ranks: int, function: str, request: dict, place: Place | None = Non
     with TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [*place.before, program, *place.flags, "-n", str(ranks), sys.executable, "-m", "bench.launch"]
+        # with a core for each rank, Open MPI binds them
+        crowded = OVERSUBSCRIBED if ranks > processes.cores() else {}
         launcher = subprocess.Popen(
             [*command, function, json.dumps(request), str(file)], cwd=harness.ROOT,
-            env={**harness.environment(), **PERMISSIONS, **place.environment},
+            env={**harness.environment(), **AS_ROOT, **crowded, **place.environment},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
