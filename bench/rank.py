@@ -13,7 +13,7 @@ from bench.harness import US
 from bench.time_model import NUMBERS
 from bench.workloads import WORKLOADS
 
-HOPS, REPEATS = 30, 7
+ROUNDS, REPEATS = 15, 7
 """How often messages go around, and what a step sends is sent: medians count."""
 MANY, SMALL, LARGE = 64, 1 << 10, 8
 """Small messages at once, and their bytes; large messages at once."""
@@ -48,7 +48,7 @@ def link(group: Group) -> dict[str, float]:
     out = np.empty_like(terms[0])
     group.sum_of_numbers(1.0)
     marks = [time.perf_counter()]
-    for _ in range(HOPS):
+    for _ in range(ROUNDS):
         np.add(terms[0], terms[1], out=out)
         for term in terms[2:]:
             out += term
@@ -60,40 +60,41 @@ def link(group: Group) -> dict[str, float]:
 def around(group: Group, count: int, size: int) -> float:
     """Seconds from the sending of `count` messages of `size` bytes to the next rank until as many have arrived.
 
-    They come from the rank before: all ranks do so at once, again and again.
+    They come from the rank before: all ranks do so at once, again and again. A rank that is ahead waits longer for
+    the next message and shorter for one after that, so the mean over one round of all ranks counts.
     """
     from mpi4py import MPI  # only ranks have it
 
     ranks, n = MPI.COMM_WORLD, group.size
     after, before = (group.rank + 1) % n, (group.rank - 1) % n
-    message, received = np.zeros(size, np.uint8), np.empty((count, size), np.uint8)
+    messages, received = np.zeros((2, count, size), np.uint8)
     marks = [time.perf_counter()]
-    for _ in range(HOPS):
+    for _ in range(ROUNDS * n):
         requests = [ranks.Irecv(received[i], before, i) for i in range(count)]
-        requests += [ranks.Isend(message, after, i) for i in range(count)]
+        requests += [ranks.Isend(messages[i], after, i) for i in range(count)]
         tests = 0
         while not MPI.Request.Testall(requests):  # as the group itself waits
             tests += 1
             time.sleep(0 if tests < TESTS else PAUSE)
         marks.append(time.perf_counter())
-    return float(np.median(np.diff(marks)))
+    return float(np.median(np.diff(marks[::n]))) / n
 
 
 def exchanges(group: Group, elements: int, interface: str | None) -> dict:
     """The milliseconds of what ranks exchange in a step with so many parameters, and bytes that this one sends."""
     bounds = [elements * rank // group.size for rank in range(group.size + 1)]
     array, numbers = np.empty(elements, np.float32), np.zeros(NUMBERS)
-    sent, marks = [], []
+    seconds, sent = [], []
     for _ in range(REPEATS + 1):
         array[:] = 1
-        group.sum_of_numbers(1.0)  # all begin together
-        before, begin = interface and hosts.sent(interface), time.perf_counter()
+        group.sum_of_numbers(1.0)  # all begin together, when all has arrived that was sent before
+        sent.append(interface and hosts.sent(interface))
+        begin = time.perf_counter()
         group.sum_shares(array, bounds, numbers)
         group.sum_of_numbers(1.0)
         group.gather_shares(array, bounds)
-        marks.append(time.perf_counter() - begin)
-        sent.append(interface and hosts.sent(interface) - before)
+        seconds.append(time.perf_counter() - begin)
         if not (array == group.size).all():
             raise BabyError(f"a sum of {elements} elements over {group.size} ranks is wrong")
-    moved = interface and float(np.median(sent[1:]))
-    return {"elements": elements, "ms": [1e3 * one for one in marks[1:]], "bytes": moved}
+    moved = interface and (sent[-1] - sent[1]) / (REPEATS - 1)
+    return {"elements": elements, "ms": [1e3 * one for one in seconds[1:]], "bytes": moved}
