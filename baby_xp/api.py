@@ -35,7 +35,7 @@ from baby_xp.runs.table import Summary
 from baby_xp.session import session_of
 from baby_xp.text import dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
-from baby_xp.training import checkpoint
+from baby_xp.training import alike, checkpoint
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.listener import listening
 from baby_xp.training.plan import Plan
@@ -271,9 +271,27 @@ def _prepared(
     new: NewRun, config: RunConfig, compute: Compute, group: Group, tokenizer: Any = None
 ) -> Setup:
     """The setup of a new run, whose ids are removed if the run fails before its first checkpoint."""
-    setup = prepare(config, compute, _for_ids(group, new.files), tokenizer, group=group)
+    folder = _for_ids(group, new.files)
+    setup = _on_all(group, lambda: prepare(config, compute, folder, tokenizer, group=group))
     new.undo.callback(setup.dataset.discard)
     return setup
+
+
+def _on_all(group: Group, make: Callable[[], Setup]) -> Setup:
+    """The setup of each rank, which must be alike. Raises BabyError on all ranks if one of them has none."""
+    if group.size == 1:
+        return make()
+    group.cores()  # now, as no rank may wait there for one that fails
+    made: list[Setup] = []
+    try:
+        group.each(lambda: made.append(make()))
+        expected = group.broadcast(alike.figures(made[0]))
+        group.each(lambda: alike.check(made[0], expected))
+    except BaseException:
+        for setup in made:
+            setup.dataset.discard()
+        raise
+    return made[0]
 
 
 def _for_ids(group: Group, files: RunFiles) -> Path | None:
@@ -303,14 +321,17 @@ def _resumed(
         stored, start = group.first(read)
         files, config = stored.files, stored.config.override(overrides)
         base, text = stored.content["base"], stored.content["data"]
-        if data is None:
-            found = dataset.of_run(config.data, text["file"], text["sha256"])
-        else:
-            found = replace(config.data, data=checks.path("data", data))
-        config = replace(config, data=found)
         compute = _as_before(stored.content["place"], **where)
-        text_as_before = stored.tokenizer, text["sha256"]
-        setup = prepare(config, compute, _for_ids(group, files), *text_as_before, check_memory=False, group=group)
+
+        def make() -> Setup:
+            if data is None:
+                found = dataset.of_run(config.data, text["file"], text["sha256"])
+            else:
+                found = replace(config.data, data=checks.path("data", data))
+            more = _for_ids(group, files), stored.tokenizer, text["sha256"]
+            return prepare(replace(config, data=found), compute, *more, check_memory=False, group=group)
+
+        setup = _on_all(group, make)
         plan = Plan.of(setup, evaluate_first=base is not None)
         session = session_of(NewRun(files), setup, plan, listener, base, stored.content["started"])
         return session.run(start)

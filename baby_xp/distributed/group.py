@@ -33,6 +33,7 @@ class Group:
     """The device that this rank computes on, if the group says which."""
     on_device = False
     """Whether `sum` takes arrays of the backend; otherwise those of NumPy."""
+    _cores: int | None = None
 
     def sum(self, *arrays: Any) -> None:
         """Replace each array by its sum over all ranks, in place.
@@ -75,9 +76,28 @@ class Group:
             time.sleep(GRACE_SECONDS)
 
     def cores(self) -> int:
-        """The processor cores that this rank may use: those of its machine are divided among the ranks there."""
-        own = socket.gethostname(), processes.cores_used()
-        return max(1, len(own[1]) // self.all_gather(own).count(own))
+        """The processor cores that this rank may use: those of its machine are divided among the ranks there.
+
+        All ranks ask for it together the first time.
+        """
+        if self._cores is None:
+            own = socket.gethostname(), processes.cores_used()
+            self._cores = max(1, len(own[1]) // self.all_gather(own).count(own))
+        return self._cores
+
+    def each(self, function: Callable[[], T]) -> T:
+        """What the function returns on this rank; all call it. A BabyError of one of them is raised by all."""
+        if self.size == 1:
+            return function()
+        result, problem = None, None
+        try:
+            result = function()
+        except BabyError as error:
+            problem = error
+        for rank, found in enumerate(self.all_gather(problem)):
+            if found is not None:
+                raise problem if rank == self.rank else BabyError(f"rank {rank}: {found}" if rank else str(found))
+        return result  # type: ignore[return-value]
 
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks."""

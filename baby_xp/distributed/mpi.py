@@ -81,6 +81,7 @@ class MpiGroup(Group):
         self._all = communicator
         self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
         self._rooms: dict[Any, np.ndarray] = {}
+        self._cores = None
 
     def sum(self, *arrays: np.ndarray) -> None:
         """As Group.sum; contiguous arrays of NumPy."""
