@@ -68,7 +68,7 @@ def connected(number: int, line: Line) -> Iterator[Place]:
             [sys.executable, "-m", "bench.hosts", repr(line.delay), *map(str, taps)],
             stdin=subprocess.PIPE, pass_fds=taps, cwd=harness.ROOT, env=harness.environment(),
         )  # fmt: skip
-        undo.callback(switch.wait)
+        undo.enter_context(switch)  # waits for its end
         undo.callback(switch.kill)
         folder = undo.enter_context(TemporaryDirectory())
         agent = Path(folder) / "agent"
@@ -110,9 +110,12 @@ def _host(host: int, line: Line, undo: ExitStack) -> int:
     import fcntl  # not everywhere
 
     name, address = f"{NAME}-{host}", f"{SUBNET}.{host or 254}"
-    tap = os.open("/dev/net/tun", os.O_RDWR)
-    undo.callback(os.close, tap)
-    fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH", name.encode(), TAP | NO_PACKET_INFORMATION))
+    try:
+        tap = os.open("/dev/net/tun", os.O_RDWR)
+        undo.callback(os.close, tap)
+        fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH", name.encode(), TAP | NO_PACKET_INFORMATION))
+    except OSError as error:
+        raise BabyError(f"--network needs TAP devices ({error.strerror}): allow /dev/net/tun") from None
     _run("ip", "netns", "add", name)
     _run("ip", "link", "set", name, "netns", name)
     _run("ip", "-n", name, "link", "set", name, "name", INTERFACE, "address", f"02:00:00:00:00:{host:02x}")

@@ -16,6 +16,7 @@ from mpi_runs import needs_mpi
 
 from baby_xp.errors import BabyError
 from bench import harness, hosts, launch, peers, ranks, time_model, variants
+from bench.hosts import Line
 from bench.time_model import Link, Traffic, Work
 from bench.workloads import WORKLOADS
 
@@ -207,6 +208,23 @@ def test_hosts_need_root(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "PLACES", {"1 Gbit/s": ranks.PLACES["1 Gbit/s, 1 ms"]})
     assert says(monkeypatch, ranks, "--network") == 2
     assert "run it as root" in capsys.readouterr().err
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_ranks_on_hosts_of_their_own_send_the_bytes_of_the_model():
+    request = {"sizes": [300_000], "workloads": {}}
+    try:
+        with hosts.connected(2, Line(1e9, 1e-4)) as place:
+            found = launch.together(2, "bench.rank:measure", {**request, "interface": place.interface}, place)
+    except BabyError as reason:
+        if "mpiexec" in str(reason):
+            raise
+        pytest.skip(str(reason))
+    (one,) = found["exchanges"]
+    assert 1.0 <= one["bytes"] / time_model.traffic(300_000, 2).bytes < 1.05
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert hosts.NAME not in left
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone has such namespaces")
