@@ -183,8 +183,22 @@ def document(result: dict) -> list[str]:
 
 def tables(kept: dict[str, dict]) -> dict[str, list[str]]:
     """The tables of the page by name, as lines of Markdown."""
-    found = {**tables_of_races(kept["ranks"]), **tables_of_networks(kept["network"]), "paper": paper(kept)}
+    found = {"machine": about(kept), **tables_of_races(kept["ranks"]), **tables_of_networks(kept["network"])}
+    found["paper"] = paper(kept)
     return {name: results.markdown(rows) for name, rows in found.items()}
+
+
+def about(kept: dict[str, dict]) -> list[dict[str, str]]:
+    """When and where both kinds of results were measured."""
+    names = {"ranks": "ranks and workers", "network": "networks"}
+    return [
+        {
+            "figures": names[kind],
+            "measured": result["date"][:10] + (", on a busy machine" if results.was_busy(result) else ""),
+            "machine class": harness.class_of(result["machine"]),
+        }
+        for kind, result in kept.items()
+    ]
 
 
 def tables_of_races(result: dict) -> dict[str, list[dict[str, str]]]:
