@@ -20,7 +20,7 @@ from baby_xp.arrays import params
 from baby_xp.compute import Compute, Distribution
 from baby_xp.config import DataConfig, EquationConfig, GPTConfig, RunConfig, TrainConfig
 from baby_xp.convert import littlebaby
-from baby_xp.distributed import Group, Kind
+from baby_xp.distributed import Group, Kind, launchers
 from baby_xp.distributed.group import Lost
 from baby_xp.errors import BabyError
 from baby_xp.files import as_path, write_json
@@ -80,7 +80,7 @@ def train(
             start = group.first(lambda: checkpoint.first(setup.model, setup.config.train))
             return session_of(new, setup, Plan.of(setup), listener).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config)
 
 
 def finetune(
@@ -124,7 +124,7 @@ def finetune(
             plan = Plan.of(setup, evaluate_first=True)
             return session_of(new, setup, plan, listener, base.guid).run(start)
 
-    return _together(ranks, begin, path, vars(compute), listener)
+    return _together(ranks, begin, path, vars(compute), listener, config, base.guid)
 
 
 def resume(
@@ -338,11 +338,23 @@ def _resumed(
 
 
 def _together(
-    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any
-) -> Run:
-    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint."""
+    ranks: Distribution, begin: Callable[[Group], Run], path: str | Path, where: Where, listener: Any,
+    config: RunConfig | None = None, base: str | None = None,
+) -> Run:  # fmt: skip
+    """The run that `begin` trains; after each lost rank, what the others go on with from its last checkpoint.
+
+    config, base: of a new run, which an earlier attempt of a job that was started again may have begun.
+    """
     group = ranks.join()
     try:
+        if group.device and where["device"]:
+            given = f"--distributed {group.kind} gives each rank a GPU of its own"
+            raise BabyError(f"{given}: leave out --device, here {where['device']}")
+        if config and ranks.distributed != "none" and any(group.all_gather(launchers.started_again())):
+            found = group.first(lambda: config_file.of_this_job(as_path(path, "path"), config, base))
+            if found and group.rank == 0:
+                listener.note(f"started again: going on with run {found} from its last checkpoint")
+            begin = _after(found, begin, path, where, listener)
         for _ in range(ranks.restarts):
             try:
                 return begin(group)
@@ -351,7 +363,7 @@ def _together(
                     raise
                 if group.rank == 0:
                     listener.note(f"{lost}; going on with {layout.counted(group.size, 'rank')}")
-                begin = _after(lost.guid, begin, path, where, listener)
+                begin = _after(group.broadcast(lost.guid), begin, path, where, listener)
         return begin(group)
     except BaseException:
         group.fail()

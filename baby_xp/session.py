@@ -71,8 +71,8 @@ class TrainingSession(Listener):
                 self.listener.started(self, start.step)
                 parts = setup.backend, setup.model, setup.dataset
                 try:
-                    loop = Loop(*parts, self.plan, self, self.keep, stop, own, sample, setup.group)
-                    result = loop.run(start)
+                    # no name for the loop, which has all arrays: this frame is kept with an error
+                    result = Loop(*parts, self.plan, self, self.keep, stop, own, sample, setup.group).run(start)
                 except Diverged as diverged:
                     raise self._divergence(diverged, own) from None
                 return self._finish(result)
@@ -218,7 +218,7 @@ class TrainingSession(Listener):
         train, model, memory = self.plan.train, self.setup.model, shortage.memory
         known, itemsize = memory.used + (shortage.needed or 0), np.dtype(train.dtype).itemsize
         fits = counts.batch_that_fits(
-            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize
+            model.config, model.vocab_size, train.batch_size, memory.room, known, itemsize, train.optimizer
         )
         if not fits:
             return "by a rough estimate not one sequence would fit: choose a smaller model or a shorter --n-ctx"
@@ -235,7 +235,10 @@ class TrainingSession(Listener):
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
     def _stop_asked(self) -> None:
-        self.listener.note("stopping after this step, with a checkpoint; interrupt again to stop at once")
+        text = "stopping after this step, with a checkpoint; interrupt again to stop at once"
+        if self.setup.group.size > 1:  # a launcher also sends SIGTERM to the others when a rank has ended
+            text = "; ".join(filter(None, ("stopping all ranks after this step, if none is lost", self._kept())))
+        self.listener.note(text)
 
     def _divergence(self, diverged: Diverged, own: Alone | Workers) -> BabyError:
         """The message for a loss that is NaN or infinite."""
@@ -243,8 +246,8 @@ class TrainingSession(Listener):
         self.listener.note(f"{what}; searching for the cause from step {self._last.step} on")
         size = setup.model.n_parameters
         good, _ = setup.group.first(lambda: state_file.load_state(self.files.state, size, train.dtype))
-        parts = setup.backend, setup.model, train, setup.dataset, good, diverged.step
-        found = largest_gradient(*parts, own, setup.group)
+        start = setup.backend, setup.model, train, setup.dataset, good
+        found = largest_gradient(*start, diverged.step, own, setup.group)
         parts = [what]
         if found:
             norm = f"norm {found.norm:.3g} in step {found.step}"
@@ -288,8 +291,12 @@ class Follower(TrainingSession):
     def _begin(self, start: Checkpoint) -> None:
         self._last = _without_arrays(start)
 
+    def _kept(self) -> str:
+        """Without the step, as rank 0 may have been lost while it wrote."""
+        return f"its last checkpoint is kept: run {self.files.guid} can be resumed" if self._last.step else ""
+
     def _failed(self, error: Exception) -> None:
-        pass
+        """Rank 0 writes that."""
 
 
 def session_of(

@@ -7,15 +7,17 @@ so that a call from Python converts nothing. See numba_library.py, which runs th
 import importlib
 import json
 import multiprocessing
+import platform
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numba
-from baby_xp_backends import numba_library
+from baby_xp_backends import numba_image, numba_library, simd_width
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
@@ -37,13 +39,45 @@ def main(folder: str) -> None:
         for name, (symbol, kinds, assembly) in zip(_kernels(), pool.map(_compiled, _kernels()), strict=True):
             names[name] = [symbol, *kinds]
             modules.append(llvmlite.binding.parse_assembly(assembly))
+    code, places = machine_code(joined(modules), [symbol for symbol, *_ in names.values()])
+    (path / numba_library.CODE).write_bytes(code)
+    content = {
+        "sha256": numba_library.hash_of(path / numba_library.CODE), "width": simd_width.W,
+        "kernels": {name: [places.get(symbol, symbol), *kinds] for name, (symbol, *kinds) in names.items()},
+    }  # fmt: skip
+    (path / numba_library.NAMES).write_text(json.dumps(content))
+
+
+def joined(modules: list[Any]) -> Any:
+    """One module of all these."""
     whole, *others = modules
     for other in others:
         whole.link_in(other)
-    target = cpu_target.target_context.codegen()._tm  # numba's choices for this processor and system
-    (path / numba_library.CODE).write_bytes(target.emit_object(whole))
-    content = {"sha256": numba_library.hash_of(path / numba_library.CODE), "kernels": names}
-    (path / numba_library.NAMES).write_text(json.dumps(content))
+    return whole
+
+
+def machine_code(module: Any, symbols: list[str]) -> tuple[bytes, dict[str, int]]:
+    """An image, and the place of each symbol in it; where there are no images, an object file, and no places."""
+    codegen = cpu_target.target_context.codegen()
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        with suppress(ValueError):
+            return numba_image.linked(movable(module, symbols, codegen))
+    return codegen._tm.emit_object(module), {}  # numba's choices for this processor and system
+
+
+def movable(module: Any, symbols: list[str], codegen: Any) -> bytes:
+    """An object file that reaches everything relative to its own address. `symbols`: what others may call."""
+    more = llvmlite.binding.parse_assembly(numba_image.ZEROS)
+    more.triple, more.data_layout = module.triple, module.data_layout
+    whole = joined([module.clone(), more])
+    for one in (*whole.functions, *whole.global_variables):
+        if not one.is_declaration and one.name not in symbols:
+            one.linkage = "internal"
+    options = {"opt": numba.config.OPT}
+    codegen._customize_tm_options(options)
+    options |= {"reloc": "pic", "codemodel": "small", "jit": False}
+    llvmlite.binding.initialize_native_asmparser()
+    return llvmlite.binding.Target.from_triple(whole.triple).create_target_machine(**options).emit_object(whole)
 
 
 def _kernels() -> list[str]:

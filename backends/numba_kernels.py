@@ -12,6 +12,7 @@ from baby_xp_backends import (
     numba_attention,
     numba_decoding,
     numba_dropout,
+    numba_gpt,
     numba_norms,
     numba_optimizers,
     numba_products,
@@ -50,3 +51,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "gpt.prepare": numba_decoding.prepare,
     "gpt.decode": numba_decoding.decode,
 }
+
+CACHE_MULTIPLE = numba_gpt.PANEL
+"""The cache of generation has room for a multiple of this many tokens."""

@@ -1,9 +1,10 @@
 """The compiled kernels as a library of machine code: made once for each machine and version, then loaded.
 
-numba compiles in a process of its own, numba_compile.py. What loads the result is llvmlite alone, in a few
-milliseconds: importing numba would take half a second and tens of megabytes in each process. The modules of the
-kernels are therefore written to be imported without numba. There @compiled turns a kernel into an entry of this
-library, by its name; names that only the body of a kernel uses are imported under `if COMPILING`.
+numba compiles in a process of its own, numba_compile.py, to an image of machine code, see numba_image.py. All
+other processes map its file and share its pages. Importing numba would take half a second and tens of megabytes in
+each; so would LLVM in part, which loads an object file where there are no images. The modules of the kernels are
+therefore written to be imported without them. There @compiled turns a kernel into an entry of this library, by its
+name; names that only the body of a kernel uses are imported under `if COMPILING`.
 
 A folder holds the machine code that belongs to one state of the sources, one processor, numba and Python; its name
 is a hash of these. It is made aside, with a hash of the code, and then renamed: another process sees all of it or
@@ -18,28 +19,38 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from baby_xp import processes
 from baby_xp.errors import BabyError
+from baby_xp.files import reason
 
 COMPILING = False
 """Whether this process is the one that compiles."""
 FOLDER = "BABY_XP_KERNELS"
 """The environment variable by which worker processes find a temporary folder."""
 SOURCES = "simd*.py", "numba_*.py"
-CODE, NAMES = "kernels.o", "kernels.json"
+CODE, NAMES = "kernels.bin", "kernels.json"
+FILES = {CODE, NAMES, "kernels.o"}
+"""What a folder may contain; earlier versions wrote the last one."""
+FOLDERS = re.compile(r"[0-9a-f]{24}|new-\w{8}")
+"""Names of folders: of whole ones, and of what a compilation that was killed left."""
+KEPT = 30 * 86400
+"""Seconds after its last use until a folder is removed."""
 CALLED = "memcpy", "memmove", "memset", "sqrt"
 """Functions of the C library that compiled kernels may call. One that is missing would end the process."""
 
@@ -89,7 +100,7 @@ class Kernel:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        return library()[self.name](*arguments)
+        return library().kernels[self.name](*arguments)
 
 
 def flat(array) -> np.ndarray:
@@ -160,10 +171,28 @@ def hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+class Library(NamedTuple):
+    """The loaded kernels."""
+
+    kernels: dict[str, Any]
+    """Functions, by their names."""
+    width: int
+    """How many numbers their vectors hold."""
+
+
 @functools.cache
-def library() -> dict[str, Any]:
-    """All kernels as functions, by their names. Raises BabyError if they are missing and cannot be compiled."""
-    return _loaded(ready() or _made())
+def library() -> Library:
+    """All kernels. Raises BabyError if they are missing and cannot be compiled, or cannot be loaded."""
+    folder = ready() or _made()
+    with suppress(OSError):  # of a folder that is read-only
+        os.utime(folder)
+    try:
+        with suppress(FileNotFoundError):  # another process may remove it now, see remove_unused
+            return loaded(folder)
+        return loaded(_made())
+    except OSError as error:
+        why = f"the compiled kernels cannot be loaded ({reason(error)})"
+        raise BabyError(f"{why}; without them: --kernels numpy") from None
 
 
 def is_loaded() -> bool:
@@ -187,6 +216,7 @@ def _made() -> Path:
         aside = Path(tempfile.mkdtemp(dir=parent))
     try:
         _compile_into(aside)
+        remove_unused(parent)
         return _renamed(aside, parent / key())
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -202,6 +232,22 @@ def _compile_into(folder: Path) -> None:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BabyError(f"numba could not compile the kernels: {last[0]}; without them: --kernels numpy")
+
+
+def remove_unused(parent: Path) -> None:
+    """Remove folders of compiled kernels that no process has used for a while.
+
+    Nothing else: neither a folder of another name, nor one that contains other files, nor a link.
+    """
+    latest = time.time() - KEPT
+    for folder in parent.glob("*"):
+        with suppress(OSError):  # it belongs to somebody else, or another process has just removed it
+            if FOLDERS.fullmatch(folder.name) and not folder.is_symlink() and folder.stat().st_mtime < latest:
+                files = sorted(folder.iterdir(), key=lambda path: path.name != NAMES)  # without it, none is whole
+                if files and {path.name for path in files} <= FILES:
+                    for path in files:
+                        path.unlink()
+                    folder.rmdir()
 
 
 def _renamed(aside: Path, folder: Path) -> Path:
@@ -221,11 +267,45 @@ def _renamed(aside: Path, folder: Path) -> Path:
     return folder
 
 
-_engines: list[Any] = []
+_owners: list[Any] = []
 """What owns the loaded machine code."""
 
 
-def _loaded(folder: Path) -> dict[str, Any]:
+def loaded(folder: Path) -> Library:
+    """The kernels of a folder. Raises OSError if it is not there, or if the system does not let its code run."""
+    content, found = json.loads((folder / NAMES).read_text()), {}
+    is_image = all(isinstance(place, int) for place, *_ in content["kernels"].values())
+    address_of = (_mapped if is_image else _linked)(folder / CODE)
+    for name, (place, result, *kinds) in content["kernels"].items():
+        function = ctypes.PYFUNCTYPE(C_TYPES[result], *(C_TYPES[kind] for kind in kinds))
+        found[name] = function(address_of(place))
+    return Library(found, content["width"])
+
+
+def _mapped(path: Path) -> Callable[[int], int]:
+    """The address of each place in an image. Processes share its pages, where files may be executed."""
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+    except OSError:  # the file system was mounted with noexec
+        pages = _copied(path.read_bytes())
+    _owners.append(pages)
+    return np.frombuffer(pages, np.uint8).ctypes.data.__add__
+
+
+def _copied(code: bytes) -> mmap.mmap:
+    """The code in memory of this process that it may execute, and no longer write."""
+    pages = mmap.mmap(-1, len(code), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE)
+    pages.write(code)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    if protect(np.frombuffer(pages, np.uint8).ctypes.data, len(code), mmap.PROT_READ | mmap.PROT_EXEC):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return pages
+
+
+def _linked(path: Path) -> Callable[[str], int]:
+    """The address of each symbol in an object file, which LLVM loads."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -236,11 +316,8 @@ def _loaded(folder: Path) -> dict[str, Any]:
     machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
     far = platform.machine().lower() in ("aarch64", "arm64")  # there, code must not lie too far from its data
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=far)
-    engine.add_object_file(llvm.ObjectFileRef.from_data((folder / CODE).read_bytes()))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(path.read_bytes()))
     engine.finalize_object()
-    _engines.append(engine)
-    found = {}
-    for name, (symbol, result, *kinds) in json.loads((folder / NAMES).read_text())["kernels"].items():
-        function = ctypes.PYFUNCTYPE(C_TYPES[result], *(C_TYPES[kind] for kind in kinds))
-        found[name] = function(engine.get_function_address(symbol))
-    return found
+    _owners.append(engine)
+    address_of: Callable[[str], int] = engine.get_function_address
+    return address_of

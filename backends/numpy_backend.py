@@ -22,8 +22,12 @@ TOKENS_AT_ONCE = 1024
 
 
 def compiled_kernels() -> dict[str, Any]:
-    """What has compiled kernels. Its modules need llvmlite, so they are imported only where that is."""
-    return dict(importlib.import_module("baby_xp_backends.numba_kernels").KERNELS)
+    """What replaces functions by compiled ones, for Namespace.
+
+    Imported where numba works: its modules need llvmlite as long as nothing is compiled.
+    """
+    compiled = importlib.import_module("baby_xp_backends.numba_kernels")
+    return {"kernels": {**KERNELS, **compiled.KERNELS}, "cache_multiple": compiled.CACHE_MULTIPLE}
 
 
 class NumpyBackend(Backend):
@@ -40,8 +44,9 @@ class NumpyBackend(Backend):
         self.dtype, self.kernels = dtype, kernels
         self._compiles, self._why_not = False, ""
         self._by_numba = kernels == "fast" and dtype == "float32" and self._numba_works()
-        replaced = {**KERNELS, **(compiled_kernels() if self._by_numba else {})}
-        fast: dict[str, Any] = {"kernels": replaced, "gradients_in_place": True} if kernels != "plain" else {}
+        fast: dict[str, Any] = {"kernels": KERNELS, "gradients_in_place": True} if kernels != "plain" else {}
+        if self._by_numba:
+            fast |= compiled_kernels()
         self.xp = Namespace(library, device="cpu", tokens_at_once=TOKENS_AT_ONCE, **fast)
         self.version, self.device = f"numpy {np.__version__}", "cpu"
         if self._by_numba:
@@ -52,7 +57,11 @@ class NumpyBackend(Backend):
         if not numba_library.version():
             return False
         try:
-            if not numba_library.is_loaded() and numba_library.ready() is None:
+            if numba_library.is_loaded():
+                return True
+            if numba_library.ready():
+                numba_library.library()
+            else:
                 importlib.import_module("numba")
                 self._compiles = True
         except Exception as error:  # numba refuses a NumPy that is too new for it

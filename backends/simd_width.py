@@ -1,8 +1,8 @@
-"""How many numbers a vector register of this processor holds. Needs llvmlite, but not numba."""
+"""How many numbers a vector register of this processor holds."""
 
 import os
 
-import llvmlite.binding
+from baby_xp_backends import numba_library
 
 
 def width_for(features: str) -> int:
@@ -14,10 +14,12 @@ def width_for(features: str) -> int:
 def features() -> str:
     """The features of the CPU that kernels are compiled for; numba's variables may name another than this one."""
     named = os.environ.get("NUMBA_CPU_FEATURES")
-    if named is not None:
-        return named
-    return "" if os.environ.get("NUMBA_CPU_NAME") else str(llvmlite.binding.get_host_cpu_features().flatten())
+    if named is not None or os.environ.get("NUMBA_CPU_NAME"):
+        return named or ""
+    import llvmlite.binding
+
+    return str(llvmlite.binding.get_host_cpu_features().flatten())
 
 
-W = width_for(features())
-"""Lanes of a vector register of this processor."""
+W = numba_library.library().width if numba_library.is_loaded() else width_for(features())
+"""Lanes of a vector register of this processor. Loaded kernels know it, so that LLVM need not be loaded."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import array_api_compat.numpy
+import fake_nccl
 import numpy as np
 
 from baby_xp.arrays import registry
@@ -61,6 +62,7 @@ class Machine:
         self.used, self.held = [0] * devices, [0] * devices
         self.limits = [0] * devices
         self.falling = False
+        self.stream = 0  # the current one
         self.launched: list[tuple[str, int]] = []  # name and device, of our kernels and CuPy's functions
         self.synchronized, self.copied = 0, 0  # times that the host waited, copies from the host
         self.captured: list | None = None  # what a graph repeats, while one is captured
@@ -295,6 +297,10 @@ def library(code: str):
     return ctypes.CDLL(str(built))
 
 
+RUNNING = threading.Lock()
+"""Held while a kernel runs: cuda_on_cpu.h runs one at a time."""
+
+
 class RawModule:
     machine: Machine
 
@@ -314,7 +320,8 @@ class RawModule:
             assert math.prod(block) <= 1024
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
             given = len(values), pointers, "".join(kinds).encode(), (ctypes.c_int * len(sizes))(*sizes)
-            problem = run(*given, triple(grid), triple(block), int(machine.falling))
+            with RUNNING:
+                problem = run(*given, triple(grid), triple(block), int(machine.falling))
             assert problem == 0, f"{name}: {PROBLEMS[problem]}"
             check_guards(name, arguments)
             machine.record(lambda: (values, arguments, run(*given, triple(grid), triple(block), 0)))
@@ -457,7 +464,8 @@ def modules(machine: Machine) -> dict[str, types.ModuleType]:
         create=lambda: 7, set_stream=lambda handle, stream: None, set_workspace=lambda handle, at, size: None,
         gemm_strided_batched_ex=functools.partial(gemm_strided_batched, machine),
     )  # fmt: skip
-    return {"cupy": cupy, "array_api_compat.cupy": namespace, "nvmath.bindings": nvmath}
+    fakes = {"array_api_compat.cupy": namespace, "nvmath.bindings": nvmath}
+    return {"cupy": cupy, "cupy.cuda": cupy.cuda, **fakes}
 
 
 def _pool(machine: Machine):
@@ -494,6 +502,7 @@ def _cuda(machine: Machine):
             machine.synchronized += 1
 
         compute_capability = property(lambda self: machine.capability)
+        pci_bus_id = property(lambda self: f"0000:{self.id:02X}:00.0")
 
     class MemoryHook:
         def __enter__(self):
@@ -537,4 +546,5 @@ def _cuda(machine: Machine):
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         cublas=types.SimpleNamespace(**CUBLAS, gemmStridedBatchedEx=gemm),
         get_cublas_handle=lambda: handles.setdefault(machine.current, next(count)),
+        get_current_stream=lambda: types.SimpleNamespace(ptr=machine.stream), nccl=fake_nccl.module(machine),
     )  # fmt: skip

@@ -26,7 +26,8 @@ class Namespace(types.SimpleNamespace):
     same signature. Attributes are copied once: a lookup costs no more than on the module itself.
     `tokens_at_once` is how many tokens of a batch are best computed together, None for all of them: on a
     processor, arrays that outgrow its caches cost time and save none. `gradients_in_place` says that arrays may be
-    written to: the kernels of a backward pass then put gradients where they belong, see tree.Parameters.
+    written to: the kernels of a backward pass then put gradients where they belong, see tree.Parameters. The cache
+    of generation has room for a multiple of `cache_multiple` tokens.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class Namespace(types.SimpleNamespace):
         kernels: Mapping[str, Callable[..., Any]] | None = None,
         tokens_at_once: int | None = None,
         gradients_in_place: bool = False,
+        cache_multiple: int = 1,
         **faster: Callable[..., Any],
     ):
         names = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
         super().__init__(**{**names, **faster})
         self.library, self.device, self.kernels = library, device, dict(kernels or {})
         self.tokens_at_once, self.gradients_in_place = tokens_at_once, gradients_in_place
+        self.cache_multiple = cache_multiple
 
     def __repr__(self) -> str:
         return f"Namespace({getattr(self.library, '__name__', self.library)!s})"

@@ -25,7 +25,7 @@ class Screen:
 
         setup = session.setup
         why, backend, dataset = "", setup.backend, setup.dataset
-        if self.asked == "auto":
+        if self.asked == "auto" and backend.chosen_because:  # ranks have the backend of their group
             why = f"; auto: {backend.chosen_because}"
         processes = f", {setup.workers} processes" if setup.workers > 1 else ""
         size = f"{setup.model.n_parameters:,} parameters"

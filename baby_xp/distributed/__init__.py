@@ -12,6 +12,8 @@ from baby_xp.distributed.group import Group
 
 Kind = Literal["none", "mpi", "nccl"]
 
+_MODULES = {"mpi": "baby_xp.distributed.mpi", "nccl": "baby_xp_backends.cupy_nccl"}
+"""What joins a group of each kind, imported when it is asked for."""
 _joined: dict[str, Group] = {}
 
 
@@ -21,7 +23,7 @@ def join(kind: Kind) -> Group:
     Raises BabyError if the kind needs a package that is missing, or if some ranks do not come.
     """
     if kind not in _joined:
-        _joined[kind] = Group() if kind == "none" else importlib.import_module(f"{__name__}.{kind}").join()
+        _joined[kind] = Group() if kind == "none" else importlib.import_module(_MODULES[kind]).join()
     return _joined[kind]
 
 

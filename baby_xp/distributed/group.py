@@ -10,8 +10,8 @@ from baby_xp.errors import BabyError
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 1.0
-"""How long other ranks leave it to rank 0 to say what went wrong, and to end them."""
+GRACE_SECONDS, MOST_GRACE = 1.0, 8
+"""How long a rank leaves it to the one before it to say what went wrong and to end the others; the most times."""
 
 
 class Lost(BabyError):
@@ -71,9 +71,8 @@ class Group:
         """Note that this rank has failed: when its process ends, it ends the others, which may wait for it."""
 
     def before_last_words(self) -> None:
-        """Leave it to rank 0 to say what went wrong on all ranks, and to end them: wait on all others."""
-        if self.rank:
-            time.sleep(GRACE_SECONDS)
+        """Leave it to the first rank that is left to say what went wrong on all, and to end the others."""
+        time.sleep(GRACE_SECONDS * min(self.rank, MOST_GRACE))
 
     def cores(self) -> int:
         """The processor cores that this rank may use: those of its machine are divided among the ranks there.
@@ -96,7 +95,9 @@ class Group:
             problem = error
         for rank, found in enumerate(self.all_gather(problem)):
             if found is not None:
-                raise problem if rank == self.rank else BabyError(f"rank {rank}: {found}" if rank else str(found))
+                if problem is not None and rank == self.rank:
+                    raise problem
+                raise BabyError(f"rank {rank}: {found}" if rank else str(found))
         return result  # type: ignore[return-value]
 
     def all_gather(self, value: T) -> list[T]:

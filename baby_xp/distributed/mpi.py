@@ -31,6 +31,8 @@ SMALL = 1 << 10
 """Elements of an array of which each rank receives all terms: one message less."""
 MOST = 1 << 28
 """Bytes of a message of broadcast, which must be less than 2**31."""
+HEARSAY = 20
+"""How often to look, within a second, which rank has ended."""
 TESTS, PAUSE = 2000, 50e-6
 """A request is tested this often without a pause; then after pauses of so many seconds."""
 
@@ -181,12 +183,14 @@ class MpiGroup(Group):
             raise
 
     def _lost(self) -> str:
-        """Which ranks have ended, as far as this one knows."""
+        """Which ranks have ended; perhaps another rank hears of it first and tells this one only that."""
         with suppress(self._mpi.Exception, NotImplementedError):
-            failed = self._all.Get_failed()
-            found = self._mpi.Group.Translate_ranks(failed, None, self._all.Get_group())
-            if found:
-                return f"rank {', '.join(map(str, sorted(found)))} of {self.size}"
+            for _ in range(HEARSAY):
+                failed = self._all.Get_failed()
+                found = self._mpi.Group.Translate_ranks(failed, None, self._all.Get_group())
+                if found:
+                    return f"rank {', '.join(map(str, sorted(found)))} of {self.size}"
+                time.sleep(1000 * PAUSE)
         return f"one of {self.size} ranks"
 
     def mend(self) -> bool:

@@ -66,7 +66,7 @@ class Estimate:
     @property
     def cache(self) -> int:
         """Bytes of the key-value cache of generation at full context."""
-        return counts.cache_bytes(self.config.model, self._itemsize)
+        return counts.cache_bytes(self.config.model, self._itemsize, self.facts.cache_multiple)
 
     @property
     def memory(self) -> int | None:

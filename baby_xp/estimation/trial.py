@@ -53,6 +53,8 @@ class Facts:
     """Length of the file of ids."""
     tokens_at_once: int | None
     """Tokens of a batch that the backend computes together; None: all."""
+    cache_multiple: int
+    """The cache of generation has room for a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def facts_of(setup: Setup, folder: Path) -> Facts:
     corpus_bytes = sum(path.stat().st_size for path in folder.glob("*.ids"))
     return Facts(
         setup.backend.name, setup.workers, setup.model.vocab_size, n, batches.batch_size, sequences,
-        setup.dataset.n_validation, corpus_bytes, setup.backend.xp.tokens_at_once,
+        setup.dataset.n_validation, corpus_bytes, setup.backend.xp.tokens_at_once, setup.backend.xp.cache_multiple,
     )  # fmt: skip
 
 

@@ -136,11 +136,11 @@ def _network_saved(config: GPTConfig) -> int:
     return mixture_of_experts.EXPERTS * ((kept + 2) * hidden + 1)
 
 
-def cache_bytes(config: ModelConfig, itemsize: int = 4) -> int:
-    """Bytes of the keys and values that generation keeps when its context is full."""
+def cache_bytes(config: ModelConfig, itemsize: int = 4, multiple: int = 1) -> int:
+    """Bytes of the keys and values that generation keeps of a text, with room for a multiple of so many tokens."""
     if isinstance(config, EquationConfig):
         return 0
-    return itemsize * config.n_layers * 2 * config.n_ctx * config.head_size
+    return itemsize * config.n_layers * 2 * -(-config.n_ctx // multiple) * multiple * config.head_size
 
 
 def arrays(
@@ -176,26 +176,45 @@ NARROW_HEAD = 32
 """The CuPy backend's attention keeps no matrix of scores in memory for heads up to this wide."""
 FRAGMENTATION = 0.2
 """Share of a GPU's memory that may lie in pieces too small to use."""
+STAYING = 6
+"""Arrays of all parameters that stay: weights, two moments, gradients, decay mask, the best weights."""
 
 
 def batch_that_fits(
-    config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4
-) -> int:
+    config: ModelConfig, vocab_size: int, batch_size: int, room: int, known: int, itemsize: int = 4,
+    optimizer: str = "adamw",
+) -> int:  # fmt: skip
     """About how many sequences at once fit into `room` bytes of a GPU, if batch_size did not.
 
-    Counted are the arrays that stay (weights, moments, gradients, decay mask, the best weights), what forward
-    keeps with whole matrices of scores, and the largest arrays of backward beside it. `known`: bytes that
-    batch_size sequences took at least, before they failed; the larger of the count and `known` is used. A part of
-    the room is left to FRAGMENTATION. Never more than half of batch_size, in case the count is too low; most
-    batches are split into halves anyway. 0: none fits.
+    Counted are the arrays that stay, what forward keeps with whole matrices of scores, and the largest arrays of
+    backward beside it. `known`: bytes that batch_size sequences took at least, before they failed; the larger of
+    the count and `known` is used. A part of the room is left to FRAGMENTATION. Never more than half of batch_size,
+    in case the count is too low; most batches are split into halves anyway. 0: none fits, or the update of the
+    parameters does not.
     """
-    flat = itemsize * sum(parameters(config, vocab_size).values())
-    fixed = 6 * flat
-    if room < max(fixed, 9 * flat):  # the update has old and new weights and moments side by side
+    fixed = STAYING * itemsize * sum(parameters(config, vocab_size).values())
+    if room < update_bytes(config, vocab_size, optimizer, itemsize):
         return 0
     scores = isinstance(config, EquationConfig) or config.head_size // config.n_heads > NARROW_HEAD
     growing = max(gpu_bytes(config, vocab_size, batch_size, itemsize, scores), known - fixed)
     return min(batch_size // 2, int(batch_size * (1 - FRAGMENTATION) * (room - fixed) / growing))
+
+
+def update_bytes(config: ModelConfig, vocab_size: int, optimizer: str = "adamw", itemsize: int = 4) -> int:
+    """About the bytes of all arrays on a GPU while the optimizer updates all parameters at once.
+
+    AdamW has old and new weights and moments side by side. Muon copies five arrays of the parameters that AdamW
+    updates, which gives three results, and has new weights and moments of the matrices, before it joins all
+    results. While it computes the matrices of one shape, it has eight more arrays of theirs and three of the
+    smaller square.
+    """
+    P = sum(parameters(config, vocab_size).values())
+    if optimizer == "adamw":
+        return itemsize * (STAYING + 3) * P
+    shapes = [shape for _, shape in params.matrices(Model(config, vocab_size).spec)]
+    by_muon = sum(map(math.prod, shapes))
+    together = max((shapes.count(one) * (8 * math.prod(one) + 3 * min(one) ** 2) for one in shapes), default=0)
+    return itemsize * (STAYING * P + 8 * (P - by_muon) + 2 * by_muon + max(3 * P, together))
 
 
 def gpu_bytes(

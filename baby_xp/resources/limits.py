@@ -87,7 +87,8 @@ def check_texts(model: Model, backend: Backend, number: int) -> None:
     room = _room(backend)
     if room is None:
         return
-    one = counts.cache_bytes(model.config, np.dtype(backend.dtype).itemsize) + 2 * 8 * model.vocab_size
+    itemsize, multiple = np.dtype(backend.dtype).itemsize, backend.xp.cache_multiple
+    one = counts.cache_bytes(model.config, itemsize, multiple) + 2 * 8 * model.vocab_size
     if number * one > room:
         raise BabyError(
             f"{number:,} texts at once need {_too_much(number * one, room)}: ask for at most {room // one:,}"

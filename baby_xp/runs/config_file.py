@@ -1,12 +1,15 @@
 """The config file of a run: its settings, where it computed, and how it ended."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from baby_xp import __version__, layout
 from baby_xp.arrays.backend import Backend
 from baby_xp.config import RunConfig
+from baby_xp.distributed import launchers
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.runs import report, state_file, store
@@ -67,6 +70,7 @@ def content(
     if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks
+    job = launchers.job()
     file, sha256 = (dataset.file, dataset.facts.get("sha256")) if dataset else (None, None)
     parts = config.to_dict()
     return {
@@ -80,6 +84,7 @@ def content(
         "parameters": model.n_parameters,
         "data": {**parts["data"], "file": file, "sha256": sha256},
         "place": place,
+        **({"job": job} if job else {}),
         "machine": machine,
         "result": result,
     }
@@ -97,3 +102,21 @@ def read(files: RunFiles) -> StoredRun:
             f"they do not belong together; {store.RESTORE}"
         )
     return StoredRun(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)
+
+
+def of_this_job(folder: Path, config: RunConfig, base: str | None) -> str | None:
+    """The run that an earlier attempt at this job has left unfinished under `folder`; None if there is none.
+
+    It has the same settings, but perhaps for its text, and a checkpoint. base: as for `content`.
+    """
+    job = launchers.job()
+    for guid in store.guids(folder) if job else ():
+        with suppress(BabyError):
+            stored = read(RunFiles(folder, guid))
+            content, train = stored.content, stored.config.train
+            wanted = job, base, config.model, replace(config.train, num_steps=train.num_steps)
+            same = wanted == (content.get("job"), content["base"], stored.config.model, train)
+            trained = same and state_file.read_metadata(stored.files.state).get("step") != "0"
+            if trained and content["result"]["state"] != "done":
+                return guid
+    return None

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,8 @@ class Loop:
 
     def _begin(self, start: Checkpoint) -> None:
         backend, model, config = self.backend, self.model, self.plan.train
-        self._ranks = Ranks(self.group, self.own, backend, model, config, self._said)
+        said = weakref.WeakMethod(self._said)  # a cycle would keep all arrays after the end, until it is collected
+        self._ranks = Ranks(self.group, self.own, backend, model, config, lambda: said()())  # type: ignore[misc]
         self._step = backend.compile(self._ranks.step())
         self._total = backend.compile(self.own.total_loss)
         self.state = state_on_device(backend, model, config, start)

@@ -108,7 +108,7 @@ class Ranks:
         spoken = np.array([0.0, *self.say()])
         if self.group.on_device:
             spoken = self.backend.to_device(spoken)
-        spoken[0] = loss[0]
+        spoken[:1] = loss
         if self.divides:
             self.group.sum_shares(gradients, self.bounds, spoken)
         else:

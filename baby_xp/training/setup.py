@@ -87,7 +87,7 @@ def _at(compute: Compute, group: Group) -> Compute:
     if group.size == 1:
         return compute
     backend = group.backend if compute.backend == "auto" else compute.backend
-    return replace(compute, backend=backend, device=compute.device or group.device)
+    return replace(compute, backend=backend, device=group.device or compute.device)
 
 
 def number_of_workers(

@@ -303,14 +303,15 @@ def test_the_same_seed_gives_the_same_text_as_on_numpy(machine, text):
 # memory -------------------------------------------------------------------------------------------------
 
 
-def peak_of(machine, config, V: int, B: int) -> int:
+def peak_of(machine, config, V: int, B: int, optimizer="adamw") -> int:
     """Bytes of all arrays at once at the most, over two steps as the loop makes them."""
     backend, model = fake_cupy.backend(machine), Model(config, V)
     ids = np.random.default_rng(0).integers(0, V, 2000)
     batch = RandomWindows(ids, config.n_ctx, B, 0).batch(0)
     state = initial_state(backend, params.draw(model.spec, 0), params.decay_mask(model.spec), 0)
     best = backend.xp.asarray(state["params"], copy=True)
-    step = backend.compile(make_step(backend.xp, model, TrainConfig(num_steps=10, batch_size=B)))
+    config = TrainConfig(num_steps=10, batch_size=B, optimizer=optimizer)
+    step = backend.compile(make_step(backend.xp, model, config))
     for _ in range(2):
         state, _ = step(state, on_device(backend, batch))
     assert best.shape == state["params"].shape
@@ -332,6 +333,19 @@ def test_the_count_of_a_batch_is_near_what_it_takes(more):
         flat = 4 * Model(config, 65).n_parameters
         counted = max(9 * flat, 6 * flat + counts.gpu_bytes(config, 65, B, scores_in_memory=False))
         assert 0.8 < counted / peak_of(fake_cupy.Machine(), config, 65, B) < 1.45
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("more", [
+    {}, {"n_layers": 4, "activation": "swiglu", "linear_bias": False}, {"n_emb": 16, "head_size": 128},
+], ids=str)  # fmt: skip
+def test_the_count_of_an_update_is_near_what_it_takes(optimizer, more):
+    """With batches so small that nothing else takes more."""
+    config = GPTConfig(**{**LARGER, "n_ctx": 2, **more})
+    counted = counts.update_bytes(config, 65, optimizer)
+    assert 0.9 < counted / peak_of(fake_cupy.Machine(), config, 65, 1, optimizer) < 1.1
+    assert counts.batch_that_fits(config, 65, 64, counted - 1, 0, optimizer=optimizer) == 0
+    assert counts.batch_that_fits(config, 65, 64, counted, 0, optimizer=optimizer) > 0
 
 
 @pytest.mark.slow

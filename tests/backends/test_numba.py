@@ -3,8 +3,12 @@
 import ctypes
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,15 +342,18 @@ first = backend.first_use()
 backend.before_workers()
 backend = registry.load("numpy")
 y, _ = gelu.tanh_form(backend.xp, np.linspace(-3, 3, 50, dtype=np.float32))
-print(json.dumps(["numba" in sys.modules, first is not None, y.tobytes().hex()]))
+print(json.dumps([sys.argv[1] in sys.modules, first is not None, y.tobytes().hex()]))
 """
+COMPILER = "llvmlite" if (sys.platform, platform.machine()) == ("linux", "x86_64") else "numba"
+"""The library that a process must not load which finds compiled kernels."""
 
 
 def start(folder, **more):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "XDG_CACHE_HOME": str(folder / "other"), **more}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        [sys.executable, "-c", PROGRAM, COMPILER],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
 
 
 def finish(child):
@@ -355,15 +362,31 @@ def finish(child):
     return json.loads(out)
 
 
+def old_folder(parent, name, days, files=(numba_library.CODE, numba_library.NAMES)):
+    """A folder that was last used so many days ago."""
+    folder = parent / name
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("")
+    then = time.time() - days * 86400
+    os.utime(folder, (then, then))
+    return folder
+
+
 @pytest.mark.slow
 def test_the_disk_keeps_what_was_compiled_and_notices_what_was_damaged(tmp_path):
     """Two processes compile at once, and a third one loads, without numba; after damage it is compiled again."""
+    unused = old_folder(tmp_path, "a" * 24, days=31)
     both = [start(tmp_path), start(tmp_path)]
     results = [finish(child) for child in both]
     assert all(result[:2] == [True, True] for result in results)
     assert finish(start(tmp_path)) == [False, False, results[0][2]]
+    assert not unused.exists()
     (kept,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert numba_library.is_whole(kept)
+    os.utime(kept, (0, 0))
+    finish(start(tmp_path))
+    assert kept.stat().st_mtime > time.time() - 600
     code, names = kept / numba_library.CODE, kept / numba_library.NAMES
     for damage in (lambda: code.write_bytes(code.read_bytes()[:-100]), code.unlink, lambda: names.write_text("{")):
         damage()
@@ -392,3 +415,39 @@ def test_the_key_follows_from_sources_and_settings(monkeypatch):
     before = numba_library.key()
     monkeypatch.setenv("NUMBA_OPT", "1")
     assert numba_library.key() != before
+
+
+def test_folders_that_are_no_longer_used_are_removed(tmp_path):
+    old_folder(tmp_path, "a" * 24, 31)
+    old_folder(tmp_path, "b" * 24, 400, ["kernels.o", "kernels.json"])
+    old_folder(tmp_path, "new-ab_cd123", 31, [numba_library.CODE])
+    old_folder(tmp_path, "c" * 24, 29)
+    old_folder(tmp_path, "d" * 24, 31, [numba_library.NAMES, "mine.txt"])
+    old_folder(tmp_path, "e" * 23, 31)
+    old_folder(tmp_path, "f" * 24, 31, [])
+    old_folder(tmp_path, "new-kernels", 31)
+    elsewhere = old_folder(tmp_path, "elsewhere", 31)
+    (tmp_path / ("0" * 24)).symlink_to(elsewhere)
+    (tmp_path / ("1" * 24)).write_text("")
+    os.utime(tmp_path / ("1" * 24), (0, 0))
+    numba_library.remove_unused(tmp_path)
+    left = ["0" * 24, "1" * 24, "c" * 24, "d" * 24, "e" * 23, "elsewhere", "f" * 24, "new-kernels"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert all(list(path.iterdir()) for path in (tmp_path / ("d" * 24), elsewhere))
+    numba_library.remove_unused(tmp_path / "missing")
+
+
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path, monkeypatch):
+    numba_library.library()
+    whole = numba_library.ready()
+
+    def compile_into(command, **options):
+        shutil.copytree(whole, command[-1], dirs_exist_ok=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(numba_library, "ready", lambda: tmp_path / "removed")
+    monkeypatch.setattr(subprocess, "run", compile_into)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    numba_library.library.cache_clear()
+    assert numba_library.library().kernels
+    assert [path.name for path in tmp_path.iterdir()] == [numba_library.key()]

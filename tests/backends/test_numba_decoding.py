@@ -14,6 +14,7 @@ from baby_xp.config import MODERN, GPTConfig
 from baby_xp.errors import BabyError
 from baby_xp.inference.generate import Logits, window_start
 from baby_xp.models import Model, gpt
+from baby_xp.resources import counts
 
 N_CTX, V = 7, 11
 IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
@@ -110,3 +111,11 @@ def test_numbers_of_other_types_are_left_to_numpy(backend):
     logits, _ = gpt.decode(backend.xp, gpt.prepare(backend.xp, exact, model.config), IDS[None, :5], model.config)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, expected(model, exact, IDS[None, :5]), atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, WIDE, {**SMALL, "n_ctx": 64}], ids=["7", "41", "64"])
+def test_the_count_of_a_cache_has_its_whole_panels(backend, sizes):
+    model, p, _ = model_and_weights(backend, {}, sizes)
+    caches = [numba_decoding.Cache(B, numba_decoding.Prepared(backend.xp, p, model.config).sizes) for B in (1, 3)]
+    one, three = (cache.array.nbytes for cache in caches)
+    assert (three - one) / 2 == counts.cache_bytes(model.config, 4, backend.xp.cache_multiple)
