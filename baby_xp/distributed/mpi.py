@@ -111,12 +111,12 @@ class MpiGroup(Group):
                 request, received = pending.pop(0)
                 self._wait(request)
                 begin = begins[self.rank]
-                _add(received, array[begin : begin + counts[self.rank]])
+                add(received, array[begin : begin + counts[self.rank]])
                 if number + 2 < len(pieces):
                     pending.append(self._exchange(array, pieces[number + 2], number))
             for request, one, received in zip(requests, small, terms, strict=True):
                 self._wait(request)
-                _add(received, one)
+                add(received, one)
 
     def _pieces(self, bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Cuts all shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
@@ -214,7 +214,7 @@ class MpiGroup(Group):
         self._mpi.Finalize()
 
 
-def _add(terms: np.ndarray, out: np.ndarray) -> None:
+def add(terms: np.ndarray, out: np.ndarray) -> None:
     """The sum of terms (size, n), one after the other -> out (n,)."""
     np.add(terms[0], terms[1], out=out)
     for term in terms[2:]:
