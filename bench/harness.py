@@ -42,11 +42,16 @@ class Failed(SystemExit):
     """A child process has no result. It ends the program with the reason, unless it is caught."""
 
 
+def environment() -> dict[str, str]:
+    """The environment of a child process: without what is REMOVED."""
+    return {name: value for name, value in processes.environment().items() if name not in REMOVED}
+
+
 def ask(task: str, **request: Any) -> Any:
     """What the function that a text like "bench.peers:train" names returns, called in a process of its own."""
-    env = {name: value for name, value in processes.environment().items() if name not in REMOVED}
+    options = {"cwd": ROOT, "env": environment()}
     try:
-        with processes.started("bench.harness:answer", "a child process", "try again", cwd=ROOT, env=env) as child:
+        with processes.started("bench.harness:answer", "a child process", "try again", **options) as child:
             return processes.ask(child, {"task": task, "request": request})
     except processes.Ended as how:
         raise Failed(f"bench: a child process {how}") from None

@@ -19,6 +19,8 @@ from baby_xp.arrays import params
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.registry import load
 from baby_xp.config import TrainConfig
+from baby_xp.distributed import Group, Kind, join
+from baby_xp.distributed.mpi import SMALL
 from baby_xp.inference.generate import Sampling, generate_several
 from baby_xp.layers import cross_entropy
 from baby_xp.models import Model
@@ -47,10 +49,13 @@ def train(
     workers: int | None = None,
     library: str | None = None,
     kernels: str = "fast",
+    distributed: Kind = "none",
+    exchange: bool = True,
 ) -> Outcome:
     """Train on the batches of the clock. workers: None for the number that `train` would choose.
 
     library: a backend in the place of `backend`, on a GPU where that is on one. kernels: as in `load`.
+    distributed: as in `train`; without exchange, each rank computes as always, and keeps what it computes.
     """
     if library:
         backend = f"{library}:{'gpu' if on_gpu(backend) else 'cpu'}"
@@ -58,7 +63,9 @@ def train(
     model, clock.wait = workload.model(dropout), loaded.synchronize
     start = clock.batches[0]  # what the loss is measured on; there is no text, so no tokenizer
     dataset = Dataset("bench", None, clock, len(clock), lambda: iter([start]), start.targets.size, {})
-    result, sizes, number = fit_as_train_does(loaded, model, workload.training(len(clock)), dataset, workers)
+    config, group = workload.training(len(clock)), join(distributed)
+    group = group if exchange else Unconnected(group)
+    result, sizes, number = fit_as_train_does(loaded, model, config, dataset, workers, group=group)
     last, details, found = result.checkpoint.progress["records"][-1], loaded.details(), loaded.memory()
     about = {**_about(loaded), "workers": str(number), **({"details": details} if details else {})}
     gpu_memory = {} if found is None else {"used": found.peak_used, "held": found.peak_held}
@@ -94,23 +101,42 @@ def fit_as_train_does(
     listener: Listener | None = None,
     keep: Callable[[Workers | None, Checkpoint], None] = lambda pool, kept: None,
     weights: np.ndarray | None = None,
+    group: Group | None = None,
 ) -> tuple[Result, list[dict[str, int]], int]:
     """What `train` does between reading the text and writing the files; every measured step passes through here.
 
     listener: what the loop reports to; keep: receives its checkpoints, and the workers before them, None if there
     are none; by default nothing is done with either.
-    weights (P,): the first ones; None: drawn from the seed of the config.
-    Returns the result, the sizes of all processes, and their number, which `train` would choose too: a small step
-    is computed by one process with one BLAS thread, any other one by a process on each core (baby_xp.session).
+    weights (P,): the first ones; None: drawn from the seed of the config. group: the ranks that train together.
+    Returns the result, the sizes of all processes of this rank, and their number, which `train` would choose too:
+    a small step is computed by one process with one BLAS thread, any other one by a process on each core
+    (baby_xp.session).
     """
-    number = number_of_workers(workers, backend, model, config.batch_size)
-    of_step = backend, model, config.batch_size
-    with Workers(*of_step, number) if number > 1 else Alone(*of_step) as own:
+    group = group or Group()
+    number = number_of_workers(workers, backend, model, config.batch_size, group)
+    of_step, threads = (backend, model, config.batch_size), group.cores() if group.size > 1 else None
+    with Workers(*of_step, number) if number > 1 else Alone(*of_step, threads) as own:
         pool = own if isinstance(own, Workers) else None
         plan = Plan(config, dataset.num_steps)
-        loop = Loop(backend, model, dataset, plan, listener or Listener(), partial(keep, pool), Stop(), own)
+        hears, kept = listener or Listener(), partial(keep, pool)
+        loop = Loop(backend, model, dataset, plan, hears, kept, Stop(), own, group=group)
         result = loop.run(first(model, config, weights))
         return result, process_memory.taken([child.pid for child in pool.children] if pool else []), number
+
+
+class Unconnected(Group):
+    """The ranks of a group, which wait for each other in each step, but send neither gradients nor parameters."""
+
+    def __init__(self, group: Group):
+        self.kind, self.rank, self.size, self._group = group.kind, group.rank, group.size, group
+
+    def sum(self, *arrays: Any) -> None:
+        """Of the numbers that travel beside the gradients alone."""
+        self._group.sum(*(array for array in arrays if array.size < SMALL))
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """As Group.broadcast."""
+        return self._group.broadcast(value, root)
 
 
 def train_preset(preset: str, settings: dict[str, Any], steps: int, warmup: int) -> dict:

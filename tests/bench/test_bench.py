@@ -29,7 +29,7 @@ from baby_xp.arrays.registry import load
 from baby_xp.inference.generate import Sampling, generate_several
 from baby_xp.presets import PRESETS
 from baby_xp.resources import counts, process_memory
-from baby_xp.training import workers
+from baby_xp.training import alone
 from baby_xp.training.loop import Loop
 from bench import generate, gpu, growth, harness, memory, parameters, peers, results, roofline, train, workloads
 from bench.peers import ours
@@ -269,7 +269,7 @@ def test_steps_are_measured_with_the_workers_and_threads_of_train(monkeypatch, t
 
     monkeypatch.setattr(Loop, "run", watched)
     if not small:
-        monkeypatch.setattr(workers, "WORTH_SPLITTING", 0.0)
+        monkeypatch.setattr(alone, "WORTH_SPLITTING", 0.0)
     (tmp_path / "text.txt").write_text("A small red hen sings. " * 40, "utf-8")
     sizes = {"n_ctx": 8, "n_emb": 16, "head_size": 16, "n_heads": 2, "n_layers": 1, "batch_size": 3}
     text = {"data": str(tmp_path / "text.txt"), "num_steps": 2, "eval_every": 2, "sample_tokens": 0}
