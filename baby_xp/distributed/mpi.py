@@ -31,8 +31,8 @@ SMALL = 1 << 10
 """Elements of an array of which each rank receives all terms: one message less."""
 MOST = 1 << 28
 """Bytes of a message of broadcast, which must be less than 2**31."""
-HEARSAY = 20
-"""How often to look, within a second, which rank has ended."""
+HEARSAY = 60
+"""How often to look, within three seconds, which rank has ended."""
 TESTS, PAUSE = 2000, 50e-6
 """A request is tested this often without a pause; then after pauses of so many seconds."""
 
@@ -184,13 +184,13 @@ class MpiGroup(Group):
 
     def _lost(self) -> str:
         """Which ranks have ended; perhaps another rank hears of it first and tells this one only that."""
-        with suppress(self._mpi.Exception, NotImplementedError):
-            for _ in range(HEARSAY):
+        for _ in range(HEARSAY):
+            with suppress(self._mpi.Exception, NotImplementedError):
                 failed = self._all.Get_failed()
-                found = self._mpi.Group.Translate_ranks(failed, None, self._all.Get_group())
-                if found:
+                if failed.Get_size():
+                    found = self._mpi.Group.Translate_ranks(failed, None, self._all.Get_group())
                     return f"rank {', '.join(map(str, sorted(found)))} of {self.size}"
-                time.sleep(1000 * PAUSE)
+            time.sleep(1000 * PAUSE)
         return f"one of {self.size} ranks"
 
     @contextmanager
