@@ -31,8 +31,8 @@ SMALL = 1 << 10
 """Elements of an array of which each rank receives all terms: one message less."""
 MOST = 1 << 28
 """Bytes of a message of broadcast, which must be less than 2**31."""
-HEARSAY = 60
-"""How often to look, within three seconds, which rank has ended."""
+HEARSAY = 10
+"""How often to look, within half a second, which rank has ended."""
 TESTS, PAUSE = 2000, 50e-6
 """A request is tested this often without a pause; then after pauses of so many seconds."""
 
@@ -183,7 +183,7 @@ class MpiGroup(Group):
             raise
 
     def _lost(self) -> str:
-        """Which ranks have ended; perhaps another rank hears of it first and tells this one only that."""
+        """Which ranks have ended; if another rank tells this one, it may know only that some have."""
         for _ in range(HEARSAY):
             with suppress(self._mpi.Exception, NotImplementedError):
                 failed = self._all.Get_failed()

@@ -46,6 +46,11 @@ def lines_of(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("baby_xp: ")]
 
 
+def lost(rank: int, text: str) -> bool:
+    """Whether a text says that this rank of three was lost; one that is told by another may not know which."""
+    return f"rank {rank} of 3 ended before" in text or "one of 3 ranks ended before" in text
+
+
 def state_of(run: baby_xp.Run) -> dict[str, np.ndarray]:
     return load_file(run.files.state)
 
@@ -81,7 +86,8 @@ def test_two_ranks_learn_what_one_process_learns():
 def test_the_others_go_on_from_the_last_checkpoint_when_a_rank_is_killed():
     settings = flags(**SETTINGS, checkpoint_every=2, restarts=1)
     ended = mpiexec(3, CHILD, "train", "classic", *settings, flags=TOLERANT, env={"BABY_XP_FAULT": "1 compute 5"})
-    assert "rank 1 of 3 ended before its time; the checkpoint of step 4 is kept" in ended.stderr
+    assert lost(1, ended.stderr)
+    assert " ended before its time; the checkpoint of step 4 is kept: run " in ended.stderr
     assert "; going on with 2 ranks\n" in ended.stderr
     run = baby_xp.load(weights="last")
     assert f"continuing run {run.guid} after step 4\n" in ended.stdout
@@ -163,7 +169,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_is_whole(
     assert time.monotonic() - begin < 60
     if tolerates:
         (line,) = lines_of(ended.stderr)
-        assert f"rank {fault[0]} of 3 ended before its time; " in line
+        assert lost(int(fault[0]), line)
         assert "can be resumed" in line
     (summary,) = baby_xp.list_runs()
     assert (summary.steps, summary.state) in ((kept, "stopped"), (kept, "failed"))
