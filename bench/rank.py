@@ -1,17 +1,24 @@
 """What each rank does in a measurement over a network: its link, what a step sends, and steps of workloads."""
 
+import threading
 import time
 from typing import Any
 
 import numpy as np
 
+from baby_xp import processes
+from baby_xp.arrays import params
+from baby_xp.arrays.registry import load
+from baby_xp.arrays.tiles import samples
 from baby_xp.distributed import Group, join
 from baby_xp.distributed.mpi import PAUSE, PIECE, TESTS, add
 from baby_xp.errors import BabyError
+from baby_xp.training.alone import Alone
+from baby_xp.training.step import initial_state
 from bench import hosts, peers
 from bench.harness import US
 from bench.time_model import NUMBERS
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, Workload
 
 ROUNDS, REPEATS = 15, 7
 """How often messages go around, and what a step sends is sent: medians count."""
@@ -35,7 +42,48 @@ def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[
         request = {"workload": name, "steps": steps, "warmup": warmup, "dropout": dropout, "workers": 1}
         ms, alone = (peers.train(US, distributed="mpi", exchange=both, **request)["ms"] for both in (True, False))
         found["steps"].append({"workload": name, "elements": models[name], "ms": ms, "ms computing": alone})
+    # with a core for each rank: whether sums would be free beside the gradients
+    found["overlaps"] = [overlap(group, WORKLOADS[name]) for name in workloads if group.size <= processes.cores()]
     return found
+
+
+def overlap(group: Group, workload: Workload) -> dict:
+    """The milliseconds of a rank's gradients, of a sum of gradients, of one after the other, and of both at once.
+
+    The sum at once, in a thread, is that of other gradients: it need not wait for any. No way of sending parts of
+    the gradients while the others are computed can hide more of it.
+    """
+    backend, model, batch = load("numpy"), workload.model(workload.dropout), workload.batches(1)[0]
+    n, bounds = model.n_parameters, [model.n_parameters * rank // group.size for rank in range(group.size + 1)]
+    ends = [len(batch.samples) * rank // group.size for rank in (group.rank, group.rank + 1)]
+    share, others = samples(batch, *ends), np.empty(n, np.float32)
+    state = initial_state(backend, params.draw(model.spec, 0, "float32"), params.decay_mask(model.spec), 0)
+    found: dict[str, Any] = {"workload": workload.name, "gradients": [], "sum": [], "in turn": [], "at once": []}
+    with Alone(backend, model, workload.batch_size, 1) as own:
+
+        def gradients() -> None:
+            own.loss_and_gradients(backend.xp, model, state, share, n_targets=batch.targets.size)
+
+        def summed() -> None:
+            group.sum_shares(others, bounds)
+
+        def at_once() -> None:
+            thread = threading.Thread(target=summed)
+            thread.start()
+            gradients()
+            thread.join()
+
+        ways = {"gradients": [gradients], "sum": [summed], "in turn": [gradients, summed], "at once": [at_once]}
+        for _ in range(REPEATS + 1):
+            for name, functions in ways.items():
+                others[:] = 1
+                group.sum_of_numbers(1.0)  # all begin together
+                begin = time.perf_counter()
+                for function in functions:
+                    function()
+                group.sum_of_numbers(1.0)
+                found[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: times if name == "workload" else times[1:] for name, times in found.items()}
 
 
 def link(group: Group) -> dict[str, float]:

@@ -225,7 +225,7 @@ def share(race: dict) -> float | None:
 
 def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
     """What connects the ranks; the time of what they exchange; the time of steps: measured, and by the model."""
-    links, exchanges, steps = [], [], []
+    links, exchanges, steps, overlaps = [], [], [], []
     for network in result["networks"]:
         link, ranks = Link(**network["link"]), network["ranks"]
         at = {"network": network["place"], "ranks": str(ranks)}
@@ -247,7 +247,15 @@ def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
                 **at, "workload": one["workload"], "computing": f"{alone:.1f}",
                 "exchange by the model": f"{model:.1f}", **compared(measured, alone + model),
             })  # fmt: skip
-    return {"links": links, "exchanges": exchanges, "steps": steps}
+        for one in network["overlaps"]:
+            ms = {name: statistics.median(times) for name, times in one.items() if name != "workload"}
+            hidden = (ms["in turn"] - ms["at once"]) / ms["sum"]
+            cells = {f"{name}, ms": f"{value:.1f}" for name, value in ms.items()}
+            overlaps.append({
+                **at, "workload": one["workload"], **cells, "of the sum hidden": f"{hidden:.0%}",
+                "of the time saved": f"{1 - ms['at once'] / ms['in turn']:.0%}",
+            })  # fmt: skip
+    return {"links": links, "exchanges": exchanges, "steps": steps, "overlaps": overlaps}
 
 
 def compared(measured: float, model: float) -> dict[str, str]:

@@ -77,6 +77,9 @@ def networks() -> dict:
         "place": "TCP, not limited", "ranks": 2, "link": vars(LINK),
         "exchanges": [{"elements": 1_000_000, "ms": [model / 1.1] * 3, "bytes": 4_040_000.0}],
         "steps": [{"workload": "W1", "elements": 1_000_000, "ms": [model + 10], "ms computing": [10.0]}],
+        "overlaps": [
+            {"workload": "W1", "gradients": [30.0], "sum": [20.0], "in turn": [50.0, 50.0], "at once": [40.0]}
+        ],
     }  # fmt: skip
     return {**result("numpy", {}), "networks": [one]}
 
@@ -93,7 +96,8 @@ def test_the_tables():
     assert cells(found["exchanges"]) == [["TCP, not limited", "2", "1,000,000", "43.70", "48.07", "+10%", "1.010"]]
     assert cells(found["steps"]) == [["TCP, not limited", "2", "W1", "10.0", "48.1", "58.07", "58.07", "+0%"]]
     assert cells(found["machine"])[1] == ["networks", "2026-01-02", "A, AVX2, b K, 2 cores"]
-    assert found.keys() == {"machine", "ranks", "links", "exchanges", "steps", "paper"}
+    assert cells(found["overlaps"])[0][2:] == ["W1", "30.0", "20.0", "50.0", "40.0", "50%", "20%"]
+    assert found.keys() == {"machine", "ranks", "links", "exchanges", "steps", "overlaps", "paper"}
 
 
 def test_on_paper_ranks_without_samples_gain_nothing():
