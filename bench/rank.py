@@ -11,7 +11,7 @@ from baby_xp.arrays import params
 from baby_xp.arrays.registry import load
 from baby_xp.arrays.tiles import samples
 from baby_xp.distributed import Group, join
-from baby_xp.distributed.mpi import PAUSE, PIECE, TESTS, add
+from baby_xp.distributed.mpi import PIECE, add, pause
 from baby_xp.errors import BabyError
 from baby_xp.training.alone import Alone
 from baby_xp.training.step import initial_state
@@ -120,7 +120,7 @@ def around(group: Group, count: int, size: int) -> float:
         tests = 0
         while not MPI.Request.Testall(requests):  # as the group itself waits
             tests += 1
-            time.sleep(0 if tests < TESTS else PAUSE)
+            pause(tests)
         marks.append(time.perf_counter())
     return float(np.median(np.diff(marks[::n]))) / n
 
