@@ -321,7 +321,8 @@ def _resumed(
         stored, start = group.first(read)
         files, config = stored.files, stored.config.override(overrides)
         base, text = stored.content["base"], stored.content["data"]
-        compute = _as_before(stored.content["place"], **where)
+        place = stored.content["place"]
+        compute = _as_before(place, group.size, **where)
 
         def make() -> Setup:
             if data is None:
@@ -332,6 +333,10 @@ def _resumed(
             return prepare(replace(config, data=found), compute, *more, check_memory=False, group=group)
 
         setup = _on_all(group, make)
+        if group.rank == 0 and group.size != place.get("ranks", 1):
+            before, now = (layout.counted(number, "rank") for number in (place.get("ranks", 1), group.size))
+            changed = f"{before} before, {now} now"
+            listener.note(f"{changed}: sums are rounded otherwise, and the last digits may differ")
         plan = Plan.of(setup, evaluate_first=base is not None)
         session = session_of(NewRun(files), setup, plan, listener, base, stored.content["started"])
         return session.run(start)
@@ -388,6 +393,7 @@ def _read_state(stored: StoredRun) -> Checkpoint:
 
 def _as_before(
     place: dict[str, Any],
+    ranks: int,
     backend: str | None,
     device: str | None,
     workers: int | None,
@@ -395,11 +401,13 @@ def _as_before(
     memory_gib: float | None,
     kernels: Literal["fast", "numpy", "plain"] | None,
 ) -> Compute:
-    """Where a resumed run computes: as before, except for the options that are given."""
+    """Where a resumed run computes: as before, except for the options that are given. Another number of ranks may
+    suit another number of workers."""
     if backend in (None, place["backend"]):
         device = place["device"] if device is None else device
         tf32 = place.get("tf32") if tf32 is None else tf32
-        workers = place["workers"] if workers is None else workers
+        if workers is None and ranks == place.get("ranks", 1):
+            workers = place["workers"]
     kernels = kernels or place.get("kernels", "fast")
     return Compute(backend or place["backend"], device, bool(tf32), memory_gib, kernels, workers)
 

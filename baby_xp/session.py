@@ -176,7 +176,7 @@ class TrainingSession(Listener):
         setup = self.setup
         return config_file.content(
             self.files, setup.config, setup.model, setup.backend, self.began, result,
-            setup.compute.device, setup.workers, setup.dataset, self.base,
+            setup.compute.device, setup.workers, setup.dataset, self.base, setup.group.size,
         )  # fmt: skip
 
     def _finish(self, result: Result) -> Run:

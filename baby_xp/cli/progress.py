@@ -28,6 +28,8 @@ class Screen:
         if self.asked == "auto" and backend.chosen_because:  # ranks have the backend of their group
             why = f"; auto: {backend.chosen_because}"
         processes = f", {setup.workers} processes" if setup.workers > 1 else ""
+        if setup.group.size > 1:
+            processes = f", {setup.group.size} ranks" + (f" of{processes[1:]}" if processes else "")
         size = f"{setup.model.n_parameters:,} parameters"
         lines = [f"{size} on {backend.version}, {backend.device}{processes}{why}"]
         facts = {

@@ -52,11 +52,12 @@ def content(
     workers: int = 1,
     dataset: Dataset | None = None,
     base: str | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """The content of the config file.
 
     result: the state of the run. device: as requested. dataset: None for an imported run, which has none.
-    base: GUID of the run that this one is finetuned from.
+    base: GUID of the run that this one is finetuned from. workers: of each of the ranks.
     """
     # the requested options that affect the numbers; `resume` uses them again
     place = {"backend": backend.name, "device": device, "workers": workers}
@@ -67,6 +68,8 @@ def content(
     machine = {
         "machine": report.machine(), "backend": backend.version, "device": backend.device, "workers": workers,
     }  # fmt: skip
+    if ranks > 1:
+        place["ranks"] = machine["ranks"] = ranks
     if (memory := backend.memory()) is not None:
         peaks = f"{layout.size(memory.peak_used)} / {layout.size(memory.peak_held)}"
         machine["GPU memory, peak used/held"] = peaks

@@ -266,10 +266,37 @@ def test_a_run_goes_on_on_another_number_of_ranks(ranks):
 
     first = ranks(3, train)[0]
     assert (first.config["result"]["reason"], first.config["result"]["steps"]) == ("time", 1)
-    ended = ranks(2, lambda group: baby_xp.resume(first.guid, distributed="mpi", max_minutes=0))
+    notings = [Noting(), Noting()]
+
+    def resume(group):
+        return baby_xp.resume(first.guid, distributed="mpi", max_minutes=0, listener=notings[group.rank])
+
+    ended = ranks(2, resume)
+    changed = "3 ranks before, 2 ranks now: sums are rounded otherwise, and the last digits may differ"
+    assert [noting.notes for noting in notings] == [[changed], []]
     assert ended[0].config["result"]["reason"] == "steps"
     np.testing.assert_allclose(ended[0].params, expected.params, rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(ended[0].params, ended[1].params)
+
+
+def test_the_same_number_of_ranks_goes_on_bit_for_bit_and_without_a_word(ranks):
+    def train(group, **more):
+        return baby_xp.train("classic", **{**SETTINGS, "eval_every": 1, **more})
+
+    whole = ranks(2, lambda group: train(group, path="whole"))[0]
+    first = ranks(2, lambda group: train(group, max_minutes=1e-9))[0]
+    assert first.config["result"]["steps"] < whole.config["result"]["steps"]
+    noting = Noting()
+    resume = {"distributed": "mpi", "max_minutes": 0, "listener": noting}
+    ended = ranks(2, lambda group: baby_xp.resume(first.guid, **resume))[0]
+    np.testing.assert_array_equal(ended.params, whole.params)
+    (one, _), (other, _) = (
+        state_file.load_state(run.files.state, run.model.n_parameters, "float64") for run in (ended, whole)
+    )
+    for name in ("params", "m", "v"):
+        np.testing.assert_array_equal(one.state[name], other.state[name])
+    assert noting.notes == []
+    assert ended.config["place"]["ranks"] == 2
 
 
 def test_a_run_is_finetuned_by_ranks(ranks, tmp_path):
