@@ -1,12 +1,12 @@
 """What each rank does in a measurement over a network: its link, what a step sends, and steps of workloads."""
 
+import os
 import threading
 import time
 from typing import Any
 
 import numpy as np
 
-from baby_xp import processes
 from baby_xp.arrays import params
 from baby_xp.arrays.registry import load
 from baby_xp.arrays.tiles import samples
@@ -42,8 +42,9 @@ def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[
         request = {"workload": name, "steps": steps, "warmup": warmup, "dropout": dropout, "workers": 1}
         ms, alone = (peers.train(US, distributed="mpi", exchange=both, **request)["ms"] for both in (True, False))
         found["steps"].append({"workload": name, "elements": models[name], "ms": ms, "ms computing": alone})
-    # with a core for each rank: whether sums would be free beside the gradients
-    found["overlaps"] = [overlap(group, WORKLOADS[name]) for name in workloads if group.size <= processes.cores()]
+    # with a core for each rank, to which it is bound: whether sums would be free beside the gradients
+    several = group.size <= (os.cpu_count() or 1)
+    found["overlaps"] = [overlap(group, WORKLOADS[name]) for name in workloads if several]
     return found
 
 
