@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -117,16 +118,19 @@ def serve() -> None:
     """The child's main loop: a request on each line of its input, an answer on each line of its output."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    computing = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(computing,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with suppress(OSError):
         os.dup2(2, 1)  # what the function prints must not mix with the answer
     try:
         for line in sys.stdin:
+            computing.set()
             try:
                 answer = {"result": function(**json.loads(line))}
             except BabyError as error:
                 answer = {"error": str(error)}
+            computing.clear()
             try:
                 print(json.dumps(answer), file=answers, flush=True)
             except BrokenPipeError:  # the parent has ended, and a flush at the end would fail again
@@ -135,13 +139,14 @@ def serve() -> None:
         raise SystemExit(130) from None
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent has ended, even while a function computes what nobody waits for."""
+def _end_with_parent(computing: threading.Event) -> None:
+    """Interrupt the function that computes, as Ctrl-C would, when the parent has ended: nobody waits for it."""
     if hasattr(select, "poll"):  # not on Windows, where the process ends with its next answer
         requests = select.poll()
         requests.register(0, 0)  # only that the pipe was closed
         requests.poll()
-        os._exit(1)
+        computing.wait()  # for a request that the parent has left in the pipe; without one, the process ends
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def refusal(what: str, error: Exception, advice: str = "try --workers 1") -> BabyError:

@@ -281,7 +281,7 @@ def pause(tests: int) -> None:
         os.sched_yield()  # time.sleep(0) would take 0.1 ms
 
 
-def add(terms: Sequence[np.ndarray], out: np.ndarray) -> None:
+def add(terms: Sequence[np.ndarray] | np.ndarray, out: np.ndarray) -> None:
     """The sum of terms (n,), one after the other -> out (n,), perhaps one of them. The first is overwritten."""
     total = terms[0]
     for term in terms[1:]:
