@@ -9,8 +9,8 @@ tuned = baby_xp.finetune("last", data="my.txt")
 print(tuned.evaluate())
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -27,15 +27,14 @@ from baby_xp.files import as_path, write_json
 from baby_xp.models import Model
 from baby_xp.presets import FinetuneSettings, ResumeSettings, Settings
 from baby_xp.run import Run
-from baby_xp.runs import config_file, state_file, store, table
+from baby_xp.runs import config_file, sharing, state_file, store, table
 from baby_xp.runs.config_file import StoredRun
 from baby_xp.runs.creation import NewRun, new_run
-from baby_xp.runs.store import RunFiles
 from baby_xp.runs.table import Summary
 from baby_xp.session import session_of
 from baby_xp.text import dataset
 from baby_xp.text.tokenizer import CharTokenizer, Tokenizer
-from baby_xp.training import alike, checkpoint
+from baby_xp.training import checkpoint
 from baby_xp.training.checkpoint import Checkpoint
 from baby_xp.training.listener import listening
 from baby_xp.training.plan import Plan
@@ -75,9 +74,9 @@ def train(
     ranks = Distribution(distributed, restarts)
 
     def begin(group: Group) -> Run:
-        with _new_run(group, path) as new:
+        with sharing.new_run(group, path) as new:
             setup = _prepared(new, config, compute, group)
-            start = group.first(lambda: checkpoint.first(setup.model, setup.config.train))
+            start = sharing.start(group, lambda: checkpoint.first(setup.model, setup.config.train))
             return session_of(new, setup, Plan.of(setup), listener).run(start)
 
     return _together(ranks, begin, path, vars(compute), listener, config)
@@ -107,7 +106,7 @@ def finetune(
     """
     compute, listener = Compute(backend, device, tf32, memory_gib, kernels, workers), listening(listener)
     ranks = Distribution(distributed, restarts)
-    base = ranks.join().first(lambda: load(name, path=path, backend="numpy"))
+    base = _base(ranks.join(), name, path)
     config = finetuning(base, overrides.get("lr")).override({**overrides, "data": data})
     models = config.model, base.settings.model
     sizes = {replace(gpt, dropout=0.0) for gpt in models if isinstance(gpt, GPTConfig)}
@@ -117,10 +116,10 @@ def finetune(
         raise BabyError(f"finetuning keeps the tokenizer, which is {base.tokenizer.kind}: leave out tokenizer")
 
     def begin(group: Group) -> Run:
-        with _new_run(group, path, base.guid) as new:
+        with sharing.new_run(group, path, base.guid) as new:
             setup = _prepared(new, config, compute, group, _extending(base.tokenizer))
             flat = params.grown(setup.model.spec, config.train.seed, base.model.layout, base.params)
-            start = group.first(lambda: checkpoint.first(setup.model, setup.config.train, flat))
+            start = sharing.start(group, lambda: checkpoint.first(setup.model, setup.config.train, flat))
             plan = Plan.of(setup, evaluate_first=True)
             return session_of(new, setup, plan, listener, base.guid).run(start)
 
@@ -190,8 +189,7 @@ def load(
         raise BabyError(f"run {files.guid} was imported and has no last checkpoint: load its best weights")
     else:
         flat = _read_state(stored).state["params"]
-    loaded = compute.load(config.train.dtype)
-    return Run(model, stored.tokenizer, flat, loaded, files, stored.content, config)
+    return Run(model, stored.tokenizer, flat, compute.load(config.train.dtype), files, stored.content, config)
 
 
 def import_littlebaby(
@@ -256,47 +254,14 @@ def finetuning(base: Run, lr: float | None = None) -> RunConfig:
     return replace(config, train=train, data=DataConfig(tokenizer=config.data.tokenizer))
 
 
-@contextmanager
-def _new_run(group: Group, path: str | Path, base: str | None = None) -> Iterator[NewRun]:
-    """A new run, whose files only rank 0 makes."""
-    if group.rank:
-        yield NewRun(RunFiles(as_path(path, "path"), group.broadcast("")))
-        return
-    with new_run(path, base) as new:
-        group.broadcast(new.files.guid)
-        yield new
-
-
 def _prepared(
     new: NewRun, config: RunConfig, compute: Compute, group: Group, tokenizer: Any = None
 ) -> Setup:
     """The setup of a new run, whose ids are removed if the run fails before its first checkpoint."""
-    folder = _for_ids(group, new.files)
-    setup = _on_all(group, lambda: prepare(config, compute, folder, tokenizer, group=group))
+    folder = sharing.folder_for_ids(group, new.files)
+    setup = sharing.alike_on_all(group, lambda: prepare(config, compute, folder, tokenizer, group=group))
     new.undo.callback(setup.dataset.discard)
     return setup
-
-
-def _on_all(group: Group, make: Callable[[], Setup]) -> Setup:
-    """The setup of each rank, which must be alike. Raises BabyError on all ranks if one of them has none."""
-    if group.size == 1:
-        return make()
-    group.cores()  # now, as no rank may wait there for one that fails
-    made: list[Setup] = []
-    try:
-        group.each(lambda: made.append(make()))
-        expected = group.broadcast(alike.figures(made[0]))
-        group.each(lambda: alike.check(made[0], expected))
-    except BaseException:
-        for setup in made:
-            setup.dataset.discard()
-        raise
-    return made[0]
-
-
-def _for_ids(group: Group, files: RunFiles) -> Path | None:
-    """Where the ids of a text are kept; None, in memory, for ranks that write nothing."""
-    return None if group.rank else files.folder / "corpora"
 
 
 Where = dict[str, Any]
@@ -310,15 +275,16 @@ def _resumed(
     """As resume, on one of the ranks."""
     with ExitStack() as held:
 
-        def read() -> tuple[StoredRun, Checkpoint]:
+        def find() -> StoredRun:
             files = store.find(path, name)
             held.enter_context(store.hold(files))
             stored = config_file.read(files)
             stored.config.override(overrides)
             _check_resumable(stored, overrides)
-            return stored, _read_state(stored)
+            return stored
 
-        stored, start = group.first(read)
+        stored = sharing.stored(group, path, find)
+        start = sharing.start(group, lambda: _read_state(stored))
         files, config = stored.files, stored.config.override(overrides)
         base, text = stored.content["base"], stored.content["data"]
         place = stored.content["place"]
@@ -329,10 +295,10 @@ def _resumed(
                 found = dataset.of_run(config.data, text["file"], text["sha256"])
             else:
                 found = replace(config.data, data=checks.path("data", data))
-            more = _for_ids(group, files), stored.tokenizer, text["sha256"]
+            more = sharing.folder_for_ids(group, files), stored.tokenizer, text["sha256"]
             return prepare(replace(config, data=found), compute, *more, check_memory=False, group=group)
 
-        setup = _on_all(group, make)
+        setup = sharing.alike_on_all(group, make)
         if group.rank == 0 and group.size != place.get("ranks", 1):
             before, now = (layout.counted(number, "rank") for number in (place.get("ranks", 1), group.size))
             changed = f"{before} before, {now} now"
@@ -340,6 +306,19 @@ def _resumed(
         plan = Plan.of(setup, evaluate_first=base is not None)
         session = session_of(NewRun(files), setup, plan, listener, base, stored.content["started"])
         return session.run(start)
+
+
+def _base(group: Group, name: str, path: str | Path) -> Run:
+    """The best weights of a run to finetune, which rank 0 loads."""
+    if group.size == 1:
+        return load(name, path=path, backend="numpy")
+    stored = sharing.stored(group, path, lambda: config_file.read(store.find(path, name)))
+    flat = group.first(lambda: load(stored.files.guid, path=path, backend="numpy").params)
+    config, tokenizer = stored.config, stored.tokenizer
+    backend = Compute("numpy").load(config.train.dtype)
+    return Run(
+        Model(config.model, tokenizer.vocab_size), tokenizer, flat, backend, stored.files, stored.content, config
+    )
 
 
 def _together(

@@ -234,6 +234,11 @@ class TrainingSession(Listener):
         step = self._last.step
         return f"the checkpoint of step {step} is kept: run {self.files.guid} can be resumed" if step else ""
 
+    def _kept_state(self) -> dict[str, Any]:
+        """The fields of the checkpoint on disk."""
+        size, dtype = self.setup.model.n_parameters, self.plan.train.dtype
+        return vars(state_file.load_state(self.files.state, size, dtype)[0])
+
     def _stop_asked(self) -> None:
         text = "stopping after this step, with a checkpoint; interrupt again to stop at once"
         if self.setup.group.size > 1:  # a launcher also sends SIGTERM to the others when a rank has ended
@@ -244,8 +249,7 @@ class TrainingSession(Listener):
         """The message for a loss that is NaN or infinite."""
         setup, train, what = self.setup, self.plan.train, f"the {diverged.what} at step {diverged.step}"
         self.listener.note(f"{what}; searching for the cause from step {self._last.step} on")
-        size = setup.model.n_parameters
-        good, _ = setup.group.first(lambda: state_file.load_state(self.files.state, size, train.dtype))
+        good = Checkpoint(**setup.group.first(self._kept_state))
         start = setup.backend, setup.model, train, setup.dataset, good
         found = largest_gradient(*start, diverged.step, own, setup.group)
         parts = [what]

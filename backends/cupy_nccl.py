@@ -66,8 +66,8 @@ class NcclGroup(Group):
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         own.device.use()
         try:
-            name = self.broadcast(own.nccl.get_unique_id() if self.rank == 0 else b"")
-            self._communicator = own.nccl.NcclCommunicator(self.size, name, self.rank)
+            name = self.broadcast([*own.nccl.get_unique_id()] if self.rank == 0 else [])
+            self._communicator = own.nccl.NcclCommunicator(self.size, bytes(name), self.rank)
         except own.nccl.NcclError as error:
             raise _failure(error) from None
 
@@ -93,7 +93,7 @@ class NcclGroup(Group):
         return self._own.cupy.asnumpy(found).tolist()
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
-        """As Group.broadcast; what pickle can copy."""
+        """As Group.broadcast."""
         data = self._connections.broadcast(packed(value) if self.rank == root else b"", root)
         return value if self.rank == root else unpacked(data)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from baby_xp.distributed.group import Group
+from baby_xp.distributed.messages import packed, unpacked
 
 SECONDS = 20.0
 
@@ -44,7 +45,8 @@ class ThreadGroup(Group):
             array[own] = others[own]
 
     def broadcast(self, value, root=0):
-        return self._shared.exchange(self.rank, value)[root]
+        sent = self._shared.exchange(self.rank, packed(value) if self.rank == root else b"")[root]
+        return value if self.rank == root else unpacked(sent)
 
 
 class Shared:

@@ -63,7 +63,7 @@ class Group:
         return found.tolist()
 
     def broadcast(self, value: T, root: int = 0) -> T:
-        """The value, a copy of it, that the rank `root` has."""
+        """The value that the rank `root` has: JSON values and arrays of NumPy, of which the others get copies."""
         return value
 
     def mend(self) -> bool:
@@ -86,7 +86,7 @@ class Group:
         All ranks ask for it together the first time.
         """
         if self._cores is None:
-            own = socket.gethostname(), processes.cores_used()
+            own = [socket.gethostname(), sorted(processes.cores_used())]
             self._cores = max(1, len(own[1]) // self.all_gather(own).count(own))
         return self._cores
 
@@ -99,11 +99,11 @@ class Group:
             result = function()
         except BabyError as error:
             problem = error
-        for rank, found in enumerate(self.all_gather(problem)):
+        for rank, found in enumerate(self.all_gather(problem and str(problem))):
             if found is not None:
                 if problem is not None and rank == self.rank:
                     raise problem
-                raise BabyError(f"rank {rank}: {found}" if rank else str(found))
+                raise BabyError(f"rank {rank}: {found}" if rank else found)
         return result  # type: ignore[return-value]
 
     @contextmanager
@@ -119,16 +119,17 @@ class Group:
         return [self.broadcast(value, root) for root in range(self.size)]
 
     def first(self, function: Callable[[], T]) -> T:
-        """What the function returns on rank 0, which alone calls it. An error that it raises is raised by all."""
+        """What the function returns on rank 0, which alone calls it; what `broadcast` can send. If it raises a
+        BabyError there, all raise one."""
         if self.size == 1:
             return function()
-        result, error = None, None
+        result, problem = None, None
         if self.rank == 0:
             try:
                 result = function()
-            except (BabyError, KeyboardInterrupt) as raised:
-                error = raised
-        result, error = self.broadcast((result, error))
-        if error is not None:
-            raise error
+            except BabyError as error:
+                problem = error
+        result, said = self.broadcast((result, problem and str(problem)))
+        if said is not None:
+            raise problem or BabyError(said)
         return result  # type: ignore[return-value]

@@ -145,7 +145,7 @@ class MpiGroup(Group):
             self._wait(self._all.Iallgatherv(self._mpi.IN_PLACE, [array, places]))
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
-        """As Group.broadcast; what pickle can copy."""
+        """As Group.broadcast."""
         if self.size == 1:
             return value
         with self._watched():

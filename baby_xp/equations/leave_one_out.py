@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -211,8 +211,10 @@ def experiment(
     group = join(distributed)
     with group.others() as others:
         results = None if others is None else _results(run_config, seeds, workers, progress, others)
-    results = group.broadcast(results)
-    assert results is not None
+    found: Any = group.broadcast(results and asdict(results))
+    if results is None:
+        answers, losses = tuple(Answer(**one) for one in found["answers"]), tuple(found["losses"])
+        results = Results(**{**found, "run_config": run_config, "answers": answers, "losses": losses})
     return results
 
 

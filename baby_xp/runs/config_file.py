@@ -30,6 +30,11 @@ class StoredRun:
     config: RunConfig
     tokenizer: Tokenizer
 
+    @classmethod
+    def of(cls, files: RunFiles, content: dict[str, Any], tokenizer: Tokenizer) -> "StoredRun":
+        """The run whose config file has this content. Raises BabyError if it makes no sense."""
+        return cls(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)
+
     @property
     def belonging(self) -> dict[str, str]:
         """What the metadata of the run's arrays must hold."""
@@ -104,7 +109,7 @@ def read(files: RunFiles) -> StoredRun:
             f"{files.tokenizer} has {tokenizer.vocab_size} ids, the model {content['vocab_size']!r}: "
             f"they do not belong together; {store.RESTORE}"
         )
-    return StoredRun(files, content, RunConfig.from_dict(content, str(files.config)), tokenizer)
+    return StoredRun.of(files, content, tokenizer)
 
 
 def of_this_job(folder: Path, config: RunConfig, base: str | None) -> str | None:

@@ -29,9 +29,6 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"by {signal.Signals(number).name}")
         self.number = number
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.number,)
-
 
 class Agreed(KeyboardInterrupt):
     """All ranks end the work at the same place, as one of them was asked to stop."""

@@ -96,7 +96,7 @@ def test_ranks_sum_arrays_and_tell_each_other_values(machine):
         group = joined(place)
         single, double = (group_array(machine, kind, rank) for kind in ("float32", "float64"))
         group.sum(single, double)
-        value = group.broadcast({"from": rank}, root=2), group.broadcast(b"x" * 100_000 * (rank == 0))
+        value = group.broadcast({"from": rank}, root=2), group.broadcast("x" * 100_000 * (rank == 0))
         found = group.device, single.tolist(), double.tolist(), value, group.sum_of_numbers(rank, 0.5)
         everything = found, group.all_gather(rank), single.where
         group.end()
@@ -104,7 +104,7 @@ def test_ranks_sum_arrays_and_tell_each_other_values(machine):
 
     for rank, (found, ranks, where) in enumerate(results(together(3, work))):
         sums = [0.0 + 1 + 2, 3.0, 3.0]
-        assert found == (f"cuda:{rank}", sums, sums, ({"from": 2}, b"x" * 100_000), [3.0, 1.5])
+        assert found == (f"cuda:{rank}", sums, sums, ({"from": 2}, "x" * 100_000), [3.0, 1.5])
         assert (ranks, where) == ([0, 1, 2], rank)
 
 
