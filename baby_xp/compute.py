@@ -1,10 +1,10 @@
 """Where a run computes: a backend, its device, its options and the processes that share a step."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from baby_xp import checks
-from baby_xp.distributed import Group, join
+from baby_xp.distributed import Group, Kind, join
 
 if TYPE_CHECKING:
     from baby_xp.arrays.backend import Backend
@@ -54,14 +54,14 @@ class Compute:
 class Distribution:
     """Ranks, which a launcher such as mpiexec starts. Raises BabyError for values of a wrong type."""
 
-    distributed: Literal["none", "mpi", "nccl"] = "none"
+    distributed: Kind = "none"
     """mpi, nccl: train together with the other processes that mpiexec, srun or torchrun started (numpy backend;
     cupy backend, one GPU each)."""
     restarts: int = 0
     """How often to go on from the last checkpoint when a rank is lost."""
 
     def __post_init__(self) -> None:
-        checks.choice("distributed", self.distributed, ("none", "mpi", "nccl"))
+        checks.choice("distributed", self.distributed, get_args(Kind))
         object.__setattr__(self, "restarts", checks.whole("restarts", self.restarts, least=0))
 
     def join(self) -> Group:

@@ -82,20 +82,25 @@ class Loop:
             try:
                 reason = self._until_the_end()
             except KeyboardInterrupt as interrupt:
-                reason = "interrupted"
-                if self.group.size > 1 and not isinstance(interrupt, Agreed):
-                    raise  # the others are in the middle of the step: only the last checkpoint is whole
+                reason = self._interrupted(interrupt)
             self._write_checkpoint()
             final = None
             if reason != "interrupted":
                 try:
                     final = self._evaluate_best()
-                except KeyboardInterrupt:
-                    reason = "interrupted"
+                except KeyboardInterrupt as interrupt:
+                    reason = self._interrupted(interrupt)
         checkpoint = self._checkpoint()
         if isinstance(self.own, Workers):
             checkpoint.copy_arrays()
         return Result(checkpoint, reason, final)
+
+    def _interrupted(self, interrupt: KeyboardInterrupt) -> str:
+        """The reason for the end. Raises the interrupt again if the other ranks do not know of it: they wait for
+        this one in the middle of a step or an evaluation, and only the last checkpoint is whole."""
+        if self.group.size > 1 and not isinstance(interrupt, Agreed):
+            raise interrupt
+        return "interrupted"
 
     def _begin(self, start: Checkpoint) -> None:
         backend, model, config = self.backend, self.model, self.plan.train

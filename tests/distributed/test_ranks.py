@@ -314,6 +314,24 @@ def test_a_run_is_finetuned_by_ranks(ranks, tmp_path):
     assert found[0].guid != expected.guid
 
 
+@pytest.mark.parametrize(("place", "kept"), [("_evaluate", 1), ("_evaluate_best", 6)])
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_an_interrupt_of_one_rank_alone_leaves_the_last_checkpoint(ranks, monkeypatch, interrupted, place, kept):
+    """In an evaluation, or in the last one: the others wait there, and nothing can be written with them."""
+    original = getattr(loop.Loop, place)
+
+    def interrupt(self):
+        if self.group.rank == interrupted:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(loop.Loop, place, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ranks(2, lambda group: baby_xp.train("classic", **{**SETTINGS, "checkpoint_every": 1}))
+    (summary,) = baby_xp.list_runs()
+    assert summary.steps == kept
+
+
 @pytest.mark.parametrize("asking", [0, 1, 2])
 def test_a_stop_request_on_any_rank_ends_all_after_the_same_step(ranks, monkeypatch, asking):
     """It travels with the gradients."""
