@@ -211,10 +211,10 @@ class Noting(baby_xp.Listener):
     """A listener that keeps what training reports."""
 
     def __init__(self):
-        self.records, self.notes, self.began = [], [], []
+        self.records, self.notes, self.workers = [], [], []
 
     def started(self, session, step):
-        self.began.append(step)
+        self.workers.append(session.setup.compute.workers)
 
     def evaluated(self, record):
         self.records.append(record)
@@ -281,6 +281,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(ranks):
     ended = ranks(2, resume)
     changed = "3 ranks before, 2 ranks now: sums are rounded otherwise, and the last digits may differ"
     assert [noting.notes for noting in notings] == [[changed], []]
+    assert notings[0].workers == [None]  # not the number that suited three ranks
     assert ended[0].config["result"]["reason"] == "steps"
     np.testing.assert_allclose(ended[0].params, expected.params, rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(ended[0].params, ended[1].params)
@@ -302,7 +303,7 @@ def test_the_same_number_of_ranks_goes_on_bit_for_bit_and_without_a_word(ranks):
     )
     for name in ("params", "m", "v"):
         np.testing.assert_array_equal(one.state[name], other.state[name])
-    assert noting.notes == []
+    assert (noting.notes, noting.workers) == ([], [1])
     assert ended.config["place"]["ranks"] == 2
 
 
@@ -349,11 +350,12 @@ def test_a_stop_request_on_any_rank_ends_all_after_the_same_step(ranks, monkeypa
         original(self)
 
     monkeypatch.setattr(loop.Loop, "_advance", advance)
-    runs = ranks(3, lambda group: baby_xp.train("classic", **{**SETTINGS, "eval_every": 4}))
-    for run in runs:
-        result = run.config["result"]
-        # the next time that the losses are read
-        assert (result["state"], result["reason"], result["steps"]) == ("stopped", "interrupted", 4)
+    # no evaluation, in which ranks also ask each other
+    runs = ranks(3, lambda group: baby_xp.train("classic", **{**SETTINGS, "eval_every": 40, "num_steps": 40}))
+    results = [run.config["result"] for run in runs]
+    assert results[0] == results[1] == results[2]
+    assert (results[0]["state"], results[0]["reason"]) == ("stopped", "interrupted")
+    assert results[0]["steps"] <= 20  # the next time that losses are read
 
 
 def test_all_ranks_go_by_the_clock_of_rank_0(ranks, monkeypatch):
@@ -417,6 +419,13 @@ def test_different_ranks_are_noticed_before_the_first_step(ranks, tmp_path, more
     first, second = ranks(2, train)
     assert first == f"rank 1: {second}"
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_text_may_have_another_path_on_another_rank(ranks, tmp_path):
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "text.txt").read_bytes())
+    names = "text.txt", "copy.txt"
+    runs = ranks(2, lambda group: baby_xp.train("classic", **{**SETTINGS, "data": names[group.rank]}))
+    assert runs[0].config["data"]["data"] == "text.txt"
 
 
 def test_a_different_version_is_noticed(ranks, monkeypatch):
