@@ -102,6 +102,11 @@ class NcclGroup(Group):
         self._failed = True
         self._connections.fail()
 
+    def before_last_words(self) -> None:
+        """As Group.before_last_words."""
+        super().before_last_words()
+        self._connections.take_last_words()
+
     def end(self) -> None:
         """Leave the group when the program ends; after a failure, end the other ranks."""
         self._connections.end()

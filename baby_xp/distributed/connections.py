@@ -54,6 +54,7 @@ class Connections:
         """Of each rank, what it sent; None at its end."""
         self._sending = {peer: threading.Lock() for peer in self._sockets}
         self._ending, self._noticed = threading.Lock(), threading.Event()
+        self._last_words = threading.RLock()
         self._lost, self._failed, self._over = "", False, False
         self._readers = []
         for peer, connection in self._sockets.items():
@@ -87,6 +88,13 @@ class Connections:
     def fail(self) -> None:
         """Note that this rank has failed: `end` then ends the others."""
         self._failed = True
+
+    def take_last_words(self) -> None:
+        """The calling thread reports the end of this process, no other one: call it before that is printed.
+
+        Does not return if another thread has begun to do so: it ends the process.
+        """
+        self._last_words.acquire()
 
     def end(self) -> None:
         """Part from the other ranks, when the program ends."""
@@ -152,8 +160,11 @@ class Connections:
                 time.sleep(REPORT_SECONDS)
             if self._over:
                 return
-            kept = "its last checkpoint, if there is one, can be resumed"
-            print(f"baby_xp: {self._lost}; {kept}", file=sys.stderr, flush=True)
+            if self._last_words.acquire(blocking=False):  # and never released
+                kept = "its last checkpoint, if there is one, can be resumed"
+                print(f"baby_xp: {self._lost}; {kept}", file=sys.stderr, flush=True)
+            else:  # the main thread has them, and ends this process next
+                time.sleep(REPORT_SECONDS)
         # only now: a launcher may end this process as soon as another one has ended
         for other, sending in self._sending.items():
             if other != peer and sending.acquire(timeout=1.0):

@@ -225,20 +225,20 @@ class MpiGroup(Group):
 
     @contextmanager
     def _reporting_to(self, futures: list[Any]) -> Iterator[None]:
-        """If MPI fails in an executor's thread, its futures raise the error: nothing else would end them."""
+        """If an executor's thread fails, its futures raise the error: nothing else would end them."""
         usual = threading.excepthook
 
         def report(failure: Any) -> None:
-            if not isinstance(failure.exc_value, self._mpi.Exception):
-                usual(failure)
-                return
-            try:
-                with self._watched():
-                    raise failure.exc_value
-            except BabyError as error:
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(error)
+            problem = failure.exc_value
+            if isinstance(problem, self._mpi.Exception):
+                try:
+                    with self._watched():
+                        raise problem
+                except BabyError as error:
+                    problem = error
+            for future in futures:
+                if not future.done():
+                    future.set_exception(problem)
 
         threading.excepthook = report
         try:

@@ -26,8 +26,11 @@ class Interrupted(KeyboardInterrupt):
     """A signal other than Ctrl-C asks the program to end. What handles Ctrl-C handles it too."""
 
     def __init__(self, number: int):
-        super().__init__(f"by {signal.Signals(number).name}")
+        super().__init__(number)  # with these arguments a copy is made, when it goes to another process
         self.number = number
+
+    def __str__(self) -> str:
+        return f"by {signal.Signals(self.number).name}"
 
 
 class Agreed(KeyboardInterrupt):

@@ -321,9 +321,46 @@ def test_ranks_that_end_well_are_not_taken_for_lost(work):
 def test_without_rank_0_another_one_reports_it(work):
     codes, errors, seconds = run_ranks(3, KILL="0:5")
     assert codes == [-9, 2, 2]
-    assert "rank 0 of 3 ended before its time; " in errors[1]
-    assert (errors[0], errors[1].count("\n"), errors[2]) == ("", 1, "")
+    (line,) = errors[1].splitlines()
+    assert "rank 0 of 3 ended before its time; " in line
+    assert (errors[0], errors[2]) == ("", "")
     assert seconds < 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noticed_after", [0.1, 0.7])
+def test_a_lost_rank_is_reported_once(noticed_after):
+    """By the main thread, or by the one that reads, which waits half a second for it. Both take long to end."""
+    program = f"""if True:
+        import os, sys, time
+        from baby_xp.distributed import connections
+        from baby_xp.distributed.group import Lost
+        from baby_xp.distributed.launchers import Place
+        end_now = os._exit
+        os._exit = lambda code: [time.sleep(1), end_now(code)]
+        connections.NOTICE_SECONDS, connections.REPORT_SECONDS = 0.5, 1.0
+        rank = int(sys.argv[1])
+        ends = connections.Connections(Place(rank, 2, rank, "127.0.0.1", {free_port()}))
+        if rank == 0:
+            end_now(3)
+        time.sleep({noticed_after})
+        try:
+            while True:
+                ends.check()
+        except Lost as lost:
+            ends.take_last_words()
+            print(lost, file=sys.stderr, flush=True)
+            time.sleep(2.5)
+            ends.end()
+    """
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    lines = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
+    assert lines[0] == []
+    (line,) = lines[1]
+    assert "rank 0 of 2 ended before its time" in line
 
 
 @pytest.mark.slow

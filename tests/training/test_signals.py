@@ -1,5 +1,6 @@
 """Stop requests: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1."""
 
+import copy
 import itertools
 import os
 import signal
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from baby_xp.training.signals import SIGNALS, Stop, interruptible, interruption
+from baby_xp.training.signals import SIGNALS, Interrupted, Stop, interruptible, interruption
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -109,3 +110,9 @@ def test_a_stop_request_ends_a_loop_over_items():
     with pytest.raises(KeyboardInterrupt):
         list(map(work, stop.over(itertools.count())))
     assert done == [0, 1, 2, 3]
+
+
+def test_an_interrupt_can_be_copied():
+    """As when a rank sends it to the one that waits for its result."""
+    copied = copy.copy(Interrupted(signal.SIGTERM))
+    assert (str(copied), copied.number) == ("by SIGTERM", signal.SIGTERM)
