@@ -75,7 +75,7 @@ class MpiGroup(Group):
     kind = "mpi"
 
     def __init__(self, MPI: Any):
-        self._mpi, self._failed = MPI, False
+        self._mpi, self._failed, self._mended = MPI, False, False
         self._use(MPI.COMM_WORLD)
 
     def _use(self, communicator: Any) -> None:
@@ -252,7 +252,7 @@ class MpiGroup(Group):
             self._use(self._all.Shrink())
         except (self._mpi.Exception, NotImplementedError):
             return False
-        self._failed = False
+        self._failed, self._mended = False, True
         return True
 
     def fail(self) -> None:
@@ -270,6 +270,10 @@ class MpiGroup(Group):
         if self._failed and self.size > 1:
             time.sleep(GRACE_SECONDS / 4)  # the launcher drops what it has not read of the last words
             self._all.Abort(2)
+        if self._mended:  # Finalize of Open MPI 5.0 waits forever for a rank that is gone, once in some 60 times
+            with suppress(self._mpi.Exception):
+                self._wait(self._all.Ibarrier())
+            return
         self._mpi.Finalize()
 
 

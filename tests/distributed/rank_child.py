@@ -1,6 +1,7 @@
 """A rank of a test: the command line of baby_xp, with a fault at some place of some rank.
 
-BABY_XP_FAULT is "rank place step": at that step, the rank kills itself while it computes, sums or writes.
+BABY_XP_FAULT is "rank place step": at that step, the rank kills itself while it computes, sums or writes. The
+ranks that are left cannot leave MPI as usual, which Open MPI sometimes cannot either.
 """
 
 import os
@@ -46,6 +47,14 @@ def prepare(rank: int, place: str, step: int) -> None:
         steps[0] -= 1
         replace(source, target)
 
+    def mended(group):
+        done = mend(group)
+        from mpi4py import MPI
+
+        MPI.Finalize = lambda: time.sleep(3600)
+        return done
+
+    mend, mpi.MpiGroup.mend = mpi.MpiGroup.mend, mended
     RandomWindows.batch, mpi.add, os.replace = batched, added, replaced
 
 
