@@ -75,7 +75,7 @@ def muon_step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
     """As muon.muon: for one process, which gives the same as several that use muon_update_into, bit for bit."""
     shape = w.shape[1:]
     if w.dtype != np.float32 or math.prod(shape) < W:
-        return numpy_muon.step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations)
+        return muon.muon.__wrapped__(xp, w, g, m, scale, lr, momentum, weight_decay, iterations)
     new = np.empty_like(w), np.empty_like(w)
     begins = np.arange(len(w)) * math.prod(shape)
     arrays = [array.reshape(-1) for array in new] + [flat(array) for array in (w, g, m)]

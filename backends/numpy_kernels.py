@@ -18,7 +18,6 @@ import numpy as np
 from baby_xp_backends import numpy_decoding, numpy_muon, numpy_query_key
 
 from baby_xp.arrays import rng
-from baby_xp.arrays.tree import gradient_of, leaves
 from baby_xp.layers import gelu, heads, layernorm, rmsnorm
 from baby_xp.training.optimizers import EPS
 
@@ -36,24 +35,6 @@ def tiles(rows: int, width: int):
 def ones(n: int, dtype) -> np.ndarray:
     """(n,) ones, for sums as products."""
     return np.ones(n, dtype)
-
-
-# linear -------------------------------------------------------------------------------------------------
-
-
-def linear_forward(xp, p, x):
-    y = x @ p["weight"]
-    if "bias" in p:
-        y += p["bias"]
-    return y, (x,)
-
-
-def linear_backward(xp, p, saved, dy):
-    (x,) = saved
-    dp = {"weight": np.matmul(x.T, dy, out=gradient_of(p, "weight"))}
-    if "bias" in p:
-        dp["bias"] = np.matmul(ones(dy.shape[0], dy.dtype), dy, out=gradient_of(p, "bias"))
-    return dp, dy @ p["weight"].T
 
 
 # layer norm ---------------------------------------------------------------------------------------------
@@ -106,7 +87,7 @@ def rmsnorm_backward(xp, p, saved, dy):
     return {}, dx
 
 
-# GELU, ReLU squared -------------------------------------------------------------------------------------
+# GELU ---------------------------------------------------------------------------------------------------
 
 
 def gelu_tanh_form(xp, x):
@@ -138,23 +119,6 @@ def _gelu_tile(x, y, derivative, cdf, square):
     derivative += cdf
 
 
-def relu2_forward(xp, p, x):
-    relu, y = np.empty_like(x), np.empty_like(x)
-    for s in tiles(*x.shape):
-        np.maximum(x[s], 0, out=relu[s])
-        np.multiply(relu[s], relu[s], out=y[s])
-    return y, (relu,)
-
-
-def relu2_backward(xp, p, saved, dy):
-    (relu,) = saved
-    dx = np.empty_like(dy)
-    for s in tiles(*dy.shape):
-        np.multiply(relu[s], dy[s], out=dx[s])
-        dx[s] += dx[s]
-    return {}, dx
-
-
 # attention ----------------------------------------------------------------------------------------------
 
 
@@ -180,7 +144,7 @@ def heads_forward(xp, p, qkv, shape, noise=None, past=None):
     q = q * kind.type(1 / math.sqrt(D))
     y, totals = np.empty((B, T, H, D), kind), np.empty((B, T, H), kind)
     heads_of_y, totals_of_rows = y.swapaxes(1, 2), totals.swapaxes(1, 2)
-    drop = None if noise is None else _weight_dropout(noise[0], H, T, rate)
+    drop = None if noise is None else _weight_dropout(xp, noise[0], H, T, rate)
     saved = []
     for at in _blocks(B, H, T, D):
         b, h, rows, keys = at
@@ -288,12 +252,12 @@ def _spread(H: int, D: int, dtype, factor: float) -> np.ndarray:
     return np.kron(np.eye(H), np.full((1, D), factor)).astype(dtype)
 
 
-def _weight_dropout(stream, H: int, T: int, rate: float):
+def _weight_dropout(xp, stream, H: int, T: int, rate: float):
     """A function (block of weights, its place) -> the block without those that the mask of rng.py drops."""
     threshold = np.uint16(rng.drop_threshold(rate))
     keys_of_samples = stream.view(np.uint32)[:, None, None, None]
     if T % 2:  # rows do not start at the first half of a hash
-        keep = keep_mask(None, stream, H * T * T, rate).reshape(-1, H, T, T)
+        keep = rng.keep_mask(xp, stream, H * T * T, rate).reshape(-1, H, T, T)
         return lambda weights, at: weights * keep[at]
     inner = _hashed_counters(H * T * T // 2).reshape(H, T, T // 2)
 
@@ -307,21 +271,6 @@ def _weight_dropout(stream, H: int, T: int, rate: float):
 
 
 # dropout ------------------------------------------------------------------------------------------------
-
-
-def keep_mask(xp, stream, size: int, rate: float):
-    pairs = (size + 1) // 2
-    inner = _hashed_counters(pairs)
-    keep = np.empty((len(stream), 2 * pairs), dtype=bool)
-    threshold = np.uint16(rng.drop_threshold(rate))
-    keys = stream.view(np.uint32)[:, None]
-    for rows in tiles(len(stream), pairs):
-        for s in tiles(pairs, 1):
-            bits = np.bitwise_xor(inner[s], keys[rows])
-            _mix(bits, np.empty_like(bits))
-            # in memory the low half of a hash comes first, which is the order of the plain form
-            np.greater_equal(bits.view(np.uint16), threshold, out=keep[rows, 2 * s.start : 2 * s.stop])
-    return keep[:, :size]
 
 
 @functools.lru_cache(maxsize=16)
@@ -390,39 +339,19 @@ def _adamw_tile(a, w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, kee
     new_w -= a
 
 
-def global_norm(xp, gradients):
-    return np.sqrt(np.dot(gradients, gradients)).reshape(1)
-
-
-def add_tree(xp, layout, flat, tree):
-    """In place, without packing the tree first."""
-    by_path = dict(leaves(tree))
-    for path, at in layout.slices.items():
-        flat[at] += by_path[path].reshape(-1)
-    return flat
-
-
 KERNELS: dict[str, Callable[..., Any]] = {
-    "linear.forward": linear_forward,
-    "linear.backward": linear_backward,
     "layernorm.forward": layernorm_forward,
     "layernorm.backward": layernorm_backward,
     "rmsnorm.forward": rmsnorm_forward,
     "rmsnorm.backward": rmsnorm_backward,
     "gelu.tanh_form": gelu_tanh_form,
-    "relu2.forward": relu2_forward,
-    "relu2.backward": relu2_backward,
     "query_key.forward": numpy_query_key.forward,
     "query_key.backward": numpy_query_key.backward,
     "heads.forward": heads_forward,
     "heads.backward": heads_backward,
-    "rng.keep_mask": keep_mask,
     "dropout.select": dropout_select,
-    "muon.muon": numpy_muon.step,
     "muon.orthogonalize": numpy_muon.orthogonalize,
     "optimizers.adamw": adamw,
-    "optimizers.global_norm": global_norm,
-    "step.add_tree": add_tree,
     "optimizers.adamw_into": adamw_into,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,

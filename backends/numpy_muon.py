@@ -8,18 +8,6 @@ CHAIN = 5
 """Iterations of Newton-Schulz on the Gram matrix alone. Each multiplies the error of a small eigenvalue by 12."""
 
 
-def step(xp, w, g, m, scale, lr, momentum, weight_decay, iterations):
-    kind = w.dtype.type
-    direction = g * kind((1 - momentum) * scale[0])
-    new_m = m * kind(momentum)
-    new_m += direction
-    new_w = new_m * kind(momentum)
-    direction += new_w
-    np.multiply(w, kind(1 - lr[0] * weight_decay), out=new_w)
-    new_w -= orthogonalize_scaled(direction, iterations, kind(lr[0] * muon.step_size(*w.shape[1:])))
-    return new_w, new_m
-
-
 def orthogonalize(xp, x, iterations):
     return orthogonalize_scaled(x, iterations, x.dtype.type(1))
 

@@ -200,4 +200,4 @@ def clip_scale(xp: Any, norm: Array, limit: float) -> Array:
 @replaceable
 def global_norm(xp, gradients):
     """Root of the sum of squares: (P,) -> (1,)."""
-    return xp.reshape(xp.sqrt(xp.sum(gradients * gradients)), (1,))
+    return xp.reshape(xp.sqrt(xp.vecdot(gradients, gradients)), (1,))
