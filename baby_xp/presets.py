@@ -272,6 +272,7 @@ class Settings(FinetuneSettings, total=False):
     c_model: Literal["classic", "modern"] | None
     positions: Literal["learned", "rotary"]
     norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"]
+    smear: bool
     embedding_norm: bool
     qk_norm: bool
     activation: Literal["gelu", "relu2", "swiglu", "tanh"]

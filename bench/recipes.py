@@ -108,7 +108,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
 """The changes between them: the settings of each, whose values are those of the two recipes."""
 ADDITIONS: dict[str, dict[str, Any]] = {
     "SwiGLU": {"activation": "swiglu"}, "RMSNorm with gain": {"norm": "rmsnorm-gain"},
-    "tied head": {"tied_head": True}, "soft cap": {"logit_cap": 15.0},
+    "tied head": {"tied_head": True}, "soft cap": {"logit_cap": 15.0}, "smear": {"smear": True},
 }  # fmt: skip
 """What the full recipe does not have, added to both recipes."""
 OF_MUON: dict[str, dict[str, Any]] = {
@@ -278,7 +278,7 @@ def tune(file: Path, recipes: list[Recipe], seeds: int, jobs: int, others: Other
         for label, config in configs.items():
             request = {"label": label, "config": config.to_dict(), "seed": seed}
             kept = result["trained"].get(of_seed(label, seed))
-            if kept and kept["config"] != request["config"]:
+            if kept and variants.completed(kept["config"]) != request["config"]:
                 raise BabyError(f"{file} has another recipe that is called {label!r}: name a new file with --file")
             requests[of_seed(label, seed)] = request
     keep: Callable[[], None] = lambda: variants.write(file, result, tuned_document(result))  # noqa: E731

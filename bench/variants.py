@@ -97,9 +97,18 @@ def started(file: Path, base: dict) -> dict:
         machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
         return {"date": config_file.now(), "machine": machine, "base": base, "trained": {}, "timed": {}}
     result = read(file)
-    if result["base"] != base:
+    if completed(result["base"]) != base:
         raise BabyError(f"{file} is of another base or another text: name a new file with --file")
     return result
+
+
+def completed(kept: Any) -> Any:
+    """What a file keeps, where configs have the fields that came later too, with their defaults."""
+    if not isinstance(kept, dict):
+        return kept
+    if kept.keys() == {"preset", "model", "train", "data"}:
+        return RunConfig.from_dict(kept, "the file").to_dict()
+    return {name: completed(value) for name, value in kept.items()}
 
 
 def write(file: Path, result: dict, document: list[str]) -> None:
