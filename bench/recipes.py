@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
 # the variants -------------------------------------------------------------------------------------------
 
 TEXTS = {"shakespeare": "shakespeare", "nursery": "baby"}
-"""The preset that is the full recipe on each text."""
+"""The preset that is the full recipe on each text, as it was when the tables were made."""
 SETTINGS: dict[str, Any] = {"sample_tokens": 0}
 """What differs from the preset in every training, and does not change what is learned."""
 SHORTER: dict[str, dict[str, Any]] = {"shakespeare": {}, "nursery": {"num_steps": 400}}
@@ -139,18 +139,24 @@ class Variant:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What differs from the preset, besides SETTINGS."""
+        """What differs from the full recipe."""
         return {**(PLAIN if self.base == "plain" else {}), **dict(self.changed)}
 
     @property
     def config(self) -> RunConfig:
         """All its settings."""
-        return presets.preset(TEXTS[self.text]).override({**SETTINGS, **SHORTER[self.text], **self.overrides})
+        full = presets.preset(TEXTS[self.text]).override(earlier(self.text))
+        return full.override({**SETTINGS, **SHORTER[self.text], **self.overrides})
 
 
 def value_of(config: RunConfig, name: str) -> Any:
     """A setting of a config."""
     return next(getattr(part, name) for part in (config.model, config.train, config.data) if hasattr(part, name))
+
+
+def earlier(text: str) -> dict[str, Any]:
+    """What makes the preset of a text the full recipe again."""
+    return variants.EARLIER.get(TEXTS[text], {})
 
 
 def variants_of(text: str) -> list[Variant]:
@@ -331,11 +337,11 @@ def heading(result: dict) -> list[str]:
 
 def document(result: dict) -> list[str]:
     """All tables as Markdown, with what a reader must know about them."""
-    plain = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PLAIN.items())
     recipes = []
     for text, preset in TEXTS.items():
-        fewer = "".join(f" --{name.replace('_', '-')} {value}" for name, value in SHORTER[text].items())
-        recipes.append(f"{text}: full is preset {preset}{fewer}, plain is {preset}{fewer} {plain}")
+        full = {**earlier(text), **SHORTER[text]}
+        plain = variants.flags({name: value for name, value in {**full, **PLAIN}.items() if "muon_" not in name})
+        recipes.append(f"{text}: full is preset {preset}{variants.flags(full)}, plain is {preset}{plain}")
     lines = [*heading(result), *recipes, "", *variants.about_times(result)]
     for name, rows in tables(result).items():
         lines += [name, "", *rows, ""]

@@ -7,7 +7,6 @@ import statistics
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from baby_xp import presets
 from baby_xp.arrays import params
@@ -21,8 +20,8 @@ from bench.peers import Curve
 from bench.results import markdown
 
 PRESET = "shakespeare"
-WITHOUT: dict[str, Any] = {"smear": False}
-"""What differs from the preset: it has none of the parts."""
+WITHOUT = variants.EARLIER[PRESET]
+"""What makes the preset what it was when the parts were tried: it had none of them."""
 SKETCHES: dict[str, tuple[str, ...]] = {
     "the preset": (),
     "value embeddings": ("values",),

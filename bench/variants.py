@@ -27,6 +27,13 @@ from bench.harness import say
 
 RESULTS = harness.ROOT / "bench/results"
 WARMUP = 5  # steps before those that are timed
+EARLIER: dict[str, dict[str, Any]] = {
+    "shakespeare": {
+        "smear": False, "num_steps": 300, "lr": 6e-3, "warmup_steps": 10, "muon_lr": 0.03, "muon_momentum": 0.9,
+        "beta1": 0.9,
+    },
+}  # fmt: skip
+"""Presets that have changed since they were measured -> the settings that they had then."""
 MARK = "<!-- table: {} -->"
 
 
@@ -68,6 +75,15 @@ def in_ranks(program: str, kind: distributed.Kind, measure: Callable[[Others], N
         distributed.current().after_last_words()
         return 2
     return 0
+
+
+def flags(settings: dict[str, Any]) -> str:
+    """Settings as a command line has them."""
+    names = {name: name.replace("_", "-") for name in settings}
+    return "".join(
+        f" --{'' if value else 'no-'}{names[name]}" if isinstance(value, bool) else f" --{names[name]} {value}"
+        for name, value in settings.items()
+    )
 
 
 # the file -----------------------------------------------------------------------------------------------

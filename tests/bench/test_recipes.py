@@ -56,7 +56,7 @@ def differing(one: Variant, base: str) -> dict:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_plain_and_full_are_as_described_and_all_changes_lead_from_one_to_the_other(text):
-    full = presets.preset(TEXTS[text])
+    full = presets.preset(TEXTS[text]).override(recipes.earlier(text))
     assert full.data.data == text
     assert differing(Variant(text, "full"), "full") == {}
     plain = settings(Variant(text, "plain").config)

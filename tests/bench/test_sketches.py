@@ -14,7 +14,7 @@ def test_a_sketch_begins_as_the_twin_and_all_its_parts_learn():
     from bench.peers.torch_modern import ModernGPT
     from bench.peers.torch_sketches import Sketch
 
-    config = presets.preset("shakespeare").override({"n_ctx": 8, "n_emb": 8, "head_size": 8}).model
+    config = presets.preset("shakespeare").override({"n_ctx": 8, "n_emb": 8, "head_size": 8, "smear": False}).model
     ids = torch.randint(5, (2, 8))
     twin = ModernGPT(config, 5).float()
     sketch = Sketch(config, 5, sketches.SKETCHES["all three"]).float()
