@@ -57,6 +57,8 @@ class GPTConfig:
     """A learned vector for each position, or queries and keys rotated by their position (rotary)."""
     norm: Literal["layernorm", "rmsnorm", "rmsnorm-gain"] = "layernorm"
     """Layer norm, or RMSNorm without or with a learned gain."""
+    smear: Switch = False
+    """Add to each token's embedding a gated share of that of the token before it."""
     embedding_norm: Switch = False
     """A norm after the embedding too."""
     qk_norm: Switch = False
@@ -105,8 +107,9 @@ class GPTConfig:
 
 MODERN: dict[str, Any] = {
     "c_sequence": "pre", "c_attention": "mha", "c_network": "mlp", "positions": "rotary", "norm": "rmsnorm",
-    "embedding_norm": True, "qk_norm": True, "activation": "relu2", "gelu": "tanh", "qkv_bias": False,
-    "linear_bias": False, "head_bias": False, "tied_head": False, "zero_init": True, "logit_cap": 0.0,
+    "smear": False, "embedding_norm": True, "qk_norm": True, "activation": "relu2", "gelu": "tanh",
+    "qkv_bias": False, "linear_bias": False, "head_bias": False, "tied_head": False, "zero_init": True,
+    "logit_cap": 0.0,
 }  # fmt: skip
 """All switches of a GPT, as in NanoChat."""
 CLASSIC = {name: getattr(GPTConfig(), name) for name in MODERN}

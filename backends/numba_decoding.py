@@ -35,12 +35,13 @@ def decode(xp, prepared, ids, config, cache=None):
 
 
 class Cache:
-    """Keys and values of B texts, with room for a whole context."""
+    """Keys and values of B texts, with room for a whole context; for smear, the last vector of each text."""
 
     def __init__(self, B: int, sizes: Sizes):
         self.B, self.length = B, 0
         # what is not written yet is never used, and zeros would take longer than a step
-        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + PANEL)
+        vectors = B * padded(sizes.C) if sizes.smear else 0
+        self.array = aligned(sizes.L * B * sizes.S * 2 * padded(sizes.n_ctx) + vectors + PANEL)
 
 
 class Prepared:
@@ -94,10 +95,11 @@ def packed_model(xp, p, config) -> tuple[Sizes, np.ndarray]:
         packed_norm(p.get("ln_f", {}), C),
         packed(head["weight"], head.get("bias")),
         whole_panels(angles),
+        packed_smear(p["smear"], C) if config.smear else whole_panels(np.zeros(0)),
         *(array for block in p["blocks"].values() for array in packed_block(block, C, moh, moe)),
     ]
     ends = np.cumsum([0, *(array.size for array in arrays)]).tolist()
-    _, ln_emb, ln_f, lm_head, angles_at, norm1, qkv, out, norm2, up, down, block_end = ends[:12]
+    _, ln_emb, ln_f, lm_head, angles_at, smear, norm1, qkv, out, norm2, up, down, block_end = ends[:13]
     sizes = Sizes(
         C, S, H, config.n_layers, len(p["wte"]["weight"]), config.n_ctx, F,
         G=parts.activation.INPUTS * F + experts,
@@ -113,6 +115,7 @@ def packed_model(xp, p, config) -> tuple[Sizes, np.ndarray]:
         block=block_end - norm1,
         norm1=norm1, qkv=qkv, out=out, norm2=norm2, up=up, down=down,
         ln_emb=ln_emb, ln_f=ln_f, head=lm_head, angles=angles_at,
+        smear=smear if config.smear else 0,
     )  # fmt: skip
     return sizes, np.concatenate(arrays, out=aligned(ends[-1]))
 
@@ -142,6 +145,12 @@ def packed(weight, bias) -> np.ndarray:
     if bias is not None:
         whole[0, : len(bias)] = bias
     return whole.reshape(K + 1, -1, PANEL).swapaxes(0, 1).reshape(-1)
+
+
+def packed_smear(smear, C: int) -> np.ndarray:
+    """A gain of ones and no bias, for its norm, then the gate and the scale, each in whole panels."""
+    gate, scale = whole_panels(smear["gate"]["weight"]), whole_panels(smear["scale"])
+    return np.concatenate([packed_norm({}, C), gate, scale])
 
 
 def packed_norm(norm, C: int) -> np.ndarray:

@@ -102,6 +102,8 @@ class Sizes(NamedTuple):
     ln_f: int
     head: int
     angles: int
+    smear: int
+    """The place of a gain of ones, the gate and the scale; 0: no smear."""
 
 
 @shared
@@ -300,6 +302,25 @@ def gate_experts(scratch, h, F, experts, gate):
         scratch[h + F + e] = scratch[gate + e] * inverse
 
 
+@part
+def smear(scratch, at, step, T, C, weights, gate, cache, before):
+    """To the rows (T, C) of a text at `at`, add their share of the row before; that of the first is at `before`.
+
+    Rows and gate (C,) are followed by zeros up to whole panels, the gate then by the scale. At the end, what was
+    in the last row is at `before`.
+    """
+    end = padded(C)
+    for row in range(at, at + T * step, step):
+        logits = spread(0.0)
+        for i in range(0, end, W):
+            logits = logits + load(scratch, row + i) * load(weights, gate + i)
+        share = sigmoid(spread(0.0) + total(logits)) * weights[gate + end]
+        for i in range(0, end, W):
+            x = load(scratch, row + i)
+            store(scratch, row + i, x + share * load(cache, before + i))
+            store(cache, before + i, x)
+
+
 # the step -----------------------------------------------------------------------------------------------
 
 
@@ -308,8 +329,8 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     """Compute the tokens `ids` (B, T) at the positions t to t + T - 1 -> the place of the logits in scratch.
 
     tokens (V, C), places (n_ctx, C). cache: keys (L, B, P / PANEL, S, PANEL), values (L, B, P, S), where P is
-    n_ctx padded. The logits are those of the last tokens, (B, V) in rows of padded(V) numbers. Returns -1 for an
-    id that is not below V.
+    n_ctx padded, and for smear the last vectors (B, padded(C)). The logits are those of the last tokens, (B, V) in
+    rows of padded(V) numbers. Returns -1 for an id that is not below V.
     """
     C, S, H, L, V, n_ctx, F, G, experts, activation = (
         sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]
@@ -317,9 +338,9 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
     mixes_heads, pre, centres, rotates, qk_norm, embedding_norm, has_places = (
         sizes[10], sizes[11], sizes[12], sizes[13], sizes[14], sizes[15], sizes[16]
     )  # fmt: skip
-    block, norm1, qkv_, out_, norm2, up_, down_, ln_emb, ln_f, head, angles = (
+    block, norm1, qkv_, out_, norm2, up_, down_, ln_emb, ln_f, head, angles, smear_ = (
         sizes[17], sizes[18], sizes[19], sizes[20], sizes[21], sizes[22], sizes[23], sizes[24], sizes[25],
-        sizes[26], sizes[27],
+        sizes[26], sizes[27], sizes[28],
     )  # fmt: skip
     N, D, P = B * T, S // H, padded(n_ctx)
     Q = 3 * S + H * mixes_heads
@@ -344,6 +365,15 @@ def step(weights, tokens, places, ids, cache, scratch, sizes, B, T, t):
                 if has_places:
                     vector = vector + load_first(places, (t + row % T) * C + i, C - i)
             store(scratch, x + i, vector)
+    if smear_:
+        norm(scratch, stream, width, stream, width, N, C, weights, smear_, np.int64(0))
+        for text in range(B):
+            before = 2 * L * B * P * S + text * padded(C)
+            if t == 0:
+                for i in range(0, padded(C), W):
+                    store(cache, before + i, spread(0.0))
+            first = stream + text * T * width
+            smear(scratch, first, width, T, C, weights, smear_ + 2 * padded(C), cache, before)
     if embedding_norm:
         norm(scratch, stream, width, stream, width, N, C, weights, ln_emb, centres)
     keys, values = 0, L * B * P * S

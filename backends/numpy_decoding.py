@@ -12,7 +12,7 @@ makes hundreds of them. So what can be done once, before the first token, is don
 
 Weights lie in column order, in which a product with one row is fastest, and keys and values in arrays that were
 made for the whole context. All this is for the classic switches, the config's defaults; `Modern` has what differs
-with the modern ones. A model with others takes the plain path.
+with the modern ones, and with smear. A model with others takes the plain path.
 """
 
 import functools
@@ -42,7 +42,7 @@ def prepare(xp, p, config):
     """As gpt.prepare: the weights of a step, or the parameters as they are where the plain path is taken."""
     if _has(config, CLASSIC, "zero_init"):
         return Prepared(p, config)
-    return Modern(p, config) if _has(config, MODERN, "zero_init", "tied_head", "logit_cap") else p
+    return Modern(p, config) if _has(config, MODERN, "zero_init", "tied_head", "logit_cap", "smear") else p
 
 
 def _has(config, switches, *but: str) -> bool:
@@ -59,30 +59,35 @@ def decode(xp, prepared, ids, config, cache=None):
         logits = prepared.step(ids, cache)
     if logits is not None:
         return logits, cache
-    past = list(cache) if cache.length else None
-    logits, pairs = gpt.decode.__wrapped__(xp, prepared.p, ids, config, past)
-    cache.append(pairs, ids.shape[1])
+    past = gpt.Cache(list(cache), prepared.smeared(cache.last)) if cache.length else None
+    logits, after = gpt.decode.__wrapped__(xp, prepared.p, ids, config, past)
+    cache.append(after.blocks, ids)
     return logits, cache
 
 
 class Cache:
-    """Keys and values of all blocks, in arrays that hold a whole context: (L, 2, B, H, n_ctx, D)."""
+    """Keys and values of all blocks, in arrays that hold a whole context: (L, 2, B, H, n_ctx, D).
+
+    last (B,): the ids of the last tokens, None at the beginning.
+    """
 
     def __init__(self, B: int, config, kind):
         H, D = config.n_heads, config.head_size // config.n_heads
         self.length, self.arrays = 0, np.zeros((config.n_layers, 2, B, H, config.n_ctx, D), kind)
+        self.last = None
         self.blocks = list(self.arrays)
         self.keys = [block[0].swapaxes(-1, -2) for block in self.blocks]
         self.values = [block[1] for block in self.blocks]
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Keys and values (B, H, t, D) of each block, as gpt.cache_of gives them."""
+        """Keys and values (B, H, t, D) of each block, as in gpt.Cache."""
         for block in self.blocks:
             yield block[0, :, :, : self.length], block[1, :, :, : self.length]
 
-    def append(self, pairs, T: int) -> None:
-        """Take over the last T tokens of pairs that hold all tokens."""
-        self.length += T
+    def append(self, pairs, ids) -> None:
+        """Take over the last tokens, ids (B, T), of pairs that hold all tokens."""
+        T = ids.shape[1]
+        self.length, self.last = self.length + T, ids[:, -1]
         for own, pair in zip(self, pairs, strict=True):
             for array, whole in zip(own, pair, strict=True):
                 array[:, :, -T:] = whole[:, :, -T:]
@@ -121,9 +126,13 @@ class Prepared:
             with_bias(centred(network["down"]["weight"]) / -K, centred(network["down"]["bias"])),
         )
 
-    def embed(self, ids, now: slice, b: "Buffers") -> None:
-        """Write what goes into the first block into b.x."""
+    def embed(self, ids, now: slice, last, b: "Buffers") -> None:
+        """Write what goes into the first block into b.x. last (B,): the ids before these, or None."""
         np.add(self.tokens.take(ids, axis=0), self.places[now], b.x_of_texts)
+
+    def smeared(self, ids):
+        """What smear adds to the tokens after these, before the gate; None without it."""
+        return None
 
     def turn(self, now: slice, b: "Buffers") -> None:
         """Change queries and keys in b.qkv."""
@@ -149,7 +158,7 @@ class Prepared:
         now, ones = slice(t, end), self.ones[:end]
         visible = None if T == 1 else np.tri(T, end, t, dtype=ones.dtype)
         x, delta, normed = b.x, b.delta, b.normed
-        self.embed(ids, now, b)
+        self.embed(ids, now, cache.last, b)
         for i, (qkv, out, up, down) in enumerate(self.blocks):
             b.norm()
             np.dot(normed, qkv, b.qkv)
@@ -171,7 +180,7 @@ class Prepared:
             np.add(x, delta, x)
         if not (b.totals.min() > SMALLEST_TOTAL and b.totals.max() < LARGEST_TOTAL):
             return None
-        cache.length = end
+        cache.length, cache.last = end, ids[:, -1]
         b.norm()
         return self.predict(b)
 
@@ -179,8 +188,9 @@ class Prepared:
 class Modern(Prepared):
     """The same with RMSNorm, rotary positions, QK-norm and ReLU squared: nothing is centred, and biases are zero.
 
-    The norm after the embedding is done in advance. A rotation does not change a length, so queries and keys are
-    normalised first: the factors of the norm and of the scores then go into the cosines and sines.
+    The norm after the embedding is done in advance; with smear its norm and its gate, as both depend on the token
+    alone. A rotation does not change a length, so queries and keys are normalised first: the factors of the norm
+    and of the scores then go into the cosines and sines.
     """
 
     EPS = rmsnorm.EPS
@@ -188,6 +198,10 @@ class Modern(Prepared):
     def prepare_more(self, p, kind) -> None:
         H, D = self.config.n_heads, self.config.head_size // self.config.n_heads
         self.tokens, _ = rmsnorm.forward.__wrapped__(np, {}, p["wte"]["weight"])
+        self.share = None                                          # of the token before, for each token
+        if self.config.smear:
+            logit = self.tokens @ p["smear"]["gate"]["weight"]     # (V, 1)
+            self.share = (p["smear"]["scale"] * 0.5 * (1 + np.tanh(0.5 * logit))).astype(kind)
         factors = np.repeat([1, math.sqrt(D)], H)[:, None]         # of queries and keys
         tables = numpy_query_key.tables(0, Shape(1, self.config.n_ctx, H), D, np.float64)
         self.cos, self.sin = ((table * factors).astype(kind) for table in tables)
@@ -198,8 +212,19 @@ class Modern(Prepared):
         qkv, up = behind_norm(None, attention["qkv"], C), behind_norm(None, network["up"], C)
         return qkv, with_bias(attention["out"]["weight"], 0), up, with_bias(network["down"]["weight"], 0)
 
-    def embed(self, ids, now: slice, b: "Buffers") -> None:
-        b.x_of_texts[...] = self.tokens.take(ids, axis=0)
+    def embed(self, ids, now: slice, last, b: "Buffers") -> None:
+        x = b.x_of_texts                                           # (B, T, C)
+        x[...] = tokens = self.tokens.take(ids, axis=0)
+        if self.share is None:
+            return
+        share = self.share.take(ids, axis=0)                       # (B, T, 1)
+        x[:, 1:] += share[:, 1:] * tokens[:, :-1]
+        if last is not None:
+            x[:, 0] += share[:, 0] * self.tokens.take(last, axis=0)
+        x /= np.sqrt(np.vecdot(x, x)[..., None] / x.shape[-1] + rmsnorm.EPS)
+
+    def smeared(self, ids):
+        return None if self.share is None else self.tokens.take(ids, axis=0)
 
     def turn(self, now: slice, b: "Buffers") -> None:
         qk, turned = b.query_and_key, b.turned

@@ -20,7 +20,7 @@ from baby_xp.models import Model
 from baby_xp.runs import config_file
 from baby_xp.text.batches import Batch, consecutive_windows
 from baby_xp.text.dataset import prepare
-from bench import harness, peers, results
+from bench import harness, peers, results, variants
 from bench.harness import US, say
 from bench.peers import Curve
 from bench.workloads import TOLERANCES
@@ -124,7 +124,7 @@ def kept_in(asked: argparse.Namespace) -> dict | None:
     if asked.out is None or not asked.out.exists():
         return None
     try:
-        kept = json.loads(asked.out.read_text(encoding="utf-8"))
+        kept = variants.completed(json.loads(asked.out.read_text(encoding="utf-8")))
         recipes, was = kept["recipes"], (harness.class_of(kept["machine"]), kept["data"], kept["evaluations"])
     except (ValueError, KeyError, TypeError):
         raise BabyError(f"{asked.out} is not a result of bench.quality: name a new file") from None
@@ -209,11 +209,12 @@ def write(out: Path | None, result: dict) -> None:
 def difference(config: RunConfig, library: str) -> str | None:
     """Why a library cannot be compared with baby_xp on a recipe: its losses differ, or it fails; None if it can.
 
-    Both train a few steps without dropout and warm-up. No first weights are zeros, and all matrices are larger
-    than usual: otherwise most of the model would hardly change the losses.
+    Both train a few steps without dropout and warm-up. No first weights are zeros, nor is smear's scale, and all
+    matrices are larger than usual: otherwise most of the model would hardly change the losses.
     """
     if not has_twin(config.model):
-        return f"the model in {library} has the switches of c_model classic or modern, and a head_size of n_emb"
+        known = "the switches of c_model classic, or of modern with or without smear, and a head_size of n_emb"
+        return f"the model in {library} has {known}"
     short = {"num_steps": CHECKED_STEPS, "warmup_steps": 0, "dropout": 0.0, "zero_init": False}
     request = {"config": config.override(short).to_dict(), "evaluations": CHECKED_STEPS, "check": True}
     try:
@@ -236,7 +237,7 @@ def disagreement(ours: list[list], theirs: list[list]) -> str | None:
 def has_twin(model: GPTConfig) -> bool:
     """Whether bench.peers has this model in PyTorch. What it starts from does not matter: weights are loaded."""
     switches = {name: getattr(model, name) for name in MODERN if name != "zero_init"}
-    known = ({name: kind[name] for name in switches} for kind in (CLASSIC, MODERN))
+    known = ({name: kind[name] for name in switches} for kind in (CLASSIC, MODERN, {**MODERN, "smear": True}))
     return model.head_size == model.n_emb and switches in known
 
 
@@ -262,6 +263,8 @@ def trained(library: str, config: dict, evaluations: int, check: bool = False) -
         weights = params.draw(model.spec, train.seed, train.dtype)
         if check:
             weights[params.decay_mask(model.spec) > 0] *= peers.SPREAD
+            if chosen.model.smear:
+                weights[model.layout.slices["smear.scale"]] = 0.5
         about = resolve_name(FITTERS[library])(model, train, dataset, curve, weights)
         # in windows of WINDOW tokens, a model with that context has the loss that it has anyway
         points = [(*point[:3], point[2] if n_ctx == WINDOW else point[3]) for point in curve.points]

@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
 # the variants -------------------------------------------------------------------------------------------
 
 TEXTS = {"shakespeare": "shakespeare", "nursery": "baby"}
-"""The preset that is the full recipe on each text."""
+"""The preset that is the full recipe on each text, as it was when the tables were made."""
 SETTINGS: dict[str, Any] = {"sample_tokens": 0}
 """What differs from the preset in every training, and does not change what is learned."""
 SHORTER: dict[str, dict[str, Any]] = {"shakespeare": {}, "nursery": {"num_steps": 400}}
@@ -108,7 +108,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
 """The changes between them: the settings of each, whose values are those of the two recipes."""
 ADDITIONS: dict[str, dict[str, Any]] = {
     "SwiGLU": {"activation": "swiglu"}, "RMSNorm with gain": {"norm": "rmsnorm-gain"},
-    "tied head": {"tied_head": True}, "soft cap": {"logit_cap": 15.0},
+    "tied head": {"tied_head": True}, "soft cap": {"logit_cap": 15.0}, "smear": {"smear": True},
 }  # fmt: skip
 """What the full recipe does not have, added to both recipes."""
 OF_MUON: dict[str, dict[str, Any]] = {
@@ -139,18 +139,24 @@ class Variant:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What differs from the preset, besides SETTINGS."""
+        """What differs from the full recipe."""
         return {**(PLAIN if self.base == "plain" else {}), **dict(self.changed)}
 
     @property
     def config(self) -> RunConfig:
         """All its settings."""
-        return presets.preset(TEXTS[self.text]).override({**SETTINGS, **SHORTER[self.text], **self.overrides})
+        full = presets.preset(TEXTS[self.text]).override(earlier(self.text))
+        return full.override({**SETTINGS, **SHORTER[self.text], **self.overrides})
 
 
 def value_of(config: RunConfig, name: str) -> Any:
     """A setting of a config."""
     return next(getattr(part, name) for part in (config.model, config.train, config.data) if hasattr(part, name))
+
+
+def earlier(text: str) -> dict[str, Any]:
+    """What makes the preset of a text the full recipe again."""
+    return variants.EARLIER.get(TEXTS[text], {})
 
 
 def variants_of(text: str) -> list[Variant]:
@@ -278,7 +284,7 @@ def tune(file: Path, recipes: list[Recipe], seeds: int, jobs: int, others: Other
         for label, config in configs.items():
             request = {"label": label, "config": config.to_dict(), "seed": seed}
             kept = result["trained"].get(of_seed(label, seed))
-            if kept and kept["config"] != request["config"]:
+            if kept and variants.completed(kept["config"]) != request["config"]:
                 raise BabyError(f"{file} has another recipe that is called {label!r}: name a new file with --file")
             requests[of_seed(label, seed)] = request
     keep: Callable[[], None] = lambda: variants.write(file, result, tuned_document(result))  # noqa: E731
@@ -331,11 +337,11 @@ def heading(result: dict) -> list[str]:
 
 def document(result: dict) -> list[str]:
     """All tables as Markdown, with what a reader must know about them."""
-    plain = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PLAIN.items())
     recipes = []
     for text, preset in TEXTS.items():
-        fewer = "".join(f" --{name.replace('_', '-')} {value}" for name, value in SHORTER[text].items())
-        recipes.append(f"{text}: full is preset {preset}{fewer}, plain is {preset}{fewer} {plain}")
+        full = {**earlier(text), **SHORTER[text]}
+        plain = variants.flags({name: value for name, value in {**full, **PLAIN}.items() if "muon_" not in name})
+        recipes.append(f"{text}: full is preset {preset}{variants.flags(full)}, plain is {preset}{plain}")
     lines = [*heading(result), *recipes, "", *variants.about_times(result)]
     for name, rows in tables(result).items():
         lines += [name, "", *rows, ""]

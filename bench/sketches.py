@@ -1,4 +1,4 @@
-"""What was tried in PyTorch only, and is not in baby_xp: additions to the model of the preset `shakespeare`.
+"""What was tried in PyTorch, before any of it was in baby_xp: additions to the model of the preset `shakespeare`.
 
 See bench/README.md.
 """
@@ -20,6 +20,8 @@ from bench.peers import Curve
 from bench.results import markdown
 
 PRESET = "shakespeare"
+WITHOUT = variants.EARLIER[PRESET]
+"""What makes the preset what it was when the parts were tried: it had none of them."""
 SKETCHES: dict[str, tuple[str, ...]] = {
     "the preset": (),
     "value embeddings": ("values",),
@@ -39,7 +41,7 @@ def main() -> int:
         parser.add_argument("--seeds", type=harness.positive, default=3, help="seeds, from 0 (%(default)s)")
         parser.add_argument("--jobs", type=harness.positive, default=1, help="trainings at once (%(default)s)")
         asked = parser.parse_args()
-        result = variants.started(asked.file, {"preset": presets.preset(PRESET).to_dict()})
+        result = variants.started(asked.file, {"preset": presets.preset(PRESET).override(WITHOUT).to_dict()})
         requests = {
             f"{name}, seed {seed}": {"name": name, "seed": seed}
             for seed in range(asked.seeds)
@@ -61,7 +63,7 @@ def trained(name: str, seed: int) -> dict:
     """
     from bench.peers import torch_modern, torch_sketches
 
-    config = presets.preset(PRESET).override({"seed": seed})
+    config = presets.preset(PRESET).override({**WITHOUT, "seed": seed})
     with TemporaryDirectory() as folder:
         found = dataset.prepare(config.data, config.model, config.train, Path(folder))
         model = Model(config.model, found.tokenizer.vocab_size)

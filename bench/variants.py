@@ -27,6 +27,13 @@ from bench.harness import say
 
 RESULTS = harness.ROOT / "bench/results"
 WARMUP = 5  # steps before those that are timed
+EARLIER: dict[str, dict[str, Any]] = {
+    "shakespeare": {
+        "smear": False, "num_steps": 300, "lr": 6e-3, "warmup_steps": 10, "muon_lr": 0.03, "muon_momentum": 0.9,
+        "beta1": 0.9,
+    },
+}  # fmt: skip
+"""Presets that have changed since they were measured -> the settings that they had then."""
 MARK = "<!-- table: {} -->"
 
 
@@ -70,6 +77,15 @@ def in_ranks(program: str, kind: distributed.Kind, measure: Callable[[Others], N
     return 0
 
 
+def flags(settings: dict[str, Any]) -> str:
+    """Settings as a command line has them."""
+    names = {name: name.replace("_", "-") for name in settings}
+    return "".join(
+        f" --{'' if value else 'no-'}{names[name]}" if isinstance(value, bool) else f" --{names[name]} {value}"
+        for name, value in settings.items()
+    )
+
+
 # the file -----------------------------------------------------------------------------------------------
 
 
@@ -97,9 +113,18 @@ def started(file: Path, base: dict) -> dict:
         machine = {**harness.ask("bench.harness:machine"), "baby_xp": baby_xp.__version__}
         return {"date": config_file.now(), "machine": machine, "base": base, "trained": {}, "timed": {}}
     result = read(file)
-    if result["base"] != base:
+    if completed(result["base"]) != base:
         raise BabyError(f"{file} is of another base or another text: name a new file with --file")
     return result
+
+
+def completed(kept: Any) -> Any:
+    """What a file keeps, where configs have the fields that came later too, with their defaults."""
+    if not isinstance(kept, dict):
+        return kept
+    if kept.keys() == {"preset", "model", "train", "data"}:
+        return RunConfig.from_dict(kept, "the file").to_dict()
+    return {name: completed(value) for name, value in kept.items()}
 
 
 def write(file: Path, result: dict, document: list[str]) -> None:

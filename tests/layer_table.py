@@ -29,6 +29,7 @@ from baby_xp.layers import (
     rmsnorm,
     rmsnorm_gain,
     rotary,
+    smear,
     soft_cap,
     softmax,
     swiglu,
@@ -50,11 +51,12 @@ SWITCHES = [
 ]
 """All combinations of the three switches that The Little Baby has."""
 OTHERS = {
-    "c_sequence": "post", "c_attention": "moh", "c_network": "moe", "norm": "rmsnorm-gain", "embedding_norm": True,
-    "activation": "swiglu", "qkv_bias": True, "linear_bias": False, "tied_head": True, "logit_cap": 5.0,
+    "c_sequence": "post", "c_attention": "moh", "c_network": "moe", "norm": "rmsnorm-gain", "smear": True,
+    "embedding_norm": True, "activation": "swiglu", "qkv_bias": True, "linear_bias": False, "tied_head": True,
+    "logit_cap": 5.0,
 }  # fmt: skip
 """With `MODERN`, each value of every switch."""
-LATER = {"modern": MODERN, "others": OTHERS}
+LATER = {"modern": MODERN, "others": OTHERS, "modern smear": {**MODERN, "smear": True}, "smear": {"smear": True}}
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ TABLE = [
     _simple("relu squared", relu2, {}, floats(N, C)),
     _simple("swiglu", swiglu, {}, floats(N, 2 * C)),
     _simple("soft cap", soft_cap, {}, floats(N, V), 2.0),
+    _simple("smear", smear, smear.spec(C), floats(N, C), SHAPE),
     _simple("rotary", rotary, {}, floats(B, T, H, 4), 3),
     _simple("queries and keys", query_key, {}, floats(N, 3 * S), SHAPE, Steps(True, True)),
     _simple("tanh", tanh, {}, floats(N, C)),

@@ -33,7 +33,7 @@ NAN, INFINITY = float("nan"), float("inf")
 # More digits than a float has: math.isfinite would raise OverflowError.
 HUGE = 10**400
 
-FLAGS = ("embedding_norm", "qk_norm", "qkv_bias", "linear_bias", "head_bias", "tied_head", "zero_init")
+FLAGS = ("smear", "embedding_norm", "qk_norm", "qkv_bias", "linear_bias", "head_bias", "tied_head", "zero_init")
 BAD = [
     (GPTConfig, "n_ctx", [0, -1, 1.5, "8", True, None, 2**31, HUGE]),
     (GPTConfig, "n_emb", [0, -1, 2.0, None, [8]]),

@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import scaled, zeros
-from baby_xp.layers import Shape, block, embedding, linear, soft_cap
+from baby_xp.layers import Shape, block, embedding, linear, smear, soft_cap
 from baby_xp.layers.block import ACTIVATIONS, ATTENTIONS, NETWORKS, NORMS, Parts
 from baby_xp.layers.query_key import Steps
+
+
+class Cache(NamedTuple):
+    """What the tokens so far leave for the next ones."""
+
+    blocks: list[tuple[Any, Any]]
+    """Keys and values (B, H, t, D) of each block."""
+    smear: Any
+    """The last token's vectors (B, C), as smear.last gives them; None without the switch."""
 
 
 class Saved(NamedTuple):
@@ -23,6 +32,14 @@ class Saved(NamedTuple):
     blocks: Iterator[block.Saved]
     """What each block has saved, the last block first. Each is freed once its successor is asked for."""
     output: Any
+
+
+class InputSaved(NamedTuple):
+    """What embed has saved: None for a part that the model does not have."""
+
+    wte: Any
+    smear: Any
+    ln_emb: Any
 
 
 def parts(config) -> Parts:
@@ -49,6 +66,7 @@ def spec(config, V: int):
     return {
         "wte": embedding.spec(V, C),
         "wpe": embedding.spec(config.n_ctx, C) if config.positions == "learned" else {},
+        "smear": smear.spec(C) if config.smear else {},
         "ln_emb": norm if config.embedding_norm else {},
         "blocks": {str(i): block.spec(parts(config), C, S, H, residual_scale) for i in range(L)},
         "ln_f": norm,
@@ -72,16 +90,15 @@ def dropouts(config) -> int:
 def forward(xp, p, ids, config, noise=None, cache=None):
     """ids (B, T) -> logits (N, V), saved.
 
-    `noise` is rng.Noise in training, None otherwise. `cache` holds the keys and values of the tokens before
-    these ones, as cache_of gives them; then only the new tokens are computed.
+    `noise` is rng.Noise in training, None otherwise. `cache` is that of the tokens before these ones, as cache_of
+    gives it; then only the new tokens are computed.
     """
     B, T = ids.shape
-    t = cache[0][0].shape[2] if cache else 0                       # tokens before these ones
     shape = Shape(B, T, config.n_heads)
-    x, input_saved = embed(xp, p, ids, config, t)                  # (N, C)
+    x, input_saved = embed(xp, p, ids, config, shape, cache)       # (N, C)
     blocks_saved = []
     for i, block_p in enumerate(p["blocks"].values()):
-        past = cache[i] if cache else None
+        past = cache.blocks[i] if cache else None
         x, saved = block.forward(xp, block_p, x, parts(config), shape, block_noise(noise, config, i), past)
         blocks_saved.append(saved)
     logits, output_saved = predict(xp, p, x, config)               # (N, V)
@@ -102,32 +119,37 @@ def backward(xp, p, saved, dlogits, config):
     return {**dinput, "blocks": {i: dblocks[i] for i in p["blocks"]}, **doutput}
 
 
-def embed(xp, p, ids, config, t: int):
-    """ids (B, T), the first at position t -> x (N, C), saved: what goes into the first block."""
-    B, T = ids.shape
+def embed(xp, p, ids, config, shape, cache=None):
+    """ids (B, T) -> x (N, C), saved: what goes into the first block. `cache` as in forward."""
+    B, T, _ = shape
     tokens, wte_saved = embedding.forward(xp, p["wte"], xp.reshape(ids, (-1,)))
     x = tokens
     if config.positions == "learned":
+        t = cache.blocks[0][0].shape[2] if cache else 0            # tokens before these ones
         places = p["wpe"]["weight"][t : t + T, :]                  # (T, C)
         x = xp.reshape(xp.reshape(tokens, (B, T, -1)) + places[None, ...], (B * T, -1))
-    ln_emb_saved = None
+    smear_saved = ln_emb_saved = None
+    if config.smear:
+        x, smear_saved = smear.forward(xp, p["smear"], x, shape, cache.smear if cache else None)
     if config.embedding_norm:
         x, ln_emb_saved = parts(config).norm.forward(xp, p.get("ln_emb", {}), x)
-    return x, (wte_saved, ln_emb_saved)
+    return x, InputSaved(wte_saved, smear_saved, ln_emb_saved)
 
 
 def embed_backward(xp, p, saved, dx, shape, config):
-    """dx (N, C) -> gradients of wte, wpe and ln_emb."""
-    wte_saved, ln_emb_saved = saved
-    dln_emb, dwpe = {}, {}
+    """dx (N, C) -> gradients of wte, wpe, smear and ln_emb."""
+    wte_saved, smear_saved, ln_emb_saved = saved
+    dln_emb, dsmear, dwpe = {}, {}, {}
     if config.embedding_norm:
         dln_emb, dx = parts(config).norm.backward(xp, p.get("ln_emb", {}), ln_emb_saved, dx)
+    if config.smear:
+        dsmear, dx = smear.backward(xp, p["smear"], smear_saved, dx)
     dwte = embedding.backward(xp, p["wte"], wte_saved, dx)
     if config.positions == "learned":
         dwpe = xp.sum(xp.reshape(dx, (shape.B, shape.T, -1)), axis=0)  # (T, C)
         unused = xp.zeros((config.n_ctx - shape.T, dwpe.shape[1]), dtype=dx.dtype, device=xp.device)
         dwpe = {"weight": xp.concat([dwpe, unused]) if unused.shape[0] else dwpe}
-    return {"wte": dwte, "wpe": dwpe, "ln_emb": dln_emb}
+    return {"wte": dwte, "wpe": dwpe, "smear": dsmear, "ln_emb": dln_emb}
 
 
 def predict(xp, p, x, config):
@@ -174,7 +196,7 @@ def decode(xp, prepared, ids, config, cache=None):
     """
     logits, saved = forward(xp, prepared, ids, config, cache=cache)
     logits = xp.reshape(logits, (*ids.shape, -1))                  # (B, T, V)
-    return logits[:, -1, :], cache_of(saved)
+    return logits[:, -1, :], cache_of(xp, saved)
 
 
 def block_noise(noise, config, i: int):
@@ -185,10 +207,10 @@ def block_noise(noise, config, i: int):
     return [(noise.streams[place, :], noise.rate) for place in range(i * n, (i + 1) * n)]
 
 
-def cache_of(saved):
-    """Keys and values (B, H, t, D) of every block, from what forward saved: the cache for the next tokens.
-
-    Like backward, it uses `saved` up.
-    """
+def cache_of(xp, saved):
+    """The cache for the next tokens, from what forward saved. Like backward, it uses `saved` up."""
     heads = [block_saved.attention.layer.heads for block_saved in saved.blocks]
-    return [(one.k, one.v) for one in reversed(heads)]
+    of_smear = saved.input.smear
+    return Cache(
+        [(one.k, one.v) for one in reversed(heads)], None if of_smear is None else smear.last(xp, of_smear)
+    )

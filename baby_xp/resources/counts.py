@@ -14,7 +14,7 @@ from baby_xp.models import Model
 
 KINDS = {
     "wte": "token embeddings", "wpe": "positions", "norm1": "norms", "norm2": "norms", "ln_f": "norms",
-    "ln_emb": "norms",
+    "ln_emb": "norms", "smear": "smear",
     "attention": "attention", "network": "network", "lm_head": "head",
     "embedding": "token embeddings", "hidden": "hidden layer", "output": "head",
 }  # fmt: skip
@@ -65,11 +65,13 @@ def forward_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
 def step_flops(config: ModelConfig, vocab_size: int, batch_size: int) -> int:
     """Floating-point operations of the matrix products of a training step on `batch_size` sequences.
 
-    The backward pass has two products for each one of the forward pass, for the gradients of both factors. One
-    more is the gradient of the embeddings, a product with one-hot rows.
+    The backward pass has two products for each one of the forward pass, for the gradients of both factors, except
+    that smear's gate has one, as the other would be of a column and a row. One more is the gradient of the
+    embeddings, a product with one-hot rows.
     """
-    one_hot = 2 * batch_size * config.n_ctx * vocab_size * config.n_emb
-    return 3 * forward_flops(config, vocab_size, batch_size) + one_hot
+    one_hot, gate = (2 * batch_size * config.n_ctx * config.n_emb * width for width in (vocab_size, 1))
+    smear = gate if isinstance(config, GPTConfig) and config.smear else 0
+    return 3 * forward_flops(config, vocab_size, batch_size) + one_hot - smear
 
 
 def muon_flops(config: ModelConfig, vocab_size: int, iterations: int) -> int:
@@ -91,7 +93,7 @@ def saved_bytes(config: ModelConfig, vocab_size: int, batch_size: int, itemsize:
     if isinstance(config, EquationConfig):
         hidden = {"tanh": 1, "gelu": 2}[config.activation] * config.n_hidden  # gelu keeps its derivative too
         return itemsize * B * (T * C + hidden + V)
-    per_token = _norms_saved(config) + V  # and the loss
+    per_token = _norms_saved(config) + _smear_saved(config) + V  # and the loss
     per_token += V if config.logit_cap else 0
     per_token += config.n_layers * (_attention_saved(config) + _network_saved(config))
     masks = 2 * T * C if config.dropout else 0  # of the two outputs, one byte per element
@@ -107,6 +109,11 @@ def _norms_saved(config: GPTConfig) -> int:
     # normed channels are the input of a layer, but for the first norm of all before pre-norm blocks, or the last
     first = config.embedding_norm if config.c_sequence == "pre" else 1
     return norms + (layers + first) * C
+
+
+def _smear_saved(config: GPTConfig) -> int:
+    """Elements per token: the normed channels, their deviation and the gate."""
+    return config.n_emb + 2 if config.smear else 0
 
 
 def _attention_saved(config: GPTConfig) -> int:
@@ -137,10 +144,12 @@ def _network_saved(config: GPTConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, itemsize: int = 4, multiple: int = 1) -> int:
-    """Bytes of the keys and values that generation keeps of a text, with room for a multiple of so many tokens."""
+    """Bytes of what generation keeps of a text: keys and values, with room for a multiple of so many tokens, and
+    with smear one vector, with room for a multiple of so many numbers."""
     if isinstance(config, EquationConfig):
         return 0
-    return itemsize * config.n_layers * 2 * -(-config.n_ctx // multiple) * multiple * config.head_size
+    tokens, vector = (-(-size // multiple) * multiple for size in (config.n_ctx, config.n_emb))
+    return itemsize * (config.n_layers * 2 * tokens * config.head_size + (vector if config.smear else 0))
 
 
 def arrays(

@@ -1,7 +1,7 @@
 """PyTorch: baby_xp's modern GPT and Muon as a PyTorch user would write them, and training on a text.
 
 The model is NanoChat's: rotary positions, RMSNorm without gain (also after the embedding and of queries and keys),
-ReLU squared, no biases. Modules carry the names of baby_xp's parameter tree.
+ReLU squared, no biases; with smear if the config says so. Modules carry the names of baby_xp's parameter tree.
 """
 
 import copy
@@ -206,6 +206,18 @@ class Block(nn.Module):
         return x + self.network(norm(x))
 
 
+class Smear(nn.Module):
+    """To each token's normed vector, a gated share of that of the token before it is added."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.gate, self.scale = nn.Linear(C, 1, bias=False), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        x = norm(x)
+        return x + self.scale * torch.sigmoid(self.gate(x)) * F.pad(x, (0, 0, 1, -1))
+
+
 class ModernGPT(nn.Module):
     """The whole model, from a baby_xp GPTConfig and the number of ids."""
 
@@ -213,6 +225,7 @@ class ModernGPT(nn.Module):
         super().__init__()
         C, half = config.n_emb, config.n_emb // config.n_heads // 2
         self.wte = nn.Embedding(vocab_size, C)
+        self.smear = Smear(C) if config.smear else nn.Identity()
         self.blocks = nn.ModuleList(Block(C, config.n_heads, config.dropout) for _ in range(config.n_layers))
         self.lm_head = nn.Linear(C, vocab_size, bias=False)
         frequencies = BASE ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -223,7 +236,7 @@ class ModernGPT(nn.Module):
     def forward(self, ids, targets):
         """ids, targets (B, T) int64 -> mean loss in nats per token."""
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
-        x = norm(self.wte(ids))
+        x = norm(self.smear(self.wte(ids)))
         for block in self.blocks:
             x = block(x, cos, sin)
         logits = self.lm_head(norm(x))  # (B, T, V)

@@ -25,6 +25,7 @@ NAMED = {**{" ".join(s.values()): s for s in SWITCHES}, **LATER}
 NAMED["modern tied capped"] = {**MODERN, "tied_head": True, "logit_cap": 5.0}
 NAMED["erf and biases"] = {"gelu": "erf", "qkv_bias": True, "norm": "rmsnorm-gain", "embedding_norm": True}
 NAMED["rotary post"] = {"positions": "rotary", "c_sequence": "post", "head_bias": False, "linear_bias": False}
+BESIDE = {name: NAMED[name] for name in dict.fromkeys([*[*NAMED][::3], "modern smear"])}
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_the_logits_are_those_of_the_plain_pass(backend, switches, monkeypatch):
             close(logits.next(TEXTS[:, :length].tolist()), wanted[length - 1])
 
 
-@pytest.mark.parametrize("switches", [*NAMED.values()][::3], ids=[*NAMED][::3])
+@pytest.mark.parametrize("switches", BESIDE.values(), ids=list(BESIDE))
 def test_a_text_does_not_depend_on_what_is_computed_with_it(backend, switches, monkeypatch):
     """Bit for bit: not on other texts, nor on the pieces that it is computed in. With heads of several panels."""
     model, p, exact = model_and_weights(backend, switches, WIDE)
@@ -113,9 +114,10 @@ def test_numbers_of_other_types_are_left_to_numpy(backend):
     np.testing.assert_allclose(logits, expected(model, exact, IDS[None, :5]), atol=1e-12)
 
 
+@pytest.mark.parametrize("smear", [False, True])
 @pytest.mark.parametrize("sizes", [SMALL, WIDE, {**SMALL, "n_ctx": 64}], ids=["7", "41", "64"])
-def test_the_count_of_a_cache_has_its_whole_panels(backend, sizes):
-    model, p, _ = model_and_weights(backend, {}, sizes)
+def test_the_count_of_a_cache_has_its_whole_panels(backend, sizes, smear):
+    model, p, _ = model_and_weights(backend, {"smear": smear}, sizes)
     caches = [numba_decoding.Cache(B, numba_decoding.Prepared(backend.xp, p, model.config).sizes) for B in (1, 3)]
     one, three = (cache.array.nbytes for cache in caches)
     assert (three - one) / 2 == counts.cache_bytes(model.config, 4, backend.xp.cache_multiple)

@@ -15,6 +15,7 @@ from bench.quality import goal, reached, seconds_to, share
 SIZES = "n_ctx=8 n_emb=8 head_size=8 n_heads=2 n_layers=2 batch_size=4 num_steps=6 warmup_steps=2"
 CLASSIC = f"nanogpt-cpu: nanogpt-cpu {SIZES}"
 MODERN = f"modern: nanogpt-cpu {SIZES} c_model=modern optimizer=muon schedule=linear min_lr=0"
+SMEAR = MODERN.replace("modern:", "smear:") + " smear=true"
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_bad_arguments_end_with_2_and_one_line(monkeypatch, capsys, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [CLASSIC, MODERN])
+@pytest.mark.parametrize("recipe", [CLASSIC, MODERN, SMEAR])
 def test_pytorch_trains_the_same_model_to_the_same_losses(text, recipe):
     pytest.importorskip("torch")
     wider = recipe.replace("n_ctx=8", "n_ctx=72") + " dtype=float64 zero_init=true accumulate=2"
@@ -167,9 +168,22 @@ def test_the_check_notices_a_pytorch_model_without_rotation(monkeypatch, text):
 
 
 @pytest.mark.slow
+def test_the_check_notices_a_pytorch_model_that_smears_nothing(monkeypatch, text):
+    modern = pytest.importorskip("torch") and importlib.import_module("bench.peers.torch_modern")
+    config = quality.recipe(f"{SMEAR} zero_init=false", text).config.to_dict()
+    curve_of = lambda library: quality.trained(library, config, 2, check=True)["curve"]  # noqa: E731
+    ours = curve_of("baby_xp")
+    assert quality.disagreement(ours, curve_of("torch")) is None
+    monkeypatch.setattr(modern.Smear, "forward", lambda self, x: x + 0 * self.scale * self.gate(x))
+    assert "its losses differ" in quality.disagreement(ours, curve_of("torch"))
+
+
+@pytest.mark.slow
 def test_models_that_pytorch_has_are_told_apart_from_others(text):
     pytest.importorskip("torch")
     agree = quality.recipe(MODERN, text).config
     assert quality.difference(agree, "torch") is None
+    assert quality.difference(agree.override({"smear": True}), "torch") is None
     assert "switches" in quality.difference(agree.override({"qk_norm": False}), "torch")
+    assert "switches" in quality.difference(quality.recipe(f"{CLASSIC} smear=true", text).config, "torch")
     assert "switches" in quality.difference(agree.override({"head_size": 16}), "torch")

@@ -348,6 +348,7 @@ def test_damaged_bytes_raise_only_baby_error(tmp_path_factory, made, kind, at, n
     ({"config": config_of({}, gelu="erf")}, "no model with gelu erf"),
     ({"config": config_of({}, norm="rmsnorm")}, "no model with norm rmsnorm"),
     ({"config": config_of({}, linear_bias=False)}, "no model with linear_bias False"),
+    ({"config": config_of({}, smear=True)}, "no model with smear True"),
     ({"config": config_of({}, logit_cap=15)}, "no model with logit_cap 15"),
     ({"tokenizer": ByteTokenizer()}, "no byte tokenizer"),
     ({"config": EquationConfig()}, "no equation model"),

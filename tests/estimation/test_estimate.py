@@ -1,12 +1,12 @@
 """The estimate: what is counted is what happens, and a trial tells and leaves nothing behind."""
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 
 import array_api_compat.numpy as library
@@ -36,7 +36,7 @@ from bench.memory import owners
 V, BATCH = 11, 3
 SWITCHES = [
     {"c_sequence": sequence, "c_attention": attention, "c_network": network}
-    for sequence, attention, network in product(("pre", "post"), ("mha", "moh"), ("mlp", "moe"))
+    for sequence, attention, network in itertools.product(("pre", "post"), ("mha", "moh"), ("mlp", "moe"))
 ]
 AGAIN = {**MODERN, "c_sequence": "post", "embedding_norm": False, "activation": "swiglu"}
 # odd sizes: masks are made two elements at a time
@@ -188,7 +188,9 @@ def test_cache_bytes_count_a_full_context(config):
     logits = Logits(backend, model, model.layout.unpack(backend.xp, state_of(model, backend)["params"]))
     logits.next([[1] * (config.n_ctx - 1)])
     logits.next([[1] * config.n_ctx])
-    assert counts.cache_bytes(config) == sum(array.nbytes for pair in logits.cache for array in pair)
+    cache = logits.cache
+    arrays = [*itertools.chain(*cache.blocks), *([cache.smear] if config.smear else [])]
+    assert counts.cache_bytes(config) == sum(array.nbytes for array in arrays)
 
 
 def test_arrays_of_workers_count_their_shares():

@@ -16,6 +16,7 @@ N_CTX, V = 7, 11
 IDS = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
 NAMED = {**{" ".join(s.values()): s for s in SWITCHES}, **LATER}
 NAMED["modern tied capped"] = {**MODERN, "tied_head": True, "logit_cap": 5.0}
+FEW = LATER["modern"], LATER["modern smear"]
 ALL_SWITCHES = pytest.mark.parametrize("switches", NAMED.values(), ids=list(NAMED))
 
 
@@ -31,7 +32,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
         pytest.skip("generation is not compiled")
     # slow where each operation takes long: there, a few combinations without a common switch are enough
     for name, switches in NAMED.items():
-        if not backend.variant.startswith("numpy") and switches not in (*SWITCHES[::7], LATER["modern"]):
+        if not backend.variant.startswith("numpy") and switches not in (*SWITCHES[::7], *FEW):
             continue
         model, p = model_and_weights(backend, switches)
         whole, _ = model.forward(backend.xp, p, backend.asarray(IDS[None, :N_CTX]))
@@ -40,7 +41,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(backend):
             logits, saved = gpt.forward(
                 backend.xp, p, backend.asarray(IDS[None, t : t + 1]), model.config, cache=cache
             )
-            cache = gpt.cache_of(saved)
+            cache = gpt.cache_of(backend.xp, saved)
             np.testing.assert_allclose(backend.to_numpy(logits)[0], whole[t], atol=1e-12, err_msg=name)
 
 
@@ -52,7 +53,7 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole(kind, switches):
     whole, _ = model.forward(case.xp, p, IDS[None, :N_CTX])
     for cut in range(1, N_CTX):
         _, saved = gpt.forward(case.xp, p, IDS[None, :cut], model.config)
-        cache = gpt.cache_of(saved)
+        cache = gpt.cache_of(case.xp, saved)
         logits, _ = gpt.forward(case.xp, p, IDS[None, cut:N_CTX], model.config, cache=cache)
         np.testing.assert_allclose(logits, whole[cut:], atol=1e-12)
 
@@ -77,7 +78,7 @@ def test_cached_and_uncached_logits_are_equal_past_the_context(kind, switches):
 
 @pytest.mark.parametrize("size", [30.0, 3e3])
 @pytest.mark.parametrize("first", [1, 4])
-@pytest.mark.parametrize("name", ["pre mha mlp", "modern"])
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern", "modern smear"])
 def test_decoding_handles_scores_that_are_far_apart(size, first, name):
     """exp of such a score is infinite or 0: NumPy's step must detect that and keep the cache correct."""
     case = case_of("numpy")
@@ -118,7 +119,7 @@ def test_decoding_computes_only_the_new_tokens(kind, monkeypatch):
     assert lengths == [3, 1, 1, 1, 1, 5, 1]  # the prompt, four tokens, a new window of 8 - 3 tokens, one token
 
 
-@pytest.mark.parametrize("name", ["pre mha mlp", "modern", "modern tied capped"])
+@pytest.mark.parametrize("name", ["pre mha mlp", "modern", "modern tied capped", "modern smear"])
 def test_the_fast_step_does_not_call_the_plain_forward_pass(monkeypatch, name):
     case = case_of("numpy")
     model, p = model_and_weights(case, NAMED[name])

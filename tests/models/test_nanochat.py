@@ -46,8 +46,11 @@ def norm(x):
 
 
 def oracle(p, ids, cap: float):
-    """Logits (B, T, V), with PyTorch's own functions; p: our tree of parameters."""
+    """Logits (B, T, V), with PyTorch's own functions; p: our tree of parameters, with smear or without."""
     x = norm(F.embedding(ids, p["wte"]["weight"]))
+    if "smear" in p:
+        share = p["smear"]["scale"] * torch.sigmoid(x @ p["smear"]["gate"]["weight"])
+        x = norm(torch.cat([x[:, :1], x[:, 1:] + share[:, 1:] * x[:, :-1]], dim=1))
     for block in p["blocks"].values():
         qkv = norm(x) @ block["attention"]["qkv"]["weight"]
         q, k, v = (one.unflatten(-1, (H, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=-1))
@@ -59,9 +62,9 @@ def oracle(p, ids, cap: float):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy plain"])
-@CAPS
-def test_logits_and_gradients_are_those_of_an_independent_model(kind, cap):
-    case, (model, flat) = case_of(kind), model_and_weights(cap)
+@pytest.mark.parametrize(("cap", "more"), [(0.0, {}), (15.0, {}), (2.0, {}), (0.0, {"smear": True})])
+def test_logits_and_gradients_are_those_of_an_independent_model(kind, cap, more):
+    case, (model, flat) = case_of(kind), model_and_weights(cap, **more)
     logits, saved = model.forward(case.xp, model.layout.unpack(np, flat), IDS)
     losses, loss_saved = cross_entropy.forward(case.xp, {}, logits, TARGETS.reshape(-1))
     _, dlogits = cross_entropy.backward(case.xp, {}, loss_saved, np.ones_like(losses))

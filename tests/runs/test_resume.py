@@ -161,10 +161,10 @@ def test_a_killed_run_resumes_exactly(text, tmp_path, alone, at_step):
     {"num_steps": None, "num_epochs": 1, "stride": 40},
     {"accumulate": 2, "batch_size": 2},
     {"dtype": "float64", "c_attention": "moh", "c_network": "moe", "c_sequence": "post"},
-    {"tokenizer": "byte", "c_model": "modern", "logit_cap": 15},
+    {"tokenizer": "byte", "c_model": "modern", "logit_cap": 15, "smear": True},
     {"optimizer": "muon", "schedule": "linear", "accumulate": 2, "batch_size": 2},
     {"optimizer": "muon", "workers": 2},
-], ids=["epochs", "accumulation", "float64 post moh moe", "bytes modern", "muon", "muon by two"])  # fmt: skip
+], ids=["epochs", "accumulation", "float64 post moh moe", "bytes smear", "muon", "muon by two"])  # fmt: skip
 def test_runs_with_other_settings_resume_exactly(text, tmp_path, alone, more):
     more = {"workers": 1, **more}
     train(text, tmp_path, Stopper(9), **more)
