@@ -100,21 +100,12 @@ class MpiGroup(Group):
             self.sum_shares(np.empty(0), [0] * (self.size + 1), *small)
 
     def sum_shares(self, array: np.ndarray, bounds: list[int], *small: np.ndarray) -> None:
-        """As Group.sum_shares. Piece by piece: while one is added up, the next one travels."""
-        if self.size == 1:
-            return
-        with self._watched():
-            # sent first, received last: their messages travel with those of the pieces
-            requests = self._send_all(small)
-            pieces = list(self._pieces(bounds))
-            pending = [self._exchange(array, *piece, number % 2) for number, piece in enumerate(pieces[:2])]
-            for number, (counts, begins) in enumerate(pieces):
-                request, received = pending.pop(0)
-                self._wait(request)
-                self._add(received, array[begins[self.rank] :][: counts[self.rank]])
-                if number + 2 < len(pieces):
-                    pending.append(self._exchange(array, *pieces[number + 2], number % 2))
-            self._receive_all(small, requests)
+        """As Group.sum_shares."""
+        self.begin_sum(array, [bounds]).finish(*small)
+
+    def begin_sum(self, array: np.ndarray, pieces: list[list[int]]) -> GradualSum:
+        """As Group.begin_sum."""
+        return MpiSum(self, array, pieces)
 
     def _send_all(self, small: Sequence[np.ndarray]) -> list[tuple[Any, np.ndarray]]:
         """Send whole arrays -> for each the request, and where the terms of all ranks arrive (size, n)."""
@@ -125,13 +116,6 @@ class MpiGroup(Group):
         for one, (request, received) in zip(small, requests, strict=True):
             self._wait(request)
             add(received, one)
-
-    def _pieces(self, bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Cuts all shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
-        longest = max(last - first for first, last in itertools.pairwise(bounds))
-        for at in range(0, longest, PIECE):
-            begins = [min(first + at, last) for first, last in itertools.pairwise(bounds)]
-            yield [min(PIECE, last - begin) for begin, last in zip(begins, bounds[1:], strict=True)], begins
 
     def _exchange(
         self, array: np.ndarray, counts: list[int], begins: list[int], room: int
@@ -151,10 +135,6 @@ class MpiGroup(Group):
     def _add(self, received: np.ndarray, own: np.ndarray) -> None:
         """Add what the other ranks sent (size, n) to this rank's own terms (n,), in place."""
         add([own if rank == self.rank else received[rank] for rank in range(self.size)], own)
-
-    def begin_sum(self, array: np.ndarray, pieces: list[list[int]]) -> GradualSum:
-        """As Group.begin_sum."""
-        return MpiSum(self, array, pieces)
 
     def gather_shares(self, array: np.ndarray, *pieces: list[int]) -> None:
         """As Group.gather_shares."""
@@ -298,14 +278,18 @@ class MpiGroup(Group):
 
 
 class MpiSum(GradualSum):
-    """Two pieces travel at a time, in the same order on all ranks. MPI moves messages only while it is called."""
+    """Piece by piece, in the same order on all ranks: while one is added up, the next one travels.
+
+    MPI moves messages only while it is called.
+    """
 
     group: MpiGroup
 
     def __init__(self, group: MpiGroup, array: np.ndarray, pieces: list[list[int]]):
         super().__init__(group, array, pieces)
-        self._first, self._started = array.size, 0
+        self._waiting = deque(piece for bounds in pieces for piece in cut(bounds))
         self._travelling: deque[tuple[Any, np.ndarray, np.ndarray]] = deque()
+        self._first, self._started = array.size, 0
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         super().__exit__(kind)
@@ -327,9 +311,11 @@ class MpiSum(GradualSum):
     def finish(self, *small: np.ndarray) -> None:
         """As GradualSum.finish."""
         self._first, tests, group = 0, 0, self.group
+        if group.size == 1:
+            return
         with group._watched():
             self._advance()
-            while self._started < len(self.pieces):
+            while self._waiting:
                 tests += 1
                 pause(tests)
                 self._advance()
@@ -345,14 +331,20 @@ class MpiSum(GradualSum):
         while self._travelling and self._travelling[0][0].Test():
             _, received, own = self._travelling.popleft()
             self.group._add(received, own)
-        while len(self._travelling) < 2 and self._started < len(self.pieces):
-            bounds, rank = self.pieces[self._started], self.group.rank
-            if bounds[0] < self._first:
-                break
-            counts = [last - first for first, last in itertools.pairwise(bounds)]
-            found = self.group._exchange(self.array, counts, bounds[:-1], self._started % 2)
-            self._travelling.append((*found, self.array[bounds[rank] : bounds[rank + 1]]))
+        while self._waiting and len(self._travelling) < 2 and self._waiting[0][1][0] >= self._first:
+            counts, begins = self._waiting.popleft()
+            found = self.group._exchange(self.array, counts, begins, self._started % 2)
+            begin = begins[self.group.rank]
+            self._travelling.append((*found, self.array[begin : begin + counts[self.group.rank]]))
             self._started += 1
+
+
+def cut(bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut the shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
+    longest = max(last - first for first, last in itertools.pairwise(bounds))
+    for at in range(0, longest, PIECE):
+        begins = [min(first + at, last) for first, last in itertools.pairwise(bounds)]
+        yield [min(PIECE, last - begin) for begin, last in zip(begins, bounds[1:], strict=True)], begins
 
 
 def pause(tests: int) -> None:

@@ -45,21 +45,18 @@ class Ranks:
         self.processes = group.all_gather(own.number)
         self.divides = group.size > 1 and not group.on_device
         """Whether each rank updates its share alone."""
-        self.overlaps = self._overlaps()
-        """Whether gradients travel while others are computed; then each rank has a share of every piece."""
         self.pieces = [optimizers.shares(model, config.optimizer, self.processes)]
-        if self.overlaps:
+        if config.optimizer == "adamw" and set(self.processes) == {1}:  # Muon's matrices stay whole
             self.pieces = optimizers.pieces(model.n_parameters, group.size)
         self.shares = [(bounds[group.rank], bounds[group.rank + 1]) for bounds in reversed(self.pieces)]
-        """The elements that this rank updates."""
+        """The elements that this rank updates: a share of every piece of the gradients."""
+        self.overlaps = self.divides and len(self.pieces) > 1 and config.accumulate == 1 and self._gains()
+        """Whether gradients travel while others are computed."""
 
-    def _overlaps(self) -> bool:
-        """Within one machine, there is nothing to gain; for several processes in a rank, accumulated gradients and
-        Muon's matrices, which stay whole, there is no such way. All ranks decide alike."""
-        config = self.config
-        if not self.divides or config.accumulate > 1 or config.optimizer != "adamw" or self.group.machines() == 1:
-            return False
-        return all(self.group.all_gather(self.own.number == 1 and bool(self.backend.xp.gradients_in_place)))
+    def _gains(self) -> bool:
+        """Whether overlapping is possible and saves time; within one machine it does not. All decide alike."""
+        several = self.group.machines() > 1
+        return several and all(self.group.all_gather(bool(self.backend.xp.gradients_in_place)))
 
     def step(self) -> Callable[..., Any]:
         """As step.make_step, by all ranks together."""
@@ -135,8 +132,8 @@ class Ranks:
         """Loss (1,) and gradients (P,) of the whole batch; the gradients are changed in place."""
         spoken = self._spoken(loss)
         if self.divides:
-            (bounds,) = self.pieces
-            self.group.sum_shares(gradients, bounds, spoken)
+            with self.group.begin_sum(gradients, self.pieces) as sum_:
+                sum_.finish(spoken)
         else:
             self.group.sum(gradients, spoken)
         return self._heard(spoken, gradients)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from baby_xp.arrays.tree import Layout, Tree, leaves
+from baby_xp.arrays.tree import Layout, Tree, address, leaves
 from baby_xp.distributed.group import GradualSum
 
 
@@ -37,8 +37,3 @@ class Sender:
                 view[:] = leaf.reshape(-1)
         self.first = first
         self.sum.ready(first)
-
-
-def address(array: Any) -> int:
-    """Where an array of NumPy begins in memory."""
-    return int(array.__array_interface__["data"][0])
