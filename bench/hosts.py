@@ -3,6 +3,7 @@
 The bandwidth of what a host sends is limited by the kernel (`tc`, token bucket). Latency is made by a process: all
 hosts are connected to it by TAP devices, and it keeps each frame for a while before it passes it on. (The kernel's
 own way, netem, is often not compiled in.) A frame is large, up to MTU bytes, so that there are few of them.
+Without latency, the kernel alone passes the frames on, by a bridge: no process takes time from those that compute.
 
 mpiexec starts ranks on other hosts with ssh, or with the program that it is given instead: here, a script that
 enters the namespace of a host, which also gets a name of its own.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,16 @@ def connected(number: int, line: Line) -> Iterator[Place]:
     with ExitStack() as undo:
         _remove()
         undo.callback(_remove)
-        taps = [_host(host, line, undo) for host in hosts]
-        switch = subprocess.Popen(
-            [sys.executable, "-m", "bench.hosts", repr(line.delay), *map(str, taps)],
-            stdin=subprocess.PIPE, pass_fds=taps, cwd=harness.ROOT, env=harness.environment(),
-        )  # fmt: skip
-        undo.enter_context(switch)  # waits for its end
-        undo.callback(switch.kill)
+        if line.delay:
+            taps = [_tap(host, line, undo) for host in hosts]
+            switch = subprocess.Popen(
+                [sys.executable, "-m", "bench.hosts", repr(line.delay), *map(str, taps)],
+                stdin=subprocess.PIPE, pass_fds=taps, cwd=harness.ROOT, env=harness.environment(),
+            )  # fmt: skip
+            undo.enter_context(switch)  # waits for its end
+            undo.callback(switch.kill)
+        else:
+            _bridge(hosts, line)
         folder = undo.enter_context(TemporaryDirectory())
         agent = Path(folder) / "agent"
         agent.write_text(AGENT.format(name=NAME, core=_core()), "utf-8")
@@ -105,11 +109,11 @@ def _core() -> str:
     return f"echo {' '.join(map(str, cores))} | cut -d ' ' -f $((($host - 1) % {len(cores)} + 1))"
 
 
-def _host(host: int, line: Line, undo: ExitStack) -> int:
+def _tap(host: int, line: Line, undo: ExitStack) -> int:
     """Make a namespace with one interface -> the file in which its frames arrive."""
     import fcntl  # not everywhere
 
-    name, address = f"{NAME}-{host}", f"{SUBNET}.{host or 254}"
+    name = f"{NAME}-{host}"
     try:
         tap = os.open("/dev/net/tun", os.O_RDWR)
         undo.callback(os.close, tap)
@@ -119,13 +123,31 @@ def _host(host: int, line: Line, undo: ExitStack) -> int:
     _run("ip", "netns", "add", name)
     _run("ip", "link", "set", name, "netns", name)
     _run("ip", "-n", name, "link", "set", name, "name", INTERFACE, "address", f"02:00:00:00:00:{host:02x}")
+    _connect(host, line)
+    return tap
+
+
+def _bridge(hosts: Iterable[int], line: Line) -> None:
+    """Make the namespaces; that of host 0 has a bridge, to which the interfaces of the others are connected."""
+    for host in hosts:
+        _run("ip", "netns", "add", f"{NAME}-{host}")
+    _run("ip", "-n", f"{NAME}-0", "link", "add", INTERFACE, "type", "bridge")
+    for host in hosts:
+        if host:
+            ends = "type", "veth", "peer", "name", INTERFACE, "netns", f"{NAME}-{host}"
+            _run("ip", "link", "add", f"port{host}", "netns", f"{NAME}-0", *ends)
+            _run("ip", "-n", f"{NAME}-0", "link", "set", f"port{host}", "mtu", str(MTU), "master", INTERFACE, "up")
+        _connect(host, line)
+
+
+def _connect(host: int, line: Line) -> None:
+    """Give the host its address, and its interface the limit of its bandwidth."""
+    name, address = f"{NAME}-{host}", f"{SUBNET}.{host or 254}"
     _run("ip", "-n", name, "link", "set", INTERFACE, "mtu", str(MTU), "up")
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
-    burst = str(MTU + HEADER)
-    limits = "rate", f"{line.bits:.0f}bit", "burst", burst, "limit", str(QUEUE)
+    limits = "rate", f"{line.bits:.0f}bit", "burst", str(MTU + HEADER), "limit", str(QUEUE)
     _run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limits)
-    return tap
 
 
 def _remove() -> None:

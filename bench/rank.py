@@ -1,25 +1,27 @@
 """What each rank does in a measurement over a network: its link, what a step sends, and steps of workloads."""
 
-import os
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from baby_xp.arrays import params
 from baby_xp.arrays.registry import load
-from baby_xp.arrays.tiles import samples
 from baby_xp.distributed import Group, join
 from baby_xp.distributed.mpi import PIECE, add, pause
 from baby_xp.errors import BabyError
 from baby_xp.training.alone import Alone
+from baby_xp.training.ranks import Ranks
 from baby_xp.training.step import initial_state
 from bench import hosts, peers
 from bench.harness import US
 from bench.time_model import NUMBERS
 from bench.workloads import WORKLOADS, Workload
 
+MACHINES = {"at the end": 1, "meanwhile": 2}
+"""When gradients are sent, and the number of machines on which ranks do so."""
 ROUNDS, REPEATS = 15, 7
 """How often messages go around, and what a step sends is sent: medians count."""
 MANY, SMALL, LARGE = 64, 1 << 10, 60_000
@@ -40,51 +42,57 @@ def measure(interface: str | None, sizes: list[int], workloads: dict[str, tuple[
     for name, (warmup, steps) in workloads.items():
         dropout = WORKLOADS[name].dropout
         request = {"workload": name, "steps": steps, "warmup": warmup, "dropout": dropout, "workers": 1}
-        ms, alone = (peers.train(US, distributed="mpi", exchange=both, **request)["ms"] for both in (True, False))
+        with on_machines(group, 1):  # the model is that of steps which compute, and then send
+            ms, alone = (
+                peers.train(US, distributed="mpi", exchange=both, **request)["ms"] for both in (True, False)
+            )
         found["steps"].append({"workload": name, "elements": models[name], "ms": ms, "ms computing": alone})
-    # with a core for each rank, to which it is bound: whether sums would be free beside the gradients
-    several = group.size <= (os.cpu_count() or 1)
-    found["overlaps"] = [overlap(group, WORKLOADS[name]) for name in workloads if several]
     return found
 
 
-def overlap(group: Group, workload: Workload) -> dict:
-    """The milliseconds of a rank's gradients, of a sum of gradients, of one after the other, and of both at once.
+def overlap(workloads: dict[str, tuple[int, int]]) -> list[dict]:
+    """The milliseconds of steps that send their gradients at the end, and of those that send them meanwhile.
 
-    The sum at once, in a thread, is that of other gradients: it need not wait for any. No way of sending parts of
-    the gradients while the others are computed can hide more of it.
+    Both in turn, with one process in each rank. workloads: for each, the rounds, and the steps of a round.
+    Raises BabyError if the losses differ.
     """
-    backend, model, batch = load("numpy"), workload.model(workload.dropout), workload.batches(1)[0]
-    n, bounds = model.n_parameters, [model.n_parameters * rank // group.size for rank in range(group.size + 1)]
-    ends = [len(batch.samples) * rank // group.size for rank in (group.rank, group.rank + 1)]
-    share, others = samples(batch, *ends), np.empty(n, np.float32)
-    state = initial_state(backend, params.draw(model.spec, 0, "float32"), params.decay_mask(model.spec), 0)
-    found: dict[str, Any] = {"workload": workload.name, "gradients": [], "sum": [], "in turn": [], "at once": []}
+    group = join("mpi")
+    return [in_turn(group, WORKLOADS[name], *numbers) for name, numbers in workloads.items()]
+
+
+def in_turn(group: Group, workload: Workload, rounds: int, steps: int) -> dict:
+    """As overlap, of one workload. The first round, in which memory settles, does not count."""
+    backend, model = load("numpy"), workload.model(workload.dropout)
+    batches, config = workload.batches((rounds + 1) * steps), workload.training((rounds + 1) * steps)
+    decays, weights = params.decay_mask(model.spec), params.draw(model.spec, 0, "float32")
+    found, losses, runs = {name: [] for name in MACHINES}, {name: [] for name in MACHINES}, {}
     with Alone(backend, model, workload.batch_size, 1) as own:
+        for name, machines in MACHINES.items():
+            with on_machines(group, machines):
+                runs[name] = Ranks(group, own, backend, model, config).step()
+        states = {name: initial_state(backend, weights, decays, 0) for name in MACHINES}
+        for first in range(0, len(batches), steps):
+            for name, step in runs.items():
+                for batch in batches[first : first + steps]:
+                    group.sum_of_numbers(1.0)  # all begin together
+                    begin = time.perf_counter()
+                    states[name], metrics = step(states[name], batch)
+                    found[name].append(1e3 * (time.perf_counter() - begin))
+                    losses[name].append(float(metrics["loss"][0]))
+    one, other = losses.values()
+    if one != other:
+        raise BabyError(f"losses of {workload.name} differ: {one} and {other}")
+    return {"workload": workload.name, "steps": steps, **{name: times[steps:] for name, times in found.items()}}
 
-        def gradients() -> None:
-            own.loss_and_gradients(backend.xp, model, state, share, n_targets=batch.targets.size)
 
-        def summed() -> None:
-            group.sum_shares(others, bounds)
-
-        def at_once() -> None:
-            thread = threading.Thread(target=summed)
-            thread.start()
-            gradients()
-            thread.join()
-
-        ways = {"gradients": [gradients], "sum": [summed], "in turn": [gradients, summed], "at once": [at_once]}
-        for _ in range(REPEATS + 1):
-            for name, functions in ways.items():
-                others[:] = 1
-                group.sum_of_numbers(1.0)  # all begin together
-                begin = time.perf_counter()
-                for function in functions:
-                    function()
-                group.sum_of_numbers(1.0)
-                found[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: times if name == "workload" else times[1:] for name, times in found.items()}
+@contextmanager
+def on_machines(group: Group, number: int) -> Iterator[None]:
+    """Let the group say that its ranks are on so many machines: on one, gradients do not travel meanwhile."""
+    group.machines = lambda: number
+    try:
+        yield
+    finally:
+        del group.machines
 
 
 def link(group: Group) -> dict[str, float]:

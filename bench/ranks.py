@@ -1,8 +1,9 @@
 """Ranks of MPI against worker processes; ranks over limited networks, compared with a model of their time.
 
 `python -m bench.ranks` compares two ranks with two workers. With --network it measures ranks in network
-namespaces, which needs Linux and root: what they send each other, and their steps. With --paper it computes, from
-what was kept of both, the time of a step on more machines than there are. See bench/README.md.
+namespaces, which needs Linux and root: what they send each other, and their steps. With --overlap it measures
+there what is gained if gradients travel while others are computed. With --paper it computes, from what was kept,
+the time of a step on more machines than there are. See bench/README.md.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from baby_xp import files
 from baby_xp.errors import BabyError
-from bench import harness, hosts, launch, results, roofline, time_model, variants
+from bench import harness, hosts, launch, rank, results, roofline, time_model, variants
 from bench.harness import US, say
 from bench.hosts import Line
 from bench.launch import Place
@@ -35,12 +36,24 @@ PLACES: dict[str, Line | Place] = {
     "100 Mbit/s, 1 ms": Line(1e8, 1e-3),
 }
 """Where ranks are measured: on one machine, or on hosts of their own with a network between them."""
+OVERLAPPED: dict[str, Line | Place] = {
+    "shared memory": Place(),
+    "1 Gbit/s, no latency": Line(1e9, 0.0),
+    "1 Gbit/s, 0.1 ms": Line(1e9, 1e-4),
+    "100 Mbit/s, 1 ms": Line(1e8, 1e-3),
+}
+"""Where it is measured whether it pays to send gradients while others are computed."""
 NUMBERS = (2, 4)
 STEPPED = {"W1": (5, 15), "W2": (5, 15), "W3": (2, 5)}
 """The workloads whose steps are measured there: steps of warm-up, and steps."""
+IN_TURN = {"W1": (6, 4), "W3": (6, 2)}
+"""The workloads of --overlap: rounds, and steps of a round."""
 SIZES = (10_000, 100_000, 1_000_000)
 """Numbers of parameters of which all is sent there that a step sends, besides those of the workloads."""
-KEPT = {"ranks": variants.RESULTS / "ranks.json", "network": variants.RESULTS / "ranks-network.json"}
+KEPT = {
+    "ranks": variants.RESULTS / "ranks.json", "network": variants.RESULTS / "ranks-network.json",
+    "overlap": variants.RESULTS / "ranks-overlap.json",
+}  # fmt: skip
 
 # what is computed on paper
 PAPER_RANKS = (8, 64, 512)
@@ -61,8 +74,13 @@ def main() -> int:
             lines = [line for name, table in found.items() for line in (name, "", *table, "")]
             variants.show(lines, found, asked.page)
             return 0
-        kind, states = ("network", over_networks()) if asked.network else ("ranks", against_workers(asked))
-        suffix = "-ranks-network" if asked.network else "-ranks"
+        if asked.network:
+            kind, states = "network", over_networks()
+        elif asked.overlap:
+            kind, states = "overlap", overlapped()
+        else:
+            kind, states = "ranks", against_workers(asked)
+        suffix = "-ranks" if kind == "ranks" else f"-ranks-{kind}"
         result, _ = results.show(states, document, asked.out, suffix)
     except BabyError as error:
         say(f"bench.ranks: {error}")
@@ -78,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser = harness.parser("bench.ranks", __doc__, steps=None, rounds=3, out=None)
     parser.add_argument("--workloads", type=named, help=f"of {','.join(WORKLOADS)} ({','.join(COMPARED)})")
     parser.add_argument("--network", action="store_true", help="measure ranks over limited networks; needs root")
+    parser.add_argument("--overlap", action="store_true", help="measure sending while computing; needs root")
     parser.add_argument("--keep", action="store_true", help="keep it as the newest result")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of what was kept")
     parser.add_argument("--paper", action="store_true", help="measure nothing, print the times on more machines")
@@ -85,8 +104,11 @@ def parse() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.page and not asked.table:
         parser.error("argument --page: it needs --table")
-    if asked.network and (asked.workloads or asked.steps):
-        parser.error("argument --network: it has its own workloads and steps")
+    if asked.network and asked.overlap:
+        parser.error("argument --overlap: give --network or --overlap, not both")
+    if (asked.network or asked.overlap) and (asked.workloads or asked.steps):
+        flag = "--network" if asked.network else "--overlap"
+        parser.error(f"argument {flag}: it has its own workloads and steps")
     asked.workloads = asked.workloads or [WORKLOADS[name] for name in COMPARED]
     return asked
 
@@ -98,7 +120,7 @@ def read() -> dict[str, dict]:
         try:
             found[kind] = json.loads(file.read_text("utf-8"))
         except OSError:
-            flag = " --network" if kind == "network" else ""
+            flag = "" if kind == "ranks" else f" --{kind}"
             raise BabyError(f"there is no {file}: measure it with python -m bench.ranks{flag} --keep") from None
         except ValueError:
             raise BabyError(f"{file} is not a result of bench.ranks: restore it, or delete it") from None
@@ -166,12 +188,28 @@ def over_networks() -> Iterator[dict]:
     yield result
 
 
+def overlapped() -> Iterator[dict]:
+    """All measurements so far: one for each number of ranks in each place."""
+    with results.measurement(overlaps=[]) as result:
+        for where, line in OVERLAPPED.items():
+            for ranks in NUMBERS:
+                with hosts.connected(ranks, line) if isinstance(line, Line) else nullcontext(line) as place:
+                    found = launch.together(ranks, "bench.rank:overlap", {"workloads": IN_TURN}, place)
+                result["overlaps"] = [*result["overlaps"], {"place": where, "ranks": ranks, "found": found}]
+                say(f"{where}, {ranks} ranks: measured")
+                yield result
+    yield result
+
+
 # tables -------------------------------------------------------------------------------------------------
 
 
 def document(result: dict) -> list[str]:
     """A result as Markdown."""
-    found = tables_of_networks(result) if "networks" in result else tables_of_races(result)
+    if "networks" in result:
+        found = tables_of_networks(result)
+    else:
+        found = tables_of_overlaps(result) if "overlaps" in result else tables_of_races(result)
     (_, rows), *more = found.items()
     below = [line for _, table in more for line in (*results.markdown(table), "")]
     for race in result.get("races", ()):
@@ -184,13 +222,13 @@ def document(result: dict) -> list[str]:
 def tables(kept: dict[str, dict]) -> dict[str, list[str]]:
     """The tables of the page by name, as lines of Markdown."""
     found = {"machine": about(kept), **tables_of_races(kept["ranks"]), **tables_of_networks(kept["network"])}
-    found["paper"] = paper(kept)
+    found |= {**tables_of_overlaps(kept["overlap"]), "paper": paper(kept)}
     return {name: results.markdown(rows) for name, rows in found.items()}
 
 
 def about(kept: dict[str, dict]) -> list[dict[str, str]]:
-    """When and where both kinds of results were measured."""
-    names = {"ranks": "ranks and workers", "network": "networks"}
+    """When and where each kind of results was measured."""
+    names = {"ranks": "ranks and workers", "network": "networks", "overlap": "sending while computing"}
     return [
         {
             "figures": names[kind],
@@ -225,7 +263,7 @@ def share(race: dict) -> float | None:
 
 def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
     """What connects the ranks; the time of what they exchange; the time of steps: measured, and by the model."""
-    links, exchanges, steps, overlaps = [], [], [], []
+    links, exchanges, steps = [], [], []
     for network in result["networks"]:
         link, ranks = Link(**network["link"]), network["ranks"]
         at = {"network": network["place"], "ranks": str(ranks)}
@@ -247,15 +285,28 @@ def tables_of_networks(result: dict) -> dict[str, list[dict[str, str]]]:
                 **at, "workload": one["workload"], "computing": f"{alone:.1f}",
                 "exchange by the model": f"{model:.1f}", **compared(measured, alone + model),
             })  # fmt: skip
-        for one in network["overlaps"]:
-            ms = {name: statistics.median(times) for name, times in one.items() if name != "workload"}
-            hidden = (ms["in turn"] - ms["at once"]) / ms["sum"]
-            cells = {f"{name}, ms": f"{value:.1f}" for name, value in ms.items()}
-            overlaps.append({
-                **at, "workload": one["workload"], **cells, "of the sum hidden": f"{hidden:.0%}",
-                "of the time saved": f"{1 - ms['at once'] / ms['in turn']:.0%}",
+    return {"links": links, "exchanges": exchanges, "steps": steps}
+
+
+def tables_of_overlaps(result: dict) -> dict[str, list[dict[str, str]]]:
+    """Steps that send their gradients at the end, beside those that send them meanwhile."""
+    rows = []
+    for network in result["overlaps"]:
+        for one in network["found"]:
+            before, after = (one[name] for name in rank.MACHINES)
+            starts = range(0, len(before), one["steps"])
+            rounds = [saved(before[at : at + one["steps"]], after[at : at + one["steps"]]) for at in starts]
+            rows.append({
+                "network": network["place"], "ranks": str(network["ranks"]), "workload": one["workload"],
+                **{f"{name}, ms per step": f"{statistics.median(one[name]):.1f}" for name in rank.MACHINES},
+                "saved": f"{saved(before, after):+.1%}", "by round": f"{min(rounds):+.1%} to {max(rounds):+.1%}",
             })  # fmt: skip
-    return {"links": links, "exchanges": exchanges, "steps": steps, "overlaps": overlaps}
+    return {"overlaps": rows}
+
+
+def saved(before: list[float], after: list[float]) -> float:
+    """The share of the median time before that is saved."""
+    return 1 - statistics.median(after) / statistics.median(before)
 
 
 def compared(measured: float, model: float) -> dict[str, str]:

@@ -39,10 +39,11 @@ class ThreadGroup(Group):
         self.sums += 1
         self.sum(*small)
 
-    def gather_shares(self, array, bounds):
+    def gather_shares(self, array, *pieces):
         for rank, others in enumerate(self._shared.exchange(self.rank, array)):
-            own = slice(*bounds[rank : rank + 2])
-            array[own] = others[own]
+            for bounds in pieces:
+                own = slice(*bounds[rank : rank + 2])
+                array[own] = others[own]
 
     def broadcast(self, value, root=0):
         sent = self._shared.exchange(self.rank, packed(value) if self.rank == root else b"")[root]

@@ -43,19 +43,36 @@ class Parameters(dict[str, Any]):
     `gradients` is the same tree of views of the flat gradient. A backend's kernel may write a parameter's gradient
     there and return that very view, which then need not be packed; the layers themselves know nothing about it.
     A parameter that a model uses twice must not be written twice: hand it to one of the layers in a plain dict.
+
+    Gradients that other ranks wait for can leave before the backward pass is over: `sender`, if there is one, has
+    a method `completed`, see below, and a method `progress`, which is called often in a backward pass. `gradients`
+    is None if no gradient may be written.
     """
 
-    def __init__(self, tree: Tree, gradients: Tree):
-        self.gradients = gradients
+    def __init__(self, tree: Tree, gradients: Tree | None, sender: Any = None):
+        self.gradients, self.sender = gradients, sender
         super().__init__(
-            (key, Parameters(value, gradients[key]) if isinstance(value, dict) else value)
+            (key, Parameters(value, gradients and gradients[key], sender) if isinstance(value, dict) else value)
             for key, value in tree.items()
         )
 
 
 def gradient_of(p: Tree, name: str) -> Array:
     """Where the gradient of the parameter p[name] may be written, or None."""
-    return p.gradients[name] if isinstance(p, Parameters) else None
+    if not isinstance(p, Parameters):
+        return None
+    if p.sender is not None:
+        p.sender.progress()
+    return p.gradients and p.gradients[name]
+
+
+def completed(p: Tree, dp: Tree) -> None:
+    """A model's backward pass says that dp, a part of the gradients of all parameters p, is complete.
+
+    It does so from the last parameters to the first. What it has not reported is complete at its end.
+    """
+    if isinstance(p, Parameters) and p.sender is not None:
+        p.sender.completed(dp)
 
 
 @dataclass(frozen=True)
@@ -106,3 +123,8 @@ def fill(views: Tree, tree: Tree) -> None:
     for path, view in leaves(views):
         if by_path[path] is not view:
             view[...] = by_path[path]
+
+
+def address(array: Any) -> int:
+    """Where an array of NumPy begins in the memory of this process."""
+    return int(array.__array_interface__["data"][0])

@@ -51,8 +51,17 @@ class Group:
         """
         self.sum(*small)
 
-    def gather_shares(self, array: Any, bounds: list[int]) -> None:
-        """Replace the shares of the other ranks in `array` (P,) by theirs."""
+    def begin_sum(self, array: Any, pieces: list[list[int]]) -> "GradualSum":
+        """A sum of `array` (P,), whose parts are sent as soon as the caller says that they are ready.
+
+        pieces: of each piece of the array, the bounds of the ranks' shares, as of sum_shares; from the end of the
+        array to its beginning. The same on all ranks.
+        """
+        return GradualSum(self, array, pieces)
+
+    def gather_shares(self, array: Any, *pieces: list[int]) -> None:
+        """Replace the shares of the other ranks in `array` (P,) by theirs. pieces: the bounds of the shares, or of
+        those in each piece of the array."""
 
     def sum_of_numbers(self, *numbers: float) -> list[float]:
         """The sum over all ranks of each number, as float64."""
@@ -114,6 +123,10 @@ class Group:
         """
         yield []
 
+    def machines(self) -> int:
+        """The number of machines that the ranks are on. All ranks ask for it together."""
+        return len(set(self.all_gather(socket.gethostname())))
+
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks."""
         return [self.broadcast(value, root) for root in range(self.size)]
@@ -133,3 +146,36 @@ class Group:
         if said is not None:
             raise problem or BabyError(said)
         return result  # type: ignore[return-value]
+
+
+class GradualSum:
+    """A sum that begins before all of its array is there; see Group.begin_sum. This one begins at the end.
+
+    A context manager: the group breaks up if an error leaves it, as the other ranks may wait for the rest.
+    """
+
+    def __init__(self, group: Group, array: Any, pieces: list[list[int]]):
+        self.group, self.array, self.pieces = group, array, pieces
+
+    def __enter__(self) -> "GradualSum":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.group.fail()
+
+    def ready(self, first: int) -> None:
+        """The elements of the array from `first` on no longer change."""
+
+    def progress(self) -> None:
+        """Receive and send what is there; to be called often."""
+
+    def finish(self, *small: Any) -> None:
+        """Sum the rest. Each rank then has the sums of its shares; the rest of the array is undefined.
+
+        small: arrays that become their whole sums.
+        """
+        for bounds in self.pieces:
+            first = bounds[0]
+            self.group.sum_shares(self.array[first : bounds[-1]], [one - first for one in bounds])
+        self.group.sum(*small)

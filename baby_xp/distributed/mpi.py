@@ -13,13 +13,14 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from baby_xp.distributed.group import GRACE_SECONDS, Group, Lost, Others
+from baby_xp.distributed.group import GRACE_SECONDS, GradualSum, Group, Lost, Others
 from baby_xp.distributed.messages import packed, unpacked
 from baby_xp.errors import BabyError
 
@@ -76,6 +77,7 @@ class MpiGroup(Group):
 
     def __init__(self, MPI: Any):
         self._mpi, self._failed, self._mended = MPI, False, False
+        self._abandoned: list[MpiSum] = []
         self._use(MPI.COMM_WORLD)
 
     def _use(self, communicator: Any) -> None:
@@ -98,51 +100,53 @@ class MpiGroup(Group):
             self.sum_shares(np.empty(0), [0] * (self.size + 1), *small)
 
     def sum_shares(self, array: np.ndarray, bounds: list[int], *small: np.ndarray) -> None:
-        """As Group.sum_shares. Piece by piece: while one is added up, the next one travels."""
-        if self.size == 1:
-            return
-        with self._watched():
-            terms = [np.empty((self.size, one.size), one.dtype) for one in small]
-            # sent first, received last: their messages travel with those of the pieces
-            requests = [self._all.Iallgather(*pair) for pair in zip(small, terms, strict=True)]
-            pieces = list(self._pieces(bounds))
-            pending = [self._exchange(array, piece, number) for number, piece in enumerate(pieces[:2])]
-            for number, (counts, begins) in enumerate(pieces):
-                request, received = pending.pop(0)
-                self._wait(request)
-                begin = begins[self.rank]
-                own = array[begin : begin + counts[self.rank]]
-                add([own if rank == self.rank else received[rank] for rank in range(self.size)], own)
-                if number + 2 < len(pieces):
-                    pending.append(self._exchange(array, pieces[number + 2], number))
-            for request, one, received in zip(requests, small, terms, strict=True):
-                self._wait(request)
-                add(received, one)
+        """As Group.sum_shares."""
+        self.begin_sum(array, [bounds]).finish(*small)
 
-    def _pieces(self, bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Cuts all shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
-        longest = max(last - first for first, last in itertools.pairwise(bounds))
-        for at in range(0, longest, PIECE):
-            begins = [min(first + at, last) for first, last in itertools.pairwise(bounds)]
-            yield [min(PIECE, last - begin) for begin, last in zip(begins, bounds[1:], strict=True)], begins
+    def begin_sum(self, array: np.ndarray, pieces: list[list[int]]) -> GradualSum:
+        """As Group.begin_sum."""
+        return MpiSum(self, array, pieces)
 
-    def _exchange(self, array: np.ndarray, piece: Any, number: int) -> tuple[Any, np.ndarray]:
-        """Send each other rank its piece -> the request, and where the terms of this rank's arrive (size, n)."""
-        n, key = piece[0][self.rank], (number % 2, array.dtype)
-        if key not in self._rooms:
-            self._rooms[key] = np.empty(self.size * PIECE, array.dtype)
+    def _send_all(self, small: Sequence[np.ndarray]) -> list[tuple[Any, np.ndarray]]:
+        """Send whole arrays -> for each the request, and where the terms of all ranks arrive (size, n)."""
+        terms = [np.empty((self.size, one.size), one.dtype) for one in small]
+        return [(self._all.Iallgather(*pair), pair[1]) for pair in zip(small, terms, strict=True)]
+
+    def _receive_all(self, small: Sequence[np.ndarray], requests: list[tuple[Any, np.ndarray]]) -> None:
+        for one, (request, received) in zip(small, requests, strict=True):
+            self._wait(request)
+            add(received, one)
+
+    def _exchange(
+        self, array: np.ndarray, counts: list[int], begins: list[int], room: int
+    ) -> tuple[Any, np.ndarray]:
+        """Send each other rank its piece -> the request, and where the terms of this rank's arrive (size, n).
+
+        room: the number of the memory for them, which must not be in use.
+        """
+        n, key = counts[self.rank], (room, array.dtype)
+        if key not in self._rooms or self._rooms[key].size < self.size * n:
+            self._rooms[key] = np.empty(self.size * n, array.dtype)
         received = self._rooms[key][: self.size * n].reshape(self.size, n)
-        sizes, places = [list(piece[0]), [n] * self.size], [n * rank for rank in range(self.size)]
+        sizes, places = [list(counts), [n] * self.size], [n * rank for rank in range(self.size)]
         sizes[0][self.rank] = sizes[1][self.rank] = 0  # nothing to itself
-        return self._all.Ialltoallv([array, (sizes[0], piece[1])], [received, (sizes[1], places)]), received
+        return self._all.Ialltoallv([array, (sizes[0], begins)], [received, (sizes[1], places)]), received
 
-    def gather_shares(self, array: np.ndarray, bounds: list[int]) -> None:
+    def _add(self, received: np.ndarray, own: np.ndarray) -> None:
+        """Add what the other ranks sent (size, n) to this rank's own terms (n,), in place."""
+        add([own if rank == self.rank else received[rank] for rank in range(self.size)], own)
+
+    def gather_shares(self, array: np.ndarray, *pieces: list[int]) -> None:
         """As Group.gather_shares."""
         if self.size == 1:
             return
         with self._watched():
-            places = [last - first for first, last in itertools.pairwise(bounds)], bounds[:-1]
-            self._wait(self._all.Iallgatherv(self._mpi.IN_PLACE, [array, places]))
+            requests = []
+            for bounds in pieces:
+                places = [last - first for first, last in itertools.pairwise(bounds)], bounds[:-1]
+                requests.append(self._all.Iallgatherv(self._mpi.IN_PLACE, [array, places]))
+            for request in requests:
+                self._wait(request)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """As Group.broadcast."""
@@ -275,6 +279,76 @@ class MpiGroup(Group):
                 self._wait(self._all.Ibarrier())
             return
         self._mpi.Finalize()
+
+
+class MpiSum(GradualSum):
+    """Piece by piece, in the same order on all ranks: while one is added up, the next one travels.
+
+    MPI moves messages only while it is called.
+    """
+
+    group: MpiGroup
+
+    def __init__(self, group: MpiGroup, array: np.ndarray, pieces: list[list[int]]):
+        super().__init__(group, array, pieces)
+        self._waiting = deque(piece for bounds in pieces for piece in cut(bounds))
+        self._travelling: deque[tuple[Any, np.ndarray, np.ndarray]] = deque()
+        self._first, self._started = array.size, 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        super().__exit__(kind)
+        if kind is not None:
+            self.group._abandoned.append(self)  # MPI may still read and write its memory
+
+    def ready(self, first: int) -> None:
+        """As GradualSum.ready."""
+        self._first = first
+        with self.group._watched():
+            self._advance()
+
+    def progress(self) -> None:
+        """As GradualSum.progress."""
+        if self._travelling:
+            with self.group._watched():
+                self._advance()
+
+    def finish(self, *small: np.ndarray) -> None:
+        """As GradualSum.finish."""
+        self._first, tests, group = 0, 0, self.group
+        if group.size == 1:
+            return
+        with group._watched():
+            self._advance()
+            while self._waiting:
+                tests += 1
+                pause(tests)
+                self._advance()
+            requests = group._send_all(small)
+            for request, received, own in self._travelling:
+                group._wait(request)
+                group._add(received, own)
+            self._travelling.clear()
+            group._receive_all(small, requests)
+
+    def _advance(self) -> None:
+        """Add up what has arrived, and send what is ready."""
+        while self._travelling and self._travelling[0][0].Test():
+            _, received, own = self._travelling.popleft()
+            self.group._add(received, own)
+        while self._waiting and len(self._travelling) < 2 and self._waiting[0][1][0] >= self._first:
+            counts, begins = self._waiting.popleft()
+            found = self.group._exchange(self.array, counts, begins, self._started % 2)
+            begin = begins[self.group.rank]
+            self._travelling.append((*found, self.array[begin : begin + counts[self.group.rank]]))
+            self._started += 1
+
+
+def cut(bounds: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut the shares into pieces of at most PIECE elements -> their sizes and beginnings, by rank."""
+    longest = max(last - first for first, last in itertools.pairwise(bounds))
+    for at in range(0, longest, PIECE):
+        begins = [min(first + at, last) for first, last in itertools.pairwise(bounds)]
+        yield [min(PIECE, last - begin) for begin, last in zip(begins, bounds[1:], strict=True)], begins
 
 
 def pause(tests: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from baby_xp.arrays.namespace import replaceable
 from baby_xp.arrays.params import scaled, zeros
+from baby_xp.arrays.tree import completed
 from baby_xp.layers import Shape, block, embedding, linear, smear, soft_cap
 from baby_xp.layers.block import ACTIVATIONS, ATTENTIONS, NETWORKS, NORMS, Parts
 from baby_xp.layers.query_key import Steps
@@ -109,12 +110,15 @@ def backward(xp, p, saved, dlogits, config):
     """dlogits (N, V) -> dp. `saved` serves once, so that what each block saved is freed as soon as it is used."""
     shape, input_saved, blocks_saved, output_saved = saved
     doutput, dx = predict_backward(xp, p, output_saved, dlogits, config)
+    if config.tied_head:  # the head's gradient is one of wte, transposed
+        dhead = doutput["lm_head"].pop("weight")
+    completed(p, doutput)
     dblocks = {}
     for i in reversed(p["blocks"]):
         dblocks[i], dx = block.backward(xp, p["blocks"][i], next(blocks_saved), dx, parts(config))
+        completed(p, {"blocks": {i: dblocks[i]}})
     dinput = embed_backward(xp, p, input_saved, dx, shape, config)
-    if config.tied_head:  # the head's gradient is one of wte, transposed
-        dhead = doutput["lm_head"].pop("weight")
+    if config.tied_head:
         dinput["wte"] = {"weight": dinput["wte"]["weight"] + xp.matrix_transpose(dhead)}
     return {**dinput, "blocks": {i: dblocks[i] for i in p["blocks"]}, **doutput}
 

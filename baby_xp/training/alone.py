@@ -55,13 +55,14 @@ class Alone:
         """As step.total_loss."""
         return total_loss(self.backend.xp, self.model, params, batch)
 
-    def optimizer(self, config: TrainConfig, share: tuple[int, int] | None = None) -> Callable[..., Any]:
-        """As optimizers.of. share: the elements of the flat buffer that this rank updates, on NumPy; the others
-        are undefined afterwards, and the state before is valid until the step after the next one."""
-        if share is None:
+    def optimizer(self, config: TrainConfig, *shares: tuple[int, int]) -> Callable[..., Any]:
+        """As optimizers.of. shares: the elements of the flat buffer that this rank updates, on NumPy; the others
+        are undefined afterwards, and the state before is valid until the step after the next one. None: all."""
+        if not shares:
             return optimizers.of(self.model, config)
-        own = optimizers.parts(self.model, config.optimizer, share=share)
-        return _Share(own, muon.settings(config))
+        own = [optimizers.parts(self.model, config.optimizer, share=share) for share in shares]
+        slices, matrices = ([one for part in parts for one in part] for parts in zip(*own, strict=True))
+        return _Share(optimizers.Parts(slices, matrices), muon.settings(config))
 
 
 class _Share:

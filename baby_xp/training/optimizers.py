@@ -20,6 +20,9 @@ ELEMENT_COST = 30
 LINE = 16
 """Shares of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
 
+PIECE = 1 << 17
+"""Elements of a rank's share of a piece, at most: see `pieces`."""
+
 
 @replaceable
 def adamw(xp, w, g, m, v, decays, scale, lr, bias1, bias2, beta1: float, beta2: float, weight_decay: float):
@@ -75,6 +78,18 @@ def shares(model: Model, optimizer: str, weights: Sequence[int]) -> list[int]:
     costs.append((model.n_parameters - before) * ELEMENT_COST)
     done, whole = list(itertools.accumulate(costs)), sum(weights)
     return [_place(ends, done, done[-1] * part / whole) for part in itertools.accumulate(weights, initial=0)]
+
+
+def pieces(elements: int, ranks: int) -> list[list[int]]:
+    """The flat buffer (P,) in pieces, from its end to its beginning: the bounds of the ranks' shares in each.
+
+    Each rank has as much of every piece as the others, up to whole cache lines.
+    """
+    found = []
+    for end in range(elements, 0, -PIECE * ranks):
+        first = max(0, end - PIECE * ranks)
+        found.append([first + (end - first) * rank // ranks // LINE * LINE for rank in range(ranks)] + [end])
+    return found
 
 
 def _place(ends: list[int], done: list[float], goal: float) -> int:

@@ -18,6 +18,7 @@ from baby_xp.arrays.tree import Parameters, fill
 from baby_xp.layers import cross_entropy
 from baby_xp.text.batches import Batch
 from baby_xp.training import optimizers
+from baby_xp.training.sender import Sender
 
 
 def initial_state(backend, flat, decays, seed: int):
@@ -60,16 +61,17 @@ def make_step(xp, model, config, compute=None, optimizer=None, norm_of=None):
     return step
 
 
-def loss_and_gradients(xp, model, params, batch, noise=None, n_targets: int | None = None, views=None):
+def loss_and_gradients(xp, model, params, batch, noise=None, n_targets=None, views=None, sender=None):
     """Mean loss (1,) in nats per token, and the tree of its gradients, at params (P,).
 
     batch: inputs (B, T), targets (B, T) or (B,) for a model with one target per context, samples (B,). Where the
     batch is a part of a larger one, `n_targets` is the number of targets of the whole: the parts' losses and
-    gradients then add up to those of the whole. views: a tree where gradients may be written, see tree.Parameters.
+    gradients then add up to those of the whole. views: a tree where gradients may be written; sender: what sends
+    those that are complete; see tree.Parameters.
     """
     p = model.layout.unpack(xp, params)
-    if views is not None:
-        p = Parameters(p, views)
+    if views is not None or sender is not None:
+        p = Parameters(p, views, sender)
     logits, saved = model.forward(xp, p, batch.inputs, noise)
     losses, loss_saved = cross_entropy.forward(xp, {}, logits, xp.reshape(batch.targets, (-1,)))
     weight = xp.full_like(losses, 1 / (n_targets or losses.shape[0]))
@@ -91,16 +93,27 @@ def over_parts(parts: Iterable, compute: Callable):
     return loss, total
 
 
-def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | None = None, out=None):
+def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | None = None, out=None, sum_=None):
     """Mean loss (1,) and its gradients (P,), at the parameters and with the dropout of `state`, tile by tile.
 
-    out (P,): an array for the gradients, where the backend writes in place; None: a new one.
+    out (P,): an array for the gradients, where the backend writes in place; None: a new one. sum_: a sum of `out`
+    over several ranks, which has begun and gets the gradients of the last tile while they are computed.
     """
     n_targets = n_targets or math.prod(batch.targets.shape)
     if out is None and xp.gradients_in_place:
         out = xp.empty_like(state["params"])
     # not a closure: the frames of a step that ran out of memory would keep the state alive
-    return over_parts(tiles(xp, batch), functools.partial(_add_tile, xp, model, state, n_targets, out))
+    add_tile = functools.partial(_add_tile, xp, model, state, n_targets, out)
+    if sum_ is None:
+        return over_parts(tiles(xp, batch), add_tile)
+    *others, last = tiles(xp, batch)
+    loss, total = over_parts(others, add_tile)
+    sender = Sender(model.layout, out, total is not None, sum_)
+    views = model.layout.unpack(xp, out) if total is None else None
+    noise = step_noise(xp, model, state["seed"], state["step"], last)
+    more, tree = loss_and_gradients(xp, model, state["params"], last, noise, n_targets, views, sender)
+    sender.completed(tree)
+    return more if loss is None else loss + more, out
 
 
 def _add_tile(xp, model, state, n_targets: int, out, tile, total):

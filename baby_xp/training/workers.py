@@ -38,6 +38,7 @@ from baby_xp.arrays import registry
 from baby_xp.arrays.backend import Backend
 from baby_xp.arrays.params import decay_mask
 from baby_xp.arrays.tiles import samples
+from baby_xp.arrays.tree import address
 from baby_xp.config import TrainConfig, model_from_dict, to_dict
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
@@ -119,11 +120,6 @@ class Arena:
     def params_at(self, place: int) -> np.ndarray:
         """The parameters (P,) of one of the two states, or those apart."""
         return self.params if place == ELSEWHERE else self.states[place, 0]
-
-
-def address(array: np.ndarray) -> int:
-    """Where an array begins in the memory of this process."""
-    return int(array.__array_interface__["data"][0])
 
 
 def _reserve(file: int, length: int) -> None:

@@ -13,9 +13,11 @@ from dataclasses import replace
 import pytest
 from bench_cases import ROOT, TINY_FIELDS, answering, nothing, result, run, says
 from mpi_runs import needs_mpi
+from thread_ranks import together
 
 from baby_xp.errors import BabyError
-from bench import harness, hosts, launch, peers, ranks, time_model, variants
+from baby_xp.training.ranks import Ranks
+from bench import harness, hosts, launch, peers, rank, ranks, time_model, variants, workloads
 from bench.hosts import Line
 from bench.time_model import Link, Traffic, Work
 from bench.workloads import WORKLOADS
@@ -77,11 +79,17 @@ def networks() -> dict:
         "place": "TCP, not limited", "ranks": 2, "link": vars(LINK),
         "exchanges": [{"elements": 1_000_000, "ms": [model / 1.1] * 3, "bytes": 4_040_000.0}],
         "steps": [{"workload": "W1", "elements": 1_000_000, "ms": [model + 10], "ms computing": [10.0]}],
-        "overlaps": [
-            {"workload": "W1", "gradients": [30.0], "sum": [20.0], "in turn": [50.0, 50.0], "at once": [40.0]}
-        ],
     }  # fmt: skip
     return {**result("numpy", {}), "networks": [one]}
+
+
+def overlaps() -> dict:
+    """A kept result: sending while computing saves a tenth, and a fifth in the other round."""
+    one = {"workload": "W1", "steps": 2, "at the end": [50.0] * 4, "meanwhile": [45.0, 45.0, 40.0, 40.0]}
+    return {**result("numpy", {}), "overlaps": [{"place": "1 Gbit/s", "ranks": 2, "found": [one]}]}
+
+
+KEPT = {"ranks": races, "network": networks, "overlap": overlaps}
 
 
 def cells(lines: list[str]) -> list[list[str]]:
@@ -90,18 +98,19 @@ def cells(lines: list[str]) -> list[list[str]]:
 
 
 def test_the_tables():
-    found = ranks.tables({"ranks": races(), "network": networks()})
+    found = ranks.tables({kind: make() for kind, make in KEPT.items()})
     assert cells(found["ranks"])[0] == ["W3", "1700.0", "1734.0", "1.020", "1.020 to 1.020"]
     assert cells(found["links"]) == [["TCP, not limited", "2", "1.000", "0.8", "10.0", "1.00"]]
     assert cells(found["exchanges"]) == [["TCP, not limited", "2", "1,000,000", "43.70", "48.07", "+10%", "1.010"]]
     assert cells(found["steps"]) == [["TCP, not limited", "2", "W1", "10.0", "48.1", "58.07", "58.07", "+0%"]]
     assert cells(found["machine"])[1] == ["networks", "2026-01-02", "A, AVX2, b K, 2 cores"]
-    assert cells(found["overlaps"])[0][2:] == ["W1", "30.0", "20.0", "50.0", "40.0", "50%", "20%"]
+    assert cells(found["machine"])[2][0] == "sending while computing"
+    assert cells(found["overlaps"])[0][2:] == ["W1", "50.0", "42.5", "+15.0%", "+10.0% to +20.0%"]
     assert found.keys() == {"machine", "ranks", "links", "exchanges", "steps", "overlaps", "paper"}
 
 
 def test_on_paper_ranks_without_samples_gain_nothing():
-    rows = cells(ranks.tables({"ranks": races(), "network": networks()})["paper"])
+    rows = cells(ranks.tables({kind: make() for kind, make in KEPT.items()})["paper"])
     of_w3 = {row[2]: row for row in rows if row[:2] == ["W3", "16"]}
     # two samples of 0.1 s, and an eighth of 0.1 s; then one
     assert [of_w3[ranks][3] for ranks in ("8", "64", "512")] == ["212 ms", "102 ms", "100 ms"]
@@ -145,7 +154,7 @@ def test_ranks_sent_the_bytes_of_the_model():
 @pytest.mark.parametrize(
     "words",
     [["--workloads", "W9"], ["--rounds", "0"], ["--page", "x.md"], ["--network", "--steps", "3"],
-     ["--network", "--workloads", "W1"]],
+     ["--network", "--workloads", "W1"], ["--overlap", "--steps", "3"], ["--overlap", "--network"]],
 )  # fmt: skip
 def test_bad_flags_are_refused_before_anything_is_measured(monkeypatch, capsys, words):
     answering(monkeypatch, nothing)
@@ -173,7 +182,7 @@ def test_a_measurement_is_kept_and_its_goal_is_judged(monkeypatch, capsys, tmp_p
 
 def test_without_a_kept_result_there_is_no_table(monkeypatch, capsys, tmp_path):
     (tmp_path / "ranks.json").write_text("{}")
-    monkeypatch.setattr(ranks, "KEPT", {kind: tmp_path / f"{kind}.json" for kind in ("ranks", "network")})
+    monkeypatch.setattr(ranks, "KEPT", {kind: tmp_path / f"{kind}.json" for kind in KEPT})
     assert says(monkeypatch, ranks, "--paper") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "python -m bench.ranks --network --keep" in line
@@ -187,9 +196,9 @@ def test_without_a_kept_result_there_is_no_table(monkeypatch, capsys, tmp_path):
 def test_two_ranks_train_as_one_process_does():
     request = {"name": harness.US, "workload": TINY_FIELDS, "steps": 3, "warmup": 1, "dropout": 0.0, "workers": 1}
     alone = peers.train(**request)
-    together = launch.answer(2, "bench.peers:train", {**request, "distributed": "mpi"})
-    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)
-    assert len(together["ms"]) == 3
+    found = launch.answer(2, "bench.peers:train", {**request, "distributed": "mpi"})
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert len(found["ms"]) == 3
     apart = launch.answer(2, "bench.peers:train", {**request, "distributed": "mpi", "exchange": False})
     assert apart["losses"] != pytest.approx(alone["losses"], rel=1e-6)
 
@@ -215,12 +224,36 @@ def test_hosts_need_root(monkeypatch, capsys):
     assert "run it as root" in capsys.readouterr().err
 
 
+def test_both_ways_of_sending_take_turns():
+    workload = workloads.of(TINY_FIELDS)
+    for found in together(2, lambda group: rank.in_turn(group, workload, 2, 3)):
+        assert (found["workload"], found["steps"]) == (workload.name, 3)
+        assert [len(found[name]) for name in rank.MACHINES] == [6, 6]
+
+
+def test_other_losses_are_noticed(monkeypatch):
+    class Wrong(Ranks):
+        def step(self):
+            step, scale = super().step(), self.group.machines()
+
+            def scaled(state, batch):
+                state, metrics = step(state, batch)
+                return state, {"loss": metrics["loss"] * scale}
+
+            return scaled
+
+    monkeypatch.setattr(rank, "Ranks", Wrong)
+    with pytest.raises(BabyError, match=r"losses of .* differ"):
+        together(2, lambda group: rank.in_turn(group, workloads.of(TINY_FIELDS), 1, 1))
+
+
 @needs_mpi
 @pytest.mark.slow
-def test_ranks_on_hosts_of_their_own_send_the_bytes_of_the_model():
+@pytest.mark.parametrize("delay", [1e-4, 0.0])
+def test_ranks_on_hosts_of_their_own_send_the_bytes_of_the_model(delay):
     request = {"sizes": [300_000], "workloads": {}}
     try:
-        with hosts.connected(2, Line(1e9, 1e-4)) as place:
+        with hosts.connected(2, Line(1e9, delay)) as place:
             found = launch.together(2, "bench.rank:measure", {**request, "interface": place.interface}, place)
     except BabyError as reason:
         if "mpiexec" in str(reason):

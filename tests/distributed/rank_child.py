@@ -1,7 +1,9 @@
 """A rank of a test: the command line of baby_xp, with a fault at some place of some rank.
 
-BABY_XP_FAULT is "rank place step": at that step, the rank kills itself while it computes, sums or writes. The
-ranks that are left cannot leave MPI as usual, which Open MPI sometimes cannot either.
+BABY_XP_FAULT is "rank place step": at that step, the rank kills itself while it computes, sums or writes, or while
+gradients travel. The ranks that are left cannot leave MPI as usual, which Open MPI sometimes cannot either.
+BABY_XP_PIECE: the gradients are sent in pieces of this many elements for each rank. BABY_XP_MACHINES: the number of
+machines that all ranks say they are on.
 """
 
 import os
@@ -12,8 +14,9 @@ import time
 import numpy as np
 
 from baby_xp.cli import main
-from baby_xp.distributed import current, mpi
+from baby_xp.distributed import Group, current, mpi
 from baby_xp.text.batches import RandomWindows
+from baby_xp.training import optimizers
 
 
 def die() -> None:
@@ -23,7 +26,7 @@ def die() -> None:
 
 def prepare(rank: int, place: str, step: int) -> None:
     """Let the fault happen."""
-    batch, replace, steps = RandomWindows.batch, os.replace, [-1]
+    batch, replace, ready, steps = RandomWindows.batch, os.replace, mpi.MpiSum.ready, [-1]
 
     def due() -> bool:
         group = current()
@@ -40,6 +43,11 @@ def prepare(rank: int, place: str, step: int) -> None:
             die()
         np.sum(terms, axis=0, out=out)
 
+    def sent(self, first):
+        ready(self, first)
+        if place == "travel" and due() and 0 < first < self.array.size:
+            die()
+
     def replaced(source, target):
         steps[0] += 1  # of the steps that are done
         if place == "write" and due() and "state_" in str(target):
@@ -55,13 +63,17 @@ def prepare(rank: int, place: str, step: int) -> None:
         return done
 
     mend, mpi.MpiGroup.mend = mpi.MpiGroup.mend, mended
-    RandomWindows.batch, mpi.add, os.replace = batched, added, replaced
+    RandomWindows.batch, mpi.add, os.replace, mpi.MpiSum.ready = batched, added, replaced, sent
 
 
 if __name__ == "__main__":
     if fault := os.environ.get("BABY_XP_FAULT"):
         at, where, when = fault.split()
         prepare(int(at), where, int(when))
+    if piece := os.environ.get("BABY_XP_PIECE"):
+        optimizers.PIECE = int(piece)
+    if machines := os.environ.get("BABY_XP_MACHINES"):
+        Group.machines = lambda self: int(machines)
     if seconds := os.environ.get("BABY_XP_START_SECONDS"):
         mpi.START_SECONDS = float(seconds)
     sys.exit(main())

@@ -22,6 +22,8 @@ CHILD = str(Path(__file__).with_name("rank_child.py"))
 SETTINGS = {"distributed": "mpi", "dropout": 0.2, "num_steps": 8, "eval_every": 4, "sample_tokens": 3}
 TOLERANT = ["--with-ft", "ulfm"]
 """mpiexec then leaves the other ranks alone when one ends."""
+TRAVELLING = {"BABY_XP_PIECE": "64", "BABY_XP_MACHINES": "2"}
+"""Ranks then send gradients while they compute others."""
 pytestmark = needs_mpi
 
 
@@ -82,10 +84,28 @@ def test_two_ranks_learn_what_one_process_learns():
     check_equal(baby_xp.load(weights="last"), alone())
 
 
+@pytest.mark.parametrize("number", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_gradients_that_travel_while_others_are_computed_have_the_same_bits(number):
+    """As those that are sent at the end, as on one machine; of six ranks, two have no samples."""
+    states = []
+    for path, machines in (("meanwhile", "2"), ("at the end", "1")):
+        env = {"BABY_XP_PIECE": "64", "BABY_XP_MACHINES": machines}
+        settings = flags(**{**SETTINGS, "dtype": "float32", "n_layers": 3}, path=path)
+        ended = mpiexec(number, CHILD, "train", "classic", *settings, env=env)
+        assert ended.returncode == 0, ended.stderr
+        states.append(state_of(baby_xp.load(path=path)))
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name])
+    check_equal(baby_xp.load(path="meanwhile", weights="last"), alone(dtype="float32", n_layers=3))
+
+
 @needs_tolerance
-def test_the_others_go_on_from_the_last_checkpoint_when_a_rank_is_killed():
-    settings = flags(**SETTINGS, checkpoint_every=2, restarts=1)
-    ended = mpiexec(3, CHILD, "train", "classic", *settings, flags=TOLERANT, env={"BABY_XP_FAULT": "1 compute 5"})
+@pytest.mark.parametrize("place", ["compute", "travel"])
+def test_the_others_go_on_from_the_last_checkpoint_when_a_rank_is_killed(place):
+    settings, env = flags(**SETTINGS, checkpoint_every=2, restarts=1), {"BABY_XP_FAULT": f"1 {place} 5"}
+    if place == "travel":
+        env |= TRAVELLING
+    ended = mpiexec(3, CHILD, "train", "classic", *settings, flags=TOLERANT, env=env)
     assert lost(1, ended.stderr)
     assert " ended before its time; the checkpoint of step 4 is kept: run " in ended.stderr
     assert "; going on with 2 ranks\n" in ended.stderr
@@ -155,7 +175,7 @@ def test_a_run_is_resumed_by_another_number_of_ranks():
     check_equal(baby_xp.load(weights="last"), alone())
 
 
-FAULTS = [("1 compute 5", 4), ("2 sum 5", 4), ("0 compute 5", 4), ("0 write 6", 4)]
+FAULTS = [("1 compute 5", 4), ("2 sum 5", 4), ("0 compute 5", 4), ("0 write 6", 4), ("1 travel 5", 4)]
 
 
 @pytest.mark.slow
@@ -164,6 +184,8 @@ FAULTS = [("1 compute 5", 4), ("2 sum 5", 4), ("0 compute 5", 4), ("0 write 6", 
 def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_is_whole(fault, kept, tolerates):
     settings, begin = flags(**SETTINGS, checkpoint_every=2), time.monotonic()
     more = {"flags": TOLERANT if tolerates else [], "env": {"BABY_XP_FAULT": fault}}
+    if "travel" in fault:
+        more["env"] |= TRAVELLING
     ended = mpiexec(3, CHILD, "train", "classic", *settings, **more)
     assert ended.returncode != 0
     assert time.monotonic() - begin < 60

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from thread_ranks import together
+from thread_ranks import ThreadGroup, together
 
 import baby_xp
 from baby_xp import compute
@@ -97,6 +97,86 @@ def test_ranks_compute_the_steps_of_one_process(dtype, how, sizes):
             for name in ("m", "v"):
                 scale = np.abs(expected[name]).max()
                 np.testing.assert_allclose(one[name] / scale, expected[name] / scale, rtol=0, atol=1e4 * tolerance)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """All ranks are on machines of their own, and send gradients in small pieces."""
+    monkeypatch.setattr(ThreadGroup, "machines", lambda self: self.size)
+    monkeypatch.setattr(optimizers, "PIECE", 64)
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_ranks_with_a_share_of_every_piece_compute_the_steps_of_one_process(apart, size):
+    training = Training("float64")
+    expected, found = training.run(Group()), together(size, training.run)
+    for one in found:
+        np.testing.assert_allclose(one["figures"], expected["figures"], rtol=1e-11)
+        for name in ("params", "m", "v"):
+            np.testing.assert_array_equal(one[name], found[0][name])
+            np.testing.assert_allclose(one[name], expected[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "overlapped"),
+    [({}, True), ({"optimizer": "muon"}, False), ({"accumulate": 2}, False)],
+)  # fmt: skip
+def test_when_gradients_travel_while_others_are_computed(apart, more, overlapped):
+    training = Training("float32", **more)
+
+    def overlaps(group):
+        own = Alone(training.backend, training.model, 7)
+        ranks = Ranks(group, own, training.backend, training.model, training.config)
+        return ranks.overlaps
+
+    assert together(2, overlaps) == [overlapped] * 2
+
+
+def test_ranks_of_one_machine_send_their_gradients_at_the_end(monkeypatch):
+    monkeypatch.setattr(optimizers, "PIECE", 64)
+    training = Training("float32")
+
+    def overlaps(group):
+        own = Alone(training.backend, training.model, 7)
+        return group.machines(), Ranks(group, own, training.backend, training.model, training.config).overlaps
+
+    assert together(2, overlaps) == [(1, False)] * 2
+
+
+def test_all_ranks_decide_alike(apart):
+    """One of them has several processes."""
+    training = Training("float32")
+
+    def overlaps(group):
+        own = Alone(training.backend, training.model, 7)
+        own.number = 1 + group.rank
+        return Ranks(group, own, training.backend, training.model, training.config).overlaps
+
+    assert together(2, overlaps) == [False, False]
+
+
+@pytest.mark.parametrize(("elements", "ranks"), [(1, 2), (1000, 3), (3_199_553, 2), (816_705, 7)])
+def test_pieces_cover_everything_once_from_the_end_to_the_beginning(elements, ranks):
+    pieces = optimizers.pieces(elements, ranks)
+    end = elements
+    for bounds in pieces:
+        assert bounds == sorted(bounds)
+        assert (len(bounds), bounds[-1]) == (ranks + 1, end)
+        sizes = [last - first for first, last in itertools.pairwise(bounds)]
+        assert max(sizes) - min(sizes) < optimizers.LINE * ranks
+        end = bounds[0]
+    assert end == 0
+
+
+def test_an_error_in_a_gradual_sum_breaks_up_the_group(monkeypatch):
+    group, failed = Group(), []
+    monkeypatch.setattr(group, "fail", lambda: failed.append(True), raising=False)
+    with group.begin_sum(np.ones(3), [[0, 3]]) as sum_:
+        sum_.finish()
+    assert failed == []
+    with pytest.raises(MemoryError), group.begin_sum(np.ones(3), [[0, 3]]):
+        raise MemoryError
+    assert failed == [True]
 
 
 def test_the_same_number_of_ranks_gives_the_same_bits():
