@@ -6,7 +6,7 @@ The kernels take flat arrays. Their last vector overlaps the one before.
 import math
 
 import numpy as np
-from baby_xp_backends import numpy_kernels, numpy_muon
+from baby_xp_backends import numba_muon, numpy_kernels, numpy_muon
 from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat
 from baby_xp_backends.simd_width import W
 
@@ -14,6 +14,8 @@ from baby_xp.training import muon
 
 if COMPILING:
     from baby_xp_backends.simd import load, sqrt, store
+
+PRODUCTS = numba_muon.Products()
 
 
 @compiled(f"void({', '.join([FLOATS] * 8 + ['f8'] * 8)})")
@@ -101,5 +103,5 @@ def _muon(begins, shape, arrays, scale, lr, momentum, weight_decay, iterations):
     size, directions = math.prod(shape), np.empty((len(begins), *shape), np.float32)
     nesterov(g, m, begins, size, (1 - momentum) * scale[0], momentum, new_m, directions.reshape(-1))
     factor = np.float32(lr[0] * muon.step_size(*shape))
-    steps = numpy_muon.orthogonalize_scaled(directions, iterations, factor)
+    steps = numpy_muon.orthogonalize_scaled(directions, iterations, factor, PRODUCTS)
     descend(w, steps.reshape(-1), begins, size, 1 - lr[0] * weight_decay, new_w)

@@ -62,9 +62,9 @@ def forward(x, weight, bias, y, scratch, N, C, F):
                     store_rows(y, at + W, F, q)
 
 
-@compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8)")
-def backward(dy, weight, dx, scratch, N, C, F):
-    """dx (N, C) = dy (N, F) times the transpose of weight (C, F)."""
+@compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8, b1)")
+def backward(dy, weight, dx, scratch, N, C, F, upper):
+    """dx (N, C) = dy (N, F) times the transpose of weight (C, F). upper: without what lies below the diagonal."""
     for top in range(0, N, BLOCK):
         for j in range(0, C, COLUMNS):
             for start in range(0, F, DEPTH):
@@ -73,7 +73,7 @@ def backward(dy, weight, dx, scratch, N, C, F):
                     for half in range(0, COLUMNS, W):
                         block = transposed(load_rows(weight, (j + half) * F + start + k, F, W))
                         store_rows(scratch, k * COLUMNS + half, COLUMNS, block)
-                for i in range(top, min(N, top + BLOCK), ROWS):
+                for i in range(top, min(j + COLUMNS if upper else N, top + BLOCK), ROWS):
                     at = i * C + j
                     prefetch_rows(dx, at, C, ROWS)
                     prefetch_rows(dx, at + W, C, ROWS)
@@ -88,9 +88,12 @@ def backward(dy, weight, dx, scratch, N, C, F):
                     store_rows(dx, at + W, C, q)
 
 
-@compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8)")
-def of_weight(x, dy, dweight, scratch, N, C, F):
-    """dweight (C, F) = the transpose of x (N, C) times dy (N, F). x is copied too, in panels of W columns."""
+@compiled(f"void({', '.join([FLOATS] * 4)}, i8, i8, i8, b1)")
+def of_weight(x, dy, dweight, scratch, N, C, F, upper):
+    """dweight (C, F) = the transpose of x (N, C) times dy (N, F). x is copied too, in panels of W columns.
+
+    upper: without what lies below the diagonal.
+    """
     copied = DEPTH * COLUMNS
     for start in range(0, N, DEPTH):
         depth = min(DEPTH, N - start)
@@ -101,7 +104,7 @@ def of_weight(x, dy, dweight, scratch, N, C, F):
             for k in range(depth):
                 store(scratch, k * COLUMNS, load(dy, (start + k) * F + j))
                 store(scratch, k * COLUMNS + W, load(dy, (start + k) * F + j + W))
-            for i in range(0, C, ROWS):
+            for i in range(0, j + COLUMNS if upper else C, ROWS):
                 at, column = i * F + j, copied + i // W * W * DEPTH + i % W
                 prefetch_rows(dweight, at, F, ROWS)
                 prefetch_rows(dweight, at + W, F, ROWS)
@@ -143,8 +146,8 @@ def linear_backward(xp, p, saved, dy):
     dweight, dx = gradient_of(p, "weight"), np.empty((N, C), x.dtype)
     if dweight is None or not dweight.flags.carray:
         dweight = np.empty((C, F), x.dtype)
-    of_weight(flat(x), flat(dy), dweight.reshape(-1), SCRATCH, N, C, F)
-    backward(flat(dy), flat(weight), dx.reshape(-1), SCRATCH, N, C, F)
+    of_weight(flat(x), flat(dy), dweight.reshape(-1), SCRATCH, N, C, F, False)
+    backward(flat(dy), flat(weight), dx.reshape(-1), SCRATCH, N, C, F, False)
     dp = {"weight": dweight}
     if "bias" in p:
         dp["bias"] = np.matmul(numpy_kernels.ones(N, dy.dtype), dy, out=gradient_of(p, "bias"))

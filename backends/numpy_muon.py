@@ -12,7 +12,24 @@ def orthogonalize(xp, x, iterations):
     return orthogonalize_scaled(x, iterations, x.dtype.type(1))
 
 
-def orthogonalize_scaled(x, iterations: int, factor):
+class Products:
+    """The products of stacks of matrices that the iteration consists of; R is the smaller side of a matrix."""
+
+    def gram(self, x, tall: bool):
+        """The products (n, R, R) of the matrices x with themselves, transposed."""
+        other = x.swapaxes(1, 2)
+        return other @ x if tall else x @ other
+
+    def commuting(self, a, b):
+        """The product of symmetric matrices (n, R, R) that commute: it is symmetric too."""
+        return a @ b
+
+    def apply(self, product, x, tall: bool):
+        """`product` (n, R, R) times x, on the smaller side of x."""
+        return x @ product if tall else product @ x
+
+
+def orthogonalize_scaled(x, iterations: int, factor, products=Products()):  # noqa: B008, it has no state
     """factor times muon.orthogonalize, with fewer operations where a matrix is not nearly square.
 
     What an iteration multiplies x by is a polynomial in the Gram matrix G = x x^T, and all these commute: the next
@@ -21,30 +38,29 @@ def orthogonalize_scaled(x, iterations: int, factor):
     tall, narrow, wide = x.shape[1] > x.shape[2], min(x.shape[1:]), max(x.shape[1:])
     chain = CHAIN if 2 * wide > 3 * narrow else 1
     for first in range(0, iterations, chain):
-        other, last = x.swapaxes(1, 2), min(first + chain, iterations)
-        gram = other @ x if tall else x @ other                    # (n, R, R), R the smaller side
+        last, gram = min(first + chain, iterations), products.gram(x, tall)  # (n, R, R)
         if first == 0:
             norm = np.maximum(np.sqrt(_diagonal(gram).sum(axis=1)), muon.EPS)[:, None, None]
             gram /= norm * norm
-        product = q = _newton_schulz(gram)
+        product = q = _newton_schulz(gram, products)
         for _ in range(first + 1, last):
-            gram = q @ (q @ gram)
-            q = _newton_schulz(gram)
-            product = q @ product
+            gram = products.commuting(q, products.commuting(q, gram))
+            q = _newton_schulz(gram, products)
+            product = products.commuting(q, product)
         if first == 0:
             product = product / norm
         if last == iterations:
             product *= factor
-        x = x @ product if tall else product @ x
+        x = products.apply(product, x, tall)
     return x
 
 
-def _newton_schulz(gram):
+def _newton_schulz(gram, products):
     """The factor G (b + c G) + a of one iteration, (n, R, R)."""
     a, b, c = muon.COEFFICIENTS
     factor = c * gram
     _diagonal(factor)[:] += b
-    q = gram @ factor
+    q = products.commuting(gram, factor)
     _diagonal(q)[:] += a
     return q
 

@@ -16,7 +16,7 @@ from conftest import case_of
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from baby_xp_backends import numba_kernels, numba_library, numpy_kernels
+from baby_xp_backends import numba_kernels, numba_library, numba_muon, numpy_kernels, numpy_muon
 
 from baby_xp.arrays import registry, rng
 from baby_xp.arrays.namespace import REPLACEABLE
@@ -307,7 +307,10 @@ def test_adamw(fast, plain, size):
     assert new.tobytes() == np.stack(found).tobytes()
 
 
-@pytest.mark.parametrize(("n", "shape"), [(1, (2, 3)), (1, (4, 4)), (3, (5, 12)), (2, (40, 10)), (3, (64, 256))])
+@pytest.mark.parametrize(("n", "shape"), [
+    (1, (2, 3)), (1, (4, 4)), (3, (5, 12)), (2, (40, 10)), (3, (64, 256)), (2, (256, 64)), (1, (96, 96)),
+    (1, (160, 256)), (1, (256, 160)), (1, (512, 160)),
+])  # fmt: skip
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_muon(fast, plain, n, shape, iterations):
     """Also of matrices that lie in the flat buffer in another order, with others between them."""
@@ -329,6 +332,24 @@ def test_muon(fast, plain, n, shape, iterations):
             assert flat[at].tobytes() == one.tobytes()
             flat[at] = 0
     assert not new.any()
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (64, 64), (160, 256), (256, 160), (33, 64), (512, 256)])
+def test_the_products_of_muon(shape):
+    """Also of sizes that BLAS takes. Matrices that commute are polynomials in one matrix."""
+    x = drawn(2, *shape) / 16
+    tall = shape[0] > shape[1]
+    products, expected = numba_muon.Products(), numpy_muon.Products()
+    double = x.astype(np.float64)
+    gram = expected.gram(double, tall)
+    close(products.gram(x, tall), gram, 1e-5)
+    other = gram + 0.5 * gram @ gram
+    single = gram.astype(np.float32), other.astype(np.float32)
+    found = products.commuting(*single)
+    close(found, expected.commuting(gram, other), 1e-5)
+    if numba_muon.fit(*shape):
+        assert found.tobytes() == found.swapaxes(1, 2).tobytes()
+    close(products.apply(single[0], x, tall), expected.apply(gram, double, tall), 1e-5)
 
 
 # the cache -----------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 BABY_XP_FAULT is "rank place step": at that step, the rank kills itself while it computes, sums or writes, or while
 gradients travel. The ranks that are left cannot leave MPI as usual, which Open MPI sometimes cannot either.
-BABY_XP_PIECE: the gradients are sent in pieces of this many elements for each rank. BABY_XP_MACHINES: the number of
-machines that all ranks say they are on.
+BABY_XP_PIECE: the gradients are sent in pieces of this many elements for each rank.
+BABY_XP_MACHINES: the number of machines that all ranks say they are on.
 """
 
 import os
