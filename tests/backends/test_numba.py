@@ -345,10 +345,7 @@ def test_the_products_of_muon(shape):
     close(products.gram(x, tall), gram, 1e-5)
     other = gram + 0.5 * gram @ gram
     single = gram.astype(np.float32), other.astype(np.float32)
-    found = products.commuting(*single)
-    close(found, expected.commuting(gram, other), 1e-5)
-    if numba_muon.fit(*shape):
-        assert found.tobytes() == found.swapaxes(1, 2).tobytes()
+    close(products.commuting(*single), expected.commuting(gram, other), 1e-5)
     close(products.apply(single[0], x, tall), expected.apply(gram, double, tall), 1e-5)
 
 
