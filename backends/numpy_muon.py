@@ -20,9 +20,14 @@ class Products:
         other = x.swapaxes(1, 2)
         return other @ x if tall else x @ other
 
-    def commuting(self, a, b):
-        """The product of symmetric matrices (n, R, R) that commute: it is symmetric too."""
-        return a @ b
+    def chain(self, gram, iterations: int):
+        """What so many iterations multiply matrices by, of which these are the Gram matrices (n, R, R)."""
+        product = q = _newton_schulz(gram)
+        for _ in range(1, iterations):
+            gram = q @ (q @ gram)
+            q = _newton_schulz(gram)
+            product = q @ product
+        return product
 
     def apply(self, product, x, tall: bool):
         """`product` (n, R, R) times x, on the smaller side of x."""
@@ -38,15 +43,11 @@ def orthogonalize_scaled(x, iterations: int, factor, products=Products()):  # no
     tall, narrow, wide = x.shape[1] > x.shape[2], min(x.shape[1:]), max(x.shape[1:])
     chain = CHAIN if 2 * wide > 3 * narrow else 1
     for first in range(0, iterations, chain):
-        last, gram = min(first + chain, iterations), products.gram(x, tall)  # (n, R, R)
+        last, gram = min(first + chain, iterations), products.gram(x, tall)
         if first == 0:
             norm = np.maximum(np.sqrt(_diagonal(gram).sum(axis=1)), muon.EPS)[:, None, None]
             gram /= norm * norm
-        product = q = _newton_schulz(gram, products)
-        for _ in range(first + 1, last):
-            gram = products.commuting(q, products.commuting(q, gram))
-            q = _newton_schulz(gram, products)
-            product = products.commuting(q, product)
+        product = products.chain(gram, last - first)
         if first == 0:
             product = product / norm
         if last == iterations:
@@ -55,12 +56,12 @@ def orthogonalize_scaled(x, iterations: int, factor, products=Products()):  # no
     return x
 
 
-def _newton_schulz(gram, products):
+def _newton_schulz(gram):
     """The factor G (b + c G) + a of one iteration, (n, R, R)."""
     a, b, c = muon.COEFFICIENTS
     factor = c * gram
     _diagonal(factor)[:] += b
-    q = products.commuting(gram, factor)
+    q = gram @ factor
     _diagonal(q)[:] += a
     return q
 

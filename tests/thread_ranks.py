@@ -51,22 +51,33 @@ class ThreadGroup(Group):
 
 
 class Shared:
-    """Where threads meet."""
+    """Where threads meet. Whatever a rank has sent arrives, even if it ends right afterwards."""
 
     def __init__(self, size: int):
-        self.size, self.slots = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=SECONDS)
+        self.size, self.changed = size, threading.Condition()
+        self.sent: list[list[Any]] = [[] for _ in range(size)]
+        self.ended: set[int] = set()
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Copies of the values of all ranks."""
-        try:
-            self.slots[rank] = copy.deepcopy(value)
-            self.barrier.wait()
-            found = [copy.deepcopy(slot) for slot in self.slots]
-            self.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise Ended from None
-        return found
+        with self.changed:
+            number = len(self.sent[rank])
+            self.sent[rank].append(copy.deepcopy(value))
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self._missing(number) or self._missing(number) & self.ended, SECONDS)
+            if self._missing(number):
+                raise Ended
+            return [copy.deepcopy(values[number]) for values in self.sent]
+
+    def _missing(self, number: int) -> set[int]:
+        """The ranks that have not sent so many values."""
+        return {rank for rank in range(self.size) if len(self.sent[rank]) <= number}
+
+    def end(self, rank: int) -> None:
+        """This rank sends nothing any more."""
+        with self.changed:
+            self.ended.add(rank)
+            self.changed.notify_all()
 
 
 def _added(terms: list[np.ndarray]) -> np.ndarray:
@@ -85,7 +96,8 @@ def together(size: int, function: Callable[[ThreadGroup], Any]) -> list[Any]:
             found[rank] = function(ThreadGroup(rank, shared))
         except BaseException as error:
             errors[rank] = error
-            shared.barrier.abort()
+        finally:
+            shared.end(rank)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
