@@ -67,8 +67,8 @@ def chain(gram, product, matrices, scratch, R, iterations, a, b, c):
         commuting(matrices, 0, 0, q, scratch, R)
         for i in range(0, size, W):
             store(matrices, q + i, load(matrices, q + i) * c + load(matrices, i) * b)
-        for i in range(q, q + size, R + 1):
-            matrices[i] += np.float32(a)
+        for i in range(R):
+            matrices[q + i * (R + 1)] += np.float32(a)
         if iteration:
             commuting(matrices, q, done, other, scratch, R)
             done, other = other, done

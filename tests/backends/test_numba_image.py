@@ -118,3 +118,12 @@ def test_an_address_cannot_be_in_an_image():
     machine = target.create_target_machine(reloc="pic", codemodel="small")
     with pytest.raises(ValueError, match="relocations of type 1"):
         numba_image.linked(machine.emit_object(pointer))
+
+
+@has_images
+def test_the_kernels_are_an_image():
+    """One kernel that cannot be in it, such as one with a range whose step numba does not know, would cost all of
+    them their image, and each process the memory of LLVM."""
+    numba_library.library()
+    content = json.loads((numba_library.ready() / numba_library.NAMES).read_text())
+    assert {type(place) for place, *_ in content["kernels"].values()} == {int}
