@@ -18,6 +18,7 @@ import numpy as np
 from baby_xp_backends import numpy_decoding, numpy_muon, numpy_query_key
 
 from baby_xp.arrays import rng
+from baby_xp.arrays.tree import gradient_of, leaves
 from baby_xp.layers import gelu, heads, layernorm, rmsnorm
 from baby_xp.training.optimizers import EPS
 
@@ -35,6 +36,24 @@ def tiles(rows: int, width: int):
 def ones(n: int, dtype) -> np.ndarray:
     """(n,) ones, for sums as products."""
     return np.ones(n, dtype)
+
+
+# linear -------------------------------------------------------------------------------------------------
+
+
+def linear_forward(xp, p, x):
+    y = x @ p["weight"]
+    if "bias" in p:
+        y += p["bias"]
+    return y, (x,)
+
+
+def linear_backward(xp, p, saved, dy):
+    (x,) = saved
+    dp = {"weight": np.matmul(x.T, dy, out=gradient_of(p, "weight"))}
+    if "bias" in p:
+        dp["bias"] = np.matmul(ones(dy.shape[0], dy.dtype), dy, out=gradient_of(p, "bias"))
+    return dp, dy @ p["weight"].T
 
 
 # layer norm ---------------------------------------------------------------------------------------------
@@ -339,7 +358,17 @@ def _adamw_tile(a, w, g, m, v, decays, new_w, new_m, new_v, in1, keep1, in2, kee
     new_w -= a
 
 
+def add_tree(xp, layout, flat, tree):
+    """In place, without packing the tree first."""
+    by_path = dict(leaves(tree))
+    for path, at in layout.slices.items():
+        flat[at] += by_path[path].reshape(-1)
+    return flat
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
+    "linear.forward": linear_forward,
+    "linear.backward": linear_backward,
     "layernorm.forward": layernorm_forward,
     "layernorm.backward": layernorm_backward,
     "rmsnorm.forward": rmsnorm_forward,
@@ -352,6 +381,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "dropout.select": dropout_select,
     "muon.orthogonalize": numpy_muon.orthogonalize,
     "optimizers.adamw": adamw,
+    "step.add_tree": add_tree,
     "optimizers.adamw_into": adamw_into,
     "gpt.prepare": numpy_decoding.prepare,
     "gpt.decode": numpy_decoding.decode,

@@ -108,6 +108,8 @@ def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | No
         return over_parts(tiles(xp, batch), add_tile)
     *others, last = tiles(xp, batch)
     loss, total = over_parts(others, add_tile)
+    if total is not None and total is not out:  # what adds up the tiles need not do so in place
+        out[:] = total
     sender = Sender(model.layout, out, total is not None, sum_)
     views = model.layout.unpack(xp, out) if total is None else None
     noise = step_noise(xp, model, state["seed"], state["step"], last)

@@ -56,10 +56,10 @@ def of_step(config, tokens_at_once: int, monkeypatch, recorded: bool):
     return loss, out, recording
 
 
-@pytest.mark.parametrize("tokens_at_once", [1000, 20])
+@pytest.mark.parametrize("tokens_at_once", [1000, 20, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_ready_is_complete_and_has_the_same_bits(monkeypatch, name, tokens_at_once):
-    """In one tile, and in the last of two."""
+    """In one tile, and in the last of two and more."""
     config = GPTConfig(**{**SIZES, **MODELS[name]})
     loss, expected, _ = of_step(config, tokens_at_once, monkeypatch, recorded=False)
     found_loss, found, recording = of_step(config, tokens_at_once, monkeypatch, recorded=True)
