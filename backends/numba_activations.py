@@ -11,8 +11,7 @@ from baby_xp_backends import numpy_kernels
 from baby_xp_backends.numba_library import COMPILING, FLOATS, compiled, flat, inlined
 from baby_xp_backends.simd_width import W
 
-from baby_xp.layers import gelu, swiglu
-from baby_xp.layers import relu2 as relu2_layer
+from baby_xp.layers import gelu, relu2, swiglu
 
 if COMPILING:
     from baby_xp_backends.numba_maths import exp_of_negative, sigmoid
@@ -99,7 +98,7 @@ def _relu(x):
 
 
 @compiled(f"void({FLOATS}, {FLOATS})")
-def relu2(x, y):
+def relu2_elements(x, y):
     """y is written."""
     for start in range(0, len(x), W):
         at = min(start, len(x) - W)
@@ -118,16 +117,16 @@ def relu2_derivative(x, dy, dx):
 def relu2_forward(xp, p, x):
     """As relu2.forward. It saves x, which needs no array of its own."""
     if not _suits(x):
-        return relu2_layer.forward.__wrapped__(xp, p, x)
+        return relu2.forward.__wrapped__(xp, p, x)
     y = np.empty(x.shape, x.dtype)
-    relu2(flat(x), y.reshape(-1))
+    relu2_elements(flat(x), y.reshape(-1))
     return y, (x,)
 
 
 def relu2_backward(xp, p, saved, dy):
     (x,) = saved
     if not _suits(x):
-        return relu2_layer.backward.__wrapped__(xp, p, saved, dy)
+        return relu2.backward.__wrapped__(xp, p, saved, dy)
     dx = np.empty(x.shape, x.dtype)
     relu2_derivative(flat(x), flat(np.asarray(dy, x.dtype)), dx.reshape(-1))
     return {}, dx
