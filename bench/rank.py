@@ -10,7 +10,8 @@ import numpy as np
 from baby_xp.arrays import params
 from baby_xp.arrays.registry import load
 from baby_xp.distributed import Group, join
-from baby_xp.distributed.mpi import PIECE, add, pause
+from baby_xp.distributed.group import PIECE
+from baby_xp.distributed.mpi import add, pause
 from baby_xp.errors import BabyError
 from baby_xp.training.alone import Alone
 from baby_xp.training.ranks import Ranks

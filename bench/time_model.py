@@ -12,7 +12,7 @@ and sends every other rank its share of the new parameters.
 import math
 from dataclasses import dataclass
 
-from baby_xp.distributed.mpi import PIECE
+from baby_xp.distributed.group import PIECE
 
 EAGER = 1 << 16
 """Bytes up to which Open MPI sends a message over TCP at once; a longer one is announced and asked for first."""

@@ -13,6 +13,8 @@ T = TypeVar("T")
 Others = Sequence[Callable[..., Any]]
 """A function for each other rank: start(function, *arguments) calls the function there -> a Future."""
 
+PIECE = 1 << 17
+"""Elements of its share that a rank adds up at a time: few enough for a processor's cache."""
 GRACE_SECONDS, MOST_GRACE = 1.0, 8
 """How long a rank leaves it to the one before it to say what went wrong and to end the others; the most times."""
 

@@ -20,14 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from baby_xp.distributed.group import GRACE_SECONDS, GradualSum, Group, Lost, Others
+from baby_xp.distributed.group import GRACE_SECONDS, PIECE, GradualSum, Group, Lost, Others
 from baby_xp.distributed.messages import packed, unpacked
 from baby_xp.errors import BabyError
 
 START_SECONDS = 300.0
 """How long ranks wait for those that start later."""
-PIECE = 1 << 17
-"""Elements of the gradients that a rank adds up at a time: few enough for a processor's cache."""
 SMALL = 1 << 10
 """Elements of an array of which each rank receives all terms: one message less."""
 MOST = 1 << 28

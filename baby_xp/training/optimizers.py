@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from baby_xp.arrays import params
 from baby_xp.arrays.namespace import Array, replaceable
 from baby_xp.config import TrainConfig
+from baby_xp.distributed.group import PIECE
 from baby_xp.errors import BabyError
 from baby_xp.models import Model
 from baby_xp.training import muon, schedules
@@ -19,9 +20,6 @@ ELEMENT_COST = 30
 """Multiplications of one of Muon's iterations in the time that AdamW takes for an element, about."""
 LINE = 16
 """Shares of the flat buffer begin at multiples of this many elements: no two processes write to one cache line."""
-
-PIECE = 1 << 17
-"""Elements of a rank's share of a piece, at most: see `pieces`."""
 
 
 @replaceable

@@ -110,18 +110,17 @@ def loss_and_gradients_with_dropout(xp, model, state, batch, n_targets: int | No
     loss, total = over_parts(others, add_tile)
     if total is not None and total is not out:  # what adds up the tiles need not do so in place
         out[:] = total
-    sender = Sender(model.layout, out, total is not None, sum_)
-    views = model.layout.unpack(xp, out) if total is None else None
-    noise = step_noise(xp, model, state["seed"], state["step"], last)
-    more, tree = loss_and_gradients(xp, model, state["params"], last, noise, n_targets, views, sender)
-    sender.completed(tree)
+    more, _ = add_tile(last, total, Sender(model.layout, out, total is not None, sum_))
     return more if loss is None else loss + more, out
 
 
-def _add_tile(xp, model, state, n_targets: int, out, tile, total):
+def _add_tile(xp, model, state, n_targets: int, out, tile, total, sender=None):
     noise = step_noise(xp, model, state["seed"], state["step"], tile)
     views = model.layout.unpack(xp, out) if total is None and out is not None else None
-    loss, tree = loss_and_gradients(xp, model, state["params"], tile, noise, n_targets, views)
+    loss, tree = loss_and_gradients(xp, model, state["params"], tile, noise, n_targets, views, sender)
+    if sender is not None:
+        sender.completed(tree)
+        return loss, out
     if views is not None:
         fill(views, tree)
         return loss, out
